@@ -1,0 +1,34 @@
+# graftkit: `make demo` and `make test` are all a newcomer needs; `make check` is what CI runs.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test check lint install clean
+
+install: $(STAMP)
+
+# torch goes first and pinned, so that no other package pulls in a different build of it.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet torch==2.13.0
+	$(RUN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(RUN)/graftkit demo --out demo-out
+
+test: $(STAMP)
+	$(RUN)/python -m pytest
+
+lint: $(STAMP)
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) demo-out

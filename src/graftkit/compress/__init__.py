@@ -1,0 +1,1 @@
+"""Pure maths on tensors: how one delta becomes bytes and comes back."""

@@ -1,0 +1,100 @@
+"""Settings a user writes: byte budgets and the options of `pack`."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from graftkit.errors import BudgetError, ConfigError
+
+Recipe = Literal["auto", "graftllm", "lossless"]
+RECIPES: tuple[Recipe, ...] = ("auto", "graftllm", "lossless")
+
+# Decimal units, as disks and file managers count; the binary ones are spelled with an i.
+_UNIT_BYTES = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+_BUDGET_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|bpp|[KMG]?i?B)\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How large the pack file may be: a share of the target, bytes, or bits per parameter."""
+
+    text: str
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read `5%`, `12MB` or `1.0bpp`.
+
+        Raises: BudgetError when the text is none of these, or the amount is not above zero.
+        """
+        match = _BUDGET_PATTERN.fullmatch(text)
+        if match is None:
+            raise BudgetError(
+                f"budget {text!r} is not understood; write a share of the target's bytes (5%), "
+                "a file size (12MB, 800KB) or bits per parameter (1.0bpp)"
+            )
+        amount, unit = float(match[1]), match[2].upper()
+        if amount <= 0:
+            raise BudgetError(f"budget {text!r} is zero; a pack needs at least its manifest")
+        if unit == "%" and amount > 100:
+            raise BudgetError(
+                f"budget {text!r} is more than the target itself; ask for 100% or less, "
+                "or use --recipe lossless"
+            )
+        return cls(text.strip(), amount, unit)
+
+    def to_bytes(self, target_bytes: int, parameters: int) -> int:
+        """File bytes allowed, for a target of `target_bytes` bytes and `parameters` weights."""
+        if self.unit == "%":
+            return math.floor(target_bytes * self.amount / 100)
+        if self.unit == "BPP":
+            return math.floor(parameters * self.amount / 8)
+        return math.floor(self.amount * _UNIT_BYTES[self.unit])
+
+
+class PackConfig(BaseModel):
+    """What `pack` was asked for; it decides every byte of the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    recipe: Recipe = "auto"
+    """auto (smallest error per byte), graftllm (the paper's method) or lossless."""
+    budget: str | None = None
+    """Largest file: 5%, 12MB or 1.0bpp. Default 5% for lossy recipes, none for lossless."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Seed that picks the calibration rows when there are more than are used."""
+    workers: int = Field(default=1, ge=1, le=256)
+    """Tensors compressed at the same time; the bytes do not depend on it."""
+
+    @classmethod
+    def checked(
+        cls, recipe: str, budget: str | None, seed: int = 0, workers: int = 1
+    ) -> "PackConfig":
+        """Validate what a user typed. Raises: ConfigError, BudgetError."""
+        if recipe not in RECIPES:
+            raise ConfigError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+        for name, value, least in (("seed", seed, 0), ("workers", workers, 1)):
+            if value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        if budget is not None:
+            Budget.parse(budget)
+        return cls(recipe=recipe, budget=budget, seed=seed, workers=min(workers, 256))
+
+    @property
+    def parsed_budget(self) -> Budget | None:
+        """The budget, or None where lossless is asked without one."""
+        if self.budget is not None:
+            return Budget.parse(self.budget)
+        return None if self.recipe == "lossless" else Budget.parse("5%")
