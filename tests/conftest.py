@@ -1,0 +1,22 @@
+"""Fixtures for every test. The nursery is found by one setting, GRAFTKIT_SHARED."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# One thread per test process: results and timings do not depend on what else the machine does.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder with the nursery and data; tests that need it skip in a clone that lacks it."""
+    default = Path(__file__).parents[2] / "shared"
+    folder = Path(os.environ.get("GRAFTKIT_SHARED", default))
+    if not (folder / "nursery").is_dir():
+        if os.environ.get("GRAFTKIT_REQUIRE_SHARED"):
+            pytest.fail(f"GRAFTKIT_SHARED={folder} holds no nursery")
+        pytest.skip(f"{folder} holds no nursery; set GRAFTKIT_SHARED to run this test")
+    return folder
