@@ -1,0 +1,145 @@
+import json
+
+import pytest
+from blake3 import blake3
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graftkit.errors import RowsError
+from graftkit.rows import Row, encode_prompt, encode_row, read_rows, rows_digest, sample_rows
+
+
+class CharacterTokenizer:
+    """One id a character, 1 before a text with special tokens, 2 as EOS."""
+
+    def __init__(self, eos_token_id=2):
+        self.eos_token_id = eos_token_id
+
+    def encode(self, text, *, add_special_tokens):
+        return [1] * add_special_tokens + [ord(character) for character in text]
+
+
+def write(folder, data):
+    file = folder / "rows.jsonl"
+    file.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return file
+
+
+GOOD = '{"prompt": "2+2=", "completion": " 4"}\n'
+
+
+def test_rows_come_back_in_the_order_of_the_file(tmp_path):
+    file = write(tmp_path, GOOD + '{"completion": " 6", "prompt": "3+3=", "id": 7}')
+    assert read_rows(file) == (Row("2+2=", " 4"), Row("3+3=", " 6"))
+
+
+def test_a_row_knows_the_line_it_was_read_from(tmp_path):
+    file = write(tmp_path, "\n \r\n" + GOOD)
+    assert [row.origin for row in read_rows(file)] == [f"{file}:3"]
+
+
+def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
+    text = 'one\u2028two\x85three"'
+    line = json.dumps({"prompt": text, "completion": " x"}, ensure_ascii=False)
+    assert read_rows(write(tmp_path, line + "\r\n"))[0].prompt == text
+
+
+def test_a_byte_order_mark_is_ignored(tmp_path):
+    assert len(read_rows(write(tmp_path, b"\xef\xbb\xbf" + GOOD.encode()))) == 1
+
+
+@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=5))
+def test_any_text_survives_the_file(tmp_path_factory, pairs):
+    lines = [
+        json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in pairs
+    ]
+    file = write(tmp_path_factory.mktemp("rows"), "\n".join(lines))
+    assert [(row.prompt, row.completion) for row in read_rows(file)] == pairs
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'prompt': 1}", r"rows\.jsonl:2: not JSON .*expected one object a line"),
+        ("[" * 100_000, r"rows\.jsonl:2: not JSON"),
+        ('["a", "b"]', r"rows\.jsonl:2: list found; expected a JSON object"),
+        ('{"prompt": "a"}', r'rows\.jsonl:2: key "completion" is missing .*prompt.*add it'),
+        ('{"a\\nb": 1}', r"\(keys found: 'a\\nb'\)"),
+        ("{}", r'rows\.jsonl:2: key "prompt" is missing \(keys found: none\)'),
+        ('{"prompt": "a", "completion": 4}', r'rows\.jsonl:2: "completion" is int; expected'),
+        ('{"prompt": null, "completion": ""}', r'rows\.jsonl:2: "prompt" is NoneType'),
+        ('{"prompt": "\\ud800", "completion": ""}', r"rows\.jsonl:2: .*surrogate"),
+        (b'{"prompt": "\xff", "completion": ""}', r"rows\.jsonl:2: byte 13 is not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_reported_with_file_and_line(tmp_path, line, message):
+    line = line if isinstance(line, bytes) else line.encode()
+    with pytest.raises(RowsError, match=message) as caught:
+        read_rows(write(tmp_path, GOOD.encode() + line + b"\n"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_rows_is_refused(tmp_path, content):
+    with pytest.raises(RowsError, match="the file holds no rows; expected one JSON object a line"):
+        read_rows(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("function", [read_rows, rows_digest])
+def test_a_missing_file_and_a_directory_are_refused(tmp_path, function):
+    with pytest.raises(RowsError, match=r"absent\.jsonl: cannot be read .*expected a rows.jsonl"):
+        function(tmp_path / "absent.jsonl")
+    with pytest.raises(RowsError, match=r"a directory; expected a rows\.jsonl"):
+        function(tmp_path)
+
+
+def test_the_digest_is_that_of_the_bytes(tmp_path):
+    content = b"\xef\xbb\xbf" + GOOD.encode()
+    assert rows_digest(write(tmp_path, content)) == blake3(content).hexdigest()
+
+
+def test_a_row_is_prompt_with_special_tokens_then_completion_then_eos():
+    assert encode_row(CharacterTokenizer(), Row("ab", " c")) == ([1, 97, 98, 32, 99, 2], 3)
+
+
+def test_a_tokenizer_without_eos_adds_none():
+    assert encode_row(CharacterTokenizer(None), Row("a", "b")) == ([1, 97, 98], 2)
+
+
+def test_a_generation_starts_from_the_ids_that_the_completion_follows():
+    row = Row("ab", " c")
+    ids, start = encode_row(CharacterTokenizer(), row)
+    assert encode_prompt(CharacterTokenizer(), row) == ids[:start]
+
+
+def test_a_row_longer_than_the_context_is_refused_with_its_lengths():
+    row = Row("abcd", " efg", "rows.jsonl:9")
+    assert len(encode_row(CharacterTokenizer(), row, max_tokens=10)[0]) == 10
+    with pytest.raises(RowsError, match=r"rows\.jsonl:9: .*10 tokens \(5 .*at most 9; shorten"):
+        encode_row(CharacterTokenizer(), row, max_tokens=9)
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    st.integers(1, 400),
+    st.integers(0, 2**63 - 1),
+)
+def test_a_sample_is_a_deterministic_ordered_choice_within_the_limit(lengths, limit, seed):
+    items = list(enumerate(lengths))
+    chosen = sample_rows(items, limit, seed, lambda item: item[1])
+    assert chosen == sample_rows(items, limit, seed, lambda item: item[1])
+    assert chosen == sorted(set(chosen))
+    assert sum(length for _, length in chosen) <= limit or len(chosen) == 1
+    if sum(lengths) <= limit:
+        assert chosen == items
+
+
+def test_another_seed_chooses_other_rows():
+    items = list(range(1000))
+    assert sample_rows(items, 20, 0, lambda _: 1) != sample_rows(items, 20, 1, lambda _: 1)
+
+
+def test_rows_that_are_not_used_are_not_measured():
+    asked = []
+    sample_rows(list(range(1000)), 20, 0, lambda item: asked.append(item) or 1)
+    assert len(asked) == 21
