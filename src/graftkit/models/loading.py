@@ -1,0 +1,192 @@
+"""A checkpoint as a live model: whole, streamed from disk layer by layer, or without weights."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint
+from graftkit.errors import CheckpointError
+
+# What from_pretrained raises for a configuration, a file or a tensor it cannot use.
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    StrictDataclassError,
+)
+
+
+def load_model(
+    reference: str | Path | Checkpoint, dtype: str | torch.dtype = "auto"
+) -> PreTrainedModel:
+    """The model of a checkpoint, whole in memory, in eval mode.
+
+    The class is the first of the config's `architectures`, so that every tensor on disk has its
+    place; code that a checkpoint brings along is never run.
+
+    Args:
+        dtype: "auto" keeps every weight exact: the narrowest dtype that holds all those on disk.
+    Raises: CheckpointError when the checkpoint is unreadable, of an unknown architecture, or lacks
+        a tensor that its own class needs.
+    """
+    checkpoint = _opened(reference)
+    return _from_pretrained(checkpoint, dtype=_dtype(checkpoint) if dtype == "auto" else dtype)
+
+
+def stream_model(reference: str | Path | Checkpoint, offload_dir: str | Path) -> PreTrainedModel:
+    """The same model with its weights left on disk: each layer is read when it runs.
+
+    Peak memory is about one layer. What lies on disk in another layout than the live model needs
+    (per-expert tensors) is saved again into `offload_dir`.
+    Raises: CheckpointError as `load_model`.
+    """
+    checkpoint = _opened(reference)
+    Path(offload_dir).mkdir(parents=True, exist_ok=True)
+    return _from_pretrained(
+        checkpoint,
+        dtype=_dtype(checkpoint),
+        device_map={"": "disk"},
+        offload_folder=str(offload_dir),
+    )
+
+
+def empty_model(reference: str | Path | Checkpoint) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device: names, shapes and classes, no weights.
+
+    Raises: CheckpointError when the architecture is unknown.
+    """
+    checkpoint = _opened(reference)
+    config, model_class = _model_class(checkpoint)
+    with _one_line_errors(checkpoint), _quiet(), torch.device("meta"):
+        model: Any = (
+            model_class.from_config(config)
+            if hasattr(model_class, "from_config")
+            else model_class(config)
+        )
+        model.tie_weights()
+    empty: PreTrainedModel = model.eval()
+    return empty
+
+
+def load_tokenizer(reference: str | Path | Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or Hub id.
+
+    Raises: CheckpointError when there is none, or it needs code of its own.
+    """
+    path = reference.path if isinstance(reference, Checkpoint) else reference
+    try:
+        with _quiet():
+            return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"{path}: no usable tokenizer ({_first_line(error)}); "
+            "save the tokenizer into the model directory"
+        ) from error
+
+
+def _opened(reference: str | Path | Checkpoint) -> Checkpoint:
+    return reference if isinstance(reference, Checkpoint) else Checkpoint.open(reference)
+
+
+def _model_class(checkpoint: Checkpoint) -> tuple[PretrainedConfig, Any]:
+    """Config and class: the named architecture, else what the Auto classes know of it."""
+    names = checkpoint.config.get("architectures") or []
+    with _one_line_errors(checkpoint), _quiet():
+        config = transformers.AutoConfig.from_pretrained(
+            str(checkpoint.path), trust_remote_code=False
+        )
+    named = getattr(transformers, str(names[0]), None) if names else None
+    if isinstance(named, type) and issubclass(named, PreTrainedModel):
+        return config, named
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return config, auto
+    raise CheckpointError(
+        f"{checkpoint.path}: architecture {names[0] if names else config.model_type} is not in "
+        f"transformers {transformers.__version__}; install a version that has it"
+    )
+
+
+def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
+    _, model_class = _model_class(checkpoint)
+    with _one_line_errors(checkpoint), _quiet():
+        model, report = model_class.from_pretrained(
+            str(checkpoint.path),
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    if report["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.path}: {min(report['missing_keys'])} is missing, and "
+            f"{type(model).__name__} needs it; save the whole model, or correct architectures in "
+            "config.json"
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The narrowest float dtype that holds every float tensor on disk exactly.
+
+    The config's own `dtype` is not asked: where it is narrower than the file, weights would be
+    rounded and no pack would recognize its target.
+    """
+    found = {info.dtype for info in checkpoint.tensors.values()} & {*FLOAT_DTYPES, "F64"}
+    dtypes = [DTYPES[name] for name in sorted(found)] or [torch.float32]
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, notices or warnings of transformers and accelerate."""
+    accelerate = logging.getLogger("accelerate")
+    level, verbosity = accelerate.level, hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    accelerate.setLevel(logging.ERROR)
+    hf_logging.set_verbosity(logging.ERROR)
+    if bars:
+        hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        accelerate.setLevel(level)
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _one_line_errors(checkpoint: Checkpoint) -> Iterator[None]:
+    try:
+        yield
+    except _LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: transformers cannot load it ({_first_line(error)}); "
+            "check config.json and the weight files"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

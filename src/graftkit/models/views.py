@@ -1,0 +1,247 @@
+"""Every tensor of a checkpoint as a view into the live model's own parameters.
+
+Names and layouts on disk differ from those in memory: a Mixtral checkpoint holds one tensor per
+expert, the live model one stack. transformers can turn its parameters back into what it would
+save; here that reversal runs on weightless stand-ins, and every copy on the way is replaced by an
+alias, so that what comes out still says where in which parameter it lies.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from graftkit.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class View:
+    """One checkpoint tensor inside one live parameter.
+
+    Attributes:
+        name: tensor name in the checkpoint.
+        parameter: live parameter or persistent buffer that holds it.
+        owners: every live name of that very parameter, `parameter` included; more than one where
+            weights are tied.
+        shape: shape in the checkpoint.
+        stride, offset: its place in the parameter's storage, in weights.
+        whole: the view is the parameter itself, same shape and layout.
+    """
+
+    name: str
+    parameter: str
+    owners: tuple[str, ...]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    whole: bool
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Live modules that own the parameter; "" is the model itself."""
+        return tuple(owner.rpartition(".")[0] for owner in self.owners)
+
+    def tensor(self, parameter: Tensor) -> Tensor:
+        """The view of `parameter`, or of any tensor of its shape: writing to it writes through.
+
+        Raises: CheckpointError when the tensor is not contiguous.
+        """
+        if self.whole:
+            return parameter.detach()
+        if not parameter.is_contiguous():
+            raise CheckpointError(
+                f"{self.parameter} is not contiguous in memory, so {self.name} has no view in it; "
+                "call .contiguous() on the parameter first"
+            )
+        start = parameter.storage_offset() + self.offset
+        return parameter.detach().as_strided(self.shape, self.stride, start)
+
+
+def checkpoint_views(model: PreTrainedModel) -> dict[str, View]:
+    """A view for every tensor this model would save, tied aliases and persistent buffers included.
+
+    Works on a model without weights too. A tensor on disk that is put together from several live
+    parameters has no view and is left out.
+
+    Raises: CheckpointError when transformers cannot revert the model's layout (quantized weights).
+    """
+    state = model.state_dict(keep_vars=True)
+    blanks = {name: _blank(value, "meta") for name, value in state.items()}
+    try:
+        with torch.no_grad(), _KeepViews():  # type: ignore[no-untyped-call]
+            reverted = revert_weight_conversion(model, blanks)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError) as error:
+        raise CheckpointError(
+            f"{type(model).__name__}: transformers cannot give its weights in the layout of the "
+            f"checkpoint ({str(error).splitlines()[0]}); load the model unquantized"
+        ) from error
+    by_storage = {_storage(blank): name for name, blank in blanks.items()}
+    places = {
+        name: (by_storage[_storage(tensor)], tensor)
+        for name, tensor in reverted.items()
+        if _storage(tensor) in by_storage
+    }
+    lost = reverted.keys() - places.keys()
+    if lost:
+        found = {parameter for parameter, _ in places.values()}
+        places |= _trace_indices(model, state, state.keys() - found, lost)
+    owners = _owners(state)
+    return {
+        name: View(
+            name,
+            parameter,
+            owners[parameter],
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.storage_offset(),
+            tensor.shape == state[parameter].shape and tensor.is_contiguous(),
+        )
+        for name, (parameter, tensor) in places.items()
+    }
+
+
+def find_view(model: PreTrainedModel, views: Mapping[str, View], name: str) -> View | None:
+    """The view of checkpoint tensor `name`, also where the checkpoint was saved by another class.
+
+    GPT2Model saves `h.0...`, GPT2LMHeadModel `transformer.h.0...`; both load into the other. Old
+    names (`gamma` for `weight`) are known as well. None when the model has no such tensor.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, prefix + name, name.removeprefix(prefix)):
+        if candidate in views:
+            return views[candidate]
+    live = live_name(model, name)
+    whole = [view for view in views.values() if live in view.owners and view.whole]
+    return whole[0] if whole else None
+
+
+def live_name(model: PreTrainedModel, name: str) -> str | None:
+    """The live parameter into which checkpoint tensor `name` is loaded, or None."""
+    return live_names(model, [name])[name]
+
+
+def live_names(model: PreTrainedModel, names: list[str]) -> dict[str, str | None]:
+    """`live_name` of many tensors at once."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    state = model.state_dict(keep_vars=True)
+    prefix = model.base_model_prefix
+
+    def resolve(name: str) -> str | None:
+        for rules in ((renamings, converters), ([], [])):
+            renamed, _ = rename_source_key(name, *rules, prefix, state)
+            if renamed in state:
+                return renamed
+        return None
+
+    return {name: resolve(name) for name in names}
+
+
+def is_ignored(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model's class knows tensor `name` from old checkpoints and does not use it."""
+    patterns = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    }
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+class _KeepViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Replaces copies by aliases, so that slices and transposes stay views of their source.
+
+    Where an alias cannot be reshaped as the copy could, the copy is made after all: the result
+    then belongs to no parameter, and `checkpoint_views` traces it by its indices.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.clone.default and args[0].device.type == "meta":
+            return torch.ops.aten.alias.default(args[0])
+        try:
+            return func(*args, **kwargs)
+        except (RuntimeError, ValueError):
+            first, *rest = args
+            copy = torch.empty_like(first, memory_format=torch.contiguous_format)
+            return func(copy, *rest, **kwargs)
+
+
+def _trace_indices(
+    model: PreTrainedModel, state: Mapping[str, Tensor], parameters: set[str], names: set[str]
+) -> dict[str, tuple[str, Tensor]]:
+    """Places of the tensors that aliasing lost, found by reverting the index of every weight.
+
+    Each parameter takes its own range of integers. The reverted tensor names, weight by weight,
+    where it came from; it has a view when these places are one range with constant strides.
+    """
+    starts: dict[str, int] = {}
+    index: dict[str, Tensor] = {}
+    total = 0
+    for name, value in state.items():
+        if name in parameters:
+            starts[name] = total
+            index[name] = torch.arange(total, total + value.numel()).view(value.shape)
+            total += value.numel()
+        else:
+            index[name] = _blank(value, "meta")
+    with torch.no_grad():
+        reverted = revert_weight_conversion(model, index)
+    places = {}
+    for name in names:
+        found = reverted[name]
+        if found.device.type == "meta" or found.dtype != torch.int64 or not found.numel():
+            continue
+        first = int(found.flatten()[0])
+        parameter = max((start, owner) for owner, start in starts.items() if start <= first)[1]
+        view = _affine(found - starts[parameter], _blank(state[parameter], "meta"))
+        if view is not None:
+            places[name] = (parameter, view)
+    return places
+
+
+def _affine(index: Tensor, blank: Tensor) -> Tensor | None:
+    """The view of `blank` that picks `index` (places in its storage), if strides can say it."""
+    offset = int(index.flatten()[0])
+    strides = [
+        int(index.select(dim, 1).flatten()[0]) - offset if extent > 1 else 1
+        for dim, extent in enumerate(index.shape)
+    ]
+    expected = torch.full_like(index, offset)
+    for dim, (extent, stride) in enumerate(zip(index.shape, strides, strict=True)):
+        steps = torch.arange(extent) * stride
+        expected += steps.view([-1 if other == dim else 1 for other in range(index.dim())])
+    inside = int(index.min()) >= 0 and int(index.max()) < blank.numel()
+    if not inside or min(strides, default=1) < 0 or not torch.equal(expected, index):
+        return None
+    return blank.as_strided(index.shape, strides, offset)
+
+
+def _owners(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Live name -> every live name of the same parameter, in the model's order."""
+    shared: dict[int, list[str]] = {}
+    for name, value in state.items():
+        shared.setdefault(id(value), []).append(name)
+    return {name: tuple(shared[id(value)]) for name, value in state.items()}
+
+
+def _blank(value: Tensor, device: str) -> Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device=device)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

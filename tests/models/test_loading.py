@@ -1,0 +1,96 @@
+import json
+import logging
+
+import pytest
+import torch
+from tiny_models import build, inputs, make_pair
+
+from graftkit.delta import Checkpoint
+from graftkit.errors import CheckpointError
+from graftkit.models import empty_model, load_model, load_tokenizer, stream_model
+
+
+def test_a_model_is_loaded_in_eval_mode_by_the_class_its_config_names(tmp_path):
+    target, _ = make_pair(tmp_path, "bert")
+    model = load_model(target)
+    assert type(model).__name__ == "BertForMaskedLM"
+    assert not model.training
+
+
+def test_weights_keep_the_dtype_of_the_file_whatever_the_config_says(tmp_path):
+    target, _ = make_pair(tmp_path, "llama", torch.float32)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    assert load_model(target).dtype == torch.float32
+    assert load_model(target, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_config_without_architectures_loads_as_a_causal_model(tmp_path):
+    target, _ = make_pair(tmp_path, "llama")
+    config = json.loads((target / "config.json").read_text())
+    del config["architectures"]
+    (target / "config.json").write_text(json.dumps(config))
+    assert type(load_model(target)).__name__ == "LlamaForCausalLM"
+    assert type(empty_model(target)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "mixtral", "gpt_oss"])
+def test_a_streamed_model_gives_the_same_logits_as_the_whole_one(tmp_path, architecture):
+    target, _ = make_pair(tmp_path, architecture)
+    streamed = stream_model(Checkpoint.open(target), tmp_path / "offload")
+    assert all(parameter.is_meta for parameter in streamed.parameters())
+    with torch.no_grad():
+        assert torch.equal(streamed(**inputs()).logits, load_model(target)(**inputs()).logits)
+
+
+def test_an_empty_model_holds_no_weights(tmp_path):
+    target, _ = make_pair(tmp_path, "mixtral")
+    assert all(parameter.is_meta for parameter in empty_model(target).parameters())
+
+
+def test_loading_is_silent_and_leaves_the_verbosity_of_transformers_alone(tmp_path, capfd):
+    import transformers
+
+    target, _ = make_pair(tmp_path, "gpt2")
+    before = transformers.utils.logging.get_verbosity(), logging.getLogger("accelerate").level
+    capfd.readouterr()
+    stream_model(target, tmp_path / "offload")
+    assert capfd.readouterr() == ("", "")
+    after = transformers.utils.logging.get_verbosity(), logging.getLogger("accelerate").level
+    assert after == before
+
+
+def test_a_checkpoint_that_lacks_a_tensor_of_its_class_is_refused_by_name(tmp_path):
+    build("llama").model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "no_such_type"}, {"model_type": "llama", "hidden_size": "wide"}]
+)
+def test_a_config_that_transformers_cannot_use_is_one_line(tmp_path, config):
+    target, _ = make_pair(tmp_path, "llama")
+    (target / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="cannot load") as caught:
+        load_model(target)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_without_a_class_is_refused(tmp_path):
+    target, _ = make_pair(tmp_path, "llama")
+    (target / "config.json").write_text(
+        json.dumps({"model_type": "rag", "architectures": ["Grafted"], "vocab_size": 8})
+    )
+    with pytest.raises(CheckpointError):
+        load_model(target)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    target, _ = make_pair(tmp_path, "llama")
+    with pytest.raises(CheckpointError, match="no usable tokenizer"):
+        load_tokenizer(target)

@@ -1,0 +1,125 @@
+"""Seeded two-layer models of every architecture, made from configs; nothing is downloaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+transformers.utils.logging.disable_progress_bar()
+
+VOCABULARY = 96
+_DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_MHA = {key: value for key, value in _DECODER.items() if key not in ("num_key_value_heads",)}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+def _decoder(family: str, **options: Any) -> Callable[[], PreTrainedModel]:
+    def build() -> PreTrainedModel:
+        config = getattr(transformers, f"{family}Config")(**{**_DECODER, **options})
+        return getattr(transformers, f"{family}ForCausalLM")(config)
+
+    return build
+
+
+def _gpt2() -> PreTrainedModel:
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _bert() -> PreTrainedModel:
+    options = {key: _DECODER[key] for key in _DECODER if key not in ("tie_word_embeddings",)}
+    return transformers.BertForMaskedLM(transformers.BertConfig(**options))
+
+
+def _gpt_neox() -> PreTrainedModel:
+    config = transformers.GPTNeoXConfig(**{**_MHA, "attention_bias": True})
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": _decoder("Llama"),
+    "llama_tied": _decoder("Llama", tie_word_embeddings=True),
+    "mistral": _decoder("Mistral"),
+    "qwen2": _decoder("Qwen2", tie_word_embeddings=True),
+    "qwen3": _decoder("Qwen3"),
+    "gemma": _decoder("Gemma", tie_word_embeddings=True),
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "phi3": _decoder("Phi3"),
+    "mixtral": _decoder("Mixtral", **_EXPERTS),
+    "qwen3_moe": _decoder(
+        "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "gpt_oss": _decoder(
+        "GptOss", **_EXPERTS, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+    ),
+    "bert": _bert,
+}
+CAUSAL = tuple(name for name in ARCHITECTURES if name != "bert")
+
+
+def build(
+    architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 0.1
+) -> PreTrainedModel:
+    """A model in eval mode whose every parameter is random, norms and biases too."""
+    torch.manual_seed(seed)
+    model = ARCHITECTURES[architecture]().eval()
+    perturb(model, seed=seed, scale=scale)
+    return model.to(dtype)
+
+
+def perturb(model: PreTrainedModel, seed: int, scale: float) -> None:
+    """Add seeded Gaussian noise to every parameter; tied ones once."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            parameter.copy_(parameter.float() + noise)
+
+
+def make_pair(
+    folder: Path,
+    architecture: str,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    scale: float = 0.02,
+) -> tuple[Path, Path]:
+    """Save a target and a tuned copy of it whose every parameter moved; returns both folders."""
+    model = build(architecture, dtype, seed)
+    target, tuned = folder / "target", folder / "tuned"
+    model.save_pretrained(target)
+    perturb(model, seed=seed + 1, scale=scale)
+    model.save_pretrained(tuned)
+    return target, tuned
+
+
+def inputs(rows: int = 4, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Token ids (rows, length) and their attention mask, without padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
