@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.errors import RowsError
-from graftkit.rows import Row, encode_prompt, encode_row, read_rows, rows_digest, sample_rows
+from graftkit.rows import (
+    Row,
+    batches_by_length,
+    encode_prompt,
+    encode_row,
+    pad_batch,
+    read_rows,
+    rows_digest,
+    sample_rows,
+)
 
 
 class CharacterTokenizer:
@@ -143,3 +152,21 @@ def test_rows_that_are_not_used_are_not_measured():
     asked = []
     sample_rows(list(range(1000)), 20, 0, lambda item: asked.append(item) or 1)
     assert len(asked) == 21
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
+def test_batches_hold_every_row_once_within_the_limit(lengths, limit):
+    batches = batches_by_length(lengths, limit)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        longest = max(lengths[index] for index in batch)
+        assert len(batch) * longest <= limit or len(batch) == 1
+
+
+def test_padding_goes_to_the_side_that_was_asked_and_is_masked():
+    ids, mask = pad_batch([[5, 6, 7], [8]], pad_id=9)
+    assert ids.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = pad_batch([[5, 6, 7], [8]], pad_id=9, left=True)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import torch
 from blake3 import blake3
+from torch import Tensor
 
 from graftkit.errors import RowsError
 
@@ -111,6 +113,35 @@ def sample_rows(
             break
         chosen.append(index)
     return [rows[index] for index in sorted(chosen)]
+
+
+def batches_by_length(lengths: Sequence[int], tokens_limit: int) -> list[list[int]]:
+    """Indices of rows of similar length, shortest first; every row is in one batch.
+
+    A batch holds at most `tokens_limit` tokens after padding to its longest row; a longer row
+    stands alone. Rows of one length keep their order, so the batches are deterministic.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[index] <= tokens_limit:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad_batch(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of one batch, both (rows, longest row) int64; mask 1 = real."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        span = slice(longest - len(row), longest) if left else slice(len(row))
+        ids[index, span] = torch.tensor(row, dtype=torch.int64)
+        mask[index, span] = 1
+    return ids, mask
 
 
 def _lines(path: Path) -> list[bytes]:

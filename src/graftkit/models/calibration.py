@@ -1,0 +1,388 @@
+"""Activation statistics of the tuned model: which directions of an input its weights see.
+
+For a linear module y = x Wᵀ the error E of a compressed weight costs tr(E H Eᵀ) with H = Σ x xᵀ
+over the calibration tokens, H (in, in). The model streams from disk and the matrices go to disk:
+neither is ever in memory whole.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from inspect import signature
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+from graftkit.delta import SIDE_FILES, Checkpoint
+from graftkit.errors import CheckpointError, OutputError, RowsError
+from graftkit.models.loading import load_tokenizer, stream_model
+from graftkit.rows import Row, batches_by_length, encode_row, pad_batch, sample_rows
+
+CALIBRATION_TOKENS = 16_384  # tokens measured: more than any input of a common layer has columns
+MICRO_BATCH_TOKENS = 4_096  # padded tokens in one pass: activations of one layer stay below 1 GB
+LOGITS_BYTES = 2**28  # float32 logits of one pass, where a model cannot leave them out
+HEAD, TOKENS = "head", "tokens"  # store keys: H of the output head's input; token counts (vocab,)
+
+Progress = Callable[[int, int], None]
+"""Called with (micro-batches done, micro-batches in all)."""
+
+
+@dataclass(frozen=True)
+class CalibrationSummary:
+    """What was measured; it goes into the manifest of a pack."""
+
+    rows: int
+    """Rows used; a seeded choice when the file holds more than are needed."""
+    tokens: int
+    """Tokens measured, padding not counted."""
+    rows_cut: int
+    """Rows of which only the first MICRO_BATCH_TOKENS tokens were measured."""
+    seed: int
+
+
+class CovarianceStore:
+    """Matrices in a folder, one file each; only the one that is asked for is in memory.
+
+    Several keys may share one file. `calibration.json` is written last and names the job: a store
+    without it is unfinished and counts as empty.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"{folder}: cannot be created ({error.strerror}); calibration needs a folder to "
+                "write its matrices to"
+            ) from error
+        marker = self._marker()
+        self._files: dict[str, str] = marker["files"] if marker else {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
+    def get(self, key: str) -> Tensor:
+        """The matrix of one key. Raises: KeyError, OutputError when its file is damaged."""
+        file = self.folder / self._files[key]
+        try:
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise OutputError(
+                f"{file}: cannot be read ({error}); delete {self.folder} and run again"
+            ) from error
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Write the matrix of one key. Raises: OutputError when the disk refuses."""
+        # A digest as the name: a module's name may hold characters that a path may not.
+        name = blake3(key.encode()).hexdigest(length=16) + ".npy"
+        self._write(name, lambda file: np.save(file, value.numpy(), allow_pickle=False))
+        self._files[key] = name
+
+    def alias(self, key: str, existing: str) -> None:
+        """Let `key` stand for the same matrix as `existing`."""
+        self._files[key] = self._files[existing]
+
+    def clear(self) -> None:
+        """Forget everything, the marker first."""
+        self._files = {}
+        for file in [self.folder / "calibration.json", *sorted(self.folder.glob("*.npy"))]:
+            file.unlink(missing_ok=True)
+
+    def finish(self, job: str, summary: Mapping[str, int]) -> None:
+        """Mark the store as the complete result of `job`."""
+        marker = {"job": job, "summary": dict(summary), "files": self._files}
+        text = json.dumps(marker, indent=1).encode()
+        self._write("calibration.json", lambda file: file.write(text))
+
+    def finished(self, job: str) -> dict[str, int] | None:
+        """The summary given to `finish`, or None where the store is not the result of `job`."""
+        marker = self._marker()
+        return marker["summary"] if marker and marker["job"] == job else None
+
+    def _marker(self) -> dict[str, Any] | None:
+        try:
+            marker: dict[str, Any] = json.loads((self.folder / "calibration.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return marker
+
+    def _write(self, name: str, write: Callable[[Any], object]) -> None:
+        partial = self.folder / f"{name}.partial"
+        try:
+            with partial.open("wb") as file:
+                write(file)
+            os.replace(partial, self.folder / name)
+        except OSError as error:
+            raise OutputError(
+                f"{partial}: cannot be written ({error.strerror}); free disk space or choose "
+                "another folder"
+            ) from error
+
+
+def collect_covariances(
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    modules: Sequence[str],
+    store: CovarianceStore,
+    seed: int,
+    progress: Progress | None = None,
+) -> CalibrationSummary:
+    """Run the model of `checkpoint` on prompt + completion and fill `store`.
+
+        H = Σ x xᵀ over real (non-padding) tokens, float32
+
+    Keys: each linear module of `modules` with inputs (.., in): H (in, in). Modules that are fed the
+    same tensor share one file. A module that no token reaches, such as an unused expert, has no
+    key. `head`: H (hidden, hidden) of the output head's input. `tokens`: counts (vocab,) int64.
+    A finished store of the same job is kept as it is; an unfinished one is filled anew.
+
+    Raises: CheckpointError when the tokenizer is missing or does not fit, a module is missing or
+        an activation is not finite; RowsError for a row beyond the model's context; OutputError.
+    """
+    job = _job_digest(checkpoint, rows, modules, seed)
+    finished = store.finished(job)
+    if finished is not None:
+        return CalibrationSummary(**finished)
+    store.clear()
+    tokenizer = usable_tokenizer(checkpoint)
+    report = progress or (lambda done, total: None)
+    with _one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
+        model = stream_model(checkpoint, Path(offload))
+        encoded, summary = _encode(tokenizer, rows, seed, model)
+        _check_vocabulary(encoded, model, checkpoint.name)
+        collector = _Collector(model, modules, store, checkpoint.name)
+        batches = batches_by_length(list(map(len, encoded)), _pass_tokens(model))
+        for done, batch in enumerate(batches):
+            report(done, len(batches))
+            collector.run(*pad_batch([encoded[index] for index in batch], pad_id(tokenizer)))
+        store.put(TOKENS, _token_counts(encoded, model))
+    store.finish(job, asdict(summary))
+    report(len(batches), len(batches))
+    return summary
+
+
+def usable_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises: CheckpointError when there is none. For some architectures transformers then makes one
+        up that knows its special tokens only and gives every text the same ids.
+    """
+    tokenizer: Any = load_tokenizer(checkpoint)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{checkpoint.path}: no tokenizer here; save the tokenizer into the model directory"
+        )
+    return tokenizer
+
+
+def context_length(model: Any) -> int | None:
+    """Most tokens that the model reads at once, None where its config names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Token that fills a batch; it is masked, so any id of the vocabulary will do."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)
+
+
+class _Collector:
+    """Forward pre-hooks that add the inputs of modules to a store, one forward pass at a time."""
+
+    def __init__(self, model: Any, modules: Sequence[str], store: CovarianceStore, where: str):
+        self.model, self.store, self.where = model, store, where
+        self.mask = torch.empty(0, dtype=torch.bool)
+        # For each key, the key that it shares a matrix with (mostly itself).
+        self.shares: dict[str, str] = {}
+        # The input seen last and the key it was stored under. Holding it keeps its address taken.
+        self.last: tuple[Tensor, str] | None = None
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise CheckpointError(
+                f"{where}: an encoder-decoder model; only models of one stack can be calibrated, "
+                "so pack it without rows"
+            )
+        self.head = model.get_output_embeddings()
+        self.head_keys = [HEAD]
+        model.config.use_cache = False
+        for name in modules:
+            module = self._submodule(name)
+            if module is self.head:
+                self.head_keys.append(name)
+            else:
+                module.register_forward_pre_hook(self._hook([name]), with_kwargs=True)
+        if self.head is not None:
+            self.head.register_forward_pre_hook(self._hook(self.head_keys), with_kwargs=True)
+
+    def run(self, ids: Tensor, mask: Tensor) -> None:
+        """One forward pass; ids and mask are (rows, tokens)."""
+        self.mask = mask.bool()
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        with torch.no_grad():
+            if _skips_logits(self.model):
+                # Without the output head there are no logits; at (tokens, vocab) they would be
+                # by far the largest tensor of the pass.
+                self._add(self.head_keys, self.model.base_model(**inputs)[0])
+            else:
+                output = self.model(**inputs)
+                if self.head is None and "last_hidden_state" in output:
+                    self._add(self.head_keys, output["last_hidden_state"])
+        self.last = None
+
+    def _submodule(self, name: str) -> nn.Module:
+        try:
+            module: nn.Module = self.model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"{self.where}: module {name} is not in {type(self.model).__name__}; expected the "
+                "name of a linear module of this model"
+            ) from error
+        return module
+
+    def _hook(self, keys: Sequence[str]) -> Callable[..., None]:
+        def before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._add(keys, args[0] if args else next(iter(kwargs.values())))
+
+        return before_forward
+
+    def _add(self, keys: Sequence[str], inputs: Tensor) -> None:
+        """Add inputs (.., in) to the matrices of `keys`, or note that they are shared."""
+        if inputs.numel() == 0:
+            return
+        for key in keys:
+            shared = self.last is not None and _is_same(self.last[0], inputs)
+            leader = self.last[1] if shared and self.last is not None else key
+            if self.shares.setdefault(key, leader) != leader:
+                raise CheckpointError(
+                    f"{self.where}: {key} shares its input with {self.shares[key]} in one pass and "
+                    "not in another; this model cannot be calibrated, so pack it without rows"
+                )
+            if leader != key:
+                self.store.alias(key, leader)
+            else:
+                self._accumulate(key, inputs)
+                self.last = (inputs, key)
+
+    def _accumulate(self, key: str, inputs: Tensor) -> None:
+        values = _real_tokens(inputs.detach(), self.mask).float()
+        if key in self.store:
+            total = self.store.get(key).addmm_(values.T, values)
+        else:
+            total = values.T @ values
+        # A diagonal of squares: one NaN or infinity anywhere in the inputs shows in its sum.
+        if not total.diagonal().sum().isfinite():
+            raise CheckpointError(
+                f"{self.where}: the input of {key} is not finite (NaN or infinity) on the "
+                "calibration rows; check the weights of the layers before it"
+            )
+        self.store.put(key, total)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two live tensors are the same memory, unchanged: q/k/v are fed one tensor."""
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+        and one._version == other._version
+    )
+
+
+def _real_tokens(inputs: Tensor, mask: Tensor) -> Tensor:
+    """Inputs (.., in) -> (n, in), without padding; mask (rows, tokens) is true on real tokens.
+
+    Inputs of other leading sizes (one vector a row, or tokens that a router chose) are taken whole.
+    """
+    if inputs.shape[:-1] == mask.shape:
+        return inputs[mask]
+    if inputs.shape[:-1] == (mask.numel(),):
+        return inputs[mask.reshape(-1)]
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
+def _skips_logits(model: Any) -> bool:
+    """Whether the output head reads the last hidden state as it is (true of causal models)."""
+    return "logits_to_keep" in signature(model.forward).parameters and model.base_model is not model
+
+
+def _pass_tokens(model: Any) -> int:
+    """Padded tokens of one forward pass."""
+    if _skips_logits(model):
+        return MICRO_BATCH_TOKENS
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    return max(1, min(MICRO_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary)))
+
+
+def _encode(
+    tokenizer: Any, rows: Sequence[Row], seed: int, model: Any
+) -> tuple[list[list[int]], CalibrationSummary]:
+    """Token ids of the rows that are used, each at most MICRO_BATCH_TOKENS long."""
+    context = context_length(model)
+
+    @cache
+    def ids(row: Row) -> list[int]:
+        return encode_row(tokenizer, row, context)[0]
+
+    def length(row: Row) -> int:
+        return min(len(ids(row)), MICRO_BATCH_TOKENS)
+
+    chosen = [ids(row) for row in sample_rows(rows, CALIBRATION_TOKENS, seed, length) if ids(row)]
+    if not chosen:
+        raise RowsError("no row has a token; calibration needs at least one row with text")
+    encoded = [row[:MICRO_BATCH_TOKENS] for row in chosen]
+    return encoded, CalibrationSummary(
+        rows=len(encoded),
+        tokens=sum(map(len, encoded)),
+        rows_cut=sum(len(row) > MICRO_BATCH_TOKENS for row in chosen),
+        seed=seed,
+    )
+
+
+def _check_vocabulary(encoded: Sequence[Sequence[int]], model: Any, where: str) -> None:
+    largest, vocabulary = max(map(max, encoded)), model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"{where}: the tokenizer gives token {largest}, but the model has {vocabulary} "
+            "embeddings; use the tokenizer that belongs to this model"
+        )
+
+
+def _token_counts(encoded: Sequence[Sequence[int]], model: Any) -> Tensor:
+    ids = torch.tensor([token for row in encoded for token in row])
+    return torch.bincount(ids, minlength=model.get_input_embeddings().weight.shape[0])
+
+
+def _job_digest(
+    checkpoint: Checkpoint, rows: Sequence[Row], modules: Sequence[str], seed: int
+) -> str:
+    """Digest of everything that decides the matrices; weights count by size and time of change."""
+    files = sorted({info.file for info in checkpoint.tensors.values()})
+    digest = blake3()
+    for part in (
+        [CALIBRATION_TOKENS, MICRO_BATCH_TOKENS, seed, torch.__version__],
+        [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+        [blake3(checkpoint.side_file(name) or b"").hexdigest() for name in SIDE_FILES],
+        list(modules),
+        [(row.prompt, row.completion) for row in rows],
+    ):
+        digest.update(json.dumps(part).encode() + b"\n")
+    return digest.hexdigest()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sum in one order on every machine; the number of threads is process wide, so restore it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
