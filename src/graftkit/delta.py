@@ -147,7 +147,8 @@ class Checkpoint:
         info = self.tensors[name]
         try:
             with safe_open(info.file, framework="pt") as file:
-                return file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
+                return tensor
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{info.file}: cannot read {name}: {error}") from error
 
@@ -160,7 +161,7 @@ class Checkpoint:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, without a copy where it is contiguous."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def tensor_digest(tensor: Tensor) -> str:

@@ -14,6 +14,8 @@ GraftError
 └── OutputError              the result cannot be written where it was asked for
 """
 
+from enum import StrEnum
+
 
 class GraftError(Exception):
     """Base of every error a user can cause; the command line prints it as one line and exits 1."""
@@ -35,8 +37,31 @@ class CheckpointMismatchError(CheckpointError):
     """Target and tuned are not two states of one model."""
 
 
+class PackFault(StrEnum):
+    """What is wrong with a file; the names are those of docs/skillpack-format.md, section 5."""
+
+    TRUNCATED = "truncated"
+    HEADER_TOO_LARGE = "header_too_large"
+    NOT_A_SKILLPACK = "not_a_skillpack"
+    NEWER_VERSION = "newer_version"
+    INVALID_HEADER = "invalid_header"
+    DUPLICATE_KEY = "duplicate_key"
+    MANIFEST_DIGEST = "manifest_digest"
+    INVALID_MANIFEST = "invalid_manifest"
+    UNKNOWN_CODEC = "unknown_codec"
+    INVALID_NAME = "invalid_name"
+    SHAPE_TOO_LARGE = "shape_too_large"
+    INVALID_OFFSETS = "invalid_offsets"
+    PAYLOAD_DIGEST = "payload_digest"
+    INVALID_PAYLOAD = "invalid_payload"
+
+
 class PackFormatError(GraftError):
-    """The file is not a valid SkillPack."""
+    """The file is not a valid SkillPack; `fault` says which rule it breaks."""
+
+    def __init__(self, message: str, fault: PackFault = PackFault.INVALID_PAYLOAD):
+        super().__init__(message)
+        self.fault = fault
 
 
 class UnsupportedVersionError(PackFormatError):

@@ -1,0 +1,95 @@
+"""From two checkpoints to a SkillPack: scan, calibrate, measure, plan, encode.
+
+Every step leaves its result in a work folder, so that an interrupted run goes on where it
+stopped; tensors are read in pairs, and never more of them than fit beside the largest one.
+"""
+
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from graftkit.config import PackConfig
+from graftkit.delta import Checkpoint
+from graftkit.errors import GraftError
+from graftkit.packing.job import WorkFolder
+from graftkit.packing.run import Calibration, PackingJob, Progress, payload_name
+from graftkit.rows import read_rows, rows_digest
+from graftkit.skillpack import SkillPack
+from graftkit.skillpack.container import file_entry
+
+_MAP_FROM_BYTES = 2**16
+"""Smaller payloads are read into memory: a map costs a page and a slot of the kernel each."""
+
+
+def pack_delta(
+    target: str | Path,
+    tuned: str | Path,
+    *,
+    budget: str | None = None,
+    recipe: str = "auto",
+    calibration: str | Path | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    work_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SkillPack:
+    """Compress what `tuned` learned beyond `target`.
+
+    Args:
+        target, tuned: Hugging Face directories or Hub ids of the two states of one model.
+        budget: largest file: 5%, 12MB or 1.0bpp; default 5% (lossless: none).
+        recipe: auto, graftllm or lossless.
+        calibration: rows.jsonl on which activations are measured; None compresses data-free.
+        seed: picks the calibration rows where there are more than are used.
+        workers: tensors in work at the same time, default one per core; the bytes are the same.
+        work_dir: folder for finished steps; a later call with the same inputs goes on from
+            there. It is left behind on success and removed when the inputs are refused.
+        progress: called with (step, done, total).
+    Returns: the pack; `save` writes it.
+    Raises: CheckpointError, CheckpointMismatchError, RowsError, ConfigError, BudgetError,
+        OutputError.
+    """
+    config = PackConfig.checked(recipe, budget, seed, workers or os.cpu_count() or 1)
+    rows = None
+    if calibration is not None:
+        file = Path(calibration)
+        rows = Calibration(read_rows(file), file.name, rows_digest(file))
+    job = PackingJob(
+        Checkpoint.open(target),
+        Checkpoint.open(tuned),
+        config,
+        rows,
+        progress or (lambda step, done, total: None),
+    )
+    scans = job.scan()
+    if work_dir is None:
+        with TemporaryDirectory(prefix="graftkit-") as folder:
+            return _run(job, scans, WorkFolder(Path(folder) / "work"))
+    return _run(job, scans, WorkFolder(Path(work_dir)))
+
+
+def _run(job: PackingJob, scans: list, work: WorkFolder) -> SkillPack:  # type: ignore[type-arg]
+    try:
+        work.open(job.key(scans))
+        manifest, indices = job.run(scans, work)
+    except GraftError:
+        # Refused inputs leave nothing behind; an interruption leaves what was finished.
+        work.remove()
+        raise
+    payloads = {name: _mapped(work.path / payload_name(i)) for name, i in indices.items()}
+    payloads |= {file_entry(r.name): memoryview(content) for r, content in job.files if content}
+    return SkillPack(manifest, _ordered(payloads, manifest.payload_order))
+
+
+def _mapped(file: Path) -> memoryview:
+    """A payload, mapped so that it stays readable when its file is deleted."""
+    with file.open("rb") as handle:
+        if os.fstat(handle.fileno()).st_size < _MAP_FROM_BYTES:
+            return memoryview(handle.read())
+        return memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _ordered(payloads: Mapping[str, memoryview], order: tuple[str, ...]) -> dict[str, memoryview]:
+    return {name: payloads[name] for name in order}

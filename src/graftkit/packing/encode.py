@@ -1,0 +1,140 @@
+"""One pair of tensors becomes one record and its payload."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftkit.compress.codecs import (
+    Precision,
+    Statistics,
+    Zero,
+    decode_delta,
+    encode_matrix,
+    matrices,
+)
+from graftkit.delta import DTYPES, TENSOR_DIGEST_HEX, Checkpoint, tensor_bytes
+from graftkit.packing.measure import Scan
+from graftkit.packing.pairs import Pair
+from graftkit.skillpack.container import payload_digest
+from graftkit.skillpack.manifest import TensorRecord
+from graftkit.skillpack.words import encode_exact
+
+WORST_CASE_ERROR = 0.0001234
+"""As many characters as any error takes with four significant digits."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A finished tensor. distortion: relative squared error in the metric of the bound."""
+
+    record: TensorRecord
+    payload: bytes
+    distortion: float
+
+
+def draft_record(pair: Pair, scan: Scan, codec: str, appended_bytes: int = 0) -> TensorRecord:
+    """The record without its results, with fields as long as they can get."""
+    grown = pair.resized and pair.tuned.shape[0] > pair.target.shape[0]
+    fields: dict[str, Any] = {
+        "name": pair.name,
+        "kind": pair.role.kind.value,
+        "dtype": pair.target.dtype,
+        "shape": pair.target.shape,
+        "blake3": scan.target_digest[:TENSOR_DIGEST_HEX],
+        "codec": codec,
+        "error": WORST_CASE_ERROR,
+        "appended_bytes": appended_bytes if grown else 0,
+        "base": pair.base,
+    }
+    if pair.tuned.dtype != pair.target.dtype:
+        fields["tuned_dtype"] = pair.tuned.dtype
+    if pair.resized:
+        fields["tuned_shape"] = pair.tuned.shape
+    if codec not in ("zero", "exact"):
+        fields["layout"] = pair.layout
+    if codec != "zero" or grown:
+        fields["payload_blake3"] = "0" * 16
+    return TensorRecord(**fields)
+
+
+def encode_appended(pair: Pair, tuned: Checkpoint) -> bytes:
+    """Rows of a grown vocabulary that the target lacks, lossless."""
+    if not pair.resized or pair.tuned.shape[0] <= pair.target.shape[0]:
+        return b""
+    rows = tuned.read(pair.tuned.name)[pair.target.shape[0] :]
+    return encode_exact(rows.contiguous(), torch.zeros_like(rows))
+
+
+def encode_lossless(
+    pair: Pair, scan: Scan, states: tuple[Tensor, Tensor], appended: bytes
+) -> Encoded:
+    """Lossless: `zero` where no bit differs, else `exact`."""
+    before, after = states
+    same = bytes(tensor_bytes(before)) == bytes(tensor_bytes(after))
+    body = b"" if same else encode_exact(after.contiguous(), before.contiguous())
+    return _finish(pair, scan, "zero" if same else "exact", body, appended, (0.0, 0.0))
+
+
+def encode_lossy(
+    pair: Pair,
+    scan: Scan,
+    states: tuple[Tensor, Tensor],
+    statistics: tuple[Tensor | None, Tensor | None],
+    precision: Precision,
+    appended: bytes,
+    weighted: bool,
+) -> Encoded:
+    """Encode with a delta codec.
+
+    Args:
+        states: common rows of target (in the tuned dtype) and tuned.
+        statistics: covariance (n, n) or None; bases (matrices, side, k) or None.
+        weighted: measure the bound's distortion under the covariance.
+    """
+    delta = states[1].float().sub_(states[0].float())
+    covariance, bases = statistics
+    if isinstance(precision, Zero) or not bool(delta.any()):
+        lost = (1.0, 1.0) if bool(delta.any()) else (0.0, 0.0)
+        return _finish(pair, scan, "zero", b"", appended, lost)
+    parts = [
+        encode_matrix(
+            part.contiguous(),
+            Statistics(covariance, None if bases is None else bases[i]),
+            precision,
+        )
+        for i, part in enumerate(matrices(delta, pair.layout))
+    ]
+    body = b"".join(parts)
+    decoded = decode_delta(precision.codec, memoryview(body), tuple(delta.shape), pair.layout)
+    decoded.sub_(delta)
+    error = float(decoded.norm() / delta.norm())
+    metric = covariance if weighted else None
+    distortion = _energy(decoded, pair, metric) / max(_energy(delta, pair, metric), 1e-30)
+    return _finish(pair, scan, precision.codec, body, appended, (error, distortion))
+
+
+def _finish(
+    pair: Pair, scan: Scan, codec: str, body: bytes, appended: bytes, lost: tuple[float, float]
+) -> Encoded:
+    payload = body + appended
+    update: dict[str, Any] = {"error": float(f"{lost[0]:.4g}")}
+    if payload:
+        update["payload_blake3"] = payload_digest(payload)
+    record = draft_record(pair, scan, codec, len(appended)).model_copy(update=update)
+    return Encoded(record, payload, lost[1])
+
+
+def _energy(delta: Tensor, pair: Pair, covariance: Tensor | None) -> float:
+    if covariance is None:
+        return float(delta.square().sum(dtype=torch.float64))
+    return sum(
+        float(((part @ covariance) * part).sum(dtype=torch.float64))
+        for part in matrices(delta, pair.layout)
+    )
+
+
+def raw_bytes(pair: Pair) -> int:
+    """Bytes of the common rows in the tuned dtype."""
+    return pair.target.numel * DTYPES[pair.tuned.dtype].itemsize

@@ -1,0 +1,135 @@
+"""A folder that holds finished steps, so that an interrupted pack goes on where it stopped."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from graftkit.errors import OutputError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class WorkFolder:
+    """Finished steps of one job, each a file; files appear whole or not at all."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def open(self, job: str) -> bool:
+        """Make the folder ready for `job`; what another job left there is thrown away.
+
+        Returns: True when finished steps of the same job are there. Raises: OutputError.
+        """
+        marker = self.path / "job"
+        with _writing(self.path):
+            if marker.is_file() and marker.read_text() == job:
+                return True
+            shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            marker.write_text(job)
+        return False
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one finished step. Raises: OutputError."""
+        partial = self.path / f"{name}.writing"
+        with _writing(self.path):
+            partial.write_bytes(content)
+            os.replace(partial, self.path / name)
+
+    def read(self, name: str) -> bytes | None:
+        """A finished step, or None."""
+        file = self.path / name
+        return file.read_bytes() if file.is_file() else None
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write one finished step as JSON."""
+        self.write(name, json.dumps(content).encode())
+
+    def read_json(self, name: str) -> Any:
+        """A finished step from JSON, or None."""
+        content = self.read(name)
+        return None if content is None else json.loads(content)
+
+    def write_array(self, name: str, array: np.ndarray) -> None:
+        """Write one finished array."""
+        partial = self.path / f"{name}.writing"
+        with _writing(self.path):
+            with partial.open("wb") as file:
+                np.save(file, array, allow_pickle=False)
+            os.replace(partial, self.path / name)
+
+    def read_array(self, name: str) -> np.ndarray | None:
+        """A finished array, or None."""
+        file = self.path / name
+        return np.load(file, allow_pickle=False) if file.is_file() else None
+
+
+class MemoryGate:
+    """Lets tensors of at most `capacity` weights in all be worked on at the same time."""
+
+    def __init__(self, capacity: int):
+        self._capacity = capacity
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def hold(self, weights: int) -> Iterator[None]:
+        """Wait until `weights` fit beside what is in work; one tensor always fits."""
+        share = min(weights, self._capacity)
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + share <= self._capacity)
+            self._used += share
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= share
+                self._changed.notify_all()
+
+
+def map_tensors(
+    work: Callable[[_Item], _Result],
+    items: Sequence[_Item],
+    workers: int,
+    step_done: Callable[[], None],
+) -> list[_Result]:
+    """Apply `work` to every item in threads, results in the order of the items.
+
+    Every thread computes with one core, so that results do not depend on the number of workers
+    (a matrix product cut into other pieces is rounded otherwise).
+    """
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    futures = [pool.submit(work, item) for item in items]
+    results = []
+    try:
+        for future in futures:
+            results.append(future.result())
+            step_done()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another place"
+        ) from error

@@ -1,0 +1,154 @@
+"""Which tensor of the tuned model belongs to which of the target, before a weight is read."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graftkit.compress.codecs import Layout, matrix_shape
+from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, TensorInfo
+from graftkit.errors import CheckpointMismatchError
+from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
+
+SMALLEST_LOSSY = 4096
+"""Matrices of fewer weights are stored exactly: side information would eat the saving."""
+
+_LOSSY_KINDS = (
+    ModuleKind.ATTENTION,
+    ModuleKind.MLP,
+    ModuleKind.EMBEDDING,
+    ModuleKind.HEAD,
+    ModuleKind.OTHER,
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One tensor of the result and where its two states lie.
+
+    name: tensor name in the result. role: its place in the model. target, tuned: where the two
+    states lie; `base` is None where the target has this tensor itself, else the name of the
+    target tensor it is compared with (a head that training untied from the embedding).
+    """
+
+    name: str
+    role: TensorRole
+    target: TensorInfo
+    tuned: TensorInfo
+    base: str | None = None
+
+    @property
+    def resized(self) -> bool:
+        """The vocabulary grew or shrank."""
+        return self.target.shape != self.tuned.shape
+
+    @property
+    def common_rows(self) -> int:
+        """Rows that both states have."""
+        return min(self.target.shape[0], self.tuned.shape[0])
+
+    @property
+    def layout(self) -> Layout:
+        """How the stored tensor becomes (out, in) matrices."""
+        stacked = len(self.target.shape) == 3 and self.role.kind is ModuleKind.MLP
+        if stacked:
+            return "stack_transposed" if self.role.transposed else "stack"
+        return "transposed" if self.role.transposed else "matrix"
+
+    @property
+    def common_shape(self) -> tuple[int, ...]:
+        """Stored shape of the part that both states have."""
+        return (self.common_rows, *self.target.shape[1:]) if self.resized else self.target.shape
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a lossy codec may be used."""
+        floats = self.target.dtype in FLOAT_DTYPES
+        if not floats or len(self.target.shape) < 2 or self.role.kind not in _LOSSY_KINDS:
+            return False
+        count, (rows, columns) = matrix_shape(self.common_shape, self.layout)
+        return count * rows * columns >= SMALLEST_LOSSY and min(rows, columns) >= 2
+
+    @property
+    def gathered(self) -> bool:
+        """Embedding or head: pruned rather than factored by the paper's recipe."""
+        return self.role.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD)
+
+    def read(self, target: Checkpoint, tuned: Checkpoint) -> tuple[Tensor, Tensor]:
+        """The common rows of both states; the target's cast to the tuned dtype."""
+        before = target.read(self.target.name).to(DTYPES[self.tuned.dtype])
+        after = tuned.read(self.tuned.name)
+        if self.resized:
+            return before[: self.common_rows], after[: self.common_rows]
+        return before, after
+
+
+def match_tensors(target: Checkpoint, tuned: Checkpoint) -> tuple[Pair, ...]:
+    """Pair every tensor, in the order of names.
+
+    Raises: CheckpointMismatchError naming the first thing in which the two models differ.
+    """
+    kinds = [checkpoint.config.get("model_type") for checkpoint in (target, tuned)]
+    if kinds[0] != kinds[1]:
+        raise CheckpointMismatchError(
+            f"{tuned.path}: a {kinds[1]} model, but the target {target.path} is {kinds[0]}; "
+            "a pack needs two states of one model"
+        )
+    roles = tensor_roles(target)
+    shared = tied_names(tuned)
+    pairs = []
+    for name, info in target.tensors.items():
+        other = tuned.tensors.get(name) or tuned.tensors.get(shared.get(name, ""))
+        if other is None:
+            raise CheckpointMismatchError(
+                f"{tuned.path}: lacks tensor {name}, which the target {target.path} has; "
+                "a pack needs two states of one model"
+            )
+        pairs.append(Pair(name, roles[name], info, other))
+    pairs += _added_pairs(target, tuned)
+    for pair in pairs:
+        _check_pair(pair, tuned)
+    return tuple(sorted(pairs, key=lambda pair: pair.name))
+
+
+def _added_pairs(target: Checkpoint, tuned: Checkpoint) -> list[Pair]:
+    """Tensors that only the tuned model has: a head that training untied from the embedding."""
+    added = [name for name in tuned.tensors if name not in target.tensors]
+    if not added:
+        return []
+    roles, owners = tensor_roles(tuned), tied_names(target)
+    pairs = []
+    for name in added:
+        owner = owners.get(name)
+        if owner is None or owner not in target.tensors:
+            raise CheckpointMismatchError(
+                f"{tuned.path}: has tensor {name}, which the target {target.path} lacks; "
+                "a pack needs two states of one model"
+            )
+        pairs.append(Pair(name, roles[name], target.tensors[owner], tuned.tensors[name], owner))
+    return pairs
+
+
+def _check_pair(pair: Pair, tuned: Checkpoint) -> None:
+    before, after = pair.target, pair.tuned
+    floats = [info.dtype in FLOAT_DTYPES for info in (before, after)]
+    if floats[0] != floats[1] or (not floats[0] and before.dtype != after.dtype):
+        raise CheckpointMismatchError(
+            f"{tuned.path}: {pair.name} is {after.dtype}, in the target it is {before.dtype}; "
+            f"expected one of {', '.join(FLOAT_DTYPES)} in both (dequantize the model first)"
+        )
+    # Only a vocabulary may change its size: a new extent anywhere else is another model.
+    vocabulary = pair.gathered or (len(before.shape) == 1 and pair.role.kind is ModuleKind.BIAS)
+    same_tail = before.shape[1:] == after.shape[1:] and len(before.shape) == len(after.shape)
+    if before.shape != after.shape and not (
+        vocabulary and same_tail and before.shape and _is_vocabulary(pair)
+    ):
+        raise CheckpointMismatchError(
+            f"{tuned.path}: {pair.name} is {list(after.shape)}, in the target it is "
+            f"{list(before.shape)}; a pack needs two states of one model"
+        )
+
+
+def _is_vocabulary(pair: Pair) -> bool:
+    """A vocabulary grows to at most twice its size, or by 65,536 tokens."""
+    before, after = pair.target.shape[0], pair.tuned.shape[0]
+    return after <= max(2 * before, before + 65_536)

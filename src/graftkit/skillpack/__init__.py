@@ -1,0 +1,228 @@
+"""SkillPack: what a tuned model learned beyond its target, as one file (docs/skillpack-format.md).
+
+A pack knows nothing of live models: it turns the target's tensors into the tuned model's.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import torch
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from graftkit.compress import lowrank
+from graftkit.compress.codecs import decode_delta, describe_payload, matrix_shape
+from graftkit.delta import DTYPES, Checkpoint, check_digest
+from graftkit.errors import CorruptPackError, GraftError, PackMismatchError
+from graftkit.skillpack.container import (
+    build_header,
+    file_entry,
+    read_container,
+    write_container,
+)
+from graftkit.skillpack.files import decode_file
+from graftkit.skillpack.manifest import FileRecord, Manifest, TensorRecord
+from graftkit.skillpack.words import decode_exact
+
+PACK_FILE_NAME = "skill.skillpack"
+"""Name of the pack in a Hub repository."""
+
+
+class SkillPack:
+    """A manifest and its payloads, in memory or mapped from a file."""
+
+    def __init__(self, manifest: Manifest, payloads: Mapping[str, memoryview]):
+        self.manifest = manifest
+        self._payloads = payloads
+        self._records = {record.name: record for record in manifest.tensors}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Open a file; everything is checked, nothing is decoded.
+
+        Raises: PackFormatError, UnsupportedVersionError, CorruptPackError.
+        """
+        manifest, payloads, _ = read_container(Path(path))
+        return cls(manifest, payloads)
+
+    @classmethod
+    def from_pretrained(cls, reference: str, filename: str = PACK_FILE_NAME) -> Self:
+        """Open a pack from a Hub repository (`user/repo` or `user/repo@revision`)."""
+        repository, _, revision = reference.partition("@")
+        try:
+            path = hf_hub_download(repository, filename, revision=revision or None)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise GraftError(
+                f"{reference}: the Hub gave no {filename} ({str(error).splitlines()[0]})"
+            ) from error
+        return cls.load(path)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file: to a temporary name first, then renamed. Raises: OutputError."""
+        write_container(Path(path), self.manifest, lambda name: self._payloads[name])
+
+    def push_to_hub(
+        self, repository: str, filename: str = PACK_FILE_NAME, private: bool = False
+    ) -> str:
+        """Upload to a Hub model repository, made if it is missing. Returns the commit's address."""
+        api = HfApi()
+        content = self._header() + b"".join(self._payloads[n] for n in self.manifest.payload_order)
+        try:
+            api.create_repo(repository, private=private, exist_ok=True)
+            commit = api.upload_file(
+                path_or_fileobj=content,
+                path_in_repo=filename,
+                repo_id=repository,
+                commit_message=f"Add {filename}",
+            )
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise GraftError(
+                f"{repository}: upload failed ({str(error).splitlines()[0]})"
+            ) from error
+        return str(commit.commit_url)
+
+    @property
+    def pack_bytes(self) -> int:
+        """Bytes of the file."""
+        return len(self._header()) + sum(map(len, self._payloads.values()))
+
+    def payload(self, name: str) -> memoryview:
+        """Raw payload of a tensor; empty where nothing is stored."""
+        return self._payloads.get(name, memoryview(b""))
+
+    def record(self, name: str) -> TensorRecord:
+        """The record of a tensor. Raises: PackMismatchError for an unknown name."""
+        if name not in self._records:
+            raise PackMismatchError(f"the pack knows no tensor {name}")
+        return self._records[name]
+
+    def describe(self, name: str) -> dict[str, object]:
+        """Rank, bits or entries kept of one tensor. Raises: CorruptPackError."""
+        record = self.record(name)
+        body, _ = self._parts(record)
+        with _naming(record):
+            return describe_payload(record.codec, body, self._common_shape(record), record.layout)
+
+    def decode(self, name: str, target: Tensor) -> Tensor:
+        """The tuned model's tensor as the pack knows it.
+
+        Args:
+            target: the target's tensor of that name (or of `record.base`), in the checkpoint's
+                layout and dtype; zeros of the record's shape where `base` is empty.
+        Returns: the tuned tensor in the tuned dtype and shape.
+        Raises: CorruptPackError, PackMismatchError for another shape.
+        """
+        record = self.record(name)
+        weight = self._weight(record, target)
+        with _naming(record):
+            common = self._decode_common(record, weight)
+            if not record.appended_bytes:
+                return common
+            extra = record.result_shape[0] - record.shape[0]
+            zeros = torch.zeros((extra, *record.shape[1:]), dtype=weight.dtype)
+            return torch.cat([common, decode_exact(self._parts(record)[1], zeros)])
+
+    def delta(self, name: str, target: Tensor) -> Tensor:
+        """Tuned minus target in float32, in the tuned shape; appended rows count in full."""
+        record = self.record(name)
+        weight = self._weight(record, target)
+        if record.codec not in ("exact", "zero") and not record.appended_bytes:
+            with _naming(record):
+                body, _ = self._parts(record)
+                return decode_delta(record.codec, body, tuple(weight.shape), record.layout)
+        tuned = self.decode(name, target).float()
+        if not record.appended_bytes:
+            return tuned.sub_(weight)
+        tuned[: weight.shape[0]] -= weight
+        return tuned
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """left (out, r) and right (r, in), δ = left @ right in (out, in) orientation, float32.
+
+        None where the tensor is not one low-rank matrix.
+        """
+        record = self.record(name)
+        if record.codec != "lowrank" or record.layout.startswith("stack") or record.appended_bytes:
+            return None
+        _, shape = matrix_shape(self._common_shape(record), record.layout)
+        with _naming(record):
+            factors = lowrank.decode(self._parts(record)[0], shape)
+        return factors.left, factors.right
+
+    def side_files(self, target: Checkpoint) -> dict[str, bytes]:
+        """Contents of the side files that the tuned model changed, by name."""
+        return {
+            record.name: self._side_file(record, target.side_file(record.name))
+            for record in self.manifest.files
+        }
+
+    def check_target(
+        self, read: Callable[[str], Tensor], names: set[str], where: str, digests: bool = True
+    ) -> None:
+        """Refuse everything but the pack's own target; nothing is changed.
+
+        Args:
+            read: gives a tensor of the candidate by name. names: all its tensor names.
+            where: how messages call the candidate. digests: also compare the values.
+        Raises: PackMismatchError naming the first tensor, in the order of names, that differs.
+        """
+        own = {record.name: record for record in self.manifest.tensors if record.base is None}
+        for name in sorted(own.keys() | names):
+            if name not in names or name not in own:
+                lacks = where if name not in names else "the pack's target"
+                raise PackMismatchError(
+                    f"{where}: {lacks} lacks tensor {name}; the pack was made for "
+                    f"{self.manifest.target.name}"
+                )
+            if digests:
+                record = own[name]
+                expected = (record.dtype, record.shape, record.blake3)
+                check_digest(name, read(name), expected, where)
+
+    def _decode_common(self, record: TensorRecord, weight: Tensor) -> Tensor:
+        body, _ = self._parts(record)
+        if record.codec == "exact":
+            return decode_exact(body, weight)
+        if record.codec == "zero":
+            return weight.clone()
+        delta = decode_delta(record.codec, body, tuple(weight.shape), record.layout)
+        return delta.add_(weight).to(weight.dtype)
+
+    def _side_file(self, record: FileRecord, old: bytes | None) -> bytes:
+        payload = self._payloads.get(file_entry(record.name), memoryview(b""))
+        return decode_file(record, payload, old)
+
+    def _header(self) -> bytes:
+        return build_header(self.manifest, {n: len(p) for n, p in self._payloads.items()})
+
+    def _parts(self, record: TensorRecord) -> tuple[memoryview, memoryview]:
+        payload = self.payload(record.name)
+        cut = len(payload) - record.appended_bytes
+        return payload[:cut], payload[cut:]
+
+    def _common_shape(self, record: TensorRecord) -> tuple[int, ...]:
+        if record.tuned_shape is None:
+            return record.shape
+        return (min(record.shape[0], record.tuned_shape[0]), *record.shape[1:])
+
+    def _weight(self, record: TensorRecord, target: Tensor) -> Tensor:
+        """W of the format's section 3: cast to the tuned dtype, cut to the common rows."""
+        if tuple(target.shape) != record.shape:
+            raise PackMismatchError(
+                f"{record.name}: the pack holds {list(record.shape)}, the target has "
+                f"{list(target.shape)}; use the target that the pack names"
+            )
+        weight = target.detach().to(DTYPES[record.result_dtype])
+        return weight if record.tuned_shape is None else weight[: self._common_shape(record)[0]]
+
+
+@contextmanager
+def _naming(record: TensorRecord) -> Iterator[None]:
+    """Put the tensor's name in front of what its payload is accused of."""
+    try:
+        yield
+    except CorruptPackError as error:
+        raise CorruptPackError(f"tensor {record.name}: {error}", error.fault) from error

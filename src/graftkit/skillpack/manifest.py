@@ -1,0 +1,336 @@
+"""The manifest of a pack: frozen settings with a JSON schema (docs/skillpack-format.md, 2)."""
+
+import json
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from graftkit.compress.codecs import Layout
+from graftkit.delta import DTYPES, FLOAT_DTYPES, SIDE_FILES, TENSOR_DIGEST_HEX
+from graftkit.errors import CorruptPackError, PackFault
+
+FORMAT_VERSION: Literal[1] = 1
+PAYLOAD_DIGEST_HEX = 16
+FILE_PREFIX = "file:"
+CODECS = ("zero", "exact", "sparse", "lowrank", "dense")
+
+_MAX_NUMEL = 2**40
+_MAX_EXTRA_ROWS = 65_536
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+TensorDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{TENSOR_DIGEST_HEX}}}$")]
+PayloadDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{PAYLOAD_DIGEST_HEX}}}$")]
+Extent = Annotated[int, Field(ge=0, le=_MAX_NUMEL)]
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Kind = Literal["attention", "mlp", "embedding", "head", "norm", "bias", "router", "other"]
+Codec = Literal["zero", "exact", "sparse", "lowrank", "dense"]
+
+
+class Part(BaseModel):
+    """Base of all parts of the manifest: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class TargetInfo(Part):
+    """The target a pack was made for."""
+
+    name: str
+    """Directory name or Hub id."""
+    revision: str | None = None
+    """Hub commit, where known."""
+    config_blake3: Digest
+    """Digest of config.json."""
+    fingerprint: Digest
+    """One digest over all tensors (delta.fingerprint)."""
+    bytes: Count
+    """Bytes of all weights: the 100 % of a budget."""
+    parameters: Count
+    """Number of all weights."""
+
+
+class TunedInfo(Part):
+    """The tuned model the pack was made from."""
+
+    name: str
+    """Directory name or Hub id."""
+    revision: str | None = None
+    """Hub commit, where known."""
+
+
+class CalibrationInfo(Part):
+    """The rows on which activations were measured."""
+
+    source: str
+    """File name."""
+    blake3: Digest
+    """Digest of the file."""
+    rows: Count
+    """Rows used."""
+    tokens: Count
+    """Tokens used."""
+    seed: Count
+    """Seed that chose the rows."""
+
+
+class Omission(Part):
+    """A change that was left out on purpose."""
+
+    name: str
+    """Tensor or file."""
+    reason: str
+    """Why."""
+
+
+class FileRecord(Part):
+    """A side file that the tuned model changed."""
+
+    name: str
+    """One of delta.SIDE_FILES."""
+    bytes: Count
+    """Length of the file."""
+    blake3: Digest
+    """Digest of the file."""
+    prefix: Count = 0
+    """Leading bytes shared with the target's file."""
+    suffix: Count = 0
+    """Trailing bytes shared with the target's file."""
+    target_blake3: Digest | None = None
+    """Digest of the target's file where bytes are shared."""
+
+
+class TensorRecord(Part):
+    """One tensor: what the target must hold, and how the tuned one is rebuilt."""
+
+    name: str
+    """Tensor name in the checkpoint."""
+    kind: Kind
+    """Module kind."""
+    dtype: str
+    """safetensors dtype of the target's tensor."""
+    shape: tuple[Extent, ...]
+    """Shape of the target's tensor."""
+    blake3: TensorDigest
+    """First digits of the digest of the target's tensor."""
+    codec: Codec
+    """How the delta is written."""
+    layout: Layout = "matrix"
+    """How the stored tensor becomes (out, in) matrices."""
+    payload_blake3: PayloadDigest | None = None
+    """First digits of the digest of the payload."""
+    error: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Relative Frobenius error of the delta."""
+    tuned_dtype: str | None = None
+    """dtype of the tuned tensor where it is another."""
+    tuned_shape: tuple[Extent, ...] | None = None
+    """Shape of the tuned tensor where the vocabulary was resized."""
+    appended_bytes: Count = 0
+    """Trailing payload bytes that hold rows the target lacks."""
+    base: str | None = None
+    """Target tensor that an added tensor is coded against; empty text for zeros."""
+
+    @property
+    def target_name(self) -> str | None:
+        """The target tensor that this record needs, None where it is coded against zeros."""
+        return self.name if self.base is None else self.base or None
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        """Shape of the tuned tensor."""
+        return self.shape if self.tuned_shape is None else self.tuned_shape
+
+    @property
+    def result_dtype(self) -> str:
+        """dtype of the tuned tensor."""
+        return self.tuned_dtype or self.dtype
+
+    @property
+    def numel(self) -> int:
+        """Weights of the tuned tensor."""
+        return math.prod(self.result_shape)
+
+
+class Manifest(Part):
+    """Everything a pack says about itself."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of the format."""
+    generator: str
+    """Name and version of the writer."""
+    target: TargetInfo
+    """The target the pack was made for."""
+    tuned: TunedInfo
+    """The model it was made from."""
+    recipe: str
+    """Recipe asked."""
+    budget: str | None = None
+    """Budget asked, as text."""
+    budget_bytes: Count | None = None
+    """Budget in bytes of the file."""
+    calibration: CalibrationInfo | None = None
+    """Rows on which activations were measured; absent for a data-free pack."""
+    bound_bits_per_parameter: Finite | None = None
+    """Reverse water-filling rate at the distortion reached."""
+    omitted: tuple[Omission, ...] = ()
+    """What was left out and why."""
+    licence: str | None = None
+    """Licence of the pack."""
+    provenance: dict[str, str] = {}
+    """Sources, data and settings behind the tuned model."""
+    evaluation: dict[str, Finite] = {}
+    """Results of evaluations by name."""
+    files: tuple[FileRecord, ...] = ()
+    """Side files that the tuned model changed."""
+    tensors: tuple[TensorRecord, ...]
+    """One record per tensor, in the order of their names."""
+
+    def to_json(self) -> str:
+        """Compact JSON without defaults; the same manifest gives the same text."""
+        return json.dumps(
+            self.model_dump(mode="json", exclude_defaults=True)
+            | {"format_version": self.format_version},
+            separators=(",", ":"),
+            sort_keys=True,
+            ensure_ascii=False,
+        )
+
+    @property
+    def payload_order(self) -> tuple[str, ...]:
+        """Names of the payload entries, in the order of the file."""
+        tensors = [record.name for record in self.tensors if record.payload_blake3 is not None]
+        files = [
+            FILE_PREFIX + record.name
+            for record in self.files
+            if record.prefix + record.suffix < record.bytes
+        ]
+        return (*tensors, *files)
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Manifest from JSON text. Raises: CorruptPackError with the fault of the rule broken."""
+    raw = load_json(text)
+    _check_codecs(raw)
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CorruptPackError(
+            f"manifest: {place}: {first['msg']}", PackFault.INVALID_MANIFEST
+        ) from error
+    _check_names(manifest)
+    _check_shapes(manifest)
+    for record in manifest.tensors:
+        _check_record(record)
+    return manifest
+
+
+def load_json(text: str) -> Any:
+    """JSON without duplicate keys or NaN. Raises: CorruptPackError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise CorruptPackError(f"key {twice!r} stands twice", PackFault.DUPLICATE_KEY)
+        return dict(pairs)
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CorruptPackError(f"not valid JSON: {error}", PackFault.INVALID_HEADER) from error
+
+
+def _check_codecs(raw: Any) -> None:
+    records = raw.get("tensors") if isinstance(raw, dict) else None
+    for record in records if isinstance(records, list) else []:
+        codec = record.get("codec") if isinstance(record, dict) else None
+        if isinstance(codec, str) and codec not in CODECS:
+            raise CorruptPackError(
+                f"tensor {record.get('name')!r} uses codec {codec!r}; known are "
+                f"{', '.join(CODECS)}",
+                PackFault.UNKNOWN_CODEC,
+            )
+
+
+def _check_names(manifest: Manifest) -> None:
+    names = [record.name for record in manifest.tensors]
+    if names != sorted(set(names)):
+        raise CorruptPackError(
+            "tensor names are not unique and in order", PackFault.INVALID_MANIFEST
+        )
+    bad = [name for name in names if name.startswith(FILE_PREFIX) or not name]
+    bad += [record.name for record in manifest.files if record.name not in SIDE_FILES]
+    if bad:
+        raise CorruptPackError(f"name {bad[0]!r} is not allowed", PackFault.INVALID_NAME)
+    files = [record.name for record in manifest.files]
+    if len(set(files)) != len(files):
+        raise CorruptPackError("a side file stands twice", PackFault.INVALID_MANIFEST)
+    for record in manifest.files:
+        shared = record.prefix + record.suffix
+        if shared > record.bytes or (shared > 0) != (record.target_blake3 is not None):
+            raise CorruptPackError(
+                f"side file {record.name}: prefix and suffix do not fit",
+                PackFault.INVALID_MANIFEST,
+            )
+
+
+def _check_shapes(manifest: Manifest) -> None:
+    own = 0
+    for record in manifest.tensors:
+        sizes = (math.prod(record.shape), record.numel)
+        if max(sizes) > _MAX_NUMEL:
+            raise CorruptPackError(
+                f"{record.name}: shape {list(record.shape)} is too large",
+                PackFault.SHAPE_TOO_LARGE,
+            )
+        if record.base is None:
+            own += sizes[0]
+    if own != manifest.target.parameters:
+        raise CorruptPackError(
+            f"shapes add up to {own} weights, the target has {manifest.target.parameters}",
+            PackFault.SHAPE_TOO_LARGE,
+        )
+    for record in manifest.tensors:
+        first, after = record.shape[:1], (record.tuned_shape or record.shape)[:1]
+        if after > first and after[0] > max(2 * first[0], first[0] + _MAX_EXTRA_ROWS):
+            raise CorruptPackError(
+                f"{record.name}: vocabulary grows from {first[0]} to {after[0]}",
+                PackFault.SHAPE_TOO_LARGE,
+            )
+        if record.base == "" and record.numel > max(own, 1):
+            raise CorruptPackError(
+                f"{record.name}: larger than the whole target", PackFault.SHAPE_TOO_LARGE
+            )
+
+
+def _check_record(record: TensorRecord) -> None:
+    problem = None
+    floats = record.codec == "zero" or record.dtype in FLOAT_DTYPES
+    resized = record.tuned_shape
+    grown = resized is not None and resized[:1] > record.shape[:1]
+    if record.dtype not in DTYPES or not floats:
+        problem = f"dtype {record.dtype} cannot be used with codec {record.codec}"
+    elif record.tuned_dtype is not None and record.tuned_dtype not in FLOAT_DTYPES:
+        problem = f"tuned_dtype {record.tuned_dtype} is not a float dtype"
+    elif resized is not None and (not record.shape or resized[1:] != record.shape[1:]):
+        problem = f"shape {list(record.shape)} cannot be resized to {list(resized)}"
+    elif grown != (record.appended_bytes > 0):
+        problem = "appended_bytes and tuned_shape do not fit"
+    elif (record.codec != "zero" or grown) != (record.payload_blake3 is not None):
+        problem = f"codec {record.codec} and payload_blake3 do not fit"
+    elif record.layout.startswith("stack") and (len(record.shape) != 3 or record.shape[0] == 0):
+        problem = f"layout {record.layout} needs three extents, found {list(record.shape)}"
+    elif record.codec in ("sparse", "lowrank", "dense") and (
+        len(record.shape) < 2 or 0 in record.shape
+    ):
+        problem = f"codec {record.codec} needs a matrix, found {list(record.shape)}"
+    elif record.layout == "transposed" and len(record.shape) != 2:
+        problem = f"layout transposed needs two extents, found {list(record.shape)}"
+    if problem:
+        raise CorruptPackError(f"{record.name}: {problem}", PackFault.INVALID_MANIFEST)
