@@ -1,0 +1,138 @@
+"""One pack written into the model's own parameters, with the original bytes kept aside."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from graftkit.attach.check import Change, LiveTarget, find_changes
+from graftkit.delta import DTYPE_NAMES
+from graftkit.errors import AttachError
+from graftkit.skillpack import SkillPack
+
+# Attributes in which a module or config repeats its weight's first extent.
+_ROW_COUNTS = ("num_embeddings", "out_features", "vocab_size")
+
+
+class MergedWeights:
+    """The tuned tensors in place of the target's; `undo` puts every original byte back."""
+
+    def __init__(self, target: LiveTarget, pack: SkillPack):
+        self._target = target
+        self._pack = pack
+        self._undo: list[Callable[[], None]] = []
+
+    def apply(self) -> None:
+        """Write all changed tensors. Raises: AttachError; call `undo` then."""
+        changes = find_changes(self._target, self._pack)
+        split = _split_from_owner(changes)
+        with torch.no_grad():
+            # A tensor that leaves a tied parameter is decoded while its target is still there.
+            together = []
+            for change, owner in split:
+                if self._untie(change, owner):
+                    continue
+                together.append((change, owner))
+            joined: dict[str, tuple[str, ...]] = {}
+            for change, owner in together:
+                joined[owner.record.name] = joined.get(owner.record.name, ()) + change.slots
+            apart = {id(change) for change, _ in split}
+            for change in changes:
+                if change.changed and id(change) not in apart:
+                    slots = change.slots + joined.get(change.record.name, ())
+                    self._write(change, slots, self._decode(change))
+
+    def undo(self) -> None:
+        """Restore everything, last change first; a second call does nothing."""
+        with torch.no_grad():
+            while self._undo:
+                self._undo.pop()()
+
+    def _decode(self, change: Change) -> Tensor:
+        tuned = self._pack.decode(change.record.name, self._target.source(change))
+        live = self._target.live(change.view)
+        if torch.promote_types(tuned.dtype, live.dtype) != live.dtype:
+            raise AttachError(
+                f"{change.record.name} is {DTYPE_NAMES[tuned.dtype]} in the tuned model, which "
+                f"{live.dtype} would round; load the target with dtype={tuned.dtype}"
+            )
+        return tuned
+
+    def _write(self, change: Change, slots: tuple[str, ...], tuned: Tensor) -> None:
+        place = self._target.live(change.view)
+        if tuned.shape != place.shape:
+            self._replace(change, slots, tuned)
+            return
+        original = place.clone()
+        self._undo.append(lambda: _copy(place, original))
+        place.copy_(tuned)
+
+    def _untie(self, change: Change, owner: Change) -> bool:
+        """Give the slots of `change` a parameter of their own, unless it equals its owner's."""
+        tuned, shared = self._decode(change), self._decode(owner)
+        if tuned.shape == shared.shape and torch.equal(tuned, shared):
+            return False
+        self._replace(change, change.slots, tuned)
+        config = self._target.model.config
+        if getattr(config, "tie_word_embeddings", False):
+            self._set(config, "tie_word_embeddings", False)
+        return True
+
+    def _replace(self, change: Change, slots: tuple[str, ...], tuned: Tensor) -> None:
+        """A new Parameter for `slots`; row counts of their modules and the config follow it."""
+        live = self._target.state[change.view.parameter]
+        if not change.view.whole:
+            raise AttachError(
+                f"{change.record.name} is {list(tuned.shape)} in the tuned model, but only a part "
+                f"of {change.view.parameter} here; merge it into a checkpoint instead"
+            )
+        value = tuned.to(live.device, live.dtype)
+        replacement: Tensor = value
+        if isinstance(live, nn.Parameter):
+            replacement = nn.Parameter(value, requires_grad=live.requires_grad)
+        rows = (live.shape[0], tuned.shape[0])
+        for slot in slots:
+            module, attribute = self._target.slot(slot)
+            self._set(module, attribute, replacement)
+            self._resize(module, *rows)
+        if rows[0] != rows[1]:
+            self._resize_config(self._target.model, slots, *rows)
+
+    def _resize(self, module: nn.Module, before: int, after: int) -> None:
+        for attribute in _ROW_COUNTS if before != after else ():
+            if getattr(module, attribute, None) == before:
+                self._set(module, attribute, after)
+
+    def _resize_config(
+        self, model: PreTrainedModel, slots: tuple[str, ...], before: int, after: int
+    ) -> None:
+        embedding = model.get_input_embeddings()
+        if embedding not in [self._target.slot(slot)[0] for slot in slots]:
+            return
+        for owner in (model, model.base_model, model.config, model.config.get_text_config()):
+            if getattr(owner, "vocab_size", None) == before:
+                self._set(owner, "vocab_size", after)
+
+    def _set(self, owner: object, attribute: str, value: object) -> None:
+        original = getattr(owner, attribute)
+        self._undo.append(lambda: setattr(owner, attribute, original))
+        setattr(owner, attribute, value)
+
+
+def _split_from_owner(changes: list[Change]) -> list[tuple[Change, Change]]:
+    """Records that share a live parameter with the record of its first owner, and that record."""
+    owners = {
+        change.view.owners[0]: change
+        for change in changes
+        if len(change.view.owners) > 1 and change.view.owners[0] in change.slots
+    }
+    return [
+        (change, owners[change.view.owners[0]])
+        for change in changes
+        if change.view.owners[0] in owners and change is not owners[change.view.owners[0]]
+    ]
+
+
+def _copy(place: Tensor, original: Tensor) -> None:
+    place.copy_(original)

@@ -1,0 +1,177 @@
+"""Packs beside the model: forward hooks add each pack's part for the rows that use it.
+
+The target's bytes are never touched. What a hook can add to a module's output is added; any other
+module runs again, with the tuned parameter in place, on the rows that use the pack.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from graftkit.attach.check import Change, LiveTarget, find_changes
+from graftkit.attach.modules import EmbeddingPath, LinearPath, ModulePath, RerunPath, TunedPart
+from graftkit.attach.routing import Routing, first_tensor
+from graftkit.attach.updates import Update, make_update
+from graftkit.errors import AttachError
+from graftkit.skillpack import SkillPack
+
+_EXPERT_BLOCK = re.compile(r"Mo[eE]|MOE|Sparse|Experts")
+_ATTENTION = re.compile(r"Attention|Attn")
+
+# Arguments of a model whose dimension 0 is the batch, asked first: positions may have one row only.
+_BATCHES = ("input_ids", "inputs_embeds", "attention_mask")
+
+
+class SidePaths:
+    """The hooks of several packs on one model; `undo` removes them."""
+
+    def __init__(self, target: LiveTarget, packs: Sequence[SkillPack], routing: Routing):
+        self._target = target
+        self._packs = packs
+        self._routing = routing
+        self._paths: dict[str, ModulePath] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def apply(self) -> None:
+        """Decode every changed tensor and hook its modules. Raises: AttachError."""
+        with torch.no_grad():
+            for index, pack in enumerate(self._packs):
+                for change in find_changes(self._target, pack):
+                    if change.changed:
+                        self._add(index, pack, change)
+        for path in self._paths.values():
+            self._handles += path.hook()
+        for module in {self._target.model, self._target.model.base_model}:
+            self._handles.append(
+                module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
+            )
+
+    def undo(self) -> None:
+        """Remove all hooks; a second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
+        self._paths.clear()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = [kwargs.get(name) for name in _BATCHES]
+        batch = first_tensor([args, named, kwargs])
+        if batch is not None:
+            self._routing.begin(batch.shape[0])
+
+    def _add(self, index: int, pack: SkillPack, change: Change) -> None:
+        record = change.record
+        if record.tuned_shape is not None:
+            raise AttachError(
+                f"{record.name} has {record.tuned_shape[0]} rows in the tuned model and "
+                f'{record.shape[0]} in the target; attach with mode="merged"'
+            )
+        for slot in change.slots:
+            name, _, attribute = slot.rpartition(".")
+            path = self._path(name)
+            if isinstance(path, RerunPath):
+                path.add(index, attribute, self._tuned_part(pack, change))
+            elif attribute == "weight":
+                assert isinstance(path, (LinearPath, EmbeddingPath))
+                path.weights[index] = self._update(pack, change, slot, path.weights.get(index))
+            else:
+                assert isinstance(path, LinearPath)
+                path.biases[index] = self._moved(pack, change, slot).to(self._live(slot))
+
+    def _path(self, name: str) -> ModulePath:
+        if name not in self._paths:
+            module = self._target.model.get_submodule(name)
+            ancestors = _ancestors(self._target.model, name)
+            _refuse_unreachable(name, module, ancestors)
+            kind: Callable[..., ModulePath] = RerunPath
+            if isinstance(module, (nn.Linear, Conv1D)) and _is_plain(module):
+                kind = LinearPath
+            elif isinstance(module, nn.Embedding) and _is_plain(module) and not module.max_norm:
+                kind = EmbeddingPath
+            self._paths[name] = kind(name, module, self._routing, _sees_rows(module, ancestors))
+        return self._paths[name]
+
+    def _update(self, pack: SkillPack, change: Change, slot: str, before: Update | None) -> Update:
+        """The delta of a slot's whole weight; `before` holds other parts of the same weight."""
+        live = self._live(slot)
+        whole = change.view.whole
+        factors = pack.factors(change.record.name) if whole and self._codes(change, slot) else None
+        if factors is not None:
+            return make_update(factors, None, live)
+        moved = self._moved(pack, change, slot)
+        if not whole:
+            part, moved = moved, torch.zeros(live.shape)
+            change.view.tensor(moved).copy_(part)
+        is_conv = isinstance(self._target.slot(slot)[0], Conv1D)
+        matrix = moved.T if is_conv else moved
+        return make_update(None, matrix if before is None else matrix + before.dense().cpu(), live)
+
+    def _tuned_part(self, pack: SkillPack, change: Change) -> TunedPart:
+        record, live = change.record, self._target.live(change.view)
+        factors = pack.factors(record.name)
+        if factors is not None:
+            update = make_update(factors, None, live)
+            if update.nbytes < live.nbytes:
+                return TunedPart(change.view, update, record.layout.endswith("transposed"))
+        tuned = pack.decode(record.name, self._target.source(change))
+        return TunedPart(change.view, tuned.to(live.device, live.dtype), False)
+
+    def _moved(self, pack: SkillPack, change: Change, slot: str) -> Tensor:
+        """Tuned minus what the slot holds, float32, in the slot's layout, on the CPU."""
+        source = self._target.source(change)
+        if self._codes(change, slot):
+            return pack.delta(change.record.name, source)
+        held = change.view.tensor(self._live(slot)).cpu().float()
+        return pack.decode(change.record.name, source).float() - held
+
+    def _codes(self, change: Change, slot: str) -> bool:
+        """Whether the record is coded against the very parameter that the slot holds."""
+        return change.source is not None and slot in change.source.owners
+
+    def _live(self, slot: str) -> Tensor:
+        return self._target.state[slot]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """The forward pass of the class is the one of Linear, Conv1D or Embedding."""
+    plain = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
+    return type(module).forward in plain
+
+
+def _sees_rows(module: nn.Module, ancestors: list[nn.Module]) -> bool:
+    """Whether dimension 0 of the module's input is the batch.
+
+    An expert in a list of experts sees the tokens sent to it, and an embedding inside attention
+    looks up distances between positions.
+    """
+    for above, below in zip(ancestors[1:], ancestors, strict=False):
+        owner = f"{type(above).__name__} {type(below).__name__}"
+        is_layers = isinstance(above, PreTrainedModel)
+        if isinstance(below, nn.ModuleList) and not is_layers and _EXPERT_BLOCK.search(owner):
+            return False
+    in_attention = any(_ATTENTION.search(type(module).__name__) for module in ancestors)
+    return not (isinstance(module, nn.Embedding) and in_attention)
+
+
+def _refuse_unreachable(name: str, module: nn.Module, ancestors: list[nn.Module]) -> None:
+    """Modules whose weights are read by another one, so that no hook on them would ever run."""
+    inside = [type(module).__name__ for module in ancestors]
+    if isinstance(module, nn.Conv1d) or any("MultiheadAttention" in owner for owner in inside):
+        raise AttachError(
+            f"{name} ({type(module).__name__}) may be read without being called, so a side path "
+            'would not be seen; attach with mode="merged"'
+        )
+
+
+def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
+    """Modules above `path`, nearest first; the last one is the model."""
+    found = []
+    while path:
+        path = path.rpartition(".")[0]
+        found.append(model.get_submodule(path))
+    return found

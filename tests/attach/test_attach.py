@@ -1,0 +1,218 @@
+import hashlib
+
+import pytest
+import torch
+from attach.packs import empty_pack, exact_pack, low_rank_pack
+from tiny_models import ARCHITECTURES, CAUSAL, inputs, make_pair
+
+from graftkit.attach import attach, attached, detach
+from graftkit.delta import tensor_bytes
+from graftkit.errors import AttachError, PackMismatchError
+from graftkit.models import load_model
+
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+
+
+def bytes_of(model):
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor_bytes(value))
+    return digest.hexdigest()
+
+
+def logits(model, **batch):
+    with torch.no_grad():
+        return model(**(batch or inputs())).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_merged_exact_pack_is_the_tuned_model(tmp_path, architecture, dtype):
+    target, tuned = make_pair(tmp_path, architecture, dtype)
+    model, pack = load_model(target), exact_pack(target, tuned)
+    before, plain = bytes_of(model), logits(model)
+    with attached(model, pack):
+        assert bytes_of(model) == bytes_of(load_model(tuned))
+        assert torch.equal(logits(model), logits(load_model(tuned)))
+        assert not torch.equal(logits(model), plain)
+    assert bytes_of(model) == before
+    assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("make", [exact_pack, low_rank_pack])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_pack_beside_the_model_gives_what_it_gives_merged(tmp_path, architecture, make):
+    target, tuned = make_pair(tmp_path, architecture, torch.float32)
+    model = load_model(target)
+    pack = make(target, tuned) if make is exact_pack else make(target)
+    with attached(model, pack):
+        expected = logits(model)
+    before, plain = bytes_of(model), logits(model)
+    with attached(model, pack, mode="side"):
+        assert bytes_of(model) == before
+        found = logits(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - plain).abs().max() > 100 * (found - expected).abs().max()
+    assert torch.equal(logits(model), plain)
+    assert bytes_of(model) == before
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_of_one_batch_use_packs_of_their_own(tmp_path, architecture):
+    target, tuned = make_pair(tmp_path, architecture, torch.float32)
+    model = load_model(target)
+    packs = [low_rank_pack(target, seed=1), exact_pack(target, tuned)]
+    plain, expected = logits(model), []
+    for pack in packs:
+        with attached(model, pack):
+            expected.append(logits(model))
+    with attached(model, packs, mode="side") as attachment:
+        for rows in ([0, None, 1, 0], [1, 1, None, None], [None] * 4, [1] * 4):
+            attachment.route(rows)
+            found = logits(model)
+            for row, pack in enumerate(rows):
+                wanted = plain if pack is None else expected[pack]
+                torch.testing.assert_close(found[row], wanted[row], rtol=1e-4, atol=1e-5)
+            untouched = [row for row, pack in enumerate(rows) if pack is None]
+            # Experts multiply the tokens of all rows together, so there the last bit may differ.
+            if architecture not in EXPERTS:
+                assert torch.equal(found[untouched], plain[untouched])
+
+
+@pytest.mark.parametrize("mode", ["merged", "side"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_exception_inside_leaves_every_byte_as_before(tmp_path, architecture, mode):
+    target, tuned = make_pair(tmp_path, architecture)
+    model = load_model(target)
+    before, plain = bytes_of(model), logits(model)
+    with pytest.raises(IndexError), attached(model, exact_pack(target, tuned), mode=mode):
+        model(input_ids=torch.tensor([[10**6]]))
+    assert bytes_of(model) == before
+    assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_generation_in_a_mixed_batch_says_what_each_pack_says_alone(tmp_path, architecture):
+    target, tuned = make_pair(tmp_path, architecture, torch.float32, scale=0.1)
+    model = load_model(target)
+    packs = [exact_pack(target, tuned), low_rank_pack(target, seed=2, scale=0.3)]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    batch = inputs(rows=3)
+    wanted = [model.generate(**batch, **options)[0]]
+    for row, pack in enumerate(packs, start=1):
+        with attached(model, pack):
+            wanted.append(model.generate(**batch, **options)[row])
+    with attached(model, packs, mode="side") as attachment:
+        attachment.route([None, 0, 1])
+        found = model.generate(**batch, **options)
+        assert torch.equal(found, torch.stack(wanted))
+        beams = model.generate(**batch, **options, num_beams=2)
+        assert beams.shape == found.shape
+
+
+@pytest.mark.parametrize("mode", ["merged", "side"])
+def test_another_target_is_refused_by_the_first_tensor_that_differs(tmp_path, mode):
+    target, tuned = make_pair(tmp_path, "llama")
+    pack, other = exact_pack(target, tuned), load_model(tuned)
+    before = bytes_of(other)
+    with pytest.raises(PackMismatchError, match=r"lm_head\.weight"):
+        attach(other, pack, mode)
+    assert bytes_of(other) == before
+    with pytest.raises(AttachError, match="nothing is attached"):
+        detach(other)
+
+
+def test_one_changed_bit_is_refused_by_name(tmp_path):
+    target, tuned = make_pair(tmp_path, "mixtral")
+    model = load_model(target)
+    words = model.model.layers[1].mlp.experts.down_proj.data.view(torch.int16)
+    words[2, 0, 0] ^= 1
+    with pytest.raises(PackMismatchError, match=r"layers\.1\.\S*experts\.2\.w2\.weight"):
+        attach(model, exact_pack(target, tuned))
+
+
+def test_a_model_of_another_class_is_refused_by_a_tensor_it_lacks(tmp_path):
+    target, tuned = make_pair(tmp_path, "llama")
+    model = load_model(target)
+    with pytest.raises(PackMismatchError, match=r"lacks tensor lm_head\.weight"):
+        attach(model.model, exact_pack(target, tuned))
+
+
+@pytest.mark.parametrize("mode", ["merged", "side"])
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2", "mixtral"])
+def test_a_pack_without_changes_changes_nothing(tmp_path, architecture, mode):
+    target, _ = make_pair(tmp_path, architecture)
+    model = load_model(target)
+    plain = logits(model)
+    with attached(model, empty_pack(target), mode=mode):
+        assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("mode", ["merged", "side"])
+def test_a_target_loaded_in_a_wider_dtype_is_the_same_target(tmp_path, mode):
+    target, tuned = make_pair(tmp_path, "qwen2")
+    model, pack = load_model(target, torch.float32), exact_pack(target, tuned)
+    expected = logits(load_model(tuned, torch.float32))
+    with attached(model, pack, mode):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.model.norm.weight.data[0] += 1e-6
+    with pytest.raises(PackMismatchError, match=r"model\.norm\.weight has values that BF16"):
+        attach(model, pack, mode)
+
+
+def test_a_target_loaded_in_a_narrower_dtype_is_told_the_right_one(tmp_path):
+    target, tuned = make_pair(tmp_path, "llama", torch.float32)
+    with pytest.raises(PackMismatchError, match=r"dtype=torch\.float32"):
+        attach(load_model(target, torch.bfloat16), exact_pack(target, tuned))
+
+
+def test_a_second_attach_is_refused_until_the_first_is_detached(tmp_path):
+    target, tuned = make_pair(tmp_path, "llama")
+    model, pack = load_model(target), exact_pack(target, tuned)
+    attach(model, pack)
+    with pytest.raises(AttachError, match="detach them first"):
+        attach(model, pack, mode="side")
+    detach(model)
+    attach(model, pack, mode="side").detach()
+    with pytest.raises(AttachError, match="nothing is attached"):
+        detach(model)
+
+
+def test_several_packs_do_not_fit_into_the_weights(tmp_path):
+    target, tuned = make_pair(tmp_path, "llama")
+    pack = exact_pack(target, tuned)
+    with pytest.raises(AttachError, match='mode="side"'):
+        attach(load_model(target), [pack, pack])
+    with pytest.raises(AttachError, match="no pack"):
+        attach(load_model(target), [])
+    with pytest.raises(AttachError, match="expected"):
+        attach(load_model(target), pack, mode="beside")
+
+
+def test_a_failure_half_way_restores_what_was_written(tmp_path, monkeypatch):
+    target, tuned = make_pair(tmp_path, "llama")
+    model, pack = load_model(target), exact_pack(target, tuned)
+    before, last = bytes_of(model), pack.manifest.tensors[-1].name
+    decode = pack.decode
+
+    def failing(name, tensor):
+        if name == last:
+            raise OSError("the disk is gone")
+        return decode(name, tensor)
+
+    for mode in ("merged", "side"):
+        monkeypatch.setattr(pack, "decode", failing)
+        monkeypatch.setattr(pack, "delta", failing)
+        with pytest.raises(OSError, match="gone"):
+            attach(model, pack, mode)
+        assert bytes_of(model) == before
+        assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_empty_model_is_refused(tmp_path):
+    from graftkit.models import empty_model
+
+    target, tuned = make_pair(tmp_path, "llama")
+    with pytest.raises(AttachError, match="not in memory"):
+        attach(empty_model(target), exact_pack(target, tuned))
