@@ -1,0 +1,340 @@
+"""Fidelity and quality: how close target + pack is to tuned, and what it can do.
+
+Fidelity is KL(tuned || target + pack) per token of the completions, teacher-forced. Quality is the
+share of rows whose greedy generation is the completion, word for word.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from graftkit.attach import attached
+from graftkit.delta import Checkpoint
+from graftkit.errors import CheckpointError, CheckpointMismatchError, RowsError
+from graftkit.models.calibration import context_length, pad_id, usable_tokenizer
+from graftkit.models.loading import load_model
+from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
+from graftkit.skillpack import SkillPack
+
+BATCH_TOKENS = 2_048  # padded tokens of one batch; on a CPU 8,192 are a quarter slower (caches)
+LOGITS_BYTES = 2**28  # float32 logits of one batch, (tokens, vocab)
+SLACK_TOKENS = 8  # generated beyond the completion's own tokens: other tokens may spell one text
+
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows in all)."""
+
+
+@dataclass(frozen=True)
+class TokenFidelity:
+    """Distance of one model from another over the tokens of rows."""
+
+    kl_mean: float
+    """Mean KL divergence per token, nats."""
+    kl_p99: float
+    """99th percentile of the KL divergence per token, nats."""
+    top1_agreement: float
+    """Share of tokens where both models find the same token most likely."""
+    tokens: int
+    """Tokens measured."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a pack keeps of the tuned model; exact matches are None where nothing is generated."""
+
+    kl_mean: float
+    """Mean KL(tuned || target + pack) per completion token, nats."""
+    kl_p99: float
+    """99th percentile of that divergence, nats."""
+    top1_agreement: float
+    """Share of completion tokens where both find the same token most likely."""
+    exact_match_target: float | None
+    """Share of rows that the target answers exactly, greedily."""
+    exact_match_tuned: float | None
+    """The same for tuned."""
+    exact_match_packed: float | None
+    """The same for target + pack."""
+    recovered: float | None
+    """(packed - target) / (tuned - target); None where tuned answers as many as the target."""
+    tokens: int
+    """Completion tokens measured, EOS included (all tokens for an encoder)."""
+    rows: int
+    """Rows measured."""
+
+
+def compare(
+    target: str | Path | Checkpoint,
+    tuned: str | Path | Checkpoint,
+    pack: str | Path | SkillPack,
+    rows: Sequence[Row],
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure target, tuned and target + pack on rows.
+
+    All three compute in float32, so that the rounding of activations does not count as distance;
+    the weights of target + pack are rounded to their dtype on disk, as they are when served. Two
+    models are in memory together: 8 bytes a parameter.
+
+    Raises: CheckpointError, PackFormatError, PackMismatchError, AttachError; RowsError where a row
+        does not fit the model.
+    """
+    target, tuned = _opened(target), _opened(tuned)
+    pack = pack if isinstance(pack, SkillPack) else SkillPack.load(pack)
+    tokenizer, target_tokenizer = usable_tokenizer(tuned), usable_tokenizer(target)
+    model: Any = load_model(target, torch.float32)
+    stages = 4 if model.can_generate() else 1
+    tell = progress or (lambda done, total: None)
+
+    def report(stage: int) -> Progress:
+        return lambda done, total: tell(stage * total + done, stages * total)
+
+    def answers(model: Any, own: Any, stage: int) -> float | None:
+        return exact_match(model, own, rows, report(stage)) if stages > 1 else None
+
+    before = answers(model, target_tokenizer, 0)
+    tuned_model: Any = load_model(tuned, torch.float32)
+    goal = answers(tuned_model, tokenizer, 1)
+    with attached(model, pack):
+        after = answers(model, tokenizer, 2)
+        fidelity = token_fidelity(tuned_model, model, tokenizer, rows, report(stages - 1))
+    return Comparison(
+        **asdict(fidelity),
+        exact_match_target=before,
+        exact_match_tuned=goal,
+        exact_match_packed=after,
+        recovered=_recovered(before, goal, after),
+        rows=len(rows),
+    )
+
+
+def token_fidelity(
+    tuned: Any, packed: Any, tokenizer: Any, rows: Sequence[Row], progress: Progress | None = None
+) -> TokenFidelity:
+    """Distance of `packed` from `tuned`, two live models, over the same teacher-forced tokens.
+
+        KL = Σ_v p(v) (log p(v) - log q(v)),   p of tuned, q of packed, log-softmax in float32
+
+    Causal models are measured where they predict a token of the completion (or EOS), encoders at
+    every token.
+
+    Raises: RowsError for a row that is too long or starts from nothing; CheckpointError where the
+        models differ in vocabulary or give logits that are not finite.
+    """
+    limit = context_length(tuned)
+    encoded = [encode_row(tokenizer, row, limit) for row in rows]
+    causal = tuned.can_generate()
+    if causal:
+        _check_prompts(rows, encoded)
+    divergences, agreed = [np.empty(0)], 0
+    done = 0
+    for batch in batches_by_length([len(ids) for ids, _ in encoded], _batch_tokens(tuned)):
+        ids, mask = pad_batch([encoded[index][0] for index in batch], pad_id(tokenizer))
+        scored = _completion_mask([encoded[i] for i in batch], mask) if causal else mask.bool()
+        p, q = (_log_probabilities(model, ids, mask, scored) for model in (tuned, packed))
+        divergence, same = _divergence(p, q)
+        divergences.append(divergence)
+        agreed += same
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(rows))
+    return _fidelity(np.concatenate(divergences), agreed)
+
+
+def exact_match(
+    model: Any, tokenizer: Any, rows: Sequence[Row], progress: Progress | None = None
+) -> float:
+    """Share of rows (0 to 1) whose greedy generation is the completion, blanks around it apart.
+
+    Generation stops at EOS. A model without EOS cannot stop, so of its text only as many lines
+    count as the completion has.
+
+    Raises: RowsError for a row that is too long or starts from nothing.
+    """
+    if not rows:
+        raise RowsError("no rows; an exact match is a share of at least one row")
+    limit = context_length(model)
+    encoded = [encode_row(tokenizer, row, limit) for row in rows]
+    _check_prompts(rows, encoded)
+    lengths = [len(ids) + SLACK_TOKENS for ids, _ in encoded]
+    matched = done = 0
+    with torch.no_grad(), _plain_generation(model) as stops:
+        stops = sorted({*stops, tokenizer.eos_token_id} - {None})
+        for batch in batches_by_length(lengths, BATCH_TOKENS):
+            chosen = [(rows[index], *encoded[index]) for index in batch]
+            matched += sum(_generate(model, tokenizer, chosen, stops, limit))
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(rows))
+    return matched / len(rows)
+
+
+def _opened(reference: str | Path | Checkpoint) -> Checkpoint:
+    return reference if isinstance(reference, Checkpoint) else Checkpoint.open(reference)
+
+
+def _recovered(target: float | None, tuned: float | None, packed: float | None) -> float | None:
+    if target is None or tuned is None or packed is None or tuned == target:
+        return None
+    return (packed - target) / (tuned - target)
+
+
+def _check_prompts(rows: Sequence[Row], encoded: Sequence[tuple[list[int], int]]) -> None:
+    for row, (_, start) in zip(rows, encoded, strict=True):
+        if start == 0:
+            raise RowsError(
+                f"{row.origin}: the prompt has no tokens, and a model needs one to start from; "
+                "give the row a prompt"
+            )
+
+
+def _batch_tokens(model: Any) -> int:
+    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    return min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary))
+
+
+def _fidelity(divergences: np.ndarray, agreed: int) -> TokenFidelity:
+    if not divergences.size:
+        raise RowsError("no row has a token to measure; give the rows completions with text")
+    return TokenFidelity(
+        kl_mean=float(divergences.mean()),
+        kl_p99=float(np.quantile(divergences, 0.99)),
+        top1_agreement=agreed / divergences.size,
+        tokens=divergences.size,
+    )
+
+
+def _completion_mask(encoded: Sequence[tuple[list[int], int]], mask: Tensor) -> Tensor:
+    """Positions that predict a token of the completion, (rows, tokens) bool."""
+    scored = torch.zeros_like(mask, dtype=torch.bool)
+    for index, (ids, start) in enumerate(encoded):
+        scored[index, start - 1 : len(ids) - 1] = True
+    return scored
+
+
+def _log_probabilities(model: Any, ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
+    """log p of every next token at the scored positions, (n, vocab) float32."""
+    options = {}
+    # Prompts come first and padding last, so the positions to score are among the last ones.
+    first = int(scored.any(dim=0).int().argmax())
+    if "logits_to_keep" in signature(model.forward).parameters:
+        options["logits_to_keep"] = ids.shape[1] - first
+    if "use_cache" in signature(model.forward).parameters:
+        options["use_cache"] = False
+    with torch.no_grad():
+        output = model(input_ids=ids, attention_mask=mask, **options)
+    if "logits" not in output or output["logits"].dim() != 3:
+        raise CheckpointError(
+            f"{type(model).__name__} gives no logits over a vocabulary for each token; expected a "
+            "causal or masked language model"
+        )
+    logits = output["logits"][:, -(ids.shape[1] - first) :]
+    chosen = torch.log_softmax(logits[scored[:, first:]].float(), dim=-1)
+    if chosen.isnan().any():
+        raise CheckpointError(
+            f"{type(model).__name__}: the logits are not finite on the rows; check the weights"
+        )
+    return chosen
+
+
+def _divergence(p: Tensor, q: Tensor) -> tuple[np.ndarray, int]:
+    """KL(p || q) per token from log probabilities (n, vocab), and how many tops agree."""
+    if p.shape != q.shape:
+        raise CheckpointMismatchError(
+            f"tuned predicts {p.shape[1]} tokens, the other model {q.shape[1]}; expected one "
+            "vocabulary"
+        )
+    same = int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+    # Rounding can leave a sum of -1e-8 where the two are almost equal.
+    divergence = (p.exp() * (p - q)).sum(dim=-1).clamp_min(0)
+    return divergence.double().numpy(), same
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[list[int]]:
+    """Without the model's own sampling settings, which `generate` would add to ours.
+
+    Yields: the tokens that end a generation by these settings.
+    """
+    own = model.generation_config
+    model.generation_config = _generation_config()
+    stops = own.eos_token_id
+    try:
+        yield stops if isinstance(stops, list) else [stops]
+    finally:
+        model.generation_config = own
+
+
+def _generation_config(**options: Any) -> Any:
+    config: Any = GenerationConfig  # its constructor carries no types
+    return config(**options)
+
+
+class _Answers:
+    """Compares generated ids with the completions of one batch; also ends hopeless generations."""
+
+    def __init__(self, tokenizer: Any, completions: Sequence[str], start: int, stops: bool):
+        self.tokenizer = tokenizer
+        self.expected = [completion.strip() for completion in completions]
+        self.start = start  # width of the padded prompts
+        self.stops = stops
+
+    def __call__(self, ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        """Rows of which no continuation can become the completion: a StoppingCriteria."""
+        pairs = zip(self.texts(ids), self.expected, strict=True)
+        # A character of several tokens reads as U+FFFD until its last byte is there.
+        return torch.tensor([not goal.startswith(text.rstrip("\ufffd")) for text, goal in pairs])
+
+    def matches(self, ids: Tensor) -> list[bool]:
+        """Whether each row, prompt and generation, ended up as its completion."""
+        return [text == goal for text, goal in zip(self.texts(ids), self.expected, strict=True)]
+
+    def texts(self, ids: Tensor) -> list[str]:
+        """What was generated, without blanks around it; without EOS only the lines that count."""
+        texts = self.tokenizer.batch_decode(
+            ids[:, self.start :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return [self._trim(text, goal) for text, goal in zip(texts, self.expected, strict=True)]
+
+    def _trim(self, text: str, goal: str) -> str:
+        text = text.strip()
+        return text if self.stops else "\n".join(text.split("\n")[: goal.count("\n") + 1]).strip()
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    batch: Sequence[tuple[Row, list[int], int]],
+    stops: list[int],
+    limit: int | None,
+) -> list[bool]:
+    """Whether greedy generation answers each row; batch: row, its ids, start of the completion."""
+    prompts = [ids[:start] for _, ids, start in batch]
+    ids, mask = pad_batch(prompts, pad_id(tokenizer), left=True)
+    longest = max(len(ids) - start for _, ids, start in batch)
+    room = longest + SLACK_TOKENS if limit is None else limit - ids.shape[1]
+    if room < longest and len(batch) > 1:
+        # Together a long prompt and a long completion would leave the context; alone they fit.
+        return [
+            match for row in batch for match in _generate(model, tokenizer, [row], stops, limit)
+        ]
+    completions = [row.completion for row, _, _ in batch]
+    answers = _Answers(tokenizer, completions, ids.shape[1], bool(stops))
+    config = _generation_config(
+        max_new_tokens=min(longest + SLACK_TOKENS, room),
+        do_sample=False,
+        eos_token_id=stops or None,
+        pad_token_id=pad_id(tokenizer),
+        use_cache=True,
+    )
+    output = model.generate(
+        input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[answers]
+    )
+    return answers.matches(output)
