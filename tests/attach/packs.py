@@ -1,4 +1,4 @@
-"""Packs made in memory from two checkpoints, with the real manifest and without its codecs."""
+"""Packs to attach: real lossless ones, and low-rank ones whose factors lie in memory."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,7 @@ import torch
 
 from graftkit.delta import TENSOR_DIGEST_HEX, Checkpoint, tensor_digest
 from graftkit.models import ModuleKind, tensor_roles
+from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import TensorRecord
 
@@ -14,7 +15,7 @@ _MATRICES = (ModuleKind.ATTENTION, ModuleKind.MLP, ModuleKind.EMBEDDING, ModuleK
 
 
 class MemoryPack(SkillPack):
-    """A pack whose deltas lie in memory: exact, or low-rank with seeded factors."""
+    """A pack with the real manifest records, and without codecs."""
 
     def __init__(self, records, name="target"):
         self.manifest = SimpleNamespace(
@@ -60,23 +61,8 @@ def record_of(checkpoint, name, role, codec="exact", **more):
 
 
 def exact_pack(target_dir, tuned_dir):
-    """Every tensor of the tuned checkpoint, exactly; vocabularies may be resized."""
-    target, tuned = Checkpoint.open(target_dir), Checkpoint.open(tuned_dir)
-    tensors, records = {}, []
-    for name, role in tensor_roles(target).items():
-        tensors[name] = tuned.read(name)
-        resized = tuple(tensors[name].shape) != target.tensors[name].shape
-        shape = tuple(tensors[name].shape) if resized else None
-        records.append(record_of(target, name, role, tuned_shape=shape))
-    for name in tuned.tensors.keys() - target.tensors.keys():
-        owner = "model.embed_tokens.weight"
-        role = tensor_roles(target)[owner]
-        record = record_of(target, owner, role).model_copy(update={"name": name, "base": owner})
-        records.append(record)
-        tensors[name] = tuned.read(name)
-    pack = MemoryPack(sorted(records, key=lambda record: record.name))
-    pack.tuned = tensors
-    return pack
+    """A real pack that holds the tuned checkpoint exactly."""
+    return pack_delta(target_dir, tuned_dir, recipe="lossless", workers=1)
 
 
 def low_rank_pack(target_dir, seed=0, scale=0.05):
