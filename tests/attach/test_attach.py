@@ -28,9 +28,9 @@ def logits(model, **batch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_merged_exact_pack_is_the_tuned_model(tmp_path, architecture, dtype):
-    target, tuned = make_pair(tmp_path, architecture, dtype)
-    model, pack = load_model(target), exact_pack(target, tuned)
+def test_a_merged_exact_pack_is_the_tuned_model(pair_of, architecture, dtype):
+    target, tuned, pack = pair_of(architecture, dtype)
+    model = load_model(target)
     before, plain = bytes_of(model), logits(model)
     with attached(model, pack):
         assert bytes_of(model) == bytes_of(load_model(tuned))
@@ -40,12 +40,12 @@ def test_a_merged_exact_pack_is_the_tuned_model(tmp_path, architecture, dtype):
     assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("make", [exact_pack, low_rank_pack])
+@pytest.mark.parametrize("codec", ["exact", "lowrank"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_pack_beside_the_model_gives_what_it_gives_merged(tmp_path, architecture, make):
-    target, tuned = make_pair(tmp_path, architecture, torch.float32)
+def test_a_pack_beside_the_model_gives_what_it_gives_merged(pair_of, architecture, codec):
+    target, _, exact = pair_of(architecture)
     model = load_model(target)
-    pack = make(target, tuned) if make is exact_pack else make(target)
+    pack = exact if codec == "exact" else low_rank_pack(target)
     with attached(model, pack):
         expected = logits(model)
     before, plain = bytes_of(model), logits(model)
@@ -59,10 +59,10 @@ def test_a_pack_beside_the_model_gives_what_it_gives_merged(tmp_path, architectu
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows_of_one_batch_use_packs_of_their_own(tmp_path, architecture):
-    target, tuned = make_pair(tmp_path, architecture, torch.float32)
+def test_rows_of_one_batch_use_packs_of_their_own(pair_of, architecture):
+    target, _, exact = pair_of(architecture)
     model = load_model(target)
-    packs = [low_rank_pack(target, seed=1), exact_pack(target, tuned)]
+    packs = [low_rank_pack(target, seed=1), exact]
     plain, expected = logits(model), []
     for pack in packs:
         with attached(model, pack):
@@ -82,11 +82,11 @@ def test_rows_of_one_batch_use_packs_of_their_own(tmp_path, architecture):
 
 @pytest.mark.parametrize("mode", ["merged", "side"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_an_exception_inside_leaves_every_byte_as_before(tmp_path, architecture, mode):
-    target, tuned = make_pair(tmp_path, architecture)
+def test_an_exception_inside_leaves_every_byte_as_before(pair_of, architecture, mode):
+    target, _, pack = pair_of(architecture)
     model = load_model(target)
     before, plain = bytes_of(model), logits(model)
-    with pytest.raises(IndexError), attached(model, exact_pack(target, tuned), mode=mode):
+    with pytest.raises(IndexError), attached(model, pack, mode=mode):
         model(input_ids=torch.tensor([[10**6]]))
     assert bytes_of(model) == before
     assert torch.equal(logits(model), plain)
@@ -112,9 +112,9 @@ def test_generation_in_a_mixed_batch_says_what_each_pack_says_alone(tmp_path, ar
 
 
 @pytest.mark.parametrize("mode", ["merged", "side"])
-def test_another_target_is_refused_by_the_first_tensor_that_differs(tmp_path, mode):
-    target, tuned = make_pair(tmp_path, "llama")
-    pack, other = exact_pack(target, tuned), load_model(tuned)
+def test_another_target_is_refused_by_the_first_tensor_that_differs(pair_of, mode):
+    _, tuned, pack = pair_of("llama")
+    other = load_model(tuned)
     before = bytes_of(other)
     with pytest.raises(PackMismatchError, match=r"lm_head\.weight"):
         attach(other, pack, mode)
@@ -123,20 +123,20 @@ def test_another_target_is_refused_by_the_first_tensor_that_differs(tmp_path, mo
         detach(other)
 
 
-def test_one_changed_bit_is_refused_by_name(tmp_path):
-    target, tuned = make_pair(tmp_path, "mixtral")
+def test_one_changed_bit_is_refused_by_name(pair_of):
+    target, _, pack = pair_of("mixtral")
     model = load_model(target)
-    words = model.model.layers[1].mlp.experts.down_proj.data.view(torch.int16)
+    words = model.model.layers[1].mlp.experts.down_proj.data.view(torch.int32)
     words[2, 0, 0] ^= 1
     with pytest.raises(PackMismatchError, match=r"layers\.1\.\S*experts\.2\.w2\.weight"):
-        attach(model, exact_pack(target, tuned))
+        attach(model, pack)
 
 
-def test_a_model_of_another_class_is_refused_by_a_tensor_it_lacks(tmp_path):
-    target, tuned = make_pair(tmp_path, "llama")
+def test_a_model_of_another_class_is_refused_by_a_tensor_it_lacks(pair_of):
+    target, _, pack = pair_of("llama")
     model = load_model(target)
     with pytest.raises(PackMismatchError, match=r"lacks tensor lm_head\.weight"):
-        attach(model.model, exact_pack(target, tuned))
+        attach(model.model, pack)
 
 
 @pytest.mark.parametrize("mode", ["merged", "side"])
@@ -167,9 +167,9 @@ def test_a_target_loaded_in_a_narrower_dtype_is_told_the_right_one(tmp_path):
         attach(load_model(target, torch.bfloat16), exact_pack(target, tuned))
 
 
-def test_a_second_attach_is_refused_until_the_first_is_detached(tmp_path):
-    target, tuned = make_pair(tmp_path, "llama")
-    model, pack = load_model(target), exact_pack(target, tuned)
+def test_a_second_attach_is_refused_until_the_first_is_detached(pair_of):
+    target, _, pack = pair_of("llama")
+    model = load_model(target)
     attach(model, pack)
     with pytest.raises(AttachError, match="detach them first"):
         attach(model, pack, mode="side")
@@ -179,9 +179,8 @@ def test_a_second_attach_is_refused_until_the_first_is_detached(tmp_path):
         detach(model)
 
 
-def test_several_packs_do_not_fit_into_the_weights(tmp_path):
-    target, tuned = make_pair(tmp_path, "llama")
-    pack = exact_pack(target, tuned)
+def test_several_packs_do_not_fit_into_the_weights(pair_of):
+    target, _, pack = pair_of("llama")
     with pytest.raises(AttachError, match='mode="side"'):
         attach(load_model(target), [pack, pack])
     with pytest.raises(AttachError, match="no pack"):
@@ -210,9 +209,9 @@ def test_a_failure_half_way_restores_what_was_written(tmp_path, monkeypatch):
         assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_an_empty_model_is_refused(tmp_path):
+def test_an_empty_model_is_refused(pair_of):
     from graftkit.models import empty_model
 
-    target, tuned = make_pair(tmp_path, "llama")
+    target, _, pack = pair_of("llama")
     with pytest.raises(AttachError, match="not in memory"):
-        attach(empty_model(target), exact_pack(target, tuned))
+        attach(empty_model(target), pack)

@@ -81,10 +81,10 @@ def test_two_packs_for_two_targets_are_refused_together(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss", "bert"])
-def test_a_row_does_not_depend_on_the_packs_of_other_rows(tmp_path, architecture):
-    target, tuned = make_pair(tmp_path, architecture, torch.float32)
+def test_a_row_does_not_depend_on_the_packs_of_other_rows(pair_of, architecture):
+    target, _, exact = pair_of(architecture)
     model = load_model(target)
-    packs = [low_rank_pack(target, seed=3), exact_pack(target, tuned)]
+    packs = [low_rank_pack(target, seed=3), exact]
     with attached(model, packs, mode="side") as attachment:
         results = []
         for others in (None, 0, 1):
@@ -94,9 +94,9 @@ def test_a_row_does_not_depend_on_the_packs_of_other_rows(tmp_path, architecture
             torch.testing.assert_close(found, results[0], rtol=1e-4, atol=1e-5)
 
 
-def test_padding_on_the_left_is_served_row_by_row(tmp_path):
-    target, tuned = make_pair(tmp_path, "gpt2", torch.float32)
-    model, packs = load_model(target), [exact_pack(target, tuned), low_rank_pack(target)]
+def test_padding_on_the_left_is_served_row_by_row(pair_of):
+    target, _, exact = pair_of("gpt2")
+    model, packs = load_model(target), [exact, low_rank_pack(target)]
     batch = inputs(rows=2)
     batch["attention_mask"][0, :3] = 0
     with attached(model, packs[1]):
