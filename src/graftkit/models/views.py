@@ -99,15 +99,7 @@ def checkpoint_views(model: PreTrainedModel) -> dict[str, View]:
         places |= _trace_indices(model, state, state.keys() - found, lost)
     owners = _owners(state)
     return {
-        name: View(
-            name,
-            parameter,
-            owners[parameter],
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor.storage_offset(),
-            tensor.shape == state[parameter].shape and tensor.is_contiguous(),
-        )
+        name: _view(name, parameter, owners[parameter], tensor, state[parameter].shape)
         for name, (parameter, tensor) in places.items()
     }
 
@@ -229,6 +221,14 @@ def _affine(index: Tensor, blank: Tensor) -> Tensor | None:
     if not inside or min(strides, default=1) < 0 or not torch.equal(expected, index):
         return None
     return blank.as_strided(index.shape, strides, offset)
+
+
+def _view(
+    name: str, parameter: str, owners: tuple[str, ...], place: Tensor, whole: torch.Size
+) -> View:
+    is_whole = place.shape == whole and place.is_contiguous()
+    shape, stride = tuple(place.shape), place.stride()
+    return View(name, parameter, owners, shape, stride, place.storage_offset(), is_whole)
 
 
 def _owners(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
