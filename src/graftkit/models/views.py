@@ -228,7 +228,7 @@ def _view(
 ) -> View:
     is_whole = place.shape == whole and place.is_contiguous()
     shape, stride = tuple(place.shape), place.stride()
-    return View(name, parameter, owners, shape, stride, place.storage_offset(), is_whole)
+    return View(name, parameter, owners, shape, stride, int(place.storage_offset()), is_whole)
 
 
 def _owners(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
