@@ -24,7 +24,7 @@ from graftkit.compress.lowrank import MAX_RANK, Tier
 # measured by tests/compress/test_allocate.py.
 GRID_NOISE = {2: 0.255, 3: 0.047, 4: 0.0103, 5: 0.0024, 6: 0.00058, 8: 3.6e-5}
 DENSE_BITS = (2, 3, 4, 5, 6, 8)
-FACTOR_BITS = (2, 3, 4, 8)
+FACTOR_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class MatrixFacts:
 
     shape: (out, in) of one matrix; count: matrices in the stack.
     energies: E‖s_k u_k v_kᵀ x‖² of every singular component, descending, float64.
+    norms: s_k² = ‖s_k u_k v_kᵀ‖² of the same components; equal to energies without calibration.
+    gain: what error feedback leaves of white rounding noise in the output, in (0, 1].
     kept_energy: for prunable tensors, ((share kept, share of energy kept), ...), else empty.
     weight: sensitivity, 1 / E‖W x‖², so that errors of different modules can be added.
     """
@@ -40,6 +42,8 @@ class MatrixFacts:
     shape: Shape
     count: int
     energies: np.ndarray
+    norms: np.ndarray
+    gain: float
     kept_energy: tuple[tuple[float, float], ...]
     weight: float
 
@@ -55,22 +59,30 @@ class Point:
 
 def tiers_point(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Point:
     """Bytes and expected error of tiers: dropped energy plus the noise of both factors."""
-    cumulative = np.concatenate(([0.0], np.cumsum(facts.energies)))
     error, start = 0.0, 0
     for tier in tiers:
-        stop = start + tier.rank
-        share = min(1.0, 2 * GRID_NOISE[tier.bits])
-        error += share * float(cumulative[stop] - cumulative[start])
-        start = stop
-    error += float(cumulative[-1] - cumulative[start])
+        span = slice(start, start + tier.rank)
+        error += float(_component_errors(facts, tier.bits, span).sum())
+        start += tier.rank
+    error += float(facts.energies[start:].sum())
     precision = LowRankTiers(tiers) if tiers else Zero()
     size = facts.count * payload_bytes(facts.shape, precision)
     return Point(size, facts.weight * error, precision)
 
 
+def _component_errors(facts: MatrixFacts, bits: int, span: slice) -> np.ndarray:
+    """Error of components whose factors take `bits`: never more than leaving them out.
+
+    Noise on u_k costs its share of the component's energy. Noise on v_k is white in the input
+    space and costs its share of s_k², less what error feedback saves.
+    """
+    noise = GRID_NOISE[bits] * (facts.energies[span] + facts.gain * facts.norms[span])
+    return np.minimum(noise, facts.energies[span])
+
+
 def dense_points(facts: MatrixFacts) -> list[Point]:
     """The direct form at every width."""
-    total = facts.weight * float(facts.energies.sum())
+    total = facts.weight * facts.gain * float(facts.norms.sum())
     return [
         Point(
             facts.count * payload_bytes(facts.shape, Dense(bits)),
@@ -105,12 +117,13 @@ def waterfilled_tiers(facts: MatrixFacts, slope: float) -> tuple[Tier, ...]:
     """
     cost = slope * sum(facts.shape) / 8
     limit = min(min(facts.shape), MAX_RANK)
-    energies = facts.energies[:limit] * facts.weight / facts.count
     menu = (0, *FACTOR_BITS)
-    noise = np.array([1.0, *(min(1.0, 2 * GRID_NOISE[bits]) for bits in FACTOR_BITS)])
+    columns = [_component_errors(facts, bits, slice(limit)) for bits in FACTOR_BITS]
+    errors = np.stack([facts.energies[:limit], *columns], axis=1) * facts.weight / facts.count
     # 16 bits of scale per group of 128 and a zero point: an eighth of a bit and a little more.
     rate = np.array([0.0, *(bits + (16 + bits) / 128 for bits in FACTOR_BITS)])
-    choice = np.argmin(energies[:, None] * noise + cost * rate, axis=1)
+    # Tiers run from high to low bits, so a component never takes more than the one before it.
+    choice = np.minimum.accumulate(np.argmin(errors + cost * rate, axis=1))
     counts = [int((choice == i).sum()) for i in range(len(menu))]
     return tuple(Tier(menu[i], counts[i]) for i in reversed(range(1, len(menu))) if counts[i] > 0)
 

@@ -100,6 +100,19 @@ def inverse_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
         damping *= 10
 
 
+def feedback_gain(covariance: Tensor | None) -> float:
+    """Share of white rounding noise that GPTQ leaves in the output, in (0, 1].
+
+    Column j can only be corrected by the columns behind it: what remains of its noise is its
+    variance given them, 1 / T_jj². The mean of these over the mean diagonal of H.
+    """
+    if covariance is None:
+        return 1.0
+    factor, _ = inverse_factor(covariance)
+    remaining = factor.diagonal().double().square().reciprocal().mean()
+    return float(remaining / covariance.diagonal().double().mean())
+
+
 def gptq_codes(
     weight: Tensor,
     scale: Tensor,

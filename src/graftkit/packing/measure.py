@@ -11,6 +11,7 @@ from torch import Tensor
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.codecs import Layout, matrices, matrix_shape
 from graftkit.compress.lowrank import eigenbasis, left_vectors
+from graftkit.compress.quantize import feedback_gain
 from graftkit.config import Recipe
 from graftkit.delta import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError
@@ -29,6 +30,11 @@ rows never took are not free (method notes, 4: GPTQ damping 0.01)."""
 TIED_SHRINKAGE = 0.5
 """The same for an embedding that is also the head: the head's covariance says nothing about
 what the lookup needs."""
+
+LOGIT_SENSITIVITY = 100.0
+"""Weight of a relative error in the logits against one inside a layer, which the residual stream
+dilutes. Per unit of relative error the logits cost 100 to 300 times the KL; 30 to 300 do about
+equally well (docs/lab-log.md, 2026-11-22, training rows of two nursery skills)."""
 
 _SAMPLE = 2**22
 
@@ -89,6 +95,7 @@ def measure_pair(
     states: tuple[Tensor, Tensor],
     covariance: Tensor | None,
     recipe: Recipe,
+    logits: bool,
     work: WorkFolder,
     index: int,
 ) -> tuple[MatrixFacts, np.ndarray]:
@@ -99,12 +106,14 @@ def measure_pair(
     name = f"measure-{index}.json"
     known = work.read_json(name)
     if known is None:
-        known = _measure(pair, states, covariance, recipe, work, index)
+        known = _measure(pair, states, covariance, recipe, logits, work, index)
         work.write_json(name, known)
     facts = MatrixFacts(
         shape=(known["shape"][0], known["shape"][1]),
         count=known["count"],
         energies=np.array(known["energies"]),
+        norms=np.array(known["norms"]),
+        gain=known["gain"],
         kept_energy=tuple((share, kept) for share, kept in known["kept"]),
         weight=known["weight"],
     )
@@ -121,6 +130,7 @@ def _measure(
     states: tuple[Tensor, Tensor],
     covariance: Tensor | None,
     recipe: Recipe,
+    logits: bool,
     work: WorkFolder,
     index: int,
 ) -> dict[str, object]:
@@ -128,18 +138,16 @@ def _measure(
     delta = after.float() - before.float()
     layout: Layout = pair.layout
     count, shape = matrix_shape(pair.common_shape, layout)
-    energies = np.zeros(min(shape))
-    spectrum = np.zeros(min(shape))
+    spectrum, energies, norms = (np.zeros(min(shape)) for _ in range(3))
     bases = []
     # The paper factors the delta itself; ours factors it as the layer's inputs see it.
     metric = None if recipe == "graftllm" else covariance
     for matrix in matrices(delta, layout):
         values, basis = eigenbasis(matrix, metric)
+        components = _component_energies(matrix, basis, covariance)
         spectrum += values.numpy()
-        if metric is covariance:
-            energies += values.numpy()
-        else:
-            energies += _output_energies(matrix, basis, covariance)
+        energies += components[0]
+        norms += components[1]
         bases.append(basis)
     work.write_array(basis_name(index), torch.stack(bases).numpy())
     output = sum(_energy(part, covariance) for part in matrices(after.float(), layout))
@@ -147,18 +155,22 @@ def _measure(
         "shape": shape,
         "count": count,
         "energies": energies.tolist(),
+        "norms": norms.tolist(),
+        "gain": feedback_gain(covariance),
         "spectrum": spectrum.tolist(),
         "kept": _kept_energy(delta) if pair.gathered else [],
-        "weight": 1 / output if output > 0 else 1.0,
+        "weight": (LOGIT_SENSITIVITY if logits else 1.0) / output if output > 0 else 1.0,
     }
 
 
-def _output_energies(delta: Tensor, basis: Tensor, covariance: Tensor | None) -> np.ndarray:
-    """Energy of every plain singular component in the output, descending order not enforced."""
-    rank = basis.shape[1]
-    right = left_vectors(delta, basis, rank).T @ delta
+def _component_energies(
+    delta: Tensor, basis: Tensor, covariance: Tensor | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Energy in the output, and squared norm, of every component s_k u_k v_kᵀ."""
+    right = left_vectors(delta, basis, basis.shape[1]).T @ delta
     weighted = right if covariance is None else right @ covariance
-    return (weighted * right).sum(dim=1).clamp_(min=0).double().numpy()
+    energies = (weighted * right).sum(dim=1).clamp_(min=0)
+    return energies.double().numpy(), right.square().sum(dim=1).double().numpy()
 
 
 def _energy(matrix: Tensor, covariance: Tensor | None) -> float:

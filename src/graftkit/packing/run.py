@@ -17,7 +17,7 @@ from graftkit.compress.codecs import matrix_shape
 from graftkit.config import PackConfig
 from graftkit.delta import Checkpoint, fingerprint
 from graftkit.errors import BudgetError
-from graftkit.models.architecture import tied_names
+from graftkit.models.architecture import ModuleKind, tied_names
 from graftkit.models.calibration import CovarianceStore, collect_covariances
 from graftkit.packing.encode import (
     Encoded,
@@ -186,11 +186,16 @@ class PackingJob:
     def _covariance(self, pair: Pair) -> Tensor | None:
         return covariance_of(pair, self.store, pair.tuned.name in self.tied_owners)
 
+    def _makes_logits(self, pair: Pair) -> bool:
+        """The output head, or the embedding that serves as one."""
+        return pair.role.kind is ModuleKind.HEAD or pair.tuned.name in self.tied_owners
+
     def _measure(self, index: int) -> tuple[MatrixFacts, np.ndarray]:
         pair = self.pairs[index]
         with self._states(index) as states:
             covariance = self._covariance(pair)
-            return measure_pair(pair, states, covariance, self.config.recipe, self.work, index)
+            recipe, logits = self.config.recipe, self._makes_logits(pair)
+            return measure_pair(pair, states, covariance, recipe, logits, self.work, index)
 
     def _encode_lossless(self, index: int) -> Stored:
         def encode() -> Encoded:
