@@ -1,0 +1,131 @@
+"""Tables of speed.py: read from records, written into the page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ledger import Record, newest, provenance, table, write_between
+
+KEY = ("task", "case", "recipe", "calibrated", "workers")
+CASES = {
+    "nursery": "nursery, 7.9 M parameters",
+    "qwen": "Qwen2.5-0.5B's shapes, 494 M, random weights",
+    "llama": "one layer of Llama-3.1-8B's shapes, 222 M, random weights",
+}
+STAGES = ("reading", "calibrating", "exact tensors", "measuring", "compressing", "writing")
+USES = {
+    "load": "load_ms",
+    "inspect": "inspect_ms",
+    "attach merged": "attach_merged_ms",
+    "detach": "detach_merged_ms",
+    "attach side": "attach_side_ms",
+    "detach side": "detach_side_ms",
+    "read tuned, cached": "read_tuned_ms",
+    "read tuned, cold": "read_tuned_cold_ms",
+}
+LLAMA_LAYERS, LLAMA_LAYER_MILLIONS = 32, 218.1
+
+
+def memory_bound(largest: int) -> int:
+    """Most bytes that packing may have resident: 1 GB and six times the largest tensor in fp32."""
+    return 10**9 + 6 * 4 * largest
+
+
+def write_report(records: Sequence[Record], docs: Path) -> None:
+    """Write everything that `speed` says in docs/benchmarks.md.
+
+    The newest record of every line counts, whatever commit it is from; the commits are named.
+    """
+    lines = newest(records, KEY)
+    if not lines:
+        return
+    packs = [line for line in lines if line["task"] == "pack"]
+    uses = [line for line in lines if line["task"] == "use"]
+    parts = [provenance(lines), _verdict(packs)]
+    for case, title in CASES.items():
+        own = [line for line in packs if line["case"] == case]
+        if own:
+            parts += [f"#### {title}", _pack_table(own), _stage_table(own)]
+        if case == "llama" and own:
+            parts.append(_extrapolated(own))
+        used = [line for line in uses if line["case"] == case]
+        if used:
+            parts.append("Milliseconds, medians:\n\n" + _use_table(used))
+    write_between(docs / "benchmarks.md", "speed", "\n\n".join(parts))
+
+
+def _name(line: Record) -> str:
+    return f"{line['recipe']}, rows" if line["calibrated"] else str(line["recipe"])
+
+
+def _finished(lines: Sequence[Record]) -> list[Record]:
+    return [line for line in lines if "seconds" in line]
+
+
+def _verdict(packs: Sequence[Record]) -> str:
+    """One sentence: does peak memory stay below the bound everywhere."""
+    measured = _finished(packs)
+    broken = [line for line in measured if line["peak_rss"] > memory_bound(line["largest"])]
+    bound = "1 GB + 6 x the largest tensor in fp32"
+    if not broken:
+        return f"Peak memory: all {len(measured)} packs stayed below {bound}."
+    worst = ", ".join(f"{x['case']} {_name(x)} with {x['workers']} workers" for x in broken)
+    return f"Peak memory: {len(broken)} of {len(measured)} packs went beyond {bound}: {worst}."
+
+
+def _pack_table(lines: Sequence[Record]) -> str:
+    header = (
+        "pack", "workers", "s", "s / M parameters", "CPU s / M", "peak RSS, MB", "bound, MB",
+        "RSS / bound", "bytes",
+    )  # fmt: skip
+    return table(header, [_pack_row(line) for line in lines])
+
+
+def _pack_row(line: Record) -> list[str]:
+    head = [_name(line), str(line["workers"])]
+    if "seconds" not in line:
+        minutes = line["stopped_after_seconds"] / 60
+        return [*head, f"stopped after {minutes:.0f} min", *["–"] * 6]
+    bound = memory_bound(line["largest"])
+    return [
+        *head,
+        f"{line['seconds']:.1f}",
+        f"{line['seconds_per_million']:.3f}",
+        f"{1e6 * line['cpu_seconds'] / line['parameters']:.3f}",
+        f"{line['peak_rss'] / 1e6:,.0f}",
+        f"{bound / 1e6:,.0f}",
+        f"{line['peak_rss'] / bound:.2f}",
+        f"{line['bytes']:,}",
+    ]
+
+
+def _stage_table(lines: Sequence[Record]) -> str:
+    rows = [
+        [_name(x), str(x["workers"]), *(f"{x['stages'].get(s, 0.0):.1f}" for s in STAGES)]
+        for x in _finished(lines)
+    ]
+    return "Seconds by step:\n\n" + table(("pack", "workers", *STAGES), rows)
+
+
+def _use_table(lines: Sequence[Record]) -> str:
+    rows = [[_name(x), *(_milliseconds(x.get(name)) for name in USES.values())] for x in lines]
+    return table(("pack", *USES), rows)
+
+
+def _milliseconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _extrapolated(lines: Sequence[Record]) -> str:
+    """Time of all layers from the time of one; memory and embeddings are not extrapolated."""
+    millions = LLAMA_LAYERS * LLAMA_LAYER_MILLIONS
+    rows = []
+    for line in _finished(lines):
+        minutes = line["seconds_per_million"] * millions / 60
+        rows.append([_name(line), str(line["workers"]), f"{minutes:.0f}"])
+    title = (
+        f"**Extrapolated** to {LLAMA_LAYERS} layers ({millions / 1e3:.2f} G parameters, embedding "
+        "and head left out), from seconds per parameter of the one layer:"
+    )
+    return f"{title}\n\n{table(('pack', 'workers', 'minutes, extrapolated'), rows)}"
