@@ -56,68 +56,52 @@ symbol 0, 1 + (h >> 25) for each of the two symbols of any other index.
 
 ANS stream. An rANS coder with 64-bit state, 32-bit words and 24-bit probabilities, started empty:
 `constriction.stream.stack.AnsCoder` (a stack: it is written last symbol first). The array from
-`get_compressed` is stored as bytes, less the zero bytes at its end. After the end mark the decoder
-must be empty.
+`get_compressed` is stored as bytes, less the zero bytes at its end. To read it:
+
+    start       fill the stream up with zero bytes to a multiple of 4 and read it as 32-bit words,
+                the last one first; state = 0, then refill until state >= 2^32 or no word is left
+    refill      where state < 2^32 and a word is left: state = state 2^32 + that word
+    symbol      q = state mod 2^24; the symbol is the one whose slots [c, c + f) hold q; then
+                state = floor(state / 2^24) f + q - c, and refill once
+    uniform     a value v over 2^k values has the slots c = v 2^(24-k), f = 2^(24-k)
+    end         after the end mark, state = 0 and no word is left
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache, lru_cache
-from itertools import pairwise
+from functools import cache
 from typing import Any
 
 import constriction
 import numpy as np
 import numpy.typing as npt
 
+from graftkit.compress.exact_model import (
+    FIRST_CHUNK,
+    LAST_CHUNK,
+    SCALES,
+    Counts,
+    Ints,
+    Layout,
+    Words,
+    chunk_slices,
+    group_contexts,
+    join_symbols,
+    order_words,
+    reflect,
+    split_symbols,
+    symbol_tables,
+    unorder_words,
+    word_contexts,
+)
 from graftkit.errors import CorruptPackError
 
-Words = npt.NDArray[Any]  # uint16 or uint32
-Ints = npt.NDArray[np.int64]
-Index = npt.NDArray[np.intp]
 Coder = Any  # constriction has no type stubs
-Model = Any
 
 UNIFORM = constriction.stream.model.Uniform()  # its size comes with each symbol
 END_VALUES = 1 << 23
 END_MODEL, END_MARK = constriction.stream.model.Uniform(END_VALUES), END_VALUES - 1
 UNCHANGED, CONSTANT, CODED, RAW = 0, 1, 2, 3
-FIRST_CHUNK, LAST_CHUNK = 1 << 10, 1 << 17  # words; both are multiples of every block length
 BLOCK_LOGS = (0, 5, 7, 9)  # tried by the encoder; log2 of the words that share one scale
-SCALES = 64  # half octaves a block may lie below the loudest one
-QUIET = 16  # context of an expected difference of one ulp; contexts are half octaves
-LOUD = 32  # contexts above QUIET + 2 * mantissa_bits, where the delta exceeds the weight
-PRIOR_ONE = 2048  # mass of one count; a prior of mass 2^16 then weighs 32 words
-PRECISION = 24  # bits of a probability, fixed by AnsCoder
 SAMPLE_RUNS, SAMPLE_RUN = 8, 1 << 12  # the encoder picks its settings on 8 runs of 4096 words
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Everything a decoder needs besides the ANS stream and the target."""
-
-    width: int
-    """Bits of one word, 16 or 32."""
-    exponent_bits: int
-    block_log: int
-    top: int
-    """Largest scale, in half octaves above the smallest subnormal."""
-
-    @property
-    def mantissa_bits(self) -> int:
-        return self.width - 1 - self.exponent_bits
-
-    @property
-    def contexts(self) -> int:
-        return QUIET + 2 * self.mantissa_bits + LOUD
-
-    @property
-    def symbols(self) -> int:
-        return 2 * (16 + 8 * (self.width - 5) + 7) + 1
-
-    def blocks(self, words: int) -> int:
-        return -(-words // (1 << self.block_log)) if self.block_log else 0
 
 
 def encode_words(tuned: Words, target: Words) -> bytes:
@@ -186,188 +170,23 @@ def _corrupt(reason: str) -> CorruptPackError:
     return CorruptPackError(f"an exact payload is damaged: {reason}. Fetch the file again.")
 
 
-# ---------------------------------------------------------------- words, differences, symbols
-
-
-def _order(words: Words) -> Words:
-    """m(v): float patterns to integers in ascending order of the floats."""
-    half = words.dtype.type(1 << (8 * words.itemsize - 1))
-    return np.where(words >= half, ~words, words ^ half)
-
-
-def _unorder(ordered: Words) -> Words:
-    half = ordered.dtype.type(1 << (8 * ordered.itemsize - 1))
-    return np.where(ordered >= half, ordered ^ half, ~ordered)
-
-
-def _reflect(difference: Words, target: Words) -> Words:
-    """Negate mod 2^w where the target is negative; its own inverse."""
-    negative = target >> target.dtype.type(8 * target.itemsize - 1)
-    reflected: Words = (difference ^ (-negative)) + negative
-    return reflected
-
-
-def _split(difference: Words) -> tuple[Ints, Ints]:
-    """Symbol and raw bits of each difference, both (n,)."""
-    if difference.itemsize == 2:
-        symbols, raw = _split_table()
-        return symbols[difference], raw[difference]
-    return _split_any(difference)
-
-
-@lru_cache(maxsize=1)
-def _split_table() -> tuple[Ints, Ints]:
-    return _split_any(np.arange(1 << 16, dtype=np.uint16))
-
-
-def _split_any(difference: Words) -> tuple[Ints, Ints]:
-    width = 8 * difference.itemsize
-    signed = difference.astype(np.int64)
-    signed -= (signed >> (width - 1)) << width
-    size = np.abs(signed)
-    length = np.frexp(size.astype(np.float64))[1].astype(np.int64)
-    low = np.maximum(length - 4, 0)
-    index = np.where(low == 0, size, 16 + 8 * (length - 5) + ((size >> low) & 7))
-    symbols = np.where(size == 0, 0, 2 * index - (signed > 0))
-    return symbols, size & ((1 << low) - 1)
-
-
-@lru_cache(maxsize=2)
-def _symbol_tables(width: int) -> tuple[Ints, Ints, Ints]:
-    """For each symbol: smallest |d|, raw bits, 1 where d < 0; each (A,), int64."""
-    symbol = np.arange(2 * (16 + 8 * (width - 5) + 7) + 1, dtype=np.int64)
-    index = (symbol + 1) // 2
-    raw_bits = np.where(index < 16, 0, (index - 16) // 8 + 1)
-    smallest = np.where(index < 16, index, (8 + index % 8) << raw_bits)
-    return smallest, raw_bits, ((symbol > 0) & (symbol % 2 == 0)).astype(np.int64)
-
-
-def _join(symbols: Ints, raw: Ints, dtype: np.dtype[Any]) -> Words:
-    """Inverse of `_split`."""
-    smallest, _, negative = _symbol_tables(8 * dtype.itemsize)
-    size = smallest[symbols] + raw
-    return np.where(negative[symbols] == 1, -size, size).astype(dtype)
-
-
-# ---------------------------------------------------------------- models
-
-
-def _contexts(target: Words, drops: Ints, layout: _Layout) -> npt.NDArray[np.uint8]:
-    """Context u of each word, (n,); drops are the s_b of the blocks, (blocks,)."""
-    mantissa = layout.mantissa_bits
-    shift = target.dtype.type(mantissa - 1)
-    steps = (target & target.dtype.type((1 << (layout.width - 1)) - 1)) >> shift
-    steps = steps.astype(np.int32)  # exponent field and top mantissa bit
-    context = QUIET + layout.top - 2 * (np.maximum(steps >> 1, 1) - 1)
-    if layout.block_log:
-        context -= np.repeat(drops.astype(np.int32), 1 << layout.block_log)[: target.size]
-    context -= (steps & 1) * (context > QUIET + 2 * mantissa)
-    clipped: npt.NDArray[np.uint8] = np.clip(context, 0, layout.contexts - 1).astype(np.uint8)
-    return clipped
-
-
-@lru_cache(maxsize=512)
-def _word_prior(context: int, width: int, mantissa_bits: int) -> Ints:
-    """Prior masses of the word symbols of one context, (A,)."""
-    mean: int = math.isqrt(1 << (24 + min(context, QUIET + 2 * mantissa_bits)))  # times 2^20
-
-    def tail(size: int) -> int:
-        powers = (1, mean, mean**2, mean**3, mean**4)
-        total = sum(math.comb(size, k) * powers[4 - k] << (20 * k) for k in range(5))
-        return (powers[4] << 40) // total
-
-    smallest = [*_symbol_tables(width)[0][::2].tolist(), 1 << width]  # of each index
-    tails = [tail(size) for size in smallest]
-    masses = [upper - lower for upper, lower in pairwise(tails)]
-    both = [1 + (mass >> 25) for mass in masses[1:] for _ in range(2)]
-    return np.array([1 + (masses[0] >> 24), *both], dtype=np.int64)
-
-
-@lru_cache(maxsize=1)
-def _scale_prior() -> Ints:
-    return np.array(
-        [max(1, 32768 >> (2 * min(i, SCALES - i))) for i in range(SCALES)], dtype=np.int64
-    )
-
-
-def _model(counts: Ints, prior: Ints) -> Model:
-    """Categorical model with exactly the probabilities of the module docstring.
-
-    `Categorical` gives every symbol one slot and scales the weights to the remaining 2^24 - Z;
-    weights that are integers with exactly this sum are scaled by 1.0, so nothing is rounded.
-    """
-    shift = 0
-    while int(counts.sum()) >> shift >= 1 << PRECISION:
-        shift += 1
-    mass = PRIOR_ONE * (counts >> shift) + prior
-    free = (1 << PRECISION) - mass.size
-    weights = mass * free // mass.sum()
-    weights[np.argmax(mass)] += free - weights.sum()
-    return constriction.stream.model.Categorical(weights.astype(np.float64), perfect=False)
-
-
-@dataclass
-class _Counts:
-    """What the symbols so far have taught; the same in encoder and decoder."""
-
-    layout: _Layout
-    words: Ints
-    """(contexts, A)"""
-    scales: Ints
-    """(SCALES,)"""
-
-    @classmethod
-    def empty(cls, layout: _Layout) -> "_Counts":
-        words = np.zeros((layout.contexts, layout.symbols), dtype=np.int64)
-        return cls(layout, words, np.zeros(SCALES, dtype=np.int64))
-
-    def add(self, contexts: npt.NDArray[np.uint8], symbols: Ints, steps: Ints, sign: int) -> None:
-        cells = contexts * np.int64(self.layout.symbols) + symbols
-        self.words += sign * np.bincount(cells, minlength=self.words.size).reshape(self.words.shape)
-        self.scales += sign * np.bincount(steps, minlength=SCALES)
-
-    def word_model(self, context: int) -> Model:
-        layout = self.layout
-        prior = _word_prior(context, layout.width, layout.mantissa_bits)
-        return _model(self.words[context], prior)
-
-    def scale_model(self) -> Model:
-        return _model(self.scales, _scale_prior())
-
-
-def _chunks(count: int) -> Iterator[slice]:
-    start = 0
-    while start < count:
-        size = min(max(start, FIRST_CHUNK), LAST_CHUNK)
-        yield slice(start, min(start + size, count))
-        start += size
-
-
-def _groups(contexts: npt.NDArray[np.uint8]) -> tuple[Index, list[tuple[int, slice]]]:
-    """Stable order by context, and for each context that occurs its slice of that order."""
-    sizes = np.bincount(contexts)
-    ends = np.cumsum(sizes)
-    present = [(int(u), slice(int(ends[u] - sizes[u]), int(ends[u]))) for u in sizes.nonzero()[0]]
-    return np.argsort(contexts, kind="stable"), present
-
-
 # ---------------------------------------------------------------- encoder
 
 
-def _write_coded(tuned: Words, target: Words, layout: _Layout, drops: Ints) -> bytes:
+def _write_coded(tuned: Words, target: Words, layout: Layout, drops: Ints) -> bytes:
     """The payload of mode 2; drops are the s_b of the blocks, (layout.blocks(n),)."""
     coder = constriction.stream.stack.AnsCoder()
     coder.encode_reverse(END_MARK, END_MODEL)
-    counts = _Counts.empty(layout)
-    chunks = list(_chunks(target.size))
+    counts = Counts.empty(layout)
+    chunks = list(chunk_slices(target.size))
     for chunk in chunks:
         counts.add(*_chunk_symbols(tuned, target, drops, chunk, layout)[:3], sign=1)
     for chunk in reversed(chunks):  # a stack: what is decoded first is written last
         contexts, symbols, steps, raw = _chunk_symbols(tuned, target, drops, chunk, layout)
         counts.add(contexts, symbols, steps, sign=-1)
-        order, groups = _groups(contexts)
+        order, groups = group_contexts(contexts)
         symbols = symbols[order]
-        _push_raw(coder, _symbol_tables(layout.width)[1][symbols], raw[order])
+        _push_raw(coder, symbol_tables(layout.width)[1][symbols], raw[order])
         symbols = symbols.astype(np.int32)
         for context, group in reversed(groups):
             coder.encode_reverse(symbols[group], counts.word_model(context))
@@ -379,15 +198,15 @@ def _write_coded(tuned: Words, target: Words, layout: _Layout, drops: Ints) -> b
 
 
 def _chunk_symbols(
-    tuned: Words, target: Words, drops: Ints, chunk: slice, layout: _Layout
+    tuned: Words, target: Words, drops: Ints, chunk: slice, layout: Layout
 ) -> tuple[npt.NDArray[np.uint8], Ints, Ints, Ints]:
     """Contexts, symbols (both per word), scale symbols (per block) and raw bits of a chunk."""
     base = target[chunk]
-    symbols, raw = _split(_reflect(_order(tuned[chunk]) - _order(base), base))
+    symbols, raw = split_symbols(reflect(order_words(tuned[chunk]) - order_words(base), base))
     first = layout.blocks(chunk.start)
     mine = drops[first : layout.blocks(chunk.stop)]
     steps = np.diff(mine, prepend=drops[first - 1] if first else 0) % SCALES
-    return _contexts(base, mine, layout), symbols, steps, raw
+    return word_contexts(base, mine, layout), symbols, steps, raw
 
 
 def _push_raw(coder: Coder, raw_bits: Ints, raw: Ints) -> None:
@@ -410,7 +229,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _choose_layout(tuned: Words, target: Words) -> tuple[_Layout, Ints]:
+def _choose_layout(tuned: Words, target: Words) -> tuple[Layout, Ints]:
     """The cheapest settings on a sample, and the s_b of all blocks under them."""
     starts = np.linspace(0, max(target.size - SAMPLE_RUN, 0), SAMPLE_RUNS).astype(int)
     runs = [slice(s, s + SAMPLE_RUN) for s in np.unique(starts // FIRST_CHUNK * FIRST_CHUNK)]
@@ -430,9 +249,7 @@ def _choose_layout(tuned: Words, target: Words) -> tuple[_Layout, Ints]:
     return _scales(tuned, target, exponent_bits, block_log)
 
 
-def _scales(
-    tuned: Words, target: Words, exponent_bits: int, block_log: int
-) -> tuple[_Layout, Ints]:
+def _scales(tuned: Words, target: Words, exponent_bits: int, block_log: int) -> tuple[Layout, Ints]:
     """Layout, and s_b of each block, (blocks,): from the mean |tuned - target| of the block."""
     width = 8 * target.itemsize
     block = 1 << (block_log or 10)
@@ -447,7 +264,7 @@ def _scales(
         scales = np.rint(2 * (np.log2(means) + smallest_log))
     top = int(np.clip(scales.max(), -(1 << 15), (1 << 15) - 1))  # -inf where nothing is finite
     drops = np.clip(top - scales, 0, SCALES - 1).astype(np.int64)
-    return _Layout(width, exponent_bits, block_log, top), drops if block_log else drops[:0]
+    return Layout(width, exponent_bits, block_log, top), drops if block_log else drops[:0]
 
 
 def _change(tuned: Words, target: Words, exponent_bits: int, block: int) -> npt.NDArray[np.float64]:
@@ -473,10 +290,10 @@ def _decode_coded(body: bytes, target: Words) -> Words:
     layout, stream = _parse_head(body, target)
     padded = stream + b"\0" * (-len(stream) % 4)
     coder = constriction.stream.stack.AnsCoder(np.frombuffer(padded, dtype="<u4").astype(np.uint32))
-    counts = _Counts.empty(layout)
+    counts = Counts.empty(layout)
     tuned = np.empty_like(target)
     last_drop = 0
-    for chunk in _chunks(target.size):
+    for chunk in chunk_slices(target.size):
         base = target[chunk]
         blocks = layout.blocks(chunk.stop) - layout.blocks(chunk.start)
         steps = np.zeros(0, dtype=np.int64)
@@ -484,17 +301,17 @@ def _decode_coded(body: bytes, target: Words) -> Words:
             steps = coder.decode(counts.scale_model(), blocks).astype(np.int64)
         drops = (last_drop + np.cumsum(steps)) % SCALES
         last_drop = int(drops[-1]) if blocks else 0
-        contexts = _contexts(base, drops, layout)
+        contexts = word_contexts(base, drops, layout)
         symbols, raw = _pop_words(coder, contexts, counts)
         counts.add(contexts, symbols, steps, sign=1)
-        difference = _reflect(_join(symbols, raw, target.dtype), base)
-        tuned[chunk] = _unorder(_order(base) + difference)
+        difference = reflect(join_symbols(symbols, raw, target.dtype), base)
+        tuned[chunk] = unorder_words(order_words(base) + difference)
     if coder.decode(END_MODEL) != END_MARK or not coder.is_empty():
         raise _corrupt("its stream does not end with the last word of the target")
     return tuned
 
 
-def _parse_head(body: bytes, target: Words) -> tuple[_Layout, bytes]:
+def _parse_head(body: bytes, target: Words) -> tuple[Layout, bytes]:
     width = 8 * target.itemsize
     if len(body) < 5:
         raise _corrupt("its header is cut short")
@@ -519,16 +336,16 @@ def _parse_head(body: bytes, target: Words) -> tuple[_Layout, bytes]:
         raise _corrupt(f"its stream should have {size} bytes, found {len(stream)}")
     if stream.endswith(b"\0"):
         raise _corrupt("its stream ends in a zero byte")
-    return _Layout(width, exponent_bits, block_log, top), stream
+    return Layout(width, exponent_bits, block_log, top), stream
 
 
-def _pop_words(coder: Coder, contexts: npt.NDArray[np.uint8], counts: _Counts) -> tuple[Ints, Ints]:
+def _pop_words(coder: Coder, contexts: npt.NDArray[np.uint8], counts: Counts) -> tuple[Ints, Ints]:
     """Symbols and raw bits of one chunk, both (n,)."""
-    order, groups = _groups(contexts)
+    order, groups = group_contexts(contexts)
     ordered = np.empty(contexts.size, dtype=np.int64)
     for context, group in groups:
         ordered[group] = coder.decode(counts.word_model(context), group.stop - group.start)
-    raw_bits = _symbol_tables(counts.layout.width)[1][ordered]
+    raw_bits = symbol_tables(counts.layout.width)[1][ordered]
     ordered_raw = np.zeros(contexts.size, dtype=np.int64)
     some = raw_bits > 0
     if some.any():
