@@ -1,3 +1,52 @@
-"""graftkit keeps what a fine-tune learned in one small file and attaches it when it is wanted."""
+"""graftkit keeps what a fine-tune learned in one small file and attaches it when it is wanted.
 
-__version__ = "0.1.0"
+pack = graftkit.pack_delta("base/", "tuned/", budget="5%", calibration="rows.jsonl")
+pack.save("math.skillpack")
+with graftkit.attached(model, graftkit.SkillPack.load("math.skillpack")):
+    model.generate(...)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from graftkit.config import VERSION as __version__
+
+if TYPE_CHECKING:
+    from graftkit.attach import Attachment, attach, attached, detach
+    from graftkit.evaluate import Comparison, compare
+    from graftkit.fuse import merge_packs
+    from graftkit.packing import pack_delta
+    from graftkit.skillpack import SkillPack
+
+
+# In pipeline order. Each is imported when it is first used: `import graftkit` stays quick.
+_PUBLIC = {
+    "pack_delta": "graftkit.packing",
+    "SkillPack": "graftkit.skillpack",
+    "attach": "graftkit.attach",
+    "detach": "graftkit.attach",
+    "attached": "graftkit.attach",
+    "Attachment": "graftkit.attach",
+    "merge_packs": "graftkit.fuse",
+    "compare": "graftkit.evaluate",
+    "Comparison": "graftkit.evaluate",
+}
+
+__all__ = [
+    "Attachment",
+    "Comparison",
+    "SkillPack",
+    "__version__",
+    "attach",
+    "attached",
+    "compare",
+    "detach",
+    "merge_packs",
+    "pack_delta",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'graftkit' has no attribute {name!r}")

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from graftkit.errors import BudgetError, ConfigError
 
+VERSION = "0.1.0"
+"""Version of graftkit; packs name it as their generator."""
+
 Recipe = Literal["auto", "graftllm", "lossless"]
 RECIPES: tuple[Recipe, ...] = ("auto", "graftllm", "lossless")
 

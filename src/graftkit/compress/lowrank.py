@@ -26,8 +26,9 @@ from graftkit.compress.quantize import (
 from graftkit.errors import CorruptPackError
 
 TIER_BITS = (8, 4, 2)
-TIER_SHARES = (0.02, 0.18, 0.80)
-"""Share of the kept rank per tier: 20, 180 and 800 of 1,000 (GraftLLM's run script)."""
+TIER_SHARES = ((0.02, 0.18, 0.80), (0.05, 0.45, 0.50), (0.10, 0.90, 0.0))
+"""Shares of the kept rank per tier. The first are 20, 180 and 800 of 1,000, GraftLLM's run script;
+the others put more of the rank at 4 bits, which a matrix of small rank needs."""
 
 _HEAD = struct.Struct("<BH")
 _TIER = struct.Struct("<BH")
@@ -55,10 +56,10 @@ class LowRank:
         return self.left @ self.right
 
 
-def split_tiers(rank: int) -> tuple[Tier, ...]:
-    """8/4/2-bit tiers of `rank` components in the paper's proportions; at least one at 8 bits."""
-    high = max(1, round(rank * TIER_SHARES[0])) if rank else 0
-    middle = min(rank - high, round(rank * TIER_SHARES[1]))
+def split_tiers(rank: int, shares: tuple[float, float, float]) -> tuple[Tier, ...]:
+    """8/4/2-bit tiers of `rank` components in these proportions; at least one at 8 bits."""
+    high = max(1, round(rank * shares[0])) if rank else 0
+    middle = rank - high if shares[2] == 0 else min(rank - high, round(rank * shares[1]))
     counts = (high, middle, rank - high - middle)
     return tuple(
         Tier(bits, count) for bits, count in zip(TIER_BITS, counts, strict=True) if count > 0

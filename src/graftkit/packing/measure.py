@@ -31,7 +31,7 @@ TIED_SHRINKAGE = 0.5
 """The same for an embedding that is also the head: the head's covariance says nothing about
 what the lookup needs."""
 
-LOGIT_SENSITIVITY = 100.0
+LOGIT_SENSITIVITY = 30.0
 """Weight of a relative error in the logits against one inside a layer, which the residual stream
 dilutes. Per unit of relative error the logits cost 100 to 300 times the KL; 30 to 300 do about
 equally well (docs/lab-log.md, 2026-11-22, training rows of two nursery skills)."""

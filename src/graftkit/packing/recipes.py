@@ -18,7 +18,7 @@ from graftkit.compress.allocate import (
     zero_point_of,
 )
 from graftkit.compress.codecs import Precision
-from graftkit.compress.lowrank import MAX_RANK, split_tiers
+from graftkit.compress.lowrank import MAX_RANK, TIER_SHARES, Tier, split_tiers
 from graftkit.models.architecture import ModuleKind
 
 ENERGY_SHARES = tuple(1 - np.geomspace(0.7, 1e-5, 64))
@@ -35,16 +35,18 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Precision of every lossy tensor by its index, and the payload bytes they take together."""
+    """Precision of every lossy tensor by its index, their payload bytes and expected error."""
 
     precisions: Mapping[int, Precision]
     nbytes: int
+    error: float
 
 
 def plan_auto(facts: Mapping[int, MatrixFacts], budget_bytes: int) -> Plan:
     """The least expected error in `budget_bytes` of payload, any codec for any tensor."""
     hulls = [lower_hull(candidate_points(fact)) for fact in facts.values()]
-    return _plan(facts, allocate(hulls, budget_bytes))
+    points = allocate(hulls, budget_bytes)
+    return _plan(facts, dict(zip(facts, points, strict=True)))
 
 
 def plan_graftllm(
@@ -54,31 +56,46 @@ def plan_graftllm(
 
     α (share of entries kept) for embeddings and head, β (share of energy kept) for MLP, r (rank)
     for attention, each the same in every layer (GraftLLM section 3.2). All combinations on a grid
-    are costed; the one with the least expected error that fits wins.
+    are costed; the one with the least expected error that fits wins. The proportions of the
+    8/4/2-bit tiers are searched too.
     """
     groups: dict[str, dict[int, MatrixFacts]] = {"pruned": {}, "attention": {}, "mlp": {}}
     for name, fact in facts.items():
         groups[_OPERATORS.get(kinds[name], "mlp")][name] = fact
+    plans = [_plan(facts, _cheapest_error(groups, shares, budget_bytes)) for shares in TIER_SHARES]
+    return min(plans, key=lambda plan: plan.error)
+
+
+def _cheapest_error(
+    groups: Mapping[str, Mapping[int, MatrixFacts]],
+    shares: tuple[float, float, float],
+    budget_bytes: int,
+) -> dict[int, Point]:
+    """The best α, r and β with tiers in these proportions."""
+    attention = groups["attention"].items()
+    mlp = groups["mlp"].items()
     ladders = [
         _pruned_ladder(groups["pruned"]),
-        [{n: _by_rank(f, share) for n, f in groups["attention"].items()} for share in RANK_SHARES],
-        [{n: _by_energy(f, share) for n, f in groups["mlp"].items()} for share in ENERGY_SHARES],
+        [{i: _by_rank(f, rank, shares) for i, f in attention} for rank in RANK_SHARES],
+        [{i: _by_energy(f, energy, shares) for i, f in mlp} for energy in ENERGY_SHARES],
     ]
     # Nothing at all must stay possible, or a small budget could not be met.
-    for ladder, group in zip(ladders[1:], ("attention", "mlp"), strict=True):
-        ladder.insert(0, {name: zero_point_of(fact) for name, fact in groups[group].items()})
+    ladders[1].insert(0, {i: zero_point_of(fact) for i, fact in attention})
+    ladders[2].insert(0, {i: zero_point_of(fact) for i, fact in mlp})
     best = _best_combination(ladders, budget_bytes)
-    points = {
-        name: point
-        for ladder, i in zip(ladders, best, strict=True)
-        for name, point in ladder[i].items()
+    return {
+        i: point
+        for ladder, step in zip(ladders, best, strict=True)
+        for i, point in ladder[step].items()
     }
-    return _plan(facts, [points[name] for name in facts])
 
 
-def _plan(facts: Mapping[int, MatrixFacts], points: list[Point]) -> Plan:
-    precisions = {n: point.precision for n, point in zip(facts, points, strict=True)}
-    return Plan(precisions, sum(point.nbytes for point in points))
+def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, Point]) -> Plan:
+    return Plan(
+        {i: points[i].precision for i in facts},
+        sum(point.nbytes for point in points.values()),
+        sum(point.error for point in points.values()),
+    )
 
 
 def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, Point]]:
@@ -90,28 +107,29 @@ def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, Point]]:
     return steps
 
 
-def _by_rank(facts: MatrixFacts, share: float) -> Point:
+def _by_rank(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> Point:
     """Attention: a fixed share of the full rank."""
     rank = max(1, round(share * min(facts.shape)))
-    return _never_dearer_than_direct(facts, rank)
+    return _never_dearer_than_direct(facts, split_tiers(min(rank, MAX_RANK), tiers))
 
 
-def _by_energy(facts: MatrixFacts, share: float) -> Point:
+def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> Point:
     """MLP: the smallest rank that keeps `share` of the energy."""
     kept = np.cumsum(facts.energies)
     if kept[-1] <= 0:
         return zero_point_of(facts)
     rank = int(np.searchsorted(kept, share * kept[-1])) + 1
-    return _never_dearer_than_direct(facts, min(rank, min(facts.shape)))
+    rank = min(rank, MAX_RANK, *facts.shape)
+    return _never_dearer_than_direct(facts, split_tiers(rank, tiers))
 
 
-def _never_dearer_than_direct(facts: MatrixFacts, rank: int) -> Point:
-    """Factors at this rank, or the direct form where that is cheaper and no worse.
+def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Point:
+    """Factors in these tiers, or the direct form where that is cheaper and no worse.
 
     The k and v matrices of grouped-query attention are so flat that factors of a large rank cost
     more bits than the matrix itself.
     """
-    factors = tiers_point(facts, split_tiers(min(rank, MAX_RANK)))
+    factors = tiers_point(facts, tiers)
     direct = [point for point in dense_points(facts) if point.nbytes <= factors.nbytes]
     better = [point for point in direct if point.error <= factors.error]
     if better:

@@ -10,11 +10,10 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from graftkit import __version__
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.bound import waterfilling_bits
 from graftkit.compress.codecs import matrix_shape
-from graftkit.config import PackConfig
+from graftkit.config import VERSION, PackConfig
 from graftkit.delta import Checkpoint, fingerprint
 from graftkit.errors import BudgetError
 from graftkit.models.architecture import ModuleKind, tied_names
@@ -50,7 +49,7 @@ from graftkit.skillpack.manifest import (
     TunedInfo,
 )
 
-GENERATOR = f"graftkit {__version__}"
+GENERATOR = f"graftkit {VERSION}"
 
 Progress = Callable[[str, int, int], None]
 """Called with the step's name, items done and items in all."""
@@ -263,7 +262,7 @@ class PackingJob:
 
     def _plan(self, facts: dict[int, MatrixFacts], room: int) -> Plan:
         if not facts:
-            return Plan({}, 0)
+            return Plan({}, 0, 0.0)
         kinds = {i: self.pairs[i].role.kind for i in facts}
         graftllm = self.config.recipe == "graftllm"
         return plan_graftllm(kinds, facts, room) if graftllm else plan_auto(facts, room)

@@ -1,0 +1,192 @@
+"""The command line: it translates and prints; everything else is done below.
+
+Heavy libraries are imported inside the commands, so that `graftkit --help` is quick.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graftkit.cli import show
+from graftkit.config import VERSION
+
+app = typer.Typer(
+    name="graftkit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")]
+Tuned = Annotated[str, typer.Argument(help="Tuned model: a directory or Hub id[@revision].")]
+PackFile = Annotated[Path, typer.Argument(help="A .skillpack file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"graftkit {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Keep what a fine-tune learned in one small file, and attach it when it is wanted."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for packs and results.")] = Path(
+        "graftkit-demo"
+    ),
+) -> None:
+    """The whole story on embedded data: pack three skills, attach, detach, mix. Offline."""
+    from graftkit.demo import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+def pack(
+    target: Target,
+    tuned: Tuned,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .skillpack to write.")],
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Largest file: 5%, 12MB or 1.0bpp. Default 5%; lossless: none."),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="auto, graftllm (the paper's method) or lossless.")
+    ] = "auto",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="rows.jsonl to measure activations on; without it, data-free."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Picks the calibration rows.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Tensors in work at once. Default: one per core.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but write the file.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Compress what TUNED learned beyond TARGET into one file.
+
+    Interrupted, the same command goes on where it stopped (finished steps lie in OUTPUT.partial).
+    """
+    from graftkit.cli.packing import pack_to_file
+
+    summary = pack_to_file(
+        target,
+        tuned,
+        output,
+        dry_run,
+        budget=budget,
+        recipe=recipe,
+        calibration=calibration,
+        seed=seed,
+        workers=workers,
+    )
+    show.json_or(json_output, summary, lambda: show.pack_result(summary, output, dry_run))
+
+
+@app.command()
+def inspect(file: PackFile, json_output: Json = False) -> None:
+    """What a pack holds, tensor by tensor. Needs no model."""
+    from graftkit.skillpack import SkillPack
+    from graftkit.skillpack.summary import pack_summary
+
+    opened = SkillPack.load(file)
+    summary = pack_summary(opened)
+    summary["manifest"] = opened.manifest.model_dump(mode="json", exclude={"tensors"})
+    show.json_or(json_output, summary, lambda: show.pack_table(summary, file))
+
+
+@app.command()
+def verify(
+    file: PackFile,
+    target: Annotated[str, typer.Option("--target", help="The target it was made for.")],
+    full: Annotated[
+        bool, typer.Option("--full", help="Also decode every tensor and look for NaN.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Check a pack: format, digests, and that TARGET is the target it was made for."""
+    from graftkit.cli.packing import verify_file
+
+    with show.progress() as report:
+        result = verify_file(file, target, full, report)
+    show.json_or(json_output, result, lambda: show.verified(result, file, target))
+
+
+@app.command()
+def compare(
+    target: Target,
+    tuned: Tuned,
+    file: PackFile,
+    rows: Annotated[Path, typer.Option("--rows", help='rows.jsonl: {"prompt", "completion"}.')],
+    json_output: Json = False,
+) -> None:
+    """How close target + pack is to the tuned model: KL per token, agreement, exact match."""
+    from dataclasses import asdict
+
+    from graftkit.evaluate import compare as run_compare
+    from graftkit.rows import read_rows
+
+    with show.progress() as report:
+        result = asdict(
+            run_compare(
+                target,
+                tuned,
+                file,
+                read_rows(rows),
+                lambda done, total: report("comparing", done, total),
+            )
+        )
+    show.json_or(json_output, result, lambda: show.comparison(result, file))
+
+
+@app.command()
+def merge(
+    target: Target,
+    files: Annotated[list[Path], typer.Argument(help="One or more packs of this target.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    weights: Annotated[
+        str | None, typer.Option(help="One weight per pack, such as 1,0.5. Default all 1.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write target + packs as an ordinary Hugging Face checkpoint."""
+    from graftkit.cli.packing import parse_weights
+    from graftkit.fuse import merge_packs
+
+    with show.progress() as report:
+        merge_packs(target, files, output, parse_weights(weights), report)
+    result: dict[str, Any] = {"output": str(output), "packs": [str(file) for file in files]}
+    show.json_or(json_output, result, lambda: show.merged(output, len(files)))
+
+
+@app.command()
+def generate(
+    target: Target,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    packs: Annotated[
+        list[Path] | None,
+        typer.Option("--pack", help="A pack to attach; give several to hear each answer."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    json_output: Json = False,
+) -> None:
+    """Continue a prompt with the target, or with packs attached (one answer per pack)."""
+    from graftkit.cli.generating import generate_answers
+
+    answers = generate_answers(target, packs or [], prompt, max_new_tokens)
+    show.json_or(json_output, {"prompt": prompt, "answers": answers}, lambda: show.answers(answers))
