@@ -31,10 +31,10 @@ TIED_SHRINKAGE = 0.5
 """The same for an embedding that is also the head: the head's covariance says nothing about
 what the lookup needs."""
 
-LOGIT_SENSITIVITY = 30.0
+LOGIT_SENSITIVITY, DATA_FREE_LOGIT_SENSITIVITY = 30.0, 100.0
 """Weight of a relative error in the logits against one inside a layer, which the residual stream
-dilutes. Per unit of relative error the logits cost 100 to 300 times the KL; 30 to 300 do about
-equally well (docs/lab-log.md, 2026-11-22, training rows of two nursery skills)."""
+dilutes. Without calibration the errors inside are overestimated (inputs take few directions), so
+that the logits weigh more. Chosen on training rows of the nursery (docs/lab-log.md, 2026-11-22)."""
 
 _SAMPLE = 2**22
 
@@ -159,8 +159,14 @@ def _measure(
         "gain": feedback_gain(covariance),
         "spectrum": spectrum.tolist(),
         "kept": _kept_energy(delta) if pair.gathered else [],
-        "weight": (LOGIT_SENSITIVITY if logits else 1.0) / output if output > 0 else 1.0,
+        "weight": _sensitivity(logits, covariance) / output if output > 0 else 1.0,
     }
+
+
+def _sensitivity(logits: bool, covariance: Tensor | None) -> float:
+    if not logits:
+        return 1.0
+    return DATA_FREE_LOGIT_SENSITIVITY if covariance is None else LOGIT_SENSITIVITY
 
 
 def _component_energies(
