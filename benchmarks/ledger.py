@@ -30,20 +30,28 @@ class Ledger:
             "command": published_command(script, arguments),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.records = read_records(path)
+
+    @property
+    def records(self) -> list[Record]:
+        """Everything in the file by now, another process's records too."""
+        return read_records(self.path)
 
     def has(self, key: Mapping[str, Any]) -> bool:
         """Whether this commit's record of `key` is there; changed sources never count as one."""
+        return self.find(key) is not None
+
+    def find(self, key: Mapping[str, Any]) -> Record | None:
+        """This commit's newest record of `key`, None where it must be measured."""
         if self.fresh or self.stamp["commit"].endswith("-dirty"):
-            return False
+            return None
         wanted = {**key, "commit": self.stamp["commit"]}
-        return any(all(r.get(k) == v for k, v in wanted.items()) for r in self.records)
+        found = [r for r in self.records if all(r.get(k) == v for k, v in wanted.items())]
+        return found[-1] if found else None
 
     def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Append one record."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
         record = {**self.stamp, "date": date, **key, **values}
-        self.records.append(record)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -137,9 +145,10 @@ def _cpu_name() -> str:
 def _without_paths(arguments: Sequence[str]) -> list[str]:
     kept, skip = [], False
     for argument in arguments:
-        if not skip and not argument.startswith(("--shared", "--out", "--docs", "--work")):
+        names_folder = argument.split("=")[0] in ("--shared", "--out", "--docs", "--work")
+        if not skip and not names_folder:
             kept.append(argument)
-        skip = argument in ("--shared", "--out", "--docs", "--work")
+        skip = names_folder and "=" not in argument
     return kept
 
 

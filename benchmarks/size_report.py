@@ -13,8 +13,8 @@ TARGETS = {"5%": 0.99, "1%": 0.95}
 """Share of tuned's exact matches that a pack of this budget should recover."""
 
 _HEADER = (
-    "pack", "budget", "bytes", "s", "KL", "KL p99", "top-1", "KL else", "p99 else", "top-1 else",
-    "exact", "recovered",
+    "pack", "budget", "bytes", "s", "CPU s", "KL", "KL p99", "top-1", "KL else", "p99 else",
+    "top-1 else", "exact", "recovered",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def _row(line: Record) -> list[str]:
     return [
         *head,
         f"{line['bytes']:,}",
-        f"{line['seconds']:.1f}",
+        *(f"{line[name]:.1f}" if line.get(name) else "–" for name in ("seconds", "cpu_seconds")),
         *(_number(line[name]) for name in ("kl_mean", "kl_p99")),
         f"{line['top1_agreement']:.3f}",
         *(_number(line[f"elsewhere_{name}"]) for name in ("kl_mean", "kl_p99")),

@@ -105,8 +105,8 @@ class SpeedBench:
 def settings_of(case: str, options: argparse.Namespace) -> Iterator[Setting]:
     """Every pack of one case; the layer of a larger model has no rows that mean anything."""
     for recipe in options.recipes:
-        calibrations = (False, True) if case != "llama" and recipe != "lossless" else (False,)
-        for calibrated in calibrations:
+        with_rows = case != "llama" and recipe != "lossless" and not options.data_free
+        for calibrated in (False, True) if with_rows else (False,):
             for workers in options.workers:
                 yield Setting(case, recipe, calibrated, workers)
 
@@ -133,6 +133,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--workers", nargs="+", type=int, default=(1, 2))
+    parser.add_argument("--data-free", action="store_true", help="nothing calibrated")
     parser.add_argument("--limit-minutes", type=float, default=60.0, help="of one measurement")
     parser.add_argument("--work", type=Path, help="for large checkpoints; default temporary")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")

@@ -21,16 +21,21 @@ from graftkit.skillpack import SkillPack
 
 
 class StageClock:
-    """Seconds of every step that `pack_delta` reports, by its progress callback."""
+    """Seconds of every step that `pack_delta` reports, by its progress callback.
+
+    peaks: highest resident memory of the process up to the end of each step.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self.step, self.since = "reading", time.perf_counter()
 
     def __call__(self, step: str, done: int, total: int) -> None:
         """Count the time since the last call for the step that was under way."""
         now = time.perf_counter()
         self.seconds[self.step] = self.seconds.get(self.step, 0.0) + now - self.since
+        self.peaks[self.step] = _peak_bytes()
         self.step, self.since = step, now
 
 
@@ -59,6 +64,7 @@ def pack(spec: dict[str, Any]) -> dict[str, Any]:
         "load_before": load,
         "seconds_per_million": seconds / target.parameters * 1e6,
         "stages": {step: round(value, 3) for step, value in clock.seconds.items()},
+        "peaks": clock.peaks,
         "bytes": Path(spec["pack"]).stat().st_size,
         "parameters": target.parameters,
         "largest": max(info.numel for info in target.tensors.values()),

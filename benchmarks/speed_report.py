@@ -103,12 +103,22 @@ def _stage_table(lines: Sequence[Record]) -> str:
         [_name(x), str(x["workers"]), *(f"{x['stages'].get(s, 0.0):.1f}" for s in STAGES)]
         for x in _finished(lines)
     ]
-    return "Seconds by step:\n\n" + table(("pack", "workers", *STAGES), rows)
+    steps = "Seconds by step:\n\n" + table(("pack", "workers", *STAGES), rows)
+    rows = [
+        [_name(x), str(x["workers"]), *(_megabytes(x.get("peaks", {}).get(s)) for s in STAGES)]
+        for x in _finished(lines)
+    ]
+    peaks = "Peak RSS up to the end of each step, MB:\n\n"
+    return f"{steps}\n\n{peaks}{table(('pack', 'workers', *STAGES), rows)}"
 
 
 def _use_table(lines: Sequence[Record]) -> str:
     rows = [[_name(x), *(_milliseconds(x.get(name)) for name in USES.values())] for x in lines]
     return table(("pack", *USES), rows)
+
+
+def _megabytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / 1e6:,.0f}"
 
 
 def _milliseconds(value: float | None) -> str:

@@ -95,8 +95,8 @@ def test_what_this_commit_has_measured_is_known_again(tmp_path, monkeypatch):
 def test_published_commands_name_no_folder_of_the_machine():
     from ledger import published_command
 
-    arguments = ["--shared", "/a/b", "--rows", "8", "--out=/c", "--fresh"]
-    assert published_command("size.py", arguments) == "benchmarks/size.py --rows 8 --fresh"
+    arguments = ["--shared", "/a/b", "--workers", "2", "--out=/c", "--work", "/d", "--fresh"]
+    assert published_command("speed.py", arguments) == "benchmarks/speed.py --workers 2 --fresh"
 
 
 def test_equal_fidelity_is_read_between_the_points_of_a_curve():
