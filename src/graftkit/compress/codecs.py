@@ -4,6 +4,7 @@ A codec sees matrices only. `matrices` turns a stored tensor into them: transpos
 put the right way round, stacks of experts become one matrix per expert, kernels are flattened.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -137,12 +138,13 @@ def decode_delta(codec: str, payload: memoryview, shape: tuple[int, ...], layout
     return assemble([decode_matrix(codec, part, matrix) for part in parts], shape, layout)
 
 
-def split_payload(payload: memoryview, count: int) -> list[memoryview]:
-    """A stack's payload holds one payload of equal length per matrix."""
+def split_payload(payload: memoryview, count: int) -> Iterator[memoryview]:
+    """A stack's payload holds one payload of equal length per matrix; found one by one."""
     if len(payload) % count:
         raise CorruptPackError(f"a payload of {len(payload)} bytes cannot hold {count} equal parts")
     size = len(payload) // count
-    return [payload[i * size : (i + 1) * size] for i in range(count)]
+    for i in range(count):
+        yield payload[i * size : (i + 1) * size]
 
 
 def describe_payload(
@@ -157,7 +159,7 @@ def describe_payload(
     if codec not in describers:
         return {}
     count, matrix = matrix_shape(shape, layout)
-    return describers[codec](split_payload(payload, count)[0], matrix)
+    return describers[codec](next(split_payload(payload, count)), matrix)
 
 
 def _product(extents: tuple[int, ...]) -> int:

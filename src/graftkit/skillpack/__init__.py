@@ -120,10 +120,10 @@ class SkillPack:
         with _naming(record):
             common = self._decode_common(record, weight)
             if not record.appended_bytes:
-                return common
+                return common if record.codec == "zero" else _finite(common)
             extra = record.result_shape[0] - record.shape[0]
             zeros = torch.zeros((extra, *record.shape[1:]), dtype=weight.dtype)
-            return torch.cat([common, decode_exact(self._parts(record)[1], zeros)])
+            return _finite(torch.cat([common, decode_exact(self._parts(record)[1], zeros)]))
 
     def delta(self, name: str, target: Tensor) -> Tensor:
         """Tuned minus target in float32, in the tuned shape; appended rows count in full."""
@@ -132,7 +132,8 @@ class SkillPack:
         if record.codec not in ("exact", "zero") and not record.appended_bytes:
             with _naming(record):
                 body, _ = self._parts(record)
-                return decode_delta(record.codec, body, tuple(weight.shape), record.layout)
+                shape = tuple(weight.shape)
+                return _finite(decode_delta(record.codec, body, shape, record.layout))
         tuned = self.decode(name, target).float()
         if not record.appended_bytes:
             return tuned.sub_(weight)
@@ -150,7 +151,7 @@ class SkillPack:
         _, shape = matrix_shape(self._common_shape(record), record.layout)
         with _naming(record):
             factors = lowrank.decode(self._parts(record)[0], shape)
-        return factors.left, factors.right
+            return _finite(factors.left), _finite(factors.right)
 
     def side_files(self, target: Checkpoint) -> dict[str, bytes]:
         """Contents of the side files that the tuned model changed, by name."""
@@ -187,6 +188,8 @@ class SkillPack:
         if record.codec == "exact":
             return decode_exact(body, weight)
         if record.codec == "zero":
+            if body:
+                raise CorruptPackError(f"codec zero takes no payload, found {len(body)} bytes")
             return weight.clone()
         delta = decode_delta(record.codec, body, tuple(weight.shape), record.layout)
         return delta.add_(weight).to(weight.dtype)
@@ -217,6 +220,13 @@ class SkillPack:
             )
         weight = target.detach().to(DTYPES[record.result_dtype])
         return weight if record.tuned_shape is None else weight[: self._common_shape(record)[0]]
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """Refuse what no writer wrote: packing takes finite weights only. Raises: CorruptPackError."""
+    if tensor.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
+        raise CorruptPackError("the payload decodes to NaN or infinite weights")
+    return tensor
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,8 @@ from graftkit.skillpack.manifest import (
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100_000_000
+_MAX_MESSAGE = 400
+_NEWER = re.compile("[1-9][0-9]*")  # int() would refuse thousands of digits, and read others
 _METADATA_KEYS = {"format", "version", "manifest", "manifest_blake3"}
 
 
@@ -110,7 +113,8 @@ def read_container(path: Path) -> tuple[Manifest, dict[str, memoryview], int]:
             f"{path}: cannot be read ({error.strerror or error})", PackFault.NOT_A_SKILLPACK
         ) from error
     except PackFormatError as error:
-        raise type(error)(f"{path}: {error}", error.fault) from error
+        # What a hostile file names can be as long as the file.
+        raise type(error)(f"{path}: {str(error)[:_MAX_MESSAGE]}", error.fault) from error
     return manifest, payloads, size
 
 
@@ -143,7 +147,7 @@ def _manifest_text(metadata: object) -> str:
             "not a SkillPack (no format=skillpack in its metadata)", PackFault.NOT_A_SKILLPACK
         )
     version = metadata.get("version")
-    if isinstance(version, str) and version.isdigit() and int(version) > FORMAT_VERSION:
+    if isinstance(version, str) and _NEWER.fullmatch(version) and version != str(FORMAT_VERSION):
         raise UnsupportedVersionError(
             f"format version {version}; this graftkit reads up to {FORMAT_VERSION}, "
             "upgrade graftkit",

@@ -46,6 +46,8 @@ def decode_file(record: FileRecord, payload: memoryview, old: bytes | None) -> b
         raise PackMismatchError(
             f"the target's {record.name} is not the one this pack was made for; use that target"
         )
+    if old is not None and shared > len(old):
+        raise CorruptPackError(f"side file {record.name}: shares more than the target's file holds")
     middle = _inflate(record, payload, record.bytes - shared)
     head = old[: record.prefix] if old else b""
     tail = old[len(old) - record.suffix :] if old and record.suffix else b""

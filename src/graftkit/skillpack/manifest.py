@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,7 +31,7 @@ Codec = Literal["zero", "exact", "sparse", "lowrank", "dense"]
 
 
 class Part(BaseModel):
-    """Base of all parts of the manifest: frozen, strict, unknown keys refused."""
+    """Base of all parts of the manifest: frozen, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -155,7 +157,7 @@ class TensorRecord(Part):
 class Manifest(Part):
     """Everything a pack says about itself."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1, le=1)] = FORMAT_VERSION
     """Version of the format."""
     generator: str
     """Name and version of the writer."""
@@ -210,10 +212,10 @@ class Manifest(Part):
 
 def parse_manifest(text: str) -> Manifest:
     """Manifest from JSON text. Raises: CorruptPackError with the fault of the rule broken."""
-    raw = load_json(text)
-    _check_codecs(raw)
+    _check_codecs(load_json(text, PackFault.INVALID_MANIFEST))
     try:
-        manifest = Manifest.model_validate(raw)
+        # Strict, as the schema is: "9" and true are no numbers.
+        manifest = Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -224,18 +226,19 @@ def parse_manifest(text: str) -> Manifest:
     _check_shapes(manifest)
     for record in manifest.tensors:
         _check_record(record)
+    _check_bases(manifest)
     return manifest
 
 
-def load_json(text: str) -> Any:
-    """JSON without duplicate keys or NaN. Raises: CorruptPackError."""
+def load_json(text: str, fault: PackFault = PackFault.INVALID_HEADER) -> Any:
+    """JSON without duplicate keys or NaN. Raises: CorruptPackError, with `fault` for bad JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            twice = next(key for key in keys if keys.count(key) > 1)
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise CorruptPackError(f"key {twice!r} stands twice", PackFault.DUPLICATE_KEY)
-        return dict(pairs)
+        return result
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
@@ -243,7 +246,7 @@ def load_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise CorruptPackError(f"not valid JSON: {error}", PackFault.INVALID_HEADER) from error
+        raise CorruptPackError(f"not valid JSON: {error}", fault) from error
 
 
 def _check_codecs(raw: Any) -> None:
@@ -283,14 +286,14 @@ def _check_names(manifest: Manifest) -> None:
 def _check_shapes(manifest: Manifest) -> None:
     own = 0
     for record in manifest.tensors:
-        sizes = (math.prod(record.shape), record.numel)
-        if max(sizes) > _MAX_NUMEL:
+        size = _bounded_product(record.shape)
+        if max(size, _bounded_product(record.result_shape)) > _MAX_NUMEL:
             raise CorruptPackError(
                 f"{record.name}: shape {list(record.shape)} is too large",
                 PackFault.SHAPE_TOO_LARGE,
             )
         if record.base is None:
-            own += sizes[0]
+            own += size
     if own != manifest.target.parameters:
         raise CorruptPackError(
             f"shapes add up to {own} weights, the target has {manifest.target.parameters}",
@@ -309,28 +312,64 @@ def _check_shapes(manifest: Manifest) -> None:
             )
 
 
+def _bounded_product(extents: Iterable[int]) -> int:
+    """Their product, or any number above the limit: a million extents must not take minutes."""
+    product = 1
+    for extent in extents:
+        product = min(product * extent, _MAX_NUMEL**2)
+    return product
+
+
+def _check_bases(manifest: Manifest) -> None:
+    """An added tensor's record describes the target tensor that it is coded against."""
+    own = {record.name: record for record in manifest.tensors if record.base is None}
+    for record in manifest.tensors:
+        if not record.base:
+            continue
+        base = own.get(record.base)
+        if base is None or any(
+            getattr(base, field) != getattr(record, field) for field in ("dtype", "shape", "blake3")
+        ):
+            raise CorruptPackError(
+                f"{record.name}: does not describe its base {record.base}",
+                PackFault.INVALID_MANIFEST,
+            )
+
+
 def _check_record(record: TensorRecord) -> None:
-    problem = None
-    floats = record.codec == "zero" or record.dtype in FLOAT_DTYPES
-    resized = record.tuned_shape
-    grown = resized is not None and resized[:1] > record.shape[:1]
-    if record.dtype not in DTYPES or not floats:
-        problem = f"dtype {record.dtype} cannot be used with codec {record.codec}"
-    elif record.tuned_dtype is not None and record.tuned_dtype not in FLOAT_DTYPES:
-        problem = f"tuned_dtype {record.tuned_dtype} is not a float dtype"
-    elif resized is not None and (not record.shape or resized[1:] != record.shape[1:]):
-        problem = f"shape {list(record.shape)} cannot be resized to {list(resized)}"
-    elif grown != (record.appended_bytes > 0):
-        problem = "appended_bytes and tuned_shape do not fit"
-    elif (record.codec != "zero" or grown) != (record.payload_blake3 is not None):
-        problem = f"codec {record.codec} and payload_blake3 do not fit"
-    elif record.layout.startswith("stack") and (len(record.shape) != 3 or record.shape[0] == 0):
-        problem = f"layout {record.layout} needs three extents, found {list(record.shape)}"
-    elif record.codec in ("sparse", "lowrank", "dense") and (
-        len(record.shape) < 2 or 0 in record.shape
-    ):
-        problem = f"codec {record.codec} needs a matrix, found {list(record.shape)}"
-    elif record.layout == "transposed" and len(record.shape) != 2:
-        problem = f"layout transposed needs two extents, found {list(record.shape)}"
+    problem = _resize_problem(record) or _layout_problem(record)
     if problem:
         raise CorruptPackError(f"{record.name}: {problem}", PackFault.INVALID_MANIFEST)
+
+
+def _resize_problem(record: TensorRecord) -> str | None:
+    """What is wrong with dtypes, the tuned shape and what is appended."""
+    floats = record.codec == "zero" or record.dtype in FLOAT_DTYPES
+    before, after = record.shape, record.result_shape
+    grown = after[:1] > before[:1]
+    if record.dtype not in DTYPES or not floats:
+        return f"dtype {record.dtype} cannot be used with codec {record.codec}"
+    if record.tuned_dtype is not None and record.tuned_dtype not in FLOAT_DTYPES:
+        return f"tuned_dtype {record.tuned_dtype} is not a float dtype"
+    if len(before) != len(after) or after[1:] != before[1:]:
+        return f"shape {list(before)} cannot be resized to {list(after)}"
+    if grown and record.result_dtype not in FLOAT_DTYPES:
+        return f"rows of dtype {record.result_dtype} cannot be appended"
+    if grown != (record.appended_bytes > 0):
+        return "appended_bytes and tuned_shape do not fit"
+    if (record.codec != "zero" or grown) != (record.payload_blake3 is not None):
+        return f"codec {record.codec} and payload_blake3 do not fit"
+    return None
+
+
+def _layout_problem(record: TensorRecord) -> str | None:
+    """What keeps the common rows from being the matrices that codec and layout need."""
+    shape = list(record.shape)
+    empty = 0 in record.shape or 0 in record.result_shape
+    if record.layout.startswith("stack") and (len(shape) != 3 or empty):
+        return f"layout {record.layout} needs three extents, found {shape}"
+    if record.codec in ("sparse", "lowrank", "dense") and (len(shape) < 2 or empty):
+        return f"codec {record.codec} needs a matrix, found {shape}"
+    if record.layout == "transposed" and len(shape) != 2:
+        return f"layout transposed needs two extents, found {shape}"
+    return None

@@ -1,0 +1,263 @@
+"""Payloads under a correct digest that no encoder writes: refused by name, or finite tensors."""
+
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from skillpack.forge import GOLDEN, PACK, Forgery, target_of
+
+from graftkit.delta import Checkpoint
+from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
+from graftkit.skillpack import SkillPack
+
+DENSE, LOWRANK, STACK = "h.0.attn.v.weight", "h.0.attn.q.weight", "h.0.experts.down"
+BITMAP, LISTS, EXACT, GROWN = "lookup.weight", "rare.weight", "h.1.mlp.weight", "embed.weight"
+HALF_NAN, HALF_INF, HALF_NEGATIVE = (struct.pack("<e", x) for x in (np.nan, np.inf, -1.0))
+
+
+def put(offset, *parts):
+    """Overwrite bytes of a payload."""
+
+    def change(payload):
+        new = b"".join(parts)
+        return payload[:offset] + new + payload[offset + len(new) :]
+
+    return change
+
+
+def decode_forged(folder, name, payload):
+    forgery = Forgery()
+    forgery.set_payload(name, payload)
+    pack = forgery.open(folder)
+    return pack.decode(name, target_of(pack.record(name)))
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "change"),
+    [
+        pytest.param(DENSE, False, lambda p: p, id="dense as it is"),
+        pytest.param(DENSE, True, lambda p: p[:2], id="dense without its header"),
+        pytest.param(DENSE, True, lambda p: p[:-1], id="dense cut"),
+        pytest.param(DENSE, True, lambda p: p + b"\0", id="dense and a byte"),
+        pytest.param(DENSE, True, put(0, b"\0"), id="dense of no bits"),
+        pytest.param(DENSE, True, put(0, b"\x09"), id="dense of nine bits"),
+        pytest.param(DENSE, True, put(1, b"\0\0"), id="dense with groups of nothing"),
+        pytest.param(DENSE, True, put(3, HALF_NAN), id="dense scale NaN"),
+        pytest.param(DENSE, True, put(5, HALF_INF), id="dense scale infinite"),
+        pytest.param(DENSE, True, put(5, HALF_NEGATIVE), id="dense scale negative"),
+        pytest.param(DENSE, True, lambda p: p[:-1] + bytes([p[-1] | 0x80]), id="dense padding bit"),
+        pytest.param(LOWRANK, False, lambda p: p, id="low-rank as it is"),
+        pytest.param(LOWRANK, True, lambda p: p[:2], id="low-rank without its header"),
+        pytest.param(LOWRANK, True, lambda p: p[:-1], id="low-rank cut"),
+        pytest.param(LOWRANK, True, put(0, b"\0"), id="no tiers"),
+        pytest.param(LOWRANK, True, put(0, b"\x09"), id="nine tiers"),
+        pytest.param(LOWRANK, True, put(0, b"\xff"), id="tiers behind the end"),
+        pytest.param(LOWRANK, True, put(1, b"\0\0"), id="low-rank groups of nothing"),
+        pytest.param(LOWRANK, True, put(3, b"\x00"), id="a tier of no bits"),
+        pytest.param(LOWRANK, True, put(4, b"\0\0"), id="a tier of no components"),
+        pytest.param(LOWRANK, True, put(4, b"\x11\0"), id="rank 21 of a 24 x 20 matrix"),
+        pytest.param(LOWRANK, True, put(4, b"\xff\xff"), id="rank 65539"),
+        pytest.param(LOWRANK, True, put(12, struct.pack("<f", np.nan)), id="peak NaN"),
+        pytest.param(LOWRANK, True, put(12, struct.pack("<f", np.inf)), id="peak infinite"),
+        pytest.param(LOWRANK, True, put(16, HALF_NAN), id="singular value NaN"),
+        pytest.param(LOWRANK, True, put(26, HALF_INF), id="low-rank scale infinite"),
+        pytest.param(STACK, True, lambda p: p[:-1], id="a stack of unequal parts"),
+        pytest.param(STACK, True, lambda p: p[:2], id="a stack of single bytes"),
+        pytest.param(BITMAP, False, lambda p: p, id="bitmap as it is"),
+        pytest.param(BITMAP, True, lambda p: p[:11], id="sparse without its header"),
+        pytest.param(BITMAP, True, lambda p: p[:-1], id="sparse cut"),
+        pytest.param(BITMAP, True, put(0, b"\x02"), id="sparse of another mode"),
+        pytest.param(BITMAP, True, put(0, b"\x01"), id="bitmap called row lists"),
+        pytest.param(BITMAP, True, put(1, b"\0"), id="sparse of no bits"),
+        pytest.param(BITMAP, True, put(2, b"\0\0"), id="sparse groups of nothing"),
+        pytest.param(BITMAP, True, put(4, struct.pack("<Q", 0)), id="nothing kept"),
+        pytest.param(BITMAP, True, put(4, struct.pack("<Q", 481)), id="more kept than there is"),
+        pytest.param(BITMAP, True, put(4, struct.pack("<Q", 2**64 - 1)), id="2^64 kept"),
+        pytest.param(BITMAP, True, put(12, b"\0" * 8), id="bitmap marks too few"),
+        pytest.param(LISTS, False, lambda p: p, id="row lists as they are"),
+        pytest.param(LISTS, True, put(12, b"\xff"), id="row lists count too many"),
+        pytest.param(LISTS, True, put(19, b"\0" * 5), id="row lists out of order"),
+        pytest.param(EXACT, False, lambda p: p, id="exact as it is"),
+        pytest.param(EXACT, True, lambda p: p[:3], id="exact without its table"),
+        pytest.param(EXACT, True, lambda p: p[:-1], id="exact cut"),
+        pytest.param(EXACT, True, lambda p: p + b"\0", id="exact and a byte"),
+        pytest.param(EXACT, True, put(0, b"\xff\xff\xff\xff"), id="exact block behind the end"),
+        pytest.param(EXACT, True, put(0, b"\0\0\0\0"), id="exact block of no bytes"),
+        pytest.param(EXACT, True, put(4, b"\x04"), id="exact of another mode"),
+        pytest.param(
+            EXACT,
+            True,
+            lambda p: struct.pack("<IBI", 5, 1, 0x7FC00000),
+            id="exact words that are NaN",
+        ),
+        pytest.param(GROWN, False, lambda p: p, id="appended rows as they are"),
+        pytest.param(GROWN, True, lambda p: p[:-1], id="appended rows cut"),
+    ],
+)
+def test_a_payload_decodes_or_is_refused_naming_its_tensor(tmp_path, name, refused, change):
+    payload = change(Forgery().payloads[name])
+    if not refused:
+        assert decode_forged(tmp_path, name, payload).isfinite().all()
+        return
+    with pytest.raises(CorruptPackError, match=f"tensor {name}: ") as refusal:
+        decode_forged(tmp_path, name, payload)
+    assert refusal.value.fault.value == "invalid_payload"
+
+
+def test_a_zero_tensor_with_a_payload_of_its_own_is_refused(tmp_path):
+    forgery = Forgery()
+    forgery.record(GROWN)["codec"] = "zero"
+    pack = forgery.open(tmp_path)
+    with pytest.raises(CorruptPackError, match="tensor embed"):
+        pack.decode(GROWN, target_of(pack.record(GROWN)))
+
+
+def test_weights_that_leave_the_range_of_their_dtype_are_refused_by_every_door(tmp_path):
+    forgery = Forgery()
+    payload = bytearray(forgery.payloads["h.0.mlp.weight"])
+    payload[12:16] = struct.pack("<f", 1e38)
+    payload[16:26] = struct.pack("<e", 60_000) * 5
+    forgery.set_payload("h.0.mlp.weight", payload)
+    pack = forgery.open(tmp_path)
+    target = target_of(pack.record("h.0.mlp.weight"))
+    for read in (pack.decode, pack.delta, lambda name, _: pack.factors(name)):
+        with pytest.raises(CorruptPackError, match=r"tensor h\.0\.mlp\.weight"):
+            read("h.0.mlp.weight", target)
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+@pytest.mark.parametrize("name", [DENSE, LOWRANK, STACK, BITMAP, LISTS, EXACT, GROWN])
+def test_garbage_under_a_correct_digest_gives_a_finite_tensor_or_a_refusal(tmp_path, name, data):
+    payload = bytearray(Forgery().payloads[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(payload) - 1))
+        payload[at] = data.draw(st.integers(0, 255))
+    noise = data.draw(st.one_of(st.just(b""), st.binary(max_size=40)))
+    payload = data.draw(st.sampled_from([bytes(payload), noise + payload[len(noise) :], noise]))
+    if not payload:
+        return
+    try:
+        decoded = decode_forged(tmp_path, name, payload)
+    except CorruptPackError as error:
+        refusal = error
+    else:
+        assert decoded.isfinite().all()
+        assert tuple(decoded.shape) == SkillPack.load(PACK).record(name).result_shape
+        return
+    assert name in str(refusal)
+    assert refusal.fault in (PackFault.INVALID_PAYLOAD, PackFault.INVALID_MANIFEST)
+
+
+_MEASURE = """
+import resource, struct, sys, torch
+from graftkit.compress.codecs import decode_delta, describe_payload
+from graftkit.errors import CorruptPackError
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+torch.set_num_threads(1)
+wide = struct.pack("<BH", 1, 65535) + b"\\0\\0" * 4000 + b"\\0" * 500 + b"\\0" * 4000
+tiers = struct.pack("<BHBHf", 1, 65535, 1, 8, 1.0) + b"\\0" * (16 + 2 * (16 + 1)) + b"\\0" * 4008
+before = peak()
+decode_delta("dense", memoryview(wide), (4000, 8), "matrix")
+for codec, payload, shape, layout in (
+    ("lowrank", tiers, (4000, 8), "matrix"),
+    ("dense", b"", (2**30, 1, 1), "stack"),
+    ("sparse", struct.pack("<BBHQ", 0, 4, 128, 2**39), (2**20, 2**20), "matrix"),
+    ("lowrank", struct.pack("<BHBH", 1, 128, 8, 65535), (2**20, 2**20), "matrix"),
+    ("dense", struct.pack("<BH", 8, 128), (2**20, 2**20), "matrix"),
+):
+    for act in (decode_delta, describe_payload):
+        try:
+            act(codec, memoryview(payload), shape, layout)
+        except CorruptPackError:
+            pass
+print(peak() - before)
+"""
+
+
+def test_no_payload_makes_its_reader_allocate_far_more_than_the_tensor():
+    code = Path(__file__).parents[2] / "src"
+    environment = dict(os.environ, PYTHONPATH=str(code))
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE], env=environment, capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()[-500:]
+    assert int(done.stdout) < 50_000_000
+
+
+# ------------------------------------------------------------------------ side files
+
+TEMPLATE = "chat_template.jinja"
+
+
+def side_files(folder, name, payload, **fields):
+    forgery = Forgery()
+    record = next(record for record in forgery.manifest["files"] if record["name"] == name)
+    record.update(fields)
+    forgery.payloads["file:" + name] = payload
+    return forgery.open(folder).side_files(Checkpoint.open(GOLDEN / "target"))
+
+
+def described(content):
+    return {"bytes": len(content), "blake3": blake3(content).hexdigest()}
+
+
+def test_a_side_file_with_its_own_digest_is_read(tmp_path):
+    content = b"{{ x }}" * 1000
+    files = side_files(tmp_path, TEMPLATE, zlib.compress(content), **described(content))
+    assert files[TEMPLATE] == content
+
+
+@pytest.mark.parametrize(
+    ("payload", "size"),
+    [
+        pytest.param(zlib.compress(bytes(200_000_000)), 50, id="a bomb"),
+        pytest.param(zlib.compress(b"x" * 51), 50, id="a byte too many"),
+        pytest.param(zlib.compress(b"x" * 49), 50, id="a byte too few"),
+        pytest.param(zlib.compress(b"x" * 50) + b"!", 50, id="bytes behind the stream"),
+        pytest.param(zlib.compress(b"x" * 50)[:-1], 50, id="a stream without its end"),
+        pytest.param(b"x" * 50, 50, id="no stream"),
+        pytest.param(zlib.compress(b"x" * 50), 2**62, id="a size of 2^62"),
+    ],
+)
+def test_a_side_file_that_inflates_to_another_size_is_refused(tmp_path, payload, size):
+    with pytest.raises(CorruptPackError, match=TEMPLATE) as refusal:
+        side_files(tmp_path, TEMPLATE, payload, bytes=size)
+    assert refusal.value.fault.value == "invalid_payload"
+
+
+def test_a_side_file_with_other_content_is_refused_by_its_digest(tmp_path):
+    with pytest.raises(CorruptPackError, match="digest") as refusal:
+        side_files(tmp_path, TEMPLATE, zlib.compress(b"x" * 50))
+    assert refusal.value.fault.value == "payload_digest"
+
+
+def test_a_side_file_that_shares_more_than_the_target_has_is_refused(tmp_path):
+    old = (GOLDEN / "target" / "config.json").read_bytes()
+    claim = {"bytes": 1001, "prefix": 1000, "suffix": 0, "blake3": blake3(old + b"x").hexdigest()}
+    with pytest.raises(CorruptPackError, match=r"config\.json"):
+        side_files(tmp_path, "config.json", zlib.compress(b"x"), **claim)
+
+
+def test_a_side_file_made_for_another_target_is_refused(tmp_path):
+    with pytest.raises(PackMismatchError, match=r"config\.json"):
+        side_files(tmp_path, "config.json", zlib.compress(b"x"), target_blake3="0" * 64)
+
+
+def test_a_tensor_of_another_shape_than_the_record_is_refused():
+    with pytest.raises(PackMismatchError, match=r"\[10, 16\], the target has \[10, 8\]"):
+        SkillPack.load(PACK).decode(GROWN, torch.zeros(10, 8))
