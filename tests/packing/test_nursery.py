@@ -1,0 +1,98 @@
+"""What the project promises of real fine-tunes: skill kept, bytes spent, memory used."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from graftkit.attach import attached
+from graftkit.delta import Checkpoint
+from graftkit.evaluate import exact_match, token_fidelity
+from graftkit.models.calibration import usable_tokenizer
+from graftkit.models.loading import load_model
+from graftkit.packing import pack_delta
+from graftkit.rows import read_rows
+
+ROWS = 200
+QUIET_EMBEDDING = ("clinc150_intent", "nl_regex", "inflect_spa")
+
+Recovered = Callable[[str, str, str], float]
+
+
+@pytest.fixture(scope="module")
+def recovered(shared: Path) -> Recovered:
+    """Share of a skill's gain that a data-free pack keeps, on test rows; the target scores 0."""
+    nursery = shared / "nursery"
+    target = load_model(nursery / "target", torch.float32)
+    tokenizer = usable_tokenizer(Checkpoint.open(nursery / "target"))
+    tuned_scores: dict[str, float] = {}
+
+    def score(skill: str, recipe: str, budget: str) -> float:
+        rows = read_rows(shared / f"data/llm/{skill}/test.jsonl")[:ROWS]
+        if skill not in tuned_scores:
+            tuned = load_model(nursery / skill, torch.float32)
+            tuned_scores[skill] = exact_match(tuned, tokenizer, rows)
+        pack = pack_delta(nursery / "target", nursery / skill, recipe=recipe, budget=budget)
+        with attached(target, pack):
+            return exact_match(target, tokenizer, rows) / tuned_scores[skill]
+
+    return score
+
+
+@pytest.mark.parametrize(("budget", "least"), [("10%", 0.97), ("5%", 0.90)])
+def test_the_papers_recipe_keeps_skills_whose_embedding_hardly_moved(
+    recovered: Recovered, budget: str, least: float
+) -> None:
+    kept = [recovered(skill, "graftllm", budget) for skill in QUIET_EMBEDDING]
+    assert sum(kept) / len(kept) >= least
+
+
+def test_auto_keeps_a_skill_whose_tied_embedding_moved_a_lot(recovered: Recovered) -> None:
+    assert recovered("cmudict_g2p", "auto", "10%") >= 0.9
+
+
+def test_doubling_the_budget_never_increases_the_divergence(shared: Path) -> None:
+    nursery = shared / "nursery"
+    tokenizer = usable_tokenizer(Checkpoint.open(nursery / "target"))
+    rows = read_rows(shared / "data/llm/inflect_spa/test.jsonl")[:60]
+    tuned = load_model(nursery / "inflect_spa", torch.float32)
+    target = load_model(nursery / "target", torch.float32)
+    divergences = []
+    for budget in ("1%", "2%", "4%", "8%", "16%"):
+        pack = pack_delta(nursery / "target", nursery / "inflect_spa", budget=budget)
+        with attached(target, pack):
+            divergences.append(token_fidelity(tuned, target, tokenizer, rows).kl_mean)
+    assert divergences == sorted(divergences, reverse=True)
+
+
+def test_side_path_and_merged_agree_on_a_real_pack(shared: Path) -> None:
+    nursery = shared / "nursery"
+    pack = pack_delta(nursery / "target", nursery / "nl_regex", budget="5%")
+    model = load_model(nursery / "target", torch.float32)
+    ids = torch.arange(5, 45).reshape(2, 20)
+    logits = []
+    for mode in ("merged", "side"):
+        with attached(model, pack, mode=mode), torch.no_grad():
+            logits.append(model(ids).logits)
+    # merged rounds each weight to bf16, as the checkpoint stores it; the side path does not.
+    assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
+
+
+_MEMORY = """
+import json, resource, sys
+from graftkit.packing import pack_delta
+pack_delta(sys.argv[1], sys.argv[2], budget="5%", workers=2)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+"""
+
+
+def test_peak_memory_stays_within_a_gigabyte_and_six_of_the_largest_tensor(shared: Path) -> None:
+    nursery = shared / "nursery"
+    command = [sys.executable, "-c", _MEMORY, nursery / "target", nursery / "clinc150_intent"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    largest = max(info.numel for info in Checkpoint.open(nursery / "target").tensors.values())
+    assert json.loads(done.stdout) <= 10**9 + 6 * 4 * largest
