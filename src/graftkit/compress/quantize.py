@@ -52,7 +52,8 @@ def group_count(columns: int, group_size: int) -> int:
 
 def expand_groups(values: Tensor, group_size: int, columns: int) -> Tensor:
     """(rows, groups) -> (rows, columns), each value repeated over its group."""
-    return values.repeat_interleave(group_size, dim=1)[:, :columns]
+    # A group may be far longer than the row that a file declares.
+    return values.repeat_interleave(min(group_size, columns), dim=1)[:, :columns]
 
 
 def minmax_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +71,12 @@ def minmax_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Ten
     low = padded.amin(dim=2).clamp_(max=0)
     high = padded.amax(dim=2).clamp_(min=0)
     top = float(2**bits - 1)
-    scale = ((high - low) / top).clamp_(max=_FP16_MAX).half().float()
+    exact = ((high - low) / top).clamp_(max=_FP16_MAX)
+    scale = exact.half()
+    # Up to the next float16: a grid that falls short of its ends clips them, and below 6e-5, where
+    # deltas live, float16 is coarse enough for that to cost more than half a step.
+    short = (scale.float() < exact).to(torch.int16)
+    scale = (scale.view(torch.int16) + short).view(torch.float16).float()
     zero = torch.where(scale > 0, (-low / scale.clamp(min=1e-30)).round_(), 0.0)
     return scale, zero.clamp_(0, top)
 
