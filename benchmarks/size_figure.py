@@ -20,31 +20,42 @@ STYLES = {
 }
 EXACT = {"lossless": "lossless", "XOR + xz": "XOR + xz", "tuned, bf16": "tuned file"}
 INK, FAINT = "#222222", "#8a8a8a"
-LABEL_GAP = 0.075  # of the panel's height: one line of text
+BYTES_SHOWN = (1.2e4, 2.6e7)  # from 1 % of the nursery's target, names to its left, to the whole
+LABEL_GAP = 0.06  # of the panel's height: one line of text
 
 
 def draw_curves(lines: Sequence[Record], file: Path) -> None:
     """Draw the figure of all skills in `lines` into `file`."""
     skills = list(dict.fromkeys(line["skill"] for line in lines))
     figure, panels = plt.subplots(
-        2, len(skills), figsize=(4.6 * len(skills), 8.4), sharex="col", squeeze=False
+        2, len(skills), figsize=(4.4 * len(skills), 8.6), sharex=True, sharey="row", squeeze=False
     )
+    named: list[Any] = []
     for column, skill in enumerate(skills):
         own = [line for line in lines if line["skill"] == skill and "refused" not in line]
-        _panel(panels[0][column], own, "kl_mean")
-        _panel(panels[1][column], own, "recovered")
+        labels = [
+            _panel(panels[row][column], own, name)
+            for row, name in enumerate(("kl_mean", "recovered"))
+        ]
+        named += zip(panels[:, column], labels, strict=True)
         panels[0][column].set_title(skill, color=INK, fontsize=13, loc="left")
-        panels[1][column].set_xlabel("pack, bytes on disk", color=INK)
+        panels[1][column].set_xlabel("pack on disk", color=INK)
     panels[0][0].set_ylabel("mean KL(tuned || target + pack), nats a token", color=INK)
     panels[1][0].set_ylabel("recovered share of tuned's exact matches", color=INK)
     figure.tight_layout()
+    # Only now are the limits of every panel known, which the places of the names depend on.
+    for axes, labels in named:
+        _name_curves(axes, labels)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
-def _panel(axes: Any, lines: Sequence[Record], name: str) -> None:
+def _panel(axes: Any, lines: Sequence[Record], name: str) -> list[Any]:
+    """Draw one panel. Returns: name, color and points of each curve."""
     axes.set_xscale("log")
+    axes.set_xlim(*BYTES_SHOWN)
+    axes.set_xticks([1e5, 1e6, 1e7], ["100 KB", "1 MB", "10 MB"])
     if name == "kl_mean":
         axes.set_yscale("log")
     else:
@@ -65,10 +76,7 @@ def _panel(axes: Any, lines: Sequence[Record], name: str) -> None:
             axes.plot(x, y, dash, color=color, marker=marker, markersize=4.5, linewidth=1.8)
             labels.append((text, color, points))
     _exact_lines(axes, lines)
-    # Room to the left of the curves for their names.
-    left, right = axes.get_xlim()
-    axes.set_xlim(left / 3.2, right)
-    _name_curves(axes, labels)
+    return labels
 
 
 def _exact_lines(axes: Any, lines: Sequence[Record]) -> None:
@@ -76,15 +84,15 @@ def _exact_lines(axes: Any, lines: Sequence[Record]) -> None:
     for line in lines:
         if line["recipe"] in EXACT:
             axes.axvline(line["bytes"], color=FAINT, linewidth=1, linestyle=":")
+            side = "right" if line["recipe"] == "lossless" else "left"
             axes.text(
-                line["bytes"], 0.02, f" {EXACT[line['recipe']]}", rotation=90, fontsize=9,
-                color="#555555", ha="right", va="bottom", transform=axes.get_xaxis_transform(),
+                line["bytes"], 0.3, EXACT[line["recipe"]], rotation=90, fontsize=9, va="bottom",
+                color="#555555", ha=side, transform=axes.get_xaxis_transform(),
             )  # fmt: skip
 
 
 def _name_curves(axes: Any, labels: Sequence[tuple[str, str, list[tuple[float, float]]]]) -> None:
     """Write each curve's name left of its first point, moved apart where they would touch."""
-    axes.figure.canvas.draw()
     places = []
     for text, color, points in labels:
         x, y = axes.transAxes.inverted().transform(axes.transData.transform(points[0]))

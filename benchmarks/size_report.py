@@ -23,7 +23,7 @@ def write_report(records: Sequence[Record], docs: Path) -> None:
 
     The newest record of every line counts, whatever commit it is from; the commits are named.
     """
-    lines = newest(records, KEY)
+    lines = sorted(newest(records, KEY), key=lambda line: line["skill"])
     if not lines:
         return
     figure = docs / "figures" / "size.png"

@@ -23,7 +23,6 @@ RECIPES = ("auto", "graftllm", "lossless")
 SKILL = "nl_regex"  # of the nursery; its rows calibrate every case
 CALIBRATION_ROWS = 800
 BUDGET = "5%"
-REPEATS = {"nursery": 7, "qwen": 3, "llama": 3}
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class SpeedBench:
         """Times of opening and attaching the pack that `pack` saved."""
         target, tuned = self.states(setting.case)
         spec = {"task": "use", "target": str(target), "tuned": str(tuned)}
-        pack, repeats = str(self.pack_file(setting)), REPEATS[setting.case]
+        pack, repeats = str(self.pack_file(setting)), self.options.repeats
         return self.ask({**spec, "pack": pack, "repeats": repeats})
 
     def ask(self, spec: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +133,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--workers", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--data-free", action="store_true", help="nothing calibrated")
+    parser.add_argument("--repeats", type=int, default=5, help="of every time in milliseconds")
     parser.add_argument("--limit-minutes", type=float, default=60.0, help="of one measurement")
     parser.add_argument("--work", type=Path, help="for large checkpoints; default temporary")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")

@@ -40,7 +40,7 @@ def write_report(records: Sequence[Record], docs: Path) -> None:
         return
     packs = [line for line in lines if line["task"] == "pack"]
     uses = [line for line in lines if line["task"] == "use"]
-    parts = [provenance(lines), _verdict(packs)]
+    parts = [provenance(lines), _load(packs), _verdict(packs)]
     for case, title in CASES.items():
         own = [line for line in packs if line["case"] == case]
         if own:
@@ -50,7 +50,7 @@ def write_report(records: Sequence[Record], docs: Path) -> None:
         used = [line for line in uses if line["case"] == case]
         if used:
             parts.append("Milliseconds, medians:\n\n" + _use_table(used))
-    write_between(docs / "benchmarks.md", "speed", "\n\n".join(parts))
+    write_between(docs / "benchmarks.md", "speed", "\n\n".join(part for part in parts if part))
 
 
 def _name(line: Record) -> str:
@@ -59,6 +59,17 @@ def _name(line: Record) -> str:
 
 def _finished(lines: Sequence[Record]) -> list[Record]:
     return [line for line in lines if "seconds" in line]
+
+
+def _load(packs: Sequence[Record]) -> str:
+    """How busy the machine was with other work, which wall times cannot tell apart."""
+    loads = [line["load_before"] for line in _finished(packs)]
+    if not loads:
+        return ""
+    return (
+        f"Load average when a measurement began: {min(loads):.1f} to {max(loads):.1f}. Where it is "
+        "near the number of cores or above, wall times are too long; processor times hold."
+    )
 
 
 def _verdict(packs: Sequence[Record]) -> str:
