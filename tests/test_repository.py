@@ -1,0 +1,96 @@
+"""Rules of the house that a tool can check."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import graftkit
+from graftkit import config, errors
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "src/graftkit").rglob("*.py"))
+HARD_LIMIT_LINES = 400
+FUNCTION_LIMIT_LINES = 60
+
+
+def test_the_public_names_are_all_there() -> None:
+    assert all(hasattr(graftkit, name) for name in graftkit.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = graftkit.nonsense
+
+
+def test_importing_graftkit_loads_no_heavy_library() -> None:
+    code = "import graftkit, sys; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_pack_is_read_without_transformers() -> None:
+    code = "import graftkit.skillpack, sys; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_and_functions_stay_short(source: Path) -> None:
+    text = source.read_text()
+    assert text.count("\n") <= HARD_LIMIT_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < FUNCTION_LIMIT_LINES, node.name
+
+
+def test_every_error_is_a_graft_error_and_is_raised_somewhere() -> None:
+    names = [name for name, value in vars(errors).items() if isinstance(value, type)]
+    kinds = [name for name in names if name.endswith("Error") and name != "GraftError"]
+    code = "\n".join(file.read_text() for file in SOURCES if file.name != "errors.py")
+    for name in kinds:
+        assert issubclass(getattr(errors, name), errors.GraftError)
+        assert re.search(rf"raise {name}\(|= {name}\(", code), f"{name} is never raised"
+        assert name in (errors.__doc__ or "")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == config.VERSION == graftkit.__version__
+    assert f"## {config.VERSION}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_setting_is_described() -> None:
+    for name, field in config.PackConfig.model_fields.items():
+        assert field.description, name
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if not re.match(r"[a-z]+:", link):
+                assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_paper_map_names_functions_and_tests_that_exist() -> None:
+    page = (ROOT / "docs/paper-map.md").read_text()
+    code = "\n".join(file.read_text() for file in SOURCES)
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    for module, name in re.findall(r"`([a-z_/]+\.py)::(\w+)`", page):
+        where = tests if module.startswith("tests/") else code
+        assert re.search(rf"(def|class) {name}\b|^{name}\b", where, re.MULTILINE), name
+        assert (ROOT / module).exists() or (ROOT / "src/graftkit" / module).exists(), module
+
+
+def test_the_commands_in_the_readme_exist() -> None:
+    from graftkit.cli import app
+
+    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    readme = (ROOT / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", readme, re.DOTALL))
+    used = set(re.findall(r"^graftkit (\w+)", blocks, re.MULTILINE))
+    used |= set(re.findall(r"`graftkit (\w+)", readme))
+    assert used
+    assert used <= known
