@@ -76,7 +76,11 @@ class _Hub(BaseHTTPRequestHandler):
                 if entry["key"] == "file":
                     content = base64.b64decode(entry["value"]["content"])
                     self.files[entry["value"]["path"]] = content
-            answer = {"success": True, "commitOid": COMMIT, "commitUrl": "https://huggingface.co/me/skill/commit/1"}
+            answer = {
+                "success": True,
+                "commitOid": COMMIT,
+                "commitUrl": "https://huggingface.co/me/skill/commit/1",
+            }
             self.answer(answer)
         else:
             self.send_error(404)
