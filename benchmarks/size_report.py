@@ -96,6 +96,7 @@ def _budgets(lines: Sequence[Record]) -> list[str]:
 def _recovered_text(lines: Sequence[Record]) -> str:
     """Recovered share by series and budget: mean over the skills and the worst of them."""
     budgets = _budgets(lines)
+    skills = len({line["skill"] for line in lines})
     rows = []
     for series in sorted({series_name(line) for line in _lossy(lines)}):
         row = [series]
@@ -106,7 +107,9 @@ def _recovered_text(lines: Sequence[Record]) -> str:
                 if series_name(line) == series and line["budget"] == budget
             ]
             values = [value for value in values if value is not None]
-            row.append(f"{sum(values) / len(values):.3f} ({min(values):.3f})" if values else "–")
+            mean = f"{sum(values) / len(values):.3f} ({min(values):.3f})" if values else "–"
+            # A mean of other skills than in the next column must not look like one of the same.
+            row.append(mean if len(values) in (0, skills) else f"{mean}, {len(values)} of {skills}")
         rows.append(row)
     title = "Recovered, mean over the skills (worst skill):"
     return f"{title}\n\n{table(['pack', *budgets], rows)}" if rows else ""

@@ -144,9 +144,11 @@ def _extrapolated(lines: Sequence[Record]) -> str:
     rows = []
     for line in _finished(lines):
         minutes = line["seconds_per_million"] * millions / 60
-        rows.append([_name(line), str(line["workers"]), f"{minutes:.0f}"])
+        cpu = line["cpu_seconds"] / line["parameters"] * 1e6 * millions / 60
+        rows.append([_name(line), str(line["workers"]), f"{minutes:.0f}", f"{cpu:.0f}"])
     title = (
         f"**Extrapolated** to {LLAMA_LAYERS} layers ({millions / 1e3:.2f} G parameters, embedding "
         "and head left out), from seconds per parameter of the one layer:"
     )
-    return f"{title}\n\n{table(('pack', 'workers', 'minutes, extrapolated'), rows)}"
+    header = ("pack", "workers", "minutes, extrapolated", "CPU minutes, extrapolated")
+    return f"{title}\n\n{table(header, rows)}"
