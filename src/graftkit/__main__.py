@@ -1,5 +1,6 @@
 """`graftkit` and `python -m graftkit`: a GraftError becomes one line on stderr and exit 1."""
 
+import os
 import sys
 
 from graftkit.errors import GraftError
@@ -7,6 +8,9 @@ from graftkit.errors import GraftError
 
 def main() -> None:
     """Run the command line."""
+    # Before torch is loaded: its threads must sleep while they wait for each other. Spinning, on
+    # cores that other work shares, made the demo 15 times slower (docs/lab-log.md, 2026-11-22).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from graftkit.cli import app
 
     try:
