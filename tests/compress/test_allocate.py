@@ -50,7 +50,10 @@ FACTS = st.builds(
     st.sampled_from([(), ((0.01, 0.2), (0.1, 0.6))]),
 )
 POINTS = st.lists(
-    st.builds(Point, st.integers(0, 1000), st.floats(0, 10), st.just(Zero())), max_size=12
+    st.builds(
+        Point, st.integers(0, 1000), st.integers(0, 10**6).map(lambda n: n / 1e5), st.just(Zero())
+    ),
+    max_size=12,
 ).map(lambda points: [Point(0, 10.0, Zero()), *points])
 
 

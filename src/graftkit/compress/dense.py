@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graftkit.compress.quantize import (
+    BLOCK_ELEMENTS,
     GROUP_SIZE,
     QuantizedRows,
     inverse_factor,
@@ -22,8 +23,6 @@ from graftkit.compress.quantize import (
 from graftkit.errors import CorruptPackError
 
 _HEAD = struct.Struct("<BH")
-_BLOCK_ELEMENTS = 2**22
-"""Rows are quantized in blocks of about this many weights, which bounds the working memory."""
 
 
 def payload_bytes(shape: tuple[int, int], bits: int, group_size: int = GROUP_SIZE) -> int:
@@ -35,7 +34,7 @@ def encode(delta: Tensor, covariance: Tensor | None, bits: int) -> bytes:
     """Quantize δ, (m, n) float32, with GPTQ on H (n, n), or to nearest where H is None."""
     feedback = None if covariance is None else inverse_factor(covariance)
     rows, columns = delta.shape
-    step = max(1, _BLOCK_ELEMENTS // columns)
+    step = max(1, BLOCK_ELEMENTS // columns)
     edges = [*range(0, rows, step), rows]
     blocks = [quantize_rows(delta[start:stop], bits, feedback) for start, stop in pairwise(edges)]
     return _HEAD.pack(bits, GROUP_SIZE) + pack_rows(_concatenate(blocks))

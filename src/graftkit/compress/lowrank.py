@@ -101,6 +101,12 @@ def left_vectors(delta: Tensor, basis: Tensor, rank: int) -> Tensor:
     return basis[:, :rank] if rows <= columns else delta @ basis[:, :rank]
 
 
+def right_rows(delta: Tensor, basis: Tensor) -> Tensor:
+    """Uᵀ δ, (k, n), for all k components, on the smaller side of the matrix."""
+    rows, columns = delta.shape
+    return basis.T @ delta if rows <= columns else basis.T @ (delta.T @ delta)
+
+
 def payload_bytes(shape: tuple[int, int], tiers: tuple[Tier, ...], group: int = GROUP_SIZE) -> int:
     """Exact bytes of `encode` for a matrix of this shape."""
     rows, columns = shape

@@ -19,6 +19,9 @@ GROUP_SIZE = 128
 _BLOCK_COLUMNS = 128
 """GPTQ updates the columns behind a block once per block: same result, far fewer passes."""
 
+BLOCK_ELEMENTS = 2**22
+"""Large matrices are worked on in blocks of rows of about this many weights, to bound memory."""
+
 _SCALE_BYTES = 2
 _FP16_MAX = 65504.0
 
@@ -38,11 +41,20 @@ class QuantizedRows:
     group_size: int
 
     def dequantize(self) -> Tensor:
-        """scale · (code − zero_point), float32 (rows, columns)."""
-        columns = self.codes.shape[1]
-        scale = expand_groups(torch.from_numpy(self.scale).float(), self.group_size, columns)
-        zero = expand_groups(torch.from_numpy(self.zero_point).float(), self.group_size, columns)
-        return torch.from_numpy(self.codes).float().sub_(zero).mul_(scale)
+        """scale · (code − zero_point), float32 (rows, columns), a block of rows at a time."""
+        rows, columns = self.codes.shape
+        weight = torch.empty(rows, columns)
+        step = max(1, BLOCK_ELEMENTS // max(1, columns))
+        for start in range(0, rows, step):
+            block = slice(start, start + step)
+            parts = (self.scale[block], self.zero_point[block])
+            scale, zero = (
+                expand_groups(torch.from_numpy(part).float(), self.group_size, columns)
+                for part in parts
+            )
+            codes = torch.from_numpy(self.codes[block]).float()
+            weight[block] = codes.sub_(zero).mul_(scale)
+        return weight
 
 
 def group_count(columns: int, group_size: int) -> int:

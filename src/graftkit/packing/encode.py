@@ -1,5 +1,6 @@
 """One pair of tensors becomes one record and its payload."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from graftkit.compress.codecs import (
     encode_matrix,
     matrices,
 )
+from graftkit.compress.energy import output_energy
 from graftkit.delta import DTYPES, TENSOR_DIGEST_HEX, Checkpoint, tensor_bytes
 from graftkit.packing.measure import Scan
 from graftkit.packing.pairs import Pair
@@ -109,9 +111,11 @@ def encode_lossy(
     body = b"".join(parts)
     decoded = decode_delta(precision.codec, memoryview(body), tuple(delta.shape), pair.layout)
     decoded.sub_(delta)
-    error = float(decoded.norm() / delta.norm())
-    metric = covariance if weighted else None
-    distortion = _energy(decoded, pair, metric) / max(_energy(delta, pair, metric), 1e-30)
+    distortion = _energy(decoded, pair, None) / _energy(delta, pair, None)
+    error = math.sqrt(distortion)
+    if weighted and covariance is not None:
+        whole = max(_energy(delta, pair, covariance), 1e-30)
+        distortion = _energy(decoded, pair, covariance) / whole
     return _finish(pair, scan, precision.codec, body, appended, (error, distortion))
 
 
@@ -127,12 +131,7 @@ def _finish(
 
 
 def _energy(delta: Tensor, pair: Pair, covariance: Tensor | None) -> float:
-    if covariance is None:
-        return float(delta.square().sum(dtype=torch.float64))
-    return sum(
-        float(((part @ covariance) * part).sum(dtype=torch.float64))
-        for part in matrices(delta, pair.layout)
-    )
+    return sum(output_energy(part, covariance) for part in matrices(delta, pair.layout))
 
 
 def raw_bytes(pair: Pair) -> int:

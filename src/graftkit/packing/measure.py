@@ -10,7 +10,8 @@ from torch import Tensor
 
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.codecs import Layout, matrices, matrix_shape
-from graftkit.compress.lowrank import eigenbasis, left_vectors
+from graftkit.compress.energy import output_energy
+from graftkit.compress.lowrank import eigenbasis, right_rows
 from graftkit.compress.quantize import feedback_gain
 from graftkit.config import Recipe
 from graftkit.delta import Checkpoint, tensor_digest
@@ -20,7 +21,10 @@ from graftkit.models.calibration import HEAD, CovarianceStore
 from graftkit.packing.job import WorkFolder
 from graftkit.packing.pairs import Pair
 
-PRUNE_SHARES = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+PRUNE_SHARES = (
+    *(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2),
+    *(0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 1.0),
+)
 """Shares of entries that pruning may keep."""
 
 SHRINKAGE = 0.01
@@ -98,17 +102,17 @@ def measure_pair(
     logits: bool,
     work: WorkFolder,
     index: int,
-) -> tuple[MatrixFacts, np.ndarray]:
+) -> MatrixFacts:
     """Energies of the delta's components; the bases needed to encode it go to the work folder.
 
-    Returns: the facts, and the spectrum (k,) in the metric in which the bound is computed.
+    Returns: the facts, in the metric in which the bound is computed too.
     """
     name = f"measure-{index}.json"
     known = work.read_json(name)
     if known is None:
         known = _measure(pair, states, covariance, recipe, logits, work, index)
         work.write_json(name, known)
-    facts = MatrixFacts(
+    return MatrixFacts(
         shape=(known["shape"][0], known["shape"][1]),
         count=known["count"],
         energies=np.array(known["energies"]),
@@ -117,7 +121,6 @@ def measure_pair(
         kept_energy=tuple((share, kept) for share, kept in known["kept"]),
         weight=known["weight"],
     )
-    return facts, np.array(known["spectrum"])
 
 
 def basis_name(index: int) -> str:
@@ -138,28 +141,25 @@ def _measure(
     delta = after.float() - before.float()
     layout: Layout = pair.layout
     count, shape = matrix_shape(pair.common_shape, layout)
-    spectrum, energies, norms = (np.zeros(min(shape)) for _ in range(3))
-    bases = []
-    # The paper factors the delta itself; ours factors it as the layer's inputs see it.
+    # The paper's energies are those of the delta itself, ours those of what a layer's inputs see.
     metric = None if recipe == "graftllm" else covariance
+    energies, norms = np.zeros(min(shape)), np.zeros(min(shape))
+    bases = []
     for matrix in matrices(delta, layout):
         values, basis = eigenbasis(matrix, metric)
-        components = _component_energies(matrix, basis, covariance)
-        spectrum += values.numpy()
-        energies += components[0]
-        norms += components[1]
+        energies += values.numpy()
+        norms += values.numpy() if metric is None else _squared_norms(matrix, basis)
         bases.append(basis)
     work.write_array(basis_name(index), torch.stack(bases).numpy())
-    output = sum(_energy(part, covariance) for part in matrices(after.float(), layout))
+    output = sum(output_energy(part, metric) for part in matrices(after.float(), layout))
     return {
         "shape": shape,
         "count": count,
         "energies": energies.tolist(),
         "norms": norms.tolist(),
-        "gain": feedback_gain(covariance),
-        "spectrum": spectrum.tolist(),
+        "gain": feedback_gain(metric),
         "kept": _kept_energy(delta) if pair.gathered else [],
-        "weight": _sensitivity(logits, covariance) / output if output > 0 else 1.0,
+        "weight": _sensitivity(logits, metric) / output if output > 0 else 1.0,
     }
 
 
@@ -169,25 +169,9 @@ def _sensitivity(logits: bool, covariance: Tensor | None) -> float:
     return DATA_FREE_LOGIT_SENSITIVITY if covariance is None else LOGIT_SENSITIVITY
 
 
-def _component_energies(
-    delta: Tensor, basis: Tensor, covariance: Tensor | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Energy in the output, and squared norm, of every component s_k u_k v_kᵀ."""
-    right = left_vectors(delta, basis, basis.shape[1]).T @ delta
-    weighted = right if covariance is None else right @ covariance
-    energies = (weighted * right).sum(dim=1).clamp_(min=0)
-    return energies.double().numpy(), right.square().sum(dim=1).double().numpy()
-
-
-def _energy(matrix: Tensor, covariance: Tensor | None) -> float:
-    """tr(W H Wᵀ), block by block so that an embedding needs no second copy."""
-    total = 0.0
-    step = max(1, _SAMPLE // max(1, matrix.shape[1]))
-    for start in range(0, matrix.shape[0], step):
-        part = matrix[start : start + step]
-        weighted = part if covariance is None else part @ covariance
-        total += float((weighted * part).sum(dtype=torch.float64))
-    return total
+def _squared_norms(delta: Tensor, basis: Tensor) -> np.ndarray:
+    """‖s_k u_k v_kᵀ‖² of every component."""
+    return right_rows(delta, basis).square().sum(dim=1).double().numpy()
 
 
 def _kept_energy(delta: Tensor) -> list[tuple[float, float]]:

@@ -21,10 +21,10 @@ from graftkit.compress.codecs import Precision
 from graftkit.compress.lowrank import MAX_RANK, TIER_SHARES, Tier, split_tiers
 from graftkit.models.architecture import ModuleKind
 
-ENERGY_SHARES = tuple(1 - np.geomspace(0.7, 1e-5, 64))
+ENERGY_SHARES = tuple(1 - np.geomspace(0.7, 1e-5, 160))
 """β: share of an MLP delta's energy that its rank must keep."""
-RANK_SHARES = tuple(np.geomspace(0.002, 1.0, 64))
-"""r of attention as a share of min(out, in): a rank that follows the shape (GQA)."""
+RANK_SHARES = tuple(np.geomspace(0.002, 1.0, 160))
+"""r of attention as a share of the largest full rank; a smaller matrix keeps at most its own."""
 
 _OPERATORS = {
     ModuleKind.EMBEDDING: "pruned",
@@ -74,9 +74,10 @@ def _cheapest_error(
     """The best α, r and β with tiers in these proportions."""
     attention = groups["attention"].items()
     mlp = groups["mlp"].items()
+    full = max((min(fact.shape) for _, fact in attention), default=0)
     ladders = [
         _pruned_ladder(groups["pruned"]),
-        [{i: _by_rank(f, rank, shares) for i, f in attention} for rank in RANK_SHARES],
+        [{i: _by_rank(f, share * full, shares) for i, f in attention} for share in RANK_SHARES],
         [{i: _by_energy(f, energy, shares) for i, f in mlp} for energy in ENERGY_SHARES],
     ]
     # Nothing at all must stay possible, or a small budget could not be met.
@@ -107,10 +108,10 @@ def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, Point]]:
     return steps
 
 
-def _by_rank(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> Point:
-    """Attention: a fixed share of the full rank."""
-    rank = max(1, round(share * min(facts.shape)))
-    return _never_dearer_than_direct(facts, split_tiers(min(rank, MAX_RANK), tiers))
+def _by_rank(facts: MatrixFacts, rank: float, tiers: tuple[float, float, float]) -> Point:
+    """Attention: the same rank in every matrix that has it."""
+    kept = min(max(1, round(rank)), MAX_RANK, *facts.shape)
+    return _never_dearer_than_direct(facts, split_tiers(kept, tiers))
 
 
 def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> Point:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
@@ -115,10 +114,10 @@ class PackingJob:
         self.appended = {i: encode_appended(self.pairs[i], self.tuned) for i in lossy}
         room = self._room_for_lossy(stored, lossy)
         facts = dict(zip(lossy, self._map("measuring", self._measure, lossy), strict=True))
-        plan = self._plan({i: fact for i, (fact, _) in facts.items()}, room)
+        plan = self._plan(facts, room)
         encode = partial(self._encode_lossy, plan)
         stored |= dict(zip(lossy, self._map("compressing", encode, lossy), strict=True))
-        bound = self._bound(stored, {i: spectrum for i, (_, spectrum) in facts.items()})
+        bound = self._bound(stored, facts)
         manifest = self._manifest([stored[i].record for i in indices], bound)
         self._check_size(manifest, stored)
         return manifest, {self.pairs[i].name: i for i in indices if stored[i].nbytes}
@@ -189,7 +188,7 @@ class PackingJob:
         """The output head, or the embedding that serves as one."""
         return pair.role.kind is ModuleKind.HEAD or pair.tuned.name in self.tied_owners
 
-    def _measure(self, index: int) -> tuple[MatrixFacts, np.ndarray]:
+    def _measure(self, index: int) -> MatrixFacts:
         pair = self.pairs[index]
         with self._states(index) as states:
             covariance = self._covariance(pair)
@@ -269,18 +268,19 @@ class PackingJob:
         graftllm = self.config.recipe == "graftllm"
         return plan_graftllm(kinds, facts, room) if graftllm else plan_auto(facts, room)
 
-    def _bound(self, stored: dict[int, Stored], spectra: dict[int, np.ndarray]) -> float | None:
+    def _bound(self, stored: dict[int, Stored], facts: dict[int, MatrixFacts]) -> float | None:
         """Least bits per parameter at the distortion reached; exact tensors count as stored."""
         if self.config.recipe == "lossless":
             return None
         bits = 0.0
         for i, part in stored.items():
             shape = self.pairs[i].common_shape
-            if i not in spectra:
+            if i not in facts:
                 bits += 8 * part.nbytes
                 continue
             count, (rows, columns) = matrix_shape(shape, self.pairs[i].layout)
-            rate = waterfilling_bits(spectra[i], min(rows, columns), part.distortion)
+            energies, side = facts[i].energies, min(rows, columns)
+            rate = waterfilling_bits(energies, side, part.distortion)
             bits += rate * count * rows * columns + 8 * part.record.appended_bytes
         return float(f"{bits / self.target.parameters:.4g}")
 
