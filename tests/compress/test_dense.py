@@ -37,7 +37,7 @@ def test_more_bits_never_err_more():
 def test_blocks_of_rows_give_the_bytes_of_the_whole_matrix(monkeypatch):
     delta, covariance = gaussian(23, 140), correlated(140)
     whole = dense.encode(delta, covariance, 3)
-    monkeypatch.setattr(dense, "_BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(dense, "BLOCK_ELEMENTS", 700)
     assert dense.encode(delta, covariance, 3) == whole
 
 
