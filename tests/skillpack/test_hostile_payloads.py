@@ -231,13 +231,19 @@ def test_a_side_file_with_its_own_digest_is_read(tmp_path):
         pytest.param(zlib.compress(b"x" * 50) + b"!", 50, id="bytes behind the stream"),
         pytest.param(zlib.compress(b"x" * 50)[:-1], 50, id="a stream without its end"),
         pytest.param(b"x" * 50, 50, id="no stream"),
-        pytest.param(zlib.compress(b"x" * 50), 2**62, id="a size of 2^62"),
+        pytest.param(zlib.compress(b"x" * 50), 2**30, id="a size of 2^30"),
     ],
 )
 def test_a_side_file_that_inflates_to_another_size_is_refused(tmp_path, payload, size):
     with pytest.raises(CorruptPackError, match=TEMPLATE) as refusal:
         side_files(tmp_path, TEMPLATE, payload, bytes=size)
     assert refusal.value.fault.value == "invalid_payload"
+
+
+def test_a_side_file_may_not_declare_more_than_a_gibibyte(tmp_path):
+    with pytest.raises(CorruptPackError) as refusal:
+        side_files(tmp_path, TEMPLATE, zlib.compress(b"x" * 50), bytes=2**30 + 1)
+    assert refusal.value.fault.value == "invalid_manifest"
 
 
 def test_a_side_file_with_other_content_is_refused_by_its_digest(tmp_path):

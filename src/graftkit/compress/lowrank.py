@@ -244,10 +244,11 @@ def _quantize_left(
 def _cholesky(matrix: Tensor) -> Tensor:
     """Lower Cholesky factor; damping rises until it exists."""
     damping = 0.0
-    while True:
+    while damping < 1e6:
         damped = matrix.clone()
         damped.diagonal().add_(damping * matrix.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return lower
         damping = max(10 * damping, 1e-8)
+    raise ValueError("the covariance holds NaN or infinity")

@@ -23,6 +23,7 @@ BLOCK_ELEMENTS = 2**22
 """Large matrices are worked on in blocks of rows of about this many weights, to bound memory."""
 
 _SCALE_BYTES = 2
+_MOST_DAMPING = 1e6
 _FP16_MAX = 65504.0
 
 
@@ -106,7 +107,7 @@ def inverse_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
     permuted = covariance[order][:, order].clone()
     mean = diagonal.mean().clamp(min=1e-30)
     damping = 1e-4
-    while True:
+    while damping < _MOST_DAMPING:
         damped = permuted.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -116,6 +117,7 @@ def inverse_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
             if not failed:
                 return factor, order
         damping *= 10
+    raise ValueError("the covariance holds NaN or infinity")
 
 
 def feedback_gain(covariance: Tensor | None) -> float:

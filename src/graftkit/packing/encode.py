@@ -95,7 +95,7 @@ def encode_lossy(
         statistics: covariance (n, n) or None; bases (matrices, side, k) or None.
         weighted: measure the bound's distortion under the covariance.
     """
-    delta = states[1].float().sub_(states[0].float())
+    delta = states[1].to(torch.float32, copy=True).sub_(states[0])
     covariance, bases = statistics
     if isinstance(precision, Zero) or not bool(delta.any()):
         lost = (1.0, 1.0) if bool(delta.any()) else (0.0, 0.0)

@@ -13,7 +13,6 @@ from graftkit.compress.codecs import Layout, matrices, matrix_shape
 from graftkit.compress.energy import output_energy
 from graftkit.compress.lowrank import eigenbasis, right_rows
 from graftkit.compress.quantize import feedback_gain
-from graftkit.config import Recipe
 from graftkit.delta import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError
 from graftkit.models.architecture import ModuleKind
@@ -29,7 +28,7 @@ PRUNE_SHARES = (
 
 SHRINKAGE = 0.01
 """Share of the mean eigenvalue mixed into a covariance, so that directions which the calibration
-rows never took are not free (method notes, 4: GPTQ damping 0.01)."""
+rows never took are not free; GPTQ's damping."""
 
 TIED_SHRINKAGE = 0.5
 """The same for an embedding that is also the head: the head's covariance says nothing about
@@ -97,20 +96,21 @@ def covariance_of(pair: Pair, store: CovarianceStore | None, tied: bool) -> Tens
 def measure_pair(
     pair: Pair,
     states: tuple[Tensor, Tensor],
-    covariance: Tensor | None,
-    recipe: Recipe,
+    metric: Tensor | None,
     logits: bool,
     work: WorkFolder,
     index: int,
 ) -> MatrixFacts:
     """Energies of the delta's components; the bases needed to encode it go to the work folder.
 
-    Returns: the facts, in the metric in which the bound is computed too.
+    Args:
+        metric: H in which energies are taken, (n, n), or None for those of the delta itself.
+        logits: the tensor makes the logits.
     """
     name = f"measure-{index}.json"
     known = work.read_json(name)
     if known is None:
-        known = _measure(pair, states, covariance, recipe, logits, work, index)
+        known = _measure(pair, states, metric, logits, work, index)
         work.write_json(name, known)
     return MatrixFacts(
         shape=(known["shape"][0], known["shape"][1]),
@@ -131,18 +131,15 @@ def basis_name(index: int) -> str:
 def _measure(
     pair: Pair,
     states: tuple[Tensor, Tensor],
-    covariance: Tensor | None,
-    recipe: Recipe,
+    metric: Tensor | None,
     logits: bool,
     work: WorkFolder,
     index: int,
 ) -> dict[str, object]:
     before, after = states
-    delta = after.float() - before.float()
+    delta = after.to(torch.float32, copy=True).sub_(before)
     layout: Layout = pair.layout
     count, shape = matrix_shape(pair.common_shape, layout)
-    # The paper's energies are those of the delta itself, ours those of what a layer's inputs see.
-    metric = None if recipe == "graftllm" else covariance
     energies, norms = np.zeros(min(shape)), np.zeros(min(shape))
     bases = []
     for matrix in matrices(delta, layout):
@@ -151,7 +148,7 @@ def _measure(
         norms += values.numpy() if metric is None else _squared_norms(matrix, basis)
         bases.append(basis)
     work.write_array(basis_name(index), torch.stack(bases).numpy())
-    output = sum(output_energy(part, metric) for part in matrices(after.float(), layout))
+    output = sum(output_energy(part, metric) for part in matrices(after, layout))
     return {
         "shape": shape,
         "count": count,

@@ -125,6 +125,7 @@ class PackingJob:
     def key(self, scans: list[Scan]) -> str:
         """What decides every byte of the result."""
         settings = {
+            "versions": [GENERATOR, torch.__version__],
             "recipe": self.config.recipe,
             "budget": self.budget_bytes,
             "seed": self.config.seed,
@@ -191,9 +192,10 @@ class PackingJob:
     def _measure(self, index: int) -> MatrixFacts:
         pair = self.pairs[index]
         with self._states(index) as states:
-            covariance = self._covariance(pair)
-            recipe, logits = self.config.recipe, self._makes_logits(pair)
-            return measure_pair(pair, states, covariance, recipe, logits, self.work, index)
+            # The paper's energies are those of the delta, ours of what a layer's inputs see.
+            metric = self._covariance(pair) if self.config.recipe == "auto" else None
+            logits = self._makes_logits(pair)
+            return measure_pair(pair, states, metric, logits, self.work, index)
 
     def _encode_lossless(self, index: int) -> Stored:
         def encode() -> Encoded:

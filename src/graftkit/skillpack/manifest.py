@@ -19,6 +19,7 @@ CODECS = ("zero", "exact", "sparse", "lowrank", "dense")
 
 _MAX_NUMEL = 2**40
 _MAX_EXTRA_ROWS = 65_536
+_MAX_FILE_BYTES = 2**30
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TensorDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{TENSOR_DIGEST_HEX}}}$")]
@@ -91,7 +92,7 @@ class FileRecord(Part):
 
     name: str
     """One of delta.SIDE_FILES."""
-    bytes: Count
+    bytes: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
     """Length of the file."""
     blake3: Digest
     """Digest of the file."""
