@@ -20,7 +20,10 @@ def main() -> None:
         print(f"graftkit: {line}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("graftkit: interrupted; an interrupted pack goes on when it is run again", file=sys.stderr)
+        print(
+            "graftkit: interrupted; an interrupted pack goes on when it is run again",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
