@@ -361,6 +361,22 @@ def test_a_killed_pack_goes_on_where_it_stopped(shared: Path, tmp_path: Path) ->
     assert output.read_bytes() == resumed
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [("--workers", 0, "at least 1"), ("--seed", -1, "at least 0"), ("--recipe", "x", "unknown")],
+)
+def test_a_setting_out_of_range_is_refused(
+    option: str,
+    value: object,
+    says: str,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = refused(capsys, "pack", *models, "-o", tmp_path / "x.skillpack", option, value)
+    assert says in line
+
+
 def test_a_wrong_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("pack", "--no-such-option") == 2
 

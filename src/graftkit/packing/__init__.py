@@ -51,7 +51,8 @@ def pack_delta(
     Raises: CheckpointError, CheckpointMismatchError, RowsError, ConfigError, BudgetError,
         OutputError.
     """
-    config = PackConfig.checked(recipe, budget, seed, workers or os.cpu_count() or 1)
+    cores = os.cpu_count() or 1
+    config = PackConfig.checked(recipe, budget, seed, cores if workers is None else workers)
     rows = None
     if calibration is not None:
         file = Path(calibration)
