@@ -191,7 +191,7 @@ def test_a_payload_for_a_longer_or_shorter_target_is_reported_as_corrupt():
             decode_words(payload, other)
 
 
-def decode_or_corrupt(payload, target):
+def assert_words_or_corrupt(payload, target):
     try:
         assert decode_words(payload, target).shape == target.shape
     except CorruptPackError:
@@ -208,16 +208,16 @@ def test_flipped_bits_give_words_or_a_corrupt_error_never_a_crash(kind, count):
     for bit in (*heads, *rng.integers(0, 8 * len(payload), 60).tolist()):
         damaged = bytearray(payload)
         damaged[bit // 8] ^= 1 << bit % 8
-        decode_or_corrupt(bytes(damaged), target)
+        assert_words_or_corrupt(bytes(damaged), target)
 
 
 @settings(max_examples=200)
 @given(st.binary(max_size=40), st.sampled_from(DTYPES), st.integers(0, 50))
 def test_arbitrary_bytes_give_words_or_a_corrupt_error_never_a_crash(noise, dtype, count):
     target = np.random.default_rng(0).integers(0, 60_000, count).astype(dtype)
-    decode_or_corrupt(noise, target)
+    assert_words_or_corrupt(noise, target)
     stream = bytes([exact.CODED, 8, 5, 200, 2, len(noise)]) + noise
-    decode_or_corrupt(stream, target)
+    assert_words_or_corrupt(stream, target)
 
 
 def test_a_forged_header_is_reported_as_corrupt():

@@ -93,25 +93,11 @@ def covariance_of(pair: Pair, store: CovarianceStore | None, tied: bool) -> Tens
     return covariance
 
 
-def measure_pair(
-    pair: Pair,
-    states: tuple[Tensor, Tensor],
-    metric: Tensor | None,
-    logits: bool,
-    work: WorkFolder,
-    index: int,
-) -> MatrixFacts:
-    """Energies of the delta's components; the bases needed to encode it go to the work folder.
-
-    Args:
-        metric: H in which energies are taken, (n, n), or None for those of the delta itself.
-        logits: the tensor makes the logits.
-    """
-    name = f"measure-{index}.json"
-    known = work.read_json(name)
+def known_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
+    """What `measure_pair` left in the work folder, or None."""
+    known = work.read_json(_facts_name(index))
     if known is None:
-        known = _measure(pair, states, metric, logits, work, index)
-        work.write_json(name, known)
+        return None
     return MatrixFacts(
         shape=(known["shape"][0], known["shape"][1]),
         count=known["count"],
@@ -128,14 +114,20 @@ def basis_name(index: int) -> str:
     return f"basis-{index}.npy"
 
 
-def _measure(
+def measure_pair(
     pair: Pair,
     states: tuple[Tensor, Tensor],
     metric: Tensor | None,
     logits: bool,
     work: WorkFolder,
     index: int,
-) -> dict[str, object]:
+) -> None:
+    """Energies of the delta's components, and the bases needed to encode it, to the work folder.
+
+    Args:
+        metric: H in which energies are taken, (n, n), or None for those of the delta itself.
+        logits: the tensor makes the logits.
+    """
     before, after = states
     delta = after.to(torch.float32, copy=True).sub_(before)
     layout: Layout = pair.layout
@@ -149,7 +141,7 @@ def _measure(
         bases.append(basis)
     work.write_array(basis_name(index), torch.stack(bases).numpy())
     output = sum(output_energy(part, metric) for part in matrices(after, layout))
-    return {
+    facts = {
         "shape": shape,
         "count": count,
         "energies": energies.tolist(),
@@ -158,6 +150,11 @@ def _measure(
         "kept": _kept_energy(delta) if pair.gathered else [],
         "weight": _sensitivity(logits, metric) / output if output > 0 else 1.0,
     }
+    work.write_json(_facts_name(index), facts)
+
+
+def _facts_name(index: int) -> str:
+    return f"measure-{index}.json"
 
 
 def _sensitivity(logits: bool, covariance: Tensor | None) -> float:

@@ -31,6 +31,7 @@ from graftkit.packing.measure import (
     basis_name,
     covariance_of,
     job_key,
+    known_facts,
     measure_pair,
     scan_pair,
 )
@@ -190,12 +191,15 @@ class PackingJob:
         return pair.role.kind is ModuleKind.HEAD or pair.tuned.name in self.tied_owners
 
     def _measure(self, index: int) -> MatrixFacts:
-        pair = self.pairs[index]
+        pair, known = self.pairs[index], known_facts(self.work, index)
+        if known is not None:
+            return known
         with self._states(index) as states:
             # The paper's energies are those of the delta, ours of what a layer's inputs see.
             metric = self._covariance(pair) if self.config.recipe == "auto" else None
             logits = self._makes_logits(pair)
-            return measure_pair(pair, states, metric, logits, self.work, index)
+            measure_pair(pair, states, metric, logits, self.work, index)
+        return self._measure(index)
 
     def _encode_lossless(self, index: int) -> Stored:
         def encode() -> Encoded:
