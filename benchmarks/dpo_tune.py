@@ -1,0 +1,192 @@
+"""A DPO tuned checkpoint of tiny updates, as in practice: python benchmarks/dpo_tune.py
+
+Starts from a fine-tune of the nursery. Chosen is a training row's own completion, rejected a wrong
+answer that the model itself sampled. The learning rate is that of published DPO runs, so that most
+bf16 words stay what they were. Writes two directories: `dpo` in bf16, and `dpo_float32` with the
+weights before they were rounded, which tells what rounding does to a delta.
+
+    loss = -log sigmoid(beta · ((log p(chosen) - log p(rejected)) - the same of the reference))
+"""
+
+import argparse
+import math
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ledger import ROOT
+from torch import Tensor
+from transformers.utils import logging
+
+from graftkit.delta import Checkpoint
+from graftkit.models.calibration import pad_id
+from graftkit.models.loading import load_model, load_tokenizer
+from graftkit.rows import Row, batches_by_length, encode_prompt, encode_row, pad_batch, read_rows
+
+BATCH_TOKENS = 4_096  # padded tokens of one generation or scoring batch
+NEW_TOKENS = 64  # a sampled answer that is longer is no pair
+WARMUP = 0.1  # share of the steps
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of prompt + answer, twice, and where the answer starts."""
+
+    chosen: list[int]
+    rejected: list[int]
+    start: int
+
+
+def sample_pairs(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Pair]:
+    """One pair for each row whose answer, sampled at temperature 1, is wrong and has an end."""
+    prompts = [encode_prompt(tokenizer, row) for row in rows]
+    pairs = []
+    for batch in batches_by_length([len(ids) + NEW_TOKENS for ids in prompts], BATCH_TOKENS):
+        ids, mask = pad_batch([prompts[i] for i in batch], pad_id(tokenizer), left=True)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            output = model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=NEW_TOKENS,
+                top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id(tokenizer),
+            )  # fmt: skip
+        for index, answer in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+            chosen, start = encode_row(tokenizer, rows[index])
+            if tokenizer.eos_token_id in answer:
+                answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
+                if answer != chosen[start:]:
+                    pairs.append(Pair(chosen, prompts[index] + answer, start))
+    return pairs
+
+
+def margins(model: Any, pairs: Sequence[Pair], pad: int) -> Tensor:
+    """log p(chosen) - log p(rejected) of each pair, summed over the answers' tokens."""
+    rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    ids, mask = pad_batch(rows, pad)
+    scored = mask.bool()
+    for index, pair in enumerate([*pairs, *pairs]):
+        scored[index, : pair.start] = False
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+        # Only positions that predict an answer's token need logits.
+        logits = model.get_output_embeddings()(hidden[:, :-1][scored[:, 1:]])
+    chosen = torch.log_softmax(logits.float(), dim=-1).gather(1, ids[scored][:, None])[:, 0]
+    sums = torch.zeros(len(rows)).index_add(0, scored.nonzero()[:, 0], chosen)
+    return sums[: len(pairs)] - sums[len(pairs) :]
+
+
+def mean_loss(model: Any, pairs: Sequence[Pair], reference: Tensor, pad: int, beta: float) -> float:
+    """The loss over all pairs; log 2 where the model is the reference."""
+    return float(
+        -torch.nn.functional.logsigmoid(beta * (all_margins(model, pairs, pad) - reference)).mean()
+    )
+
+
+def all_margins(model: Any, pairs: Sequence[Pair], pad: int) -> Tensor:
+    """`margins` without gradients, in batches."""
+    found = torch.zeros(len(pairs))
+    lengths = [2 * max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    with torch.no_grad():
+        for batch in batches_by_length(lengths, BATCH_TOKENS):
+            found[batch] = margins(model, [pairs[i] for i in batch], pad)
+    return found
+
+
+def tune(model: Any, pairs: Sequence[Pair], reference: Tensor, pad: int, options: Any) -> None:
+    """Change the float32 weights of `model` by AdamW on the loss, in `options.steps` steps."""
+    adam = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda step: min((step + 1) / (WARMUP * options.steps), 1 - step / options.steps)
+    )
+    batches = _endless_batches(len(pairs), options.batch, options.seed)
+    for step in range(options.steps):
+        batch = next(batches)
+        gain = margins(model, [pairs[i] for i in batch], pad) - reference[batch]
+        loss = -torch.nn.functional.logsigmoid(options.beta * gain).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        adam.step()
+        schedule.step()
+        adam.zero_grad()
+        if step % 10 == 0 or step == options.steps - 1:
+            print(f"step {step}: loss {loss.item():.4f}", file=sys.stderr, flush=True)
+
+
+def changes(target: Path, tuned: Path) -> dict[str, float]:
+    """How far two bf16 checkpoints are apart: share of changed words, norms over all tensors."""
+    before, after = Checkpoint.open(target), Checkpoint.open(tuned)
+    changed = moved = norm = 0.0
+    for name in after.tensors:
+        one, other = before.read(name), after.read(name)
+        changed += float((one.view(torch.int16) != other.view(torch.int16)).sum())
+        moved += float((other.double() - one.double()).square().sum())
+        norm += float(one.double().square().sum())
+    count = after.parameters
+    return {
+        "words": count,
+        "changed": changed / count,
+        "relative_norm": math.sqrt(moved / norm),
+        "delta_std": math.sqrt(moved / count),
+    }
+
+
+def _endless_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
+    generator = random.Random(seed)
+    while True:
+        order = list(range(count))
+        generator.shuffle(order)
+        yield from (order[i : i + size] for i in range(0, count - size + 1, size))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    shared = Path(os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared"))
+    parser.add_argument("--shared", type=Path, default=shared, help="folder of nursery and data")
+    parser.add_argument("--skill", default="nl_regex", help="the reference, which is the target")
+    parser.add_argument("--rows", type=int, default=2_000, help="training rows to sample pairs of")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=32, help="pairs of one step")
+    parser.add_argument("--learning-rate", type=float, default=2e-6)
+    parser.add_argument("--beta", type=float, default=0.1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
+    torch.manual_seed(options.seed)
+    logging.disable_progress_bar()
+    target = options.shared / "nursery" / options.skill
+    model: Any = load_model(target, torch.float32)
+    tokenizer: Any = load_tokenizer(target)
+    rows = read_rows(options.shared / "data" / "llm" / options.skill / "train.jsonl")
+    pairs = sample_pairs(model, tokenizer, rows[: options.rows])
+    print(f"{len(pairs)} pairs of {min(options.rows, len(rows))} rows", file=sys.stderr)
+    pad = pad_id(tokenizer)
+    reference = all_margins(model, pairs, pad)
+    before = mean_loss(model, pairs, reference, pad, options.beta)
+    tune(model, pairs, reference, pad, options)
+    after = mean_loss(model, pairs, reference, pad, options.beta)
+    model.save_pretrained(options.out / "dpo_float32")
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(options.out / "dpo")
+    for folder in ("dpo", "dpo_float32"):
+        tokenizer.save_pretrained(options.out / folder)
+    rounded = load_model(options.out / "dpo", torch.float32)
+    found = changes(target, options.out / "dpo")
+    print(
+        f"loss {before:.4f} -> {after:.4f}, rounded to bf16 "
+        f"{mean_loss(rounded, pairs, reference, pad, options.beta):.4f}; "
+        f"{found['changed']:.2%} of {found['words']:,} words changed; "
+        f"the delta's norm is {found['relative_norm']:.2e} of the weights', its std "
+        f"{found['delta_std']:.2e}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

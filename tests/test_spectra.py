@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def measures(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import spectra_measures
+
+    return spectra_measures
+
+
+def test_singular_values_are_those_of_the_weighted_delta(measures):
+    delta = torch.randn(6, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs, outputs = measures.white_noise((9, 20), 2), measures.white_noise((6, 30), 3)
+    h, g = inputs @ inputs.T, outputs @ outputs.T
+    halves = [_half(g), _half(h)]
+    wanted = torch.linalg.svdvals(halves[0] @ delta @ halves[1])
+    found = measures.singular_values(delta, measures.root(h), measures.root(g).T)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(measures.singular_values(delta), torch.linalg.svdvals(delta))
+
+
+def test_a_flat_spectrum_needs_all_components_and_a_power_law_shows_its_exponent(measures):
+    flat = measures.shape_of(torch.ones(200, dtype=torch.float64))
+    assert flat == pytest.approx(
+        {"rank90": 0.9, "rank99": 0.99, "top1": 0.01, "top10": 0.1, "spike": 1, "decay": 0},
+        abs=0.006,
+    )
+    law = torch.arange(1, 201, dtype=torch.float64) ** -0.7
+    assert measures.shape_of(law)["decay"] == pytest.approx(0.7)
+
+
+def test_spikes_on_a_bulk_are_counted_and_noise_has_none(measures):
+    noise = measures.white_noise((100, 150), 4)
+    values = measures.singular_values(noise)
+    other = measures.singular_values(measures.white_noise((100, 150), 5))
+    assert measures.spikes_of(values, values)["spikes"] == 0
+    spiked = noise + 100 * torch.outer(torch.ones(100) / 10, torch.ones(150) / 150**0.5)
+    found = measures.spikes_of(measures.singular_values(spiked), other)
+    assert found["spikes"] == 1
+    assert found["spike_energy"] == pytest.approx(0.4, abs=0.05)
+
+
+def test_unchanged_words_cost_nothing_and_zeros_of_both_signs_differ(measures):
+    target = torch.tensor([1.0, -1.0, 0.0, 3.0] * 8).bfloat16()
+    assert measures.words_of(target, target) == {"unchanged": 1.0, "exact_bits": 0.0}
+    tuned = target.clone()
+    tuned[2] = -0.0
+    found = measures.words_of(target, tuned)
+    assert found["unchanged"] == 31 / 32
+    # Only zeros share the exponent of the changed word: 8 of 32 words, one of which differs.
+    assert found["exact_bits"] == pytest.approx(8 / 32 * 0.543564, abs=1e-5)
+
+
+def test_entries_of_a_sparse_delta_show_it(measures):
+    delta = torch.zeros(100, 100)
+    delta[:5] = measures.white_noise((5, 100), 6).float()
+    found = measures.entries_of(delta)
+    assert found["still_rows"] == 0.95
+    assert found["row10"] == pytest.approx(1.0)
+    assert found["kurtosis"] > 30
+
+
+def test_rates_follow_the_gaussian_limit(measures):
+    assert measures.dense_rate(torch.ones(1), 100, 100.0, 0.0625) == pytest.approx(2.0, abs=1e-6)
+    assert measures.dense_rate(torch.ones(1), 100, 100.0, 1.0) == 0
+    # One component: two vectors with error d each and 2d - d² = .1 together.
+    one = torch.tensor([1.0] + [0.0] * 9, dtype=torch.float64)
+    d = 1 - 0.9**0.5
+    wanted = 15 / 2 * torch.tensor(1 / d).log2() / 50
+    assert measures.lowrank_rate(one, (10, 5), 0.1) == pytest.approx(float(wanted), rel=1e-3)
+    tighter = [measures.lowrank_rate(one + 0.3, (10, 10), error) for error in (0.5, 0.1, 0.01)]
+    assert tighter == sorted(tighter)
+
+
+def _half(covariance):
+    values, vectors = torch.linalg.eigh(covariance)
+    return (vectors * values.sqrt()) @ vectors.T
