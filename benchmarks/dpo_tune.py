@@ -28,6 +28,7 @@ from graftkit.models.calibration import pad_id
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.rows import Row, batches_by_length, encode_prompt, encode_row, pad_batch, read_rows
 
+SKILL = "nl_regex"  # the fine-tune that DPO starts from: its target and reference
 BATCH_TOKENS = 4_096  # padded tokens of one generation or scoring batch
 NEW_TOKENS = 64  # a sampled answer that is longer is no pair
 WARMUP = 0.1  # share of the steps
@@ -134,6 +135,17 @@ def changes(target: Path, tuned: Path) -> dict[str, float]:
     }
 
 
+def rounding_noise(target: Path, tuned: Path, rounded: Path) -> float:
+    """Energy that rounding the tuned weights added, as a share of the delta's energy before."""
+    before, exact, after = (Checkpoint.open(path) for path in (target, tuned, rounded))
+    noise = moved = 0.0
+    for name in exact.tensors:
+        weight = exact.read(name).double()
+        noise += float((after.read(name).double() - weight).square().sum())
+        moved += float((weight - before.read(name).double()).square().sum())
+    return noise / moved
+
+
 def _endless_batches(count: int, size: int, seed: int) -> Iterator[list[int]]:
     generator = random.Random(seed)
     while True:
@@ -146,7 +158,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     shared = Path(os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared"))
     parser.add_argument("--shared", type=Path, default=shared, help="folder of nursery and data")
-    parser.add_argument("--skill", default="nl_regex", help="the reference, which is the target")
     parser.add_argument("--rows", type=int, default=2_000, help="training rows to sample pairs of")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32, help="pairs of one step")
@@ -161,10 +172,10 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     torch.manual_seed(options.seed)
     logging.disable_progress_bar()
-    target = options.shared / "nursery" / options.skill
+    target = options.shared / "nursery" / SKILL
     model: Any = load_model(target, torch.float32)
     tokenizer: Any = load_tokenizer(target)
-    rows = read_rows(options.shared / "data" / "llm" / options.skill / "train.jsonl")
+    rows = read_rows(options.shared / "data" / "llm" / SKILL / "train.jsonl")
     pairs = sample_pairs(model, tokenizer, rows[: options.rows])
     print(f"{len(pairs)} pairs of {min(options.rows, len(rows))} rows", file=sys.stderr)
     pad = pad_id(tokenizer)
@@ -172,19 +183,21 @@ def main(arguments: Sequence[str]) -> None:
     before = mean_loss(model, pairs, reference, pad, options.beta)
     tune(model, pairs, reference, pad, options)
     after = mean_loss(model, pairs, reference, pad, options.beta)
-    model.save_pretrained(options.out / "dpo_float32")
-    model = model.to(torch.bfloat16)
-    model.save_pretrained(options.out / "dpo")
-    for folder in ("dpo", "dpo_float32"):
-        tokenizer.save_pretrained(options.out / folder)
-    rounded = load_model(options.out / "dpo", torch.float32)
-    found = changes(target, options.out / "dpo")
+    rounded_path, exact_path = options.out / "dpo", options.out / "dpo_float32"
+    model.save_pretrained(exact_path)
+    model.to(torch.bfloat16).save_pretrained(rounded_path)
+    for folder in (exact_path, rounded_path):
+        tokenizer.save_pretrained(folder)
+    rounded = mean_loss(
+        load_model(rounded_path, torch.float32), pairs, reference, pad, options.beta
+    )
+    found = changes(target, rounded_path)
+    noise = rounding_noise(target, exact_path, rounded_path)
     print(
-        f"loss {before:.4f} -> {after:.4f}, rounded to bf16 "
-        f"{mean_loss(rounded, pairs, reference, pad, options.beta):.4f}; "
+        f"loss {before:.4f} -> {after:.4f}, rounded to bf16 {rounded:.4f}; "
         f"{found['changed']:.2%} of {found['words']:,} words changed; "
         f"the delta's norm is {found['relative_norm']:.2e} of the weights', its std "
-        f"{found['delta_std']:.2e}"
+        f"{found['delta_std']:.2e}; rounding added {noise:.0%} of the energy that it had"
     )
 
 

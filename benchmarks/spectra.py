@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from dpo_tune import SKILL
 from ledger import ROOT, Record, commit, machine, published_command
 from spectra_figure import draw_spectra
 from spectra_measures import (
     ERRORS,
-    dense_rate,
+    dense_rates,
     entries_of,
     lowrank_rate,
     shape_of,
@@ -55,7 +56,7 @@ def pairs_of(shared: Path, out: Path) -> list[Pair]:
     skills = ("clinc150_intent", "nl_regex", "inflect_spa", "cmudict_g2p")
     found = [Pair(name, nursery / "target", nursery / name, name) for name in skills]
     dpo = {"DPO": "dpo", "DPO, float32": "dpo_float32"}
-    made = [Pair(n, nursery / "nl_regex", out / at, "nl_regex") for n, at in dpo.items()]
+    made = [Pair(name, nursery / SKILL, out / at, SKILL) for name, at in dpo.items()]
     return found + [pair for pair in made if (pair.tuned / "config.json").is_file()]
 
 
@@ -111,14 +112,8 @@ def _spectra(delta: Tensor, inputs: Tensor, outputs: Tensor) -> dict[str, Record
         record |= {"values": _rounded(values), "white_values": _rounded(white)}
         record["lowrank_bits"] = [lowrank_rate(values, shape, error) for error in ERRORS]
         if view != "outputs":
-            # Entries of one column of δ R share a variance; a decoder that knew H could use it.
-            seen = delta.double() @ roots[0] if roots else delta.double()
-            energy = seen.square()
-            parts = energy.mean(0) if roots else energy.mean()
-            total = float(energy.sum())
-            record["dense_bits"] = [
-                dense_rate(parts, delta.numel(), total, error) for error in ERRORS
-            ]
+            covariance = roots[0] @ roots[0].T if roots else None
+            record["dense_bits"] = dense_rates(delta, covariance)
         found[view] = record
     return found
 

@@ -4,6 +4,9 @@ Every spectrum is read beside that of white noise of the same shape, seen throug
 and outputs: what noise has as well is no structure of the delta.
 """
 
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from torch import Tensor
 WIDE, NARROW = 0.10, 0.01  # shares of components, rows or entries whose energy is reported
 MAX_STEPS = 60  # of a bisection: 60 halvings of 2^80 leave nothing
 ERRORS = (0.10, 0.01)  # relative errors at which rates are compared
+WATERS = (1.0, 0.4, 0.15, 0.05, 0.02, 0.007)  # error of an entry over its mean energy
+RIDGE = 1e-6  # of the mean diagonal, so that a Cholesky factor exists
 
 
 def root(covariance: Tensor) -> Tensor:
@@ -141,25 +146,66 @@ def lowrank_rate(values: Tensor, shape: tuple[int, int], error: float) -> float:
     return float(coded(slope)[1]) / (shape[0] * shape[1])
 
 
-def dense_rate(variances: Tensor, size: int, total: float, error: float) -> float:
-    """Bits per parameter for a relative error, entries coded one by one at the Gaussian limit.
+def dense_rates(
+    delta: Tensor, covariance: Tensor | None, errors: Sequence[float] = ERRORS
+) -> list[float]:
+    """Bits per parameter for relative errors, entries coded one by one at the Gaussian limit.
 
-    Reverse water-filling: ½ log2(v/θ) bits where the variance v is above the water θ.
+    Column by column from the last, with error feedback: H = L Lᵀ, and with E the errors so far,
 
-    Args:
-        variances: of the independent parts, any shape; each stands for size / numel entries.
-        size: entries of the matrix.
-        total: energy that the error is relative to.
+        t_j = δ_j + Σ_{i>j} E_i L_ij / L_jj,    tr(E H Eᵀ) = Σ_j L_jj² ‖t_j - δ̂_j‖²
+
+    A column is coded where the variance of L_jj t_j is above the water θ, with ½ log2(variance/θ)
+    bits an entry. Whoever decodes needs neither H nor L. Between the waters tried, bits are linear
+    in the logarithm of the error.
     """
-    flat = variances.double().flatten()
-    each = size / flat.numel()
-    goal = error * total
-    if float(flat.sum()) * each <= goal:
-        return 0.0
-    water = _largest(
-        lambda water: bool(flat.clamp_max(water).sum() * each <= goal), float(flat.max())
-    )
-    return float((flat / water).log2().clamp_min(0).mean()) / 2
+    lower = _lower_root(covariance, delta.shape[1])
+    seen = delta.double() @ lower
+    total = float(seen.square().sum())
+    generator = torch.Generator().manual_seed(0)
+    points = []
+    for water in WATERS:
+        point = _feed_back(delta.float(), lower.float(), water * total / delta.numel(), generator)
+        points.append((math.log(point[0] / total), point[1]))
+    points.sort()
+    return [_between(points, math.log(error)) for error in errors]
+
+
+def _feed_back(
+    delta: Tensor, lower: Tensor, water: float, generator: torch.Generator
+) -> tuple[float, float]:
+    """Error and bits per parameter at one water, Gaussian noise in the place of a quantizer."""
+    left, bits = 0.0, 0.0
+    errors = delta.clone()  # columns from j on hold E; those before hold δ still
+    for j in range(delta.shape[1] - 1, -1, -1):
+        scale = lower[j, j]
+        wanted = delta[:, j] + errors[:, j + 1 :] @ (lower[j + 1 :, j] / scale)
+        variance = float((wanted * scale).square().mean())
+        if variance > water:
+            keep = 1 - water / variance
+            noise = torch.randn(len(wanted), generator=generator) / scale
+            coded = keep * wanted + math.sqrt(keep * water) * noise
+            errors[:, j] -= coded
+            wanted = wanted - coded
+            bits += math.log2(variance / water) / 2
+        left += float((wanted * scale).square().sum())
+    return left, bits / delta.shape[1]
+
+
+def _lower_root(covariance: Tensor | None, size: int) -> Tensor:
+    """L with L Lᵀ = H, a millionth of its mean diagonal added; the identity without H."""
+    identity = torch.eye(size, dtype=torch.float64)
+    if covariance is None:
+        return identity
+    ridge = RIDGE * covariance.diagonal().double().mean()
+    return torch.linalg.cholesky(covariance.double() + ridge * identity)
+
+
+def _between(points: Sequence[tuple[float, float]], place: float) -> float:
+    """Bits at the logarithm of an error; beyond the ends the last piece goes on, above 0 bits."""
+    pieces = list(pairwise(points))
+    (x0, y0), (x1, y1) = next((p for p in pieces if place <= p[1][0]), pieces[-1])
+    return max(0.0, y0 + (y1 - y0) * (place - x0) / (x1 - x0)) if x1 > x0 else y0
 
 
 def _largest(fits: Any, top: float) -> float:

@@ -66,9 +66,19 @@ def test_entries_of_a_sparse_delta_show_it(measures):
     assert found["kurtosis"] > 30
 
 
-def test_rates_follow_the_gaussian_limit(measures):
-    assert measures.dense_rate(torch.ones(1), 100, 100.0, 0.0625) == pytest.approx(2.0, abs=1e-6)
-    assert measures.dense_rate(torch.ones(1), 100, 100.0, 1.0) == 0
+def test_entries_coded_one_by_one_cost_the_gaussian_limit_with_and_without_feedback(measures):
+    noise = measures.white_noise((4000, 12), 7)
+    assert measures.dense_rates(noise, None, (0.25, 0.0625)) == pytest.approx([1, 2], abs=0.03)
+    mixed = measures.white_noise((12, 40), 8)
+    covariance = mixed @ mixed.T
+    # White rows: ½ log2 of variance over error, both as the geometric mean of the input sees them.
+    lower = torch.linalg.cholesky(covariance).diagonal().square()
+    total = covariance.trace()
+    wanted = float((12 * lower / (0.0625 * total)).log2().mean()) / 2
+    assert measures.dense_rates(noise, covariance, (0.0625,)) == pytest.approx([wanted], abs=0.05)
+
+
+def test_a_component_costs_its_two_vectors(measures):
     # One component: two vectors with error d each and 2d - d² = .1 together.
     one = torch.tensor([1.0] + [0.0] * 9, dtype=torch.float64)
     d = 1 - 0.9**0.5
