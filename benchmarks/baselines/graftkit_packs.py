@@ -1,0 +1,131 @@
+"""graftkit's own recipes as rows of the frontier, and graftllm given the common embedding codec."""
+
+import shutil
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from baselines.embedding import decode_embedding
+from baselines.problem import Pair, Problem
+from baselines.protocol import EMBEDDING_SHARES, UnreachableError
+from graftkit.errors import BudgetError
+from graftkit.packing import pack_delta
+from graftkit.skillpack import SkillPack
+
+_LENGTH = struct.Struct("<I")
+
+
+class GraftkitPack:
+    """One recipe of `pack_delta`, with or without rows."""
+
+    own = True
+
+    def __init__(self, recipe: str, rows: bool):
+        self.recipe, self.seeded = recipe, rows
+        self.name = f"{recipe}, rows" if rows else recipe
+
+    def pack(self, problem: Problem, file: Path, budget_bytes: int | None) -> Any:
+        """Write the pack. Raises: UnreachableError."""
+        rows = problem.rows_file if self.seeded else None
+        pair = problem.pair
+        pack = _packed(pair.target_path, pair.tuned_path, self.recipe, budget_bytes, rows, problem)
+        pack.save(file)
+        return None
+
+    def unpack(self, pair: Pair, file: Path) -> dict[str, Tensor]:
+        """Every tensor as the pack knows it."""
+        return _decoded(SkillPack.load(file), pair)
+
+
+class GraftllmEmbedding:
+    """recipe graftllm for the matrices, the embedding as every other baseline has it.
+
+    The pack is made for a target that has tuned's embedding already, so that no byte of it goes
+    there and the activations are still tuned's; the embedding's payload stands behind it.
+    """
+
+    name = "graftllm+embedding"
+    seeded = True
+    own = True
+
+    def pack(self, problem: Problem, file: Path, budget_bytes: int | None) -> Any:
+        """The share of the embedding is chosen without rows, then packed with them."""
+        pair, room = problem.pair, (budget_bytes or 0) - _LENGTH.size
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / pair.target_path.name
+            _with_embedding(pair, target)
+            scores = {}
+            for share in EMBEDDING_SHARES:
+                try:
+                    content = self._content(problem, target, room, share, None)
+                except UnreachableError as error:
+                    reason = error
+                    continue
+                file.write_bytes(content)
+                scores[share] = problem.score(self.unpack(pair, file))
+            if not scores:
+                raise reason
+            share = min(scores, key=lambda s: scores[s])
+            file.write_bytes(self._content(problem, target, room, share, problem.rows_file))
+        return {"embedding_share": share}
+
+    def unpack(self, pair: Pair, file: Path) -> dict[str, Tensor]:
+        """The pack's tensors, and the embedding from what stands behind the pack."""
+        content = file.read_bytes()
+        (length,) = _LENGTH.unpack_from(content)
+        body = _LENGTH.size + length
+        inner = file.with_suffix(".inner")
+        inner.write_bytes(content[_LENGTH.size : body])
+        state = _decoded(SkillPack.load(inner), pair)
+        name = pair.side.embedding
+        if name is not None:
+            state[name] = decode_embedding(content[body:], pair.side.before[name])
+        return state
+
+    def _content(
+        self, problem: Problem, target: Path, room: int, share: float, rows: Path | None
+    ) -> bytes:
+        embedding = problem.pair.embedding(int(share * room))
+        left, tuned = room - len(embedding), problem.pair.tuned_path
+        pack = _packed(target, tuned, "graftllm", left, rows, problem)
+        file = target.parent / "inner.skillpack"
+        pack.save(file)
+        inner = file.read_bytes()
+        return _LENGTH.pack(len(inner)) + inner + embedding
+
+
+def _packed(
+    target: Path, tuned: Path, recipe: str, budget: int | None, rows: Path | None, problem: Problem
+) -> SkillPack:
+    try:
+        return pack_delta(
+            target,
+            tuned,
+            recipe=recipe,
+            budget=None if budget is None else f"{budget}B",
+            calibration=rows,
+            seed=problem.seed,
+            workers=1,
+        )
+    except BudgetError as error:
+        raise UnreachableError(str(error)) from error
+
+
+def _decoded(pack: SkillPack, pair: Pair) -> dict[str, Tensor]:
+    return {name: pack.decode(name, tensor) for name, tensor in pair.side.before.items()}
+
+
+def _with_embedding(pair: Pair, folder: Path) -> None:
+    """A copy of the target that has tuned's embedding."""
+    folder.mkdir()
+    for file in pair.target_path.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+    tensors = dict(pair.side.before)
+    if pair.side.embedding is not None:
+        tensors[pair.side.embedding] = pair.after[pair.side.embedding]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
