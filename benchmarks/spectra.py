@@ -20,6 +20,7 @@ from ledger import ROOT, Record, commit, machine, published_command
 from spectra_figure import draw_spectra
 from spectra_measures import (
     ERRORS,
+    common_shift,
     dense_rates,
     entries_of,
     lowrank_rate,
@@ -94,7 +95,9 @@ def _views(
     read = known.counts > 0
     often = torch.diag(known.counts[read].double().sqrt())
     yield "embedding, read", _spectra(delta[read].T, often, known.outputs[LOOKUP])
-    yield "embedding, head", _spectra(delta, known.inputs[HEAD], known.outputs[HEAD])
+    views = _spectra(delta, known.inputs[HEAD], known.outputs[HEAD])
+    views["inputs"]["common_shift"] = common_shift(delta, known.inputs[HEAD])
+    yield "embedding, head", views
 
 
 def _spectra(delta: Tensor, inputs: Tensor, outputs: Tensor) -> dict[str, Record]:
@@ -109,6 +112,7 @@ def _spectra(delta: Tensor, inputs: Tensor, outputs: Tensor) -> dict[str, Record
     ):
         values, white = singular_values(delta, *roots), singular_values(noise, *roots)
         record = {**shape_of(values), "white": shape_of(white), **spikes_of(values, white)}
+        record["energy"] = float(values.square().sum())
         record |= {"values": _rounded(values), "white_values": _rounded(white)}
         record["lowrank_bits"] = [lowrank_rate(values, shape, error) for error in ERRORS]
         if view != "outputs":

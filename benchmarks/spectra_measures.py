@@ -16,6 +16,7 @@ WIDE, NARROW = 0.10, 0.01  # shares of components, rows or entries whose energy 
 MAX_STEPS = 60  # of a bisection: 60 halvings of 2^80 leave nothing
 ERRORS = (0.10, 0.01)  # relative errors at which rates are compared
 WATERS = (1.0, 0.4, 0.15, 0.05, 0.02, 0.007)  # error of an entry over its mean energy
+ROUNDING = 1e-6  # of the largest singular value: what is smaller is no part of a fit
 RIDGE = 1e-6  # of the mean diagonal, so that a Cholesky factor exists
 
 
@@ -59,7 +60,8 @@ def shape_of(values: Tensor) -> dict[str, float]:
     total = energy.sum()
     running = energy.cumsum(0) / total
     count = len(values)
-    half = values[: max(2, count // 2)].clamp_min(1e-300).log()
+    half = values[: max(2, count // 2)]
+    half = half[half >= ROUNDING * values[0]].log()
     steps = torch.arange(1, len(half) + 1, dtype=torch.float64).log()
     centered = steps - steps.mean()
     return {
@@ -105,6 +107,15 @@ def entries_of(delta: Tensor) -> dict[str, float]:
         "column10": _held_by_a_tenth(energy.sum(0)),
         "still_rows": float((energy.sum(1) == 0).double().mean()),
     }
+
+
+def common_shift(delta: Tensor, inputs: Tensor) -> float:
+    """Share of the energy of δ R that all rows have in common.
+
+    In an output head the mean row moves all logits alike, which a softmax does not see.
+    """
+    seen = delta.double() @ inputs
+    return float(len(seen) * seen.mean(0).square().sum() / seen.square().sum())
 
 
 def words_of(target: Tensor, tuned: Tensor) -> dict[str, float]:

@@ -25,12 +25,18 @@ def _tables(records: Sequence[Record]) -> list[str]:
     for record in records:
         groups.setdefault((record["pair"], record["kind"]), []).append(record)
     matrices = {key: own for key, own in groups.items() if "views" in own[0]}
+    for own in matrices.values():
+        energy = sum(record["views"]["outputs"]["energy"] for record in own)
+        pair = [r for r in records if r["pair"] == own[0]["pair"] and "views" in r]
+        own[0]["divergence"] = energy / sum(r["views"]["outputs"]["energy"] for r in pair)
     return [
         "Components for 90 % of the energy, in per cent of all, and in brackets the same for white "
         "noise; energy in the first 1 % of the components; a of the power law k^-a:",
         _table(matrices, SPECTRA),
         "Entries, and bits per parameter at the Gaussian limit for a relative error of 10 % and "
-        "1 % in the outputs (exact: entropy of the change of the bf16 words):",
+        "1 % in the outputs (exact: entropy of the change of the bf16 words). Common shift: share "
+        "of δH½ that moves all logits alike, which a softmax does not see. Divergence: share of "
+        "the energy of all G½δH½, so about of the KL divergence that leaving the deltas out costs:",
         _table(groups, ENTRIES),
     ]
 
@@ -101,6 +107,8 @@ ENTRIES = {
     "largest 1 % of entries": _number("{:.0%}", "entries", "largest1"),
     "10 % of rows": _number("{:.0%}", "entries", "row10"),
     "10 % of columns": _number("{:.0%}", "entries", "column10"),
+    "divergence": lambda own: f"{own[0]['divergence']:.1%}" if "divergence" in own[0] else "–",
+    "common shift": _number("{:.0%}", "views", "inputs", "common_shift"),
     "low rank, bits": _bits("lowrank_bits"),
     "low rank by G, bits": _bits("lowrank_bits", "outputs"),
     "dense, bits": _bits("dense_bits"),

@@ -66,6 +66,13 @@ def test_entries_of_a_sparse_delta_show_it(measures):
     assert found["kurtosis"] > 30
 
 
+def test_a_shift_that_all_rows_share_is_told_from_what_they_do_not(measures):
+    noise = measures.white_noise((50, 8), 9)
+    inputs = measures.white_noise((8, 8), 10)
+    assert measures.common_shift(noise - noise.mean(0), inputs) == pytest.approx(0)
+    assert measures.common_shift(torch.ones(50, 8), inputs) == pytest.approx(1)
+
+
 def test_entries_coded_one_by_one_cost_the_gaussian_limit_with_and_without_feedback(measures):
     noise = measures.white_noise((4000, 12), 7)
     assert measures.dense_rates(noise, None, (0.25, 0.0625)) == pytest.approx([1, 2], abs=0.03)
