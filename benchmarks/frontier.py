@@ -165,7 +165,8 @@ def _missing(
         if not method.seeded and seed != options.seeds[0]:
             continue
         budgets: list[str | None] = [None] if name in LOSSLESS else list(options.budgets)
-        budgets += [None] * (name in OWN_POINT)
+        if name in OWN_POINT:
+            budgets.insert(0, None)
         for budget in budgets:
             key = {
                 "method": name,

@@ -17,11 +17,12 @@ from baselines.embedding import decode_embedding
 from baselines.problem import Problem, TargetSide
 from graftkit.skillpack.words import decode_exact, encode_exact
 
-EMBEDDING_SHARES = (0.0, 0.05, 0.15, 0.30, 0.50)
+EMBEDDING_SHARES = (0.0, 0.05, 0.15, 0.30, 0.50, 0.70)
 """Shares of the room that the embedding may get; the best on the calibration rows wins."""
 
 _MAGIC = b"GKB1"
 _LENGTH = struct.Struct("<I")
+_UNBOUNDED = 2**40
 _START_SHARE = 2  # place in EMBEDDING_SHARES where the search begins
 
 
@@ -60,13 +61,11 @@ def encode(method: Method, problem: Problem, file: Path, budget_bytes: int | Non
     """
     vectors = encode_vectors(problem)
     fixed = len(_MAGIC) + 3 * _LENGTH.size + len(vectors)
-    room = 2**40 if budget_bytes is None else budget_bytes - fixed
+    room = _UNBOUNDED if budget_bytes is None else budget_bytes - fixed
     if room <= 0:
         raise UnreachableError(f"norms and headers alone take {fixed:,} of {budget_bytes:,} bytes")
     search = _Search(method.draft or method, problem, vectors, room)
-    if budget_bytes is None:
-        search.try_embedding(b"", 0.0, method.variants()[0])
-    elif method.takes_rest:
+    if method.takes_rest:
         search.fill_rest()
     else:
         search.climb()
@@ -109,12 +108,16 @@ class _Search:
         self.problem.hints[self.method.name] = (variant, place)
 
     def fill_rest(self) -> None:
-        """The embedding gets everything that the matrices leave."""
-        variants = self.method.variants()
-        smallest = len(self.method.encode(self.problem, self.room, variants[0], b""))
-        embedding = self.problem.pair.embedding(self.room - smallest)
-        for variant in variants:
-            self.try_embedding(embedding, 1.0, variant)
+        """The embedding gets everything that the matrices leave; the first budget chooses."""
+        variants, hints = self.method.variants(), self.problem.hints
+        smallest = len(self.method.encode(self.problem, self.room, variants[-1], b""))
+        # Without a budget the matrices are all there is.
+        rest = 0 if self.room == _UNBOUNDED else self.room - smallest
+        embedding = self.problem.pair.embedding(rest)
+        known = hints.get(self.method.name)
+        places = [known[0]] if known else list(range(len(variants)))
+        scores = {v: self.try_embedding(embedding, float(rest > 0), variants[v]) for v in places}
+        hints[self.method.name] = (min(places, key=lambda v: scores[v]), 0)
 
     def repeat(self, choice: Mapping[str, Any]) -> None:
         """What a draft chose, for good."""
