@@ -27,7 +27,7 @@ from graftkit.compress.quantize import GROUP_SIZE, inverse_factor, quantize_rows
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 F_MAX = 3
-_TIME_LIMIT_SECONDS = 2.0
+_TIME_LIMIT_SECONDS = 30.0  # a programme takes 0.01 to 0.6; a limit that is hit is not repeatable
 _GAP = 1e-3
 
 
@@ -91,8 +91,10 @@ def choose_bits(errors: np.ndarray, costs: np.ndarray, room: int) -> np.ndarray:
     count, options = errors.shape
     if room < costs[1]:
         return np.zeros(count, int)
-    # More components than fit at the cheapest width can be left out: they come by falling energy.
+    # Of more components than fit at the cheapest width, those that would be missed least stay out.
     count = min(count, int(room // costs[1]) + 8)
+    order = np.argsort(-errors[:, 0], kind="stable")[:count]
+    errors, total = errors[order], len(errors)
     x = np.arange(count * options).reshape(count, options)
     y = count * options + np.arange(options - 1)
     size = x.size + y.size
@@ -117,7 +119,7 @@ def choose_bits(errors: np.ndarray, costs: np.ndarray, room: int) -> np.ndarray:
     low = np.full(height, -np.inf)
     low[:count] = 1.0
     high = np.concatenate([np.ones(count), [room, F_MAX], np.zeros(link.size)])
-    goal = np.concatenate([errors[:count].ravel(), np.zeros(y.size)]) / max(errors.max(), 1e-30)
+    goal = np.concatenate([errors.ravel(), np.zeros(y.size)]) / max(errors.max(), 1e-30)
     found = milp(
         goal,
         constraints=LinearConstraint(matrix.tocsr(), low, high),
@@ -125,10 +127,10 @@ def choose_bits(errors: np.ndarray, costs: np.ndarray, room: int) -> np.ndarray:
         integrality=np.ones(size),
         options={"time_limit": _TIME_LIMIT_SECONDS, "mip_rel_gap": _GAP},
     )
-    chosen = np.zeros(len(errors), int)
+    chosen = np.zeros(total, int)
     if found.x is not None:
         picks = found.x[: x.size].reshape(count, options).argmax(axis=1)
-        chosen[:count] = np.array((0, *WIDTHS))[picks]
+        chosen[order] = np.array((0, *WIDTHS))[picks]
     return chosen
 
 
