@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from graftkit.attach import attached
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, RowsError
-from graftkit.models.calibration import context_length, pad_id, usable_tokenizer
+from graftkit.models.encoding import context_length, pad_id, usable_tokenizer
 from graftkit.models.loading import load_model
 from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
 from graftkit.skillpack import SkillPack

@@ -8,7 +8,7 @@ import torch
 from graftkit.attach import attached
 from graftkit.delta import Checkpoint
 from graftkit.errors import AttachError, ConfigError
-from graftkit.models.calibration import pad_id, usable_tokenizer
+from graftkit.models.encoding import pad_id, usable_tokenizer
 from graftkit.models.loading import load_model
 from graftkit.skillpack import SkillPack
 

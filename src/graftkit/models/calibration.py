@@ -7,11 +7,8 @@ neither is ever in memory whole.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
-from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,13 +19,23 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from graftkit.delta import SIDE_FILES, Checkpoint
-from graftkit.errors import CheckpointError, OutputError, RowsError
-from graftkit.models.loading import load_tokenizer, stream_model
-from graftkit.rows import Row, batches_by_length, encode_row, pad_batch, sample_rows
+from graftkit.errors import CheckpointError, OutputError
+from graftkit.models.encoding import (
+    MICRO_BATCH_TOKENS,
+    EncodedRow,
+    encode_rows,
+    one_thread,
+    pad_id,
+    pass_batches,
+    real_tokens,
+    skips_logits,
+    usable_tokenizer,
+    vocabulary_size,
+)
+from graftkit.models.loading import stream_model
+from graftkit.rows import Row, pad_batch
 
 CALIBRATION_TOKENS = 16_384  # tokens measured: more than any input of a common layer has columns
-MICRO_BATCH_TOKENS = 4_096  # padded tokens in one pass: activations of one layer stay below 1 GB
-LOGITS_BYTES = 2**28  # float32 logits of one pass, where a model cannot leave them out
 HEAD, TOKENS = "head", "tokens"  # store keys: H of the output head's input; token counts (vocab,)
 
 Progress = Callable[[int, int], None]
@@ -148,52 +155,31 @@ def collect_covariances(
     Raises: CheckpointError when the tokenizer is missing or does not fit, a module is missing or
         an activation is not finite; RowsError for a row beyond the model's context; OutputError.
     """
-    job = _job_digest(checkpoint, rows, modules, seed)
+    job = job_digest(checkpoint, rows, modules, [CALIBRATION_TOKENS, seed])
     finished = store.finished(job)
     if finished is not None:
         return CalibrationSummary(**finished)
     store.clear()
     tokenizer = usable_tokenizer(checkpoint)
     report = progress or (lambda done, total: None)
-    with _one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
+    with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
         model = stream_model(checkpoint, Path(offload))
-        encoded, summary = _encode(tokenizer, rows, seed, model)
-        _check_vocabulary(encoded, model, checkpoint.name)
+        encoded = encode_rows(tokenizer, rows, CALIBRATION_TOKENS, seed, model, checkpoint.name)
         collector = _Collector(model, modules, store, checkpoint.name)
-        batches = batches_by_length(list(map(len, encoded)), _pass_tokens(model))
+        batches = pass_batches(model, list(map(len, encoded)))
         for done, batch in enumerate(batches):
             report(done, len(batches))
-            collector.run(*pad_batch([encoded[index] for index in batch], pad_id(tokenizer)))
+            collector.run(*pad_batch([encoded[index].ids for index in batch], pad_id(tokenizer)))
         store.put(TOKENS, _token_counts(encoded, model))
+    summary = CalibrationSummary(
+        rows=len(encoded),
+        tokens=sum(map(len, encoded)),
+        rows_cut=sum(row.was_cut for row in encoded),
+        seed=seed,
+    )
     store.finish(job, asdict(summary))
     report(len(batches), len(batches))
     return summary
-
-
-def usable_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises: CheckpointError when there is none. For some architectures transformers then makes one
-        up that knows its special tokens only and gives every text the same ids.
-    """
-    tokenizer: Any = load_tokenizer(checkpoint)
-    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
-        raise CheckpointError(
-            f"{checkpoint.path}: no tokenizer here; save the tokenizer into the model directory"
-        )
-    return tokenizer
-
-
-def context_length(model: Any) -> int | None:
-    """Most tokens that the model reads at once, None where its config names no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Token that fills a batch; it is masked, so any id of the vocabulary will do."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
 
 
 class _Collector:
@@ -228,7 +214,7 @@ class _Collector:
         self.mask = mask.bool()
         inputs = {"input_ids": ids, "attention_mask": mask}
         with torch.no_grad():
-            if _skips_logits(self.model):
+            if skips_logits(self.model):
                 # Without the output head there are no logits; at (tokens, vocab) they would be
                 # by far the largest tensor of the pass.
                 self._add(self.head_keys, self.model.base_model(**inputs)[0])
@@ -273,7 +259,7 @@ class _Collector:
                 self.last = (inputs, key)
 
     def _accumulate(self, key: str, inputs: Tensor) -> None:
-        values = _real_tokens(inputs.detach(), self.mask).float()
+        values = real_tokens(inputs.detach(), self.mask).float()
         if key in self.store:
             total = self.store.get(key).addmm_(values.T, values)
         else:
@@ -296,78 +282,19 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
-def _real_tokens(inputs: Tensor, mask: Tensor) -> Tensor:
-    """Inputs (.., in) -> (n, in), without padding; mask (rows, tokens) is true on real tokens.
-
-    Inputs of other leading sizes (one vector a row, or tokens that a router chose) are taken whole.
-    """
-    if inputs.shape[:-1] == mask.shape:
-        return inputs[mask]
-    if inputs.shape[:-1] == (mask.numel(),):
-        return inputs[mask.reshape(-1)]
-    return inputs.reshape(-1, inputs.shape[-1])
+def _token_counts(encoded: Sequence[EncodedRow], model: Any) -> Tensor:
+    ids = torch.tensor([token for row in encoded for token in row.ids])
+    return torch.bincount(ids, minlength=vocabulary_size(model))
 
 
-def _skips_logits(model: Any) -> bool:
-    """Whether the output head reads the last hidden state as it is (true of causal models)."""
-    return "logits_to_keep" in signature(model.forward).parameters and model.base_model is not model
-
-
-def _pass_tokens(model: Any) -> int:
-    """Padded tokens of one forward pass."""
-    if _skips_logits(model):
-        return MICRO_BATCH_TOKENS
-    vocabulary: int = model.get_input_embeddings().weight.shape[0]
-    return max(1, min(MICRO_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary)))
-
-
-def _encode(
-    tokenizer: Any, rows: Sequence[Row], seed: int, model: Any
-) -> tuple[list[list[int]], CalibrationSummary]:
-    """Token ids of the rows that are used, each at most MICRO_BATCH_TOKENS long."""
-    context = context_length(model)
-
-    @cache
-    def ids(row: Row) -> list[int]:
-        return encode_row(tokenizer, row, context)[0]
-
-    def length(row: Row) -> int:
-        return min(len(ids(row)), MICRO_BATCH_TOKENS)
-
-    chosen = [ids(row) for row in sample_rows(rows, CALIBRATION_TOKENS, seed, length) if ids(row)]
-    if not chosen:
-        raise RowsError("no row has a token; calibration needs at least one row with text")
-    encoded = [row[:MICRO_BATCH_TOKENS] for row in chosen]
-    return encoded, CalibrationSummary(
-        rows=len(encoded),
-        tokens=sum(map(len, encoded)),
-        rows_cut=sum(len(row) > MICRO_BATCH_TOKENS for row in chosen),
-        seed=seed,
-    )
-
-
-def _check_vocabulary(encoded: Sequence[Sequence[int]], model: Any, where: str) -> None:
-    largest, vocabulary = max(map(max, encoded)), model.get_input_embeddings().weight.shape[0]
-    if largest >= vocabulary:
-        raise CheckpointError(
-            f"{where}: the tokenizer gives token {largest}, but the model has {vocabulary} "
-            "embeddings; use the tokenizer that belongs to this model"
-        )
-
-
-def _token_counts(encoded: Sequence[Sequence[int]], model: Any) -> Tensor:
-    ids = torch.tensor([token for row in encoded for token in row])
-    return torch.bincount(ids, minlength=model.get_input_embeddings().weight.shape[0])
-
-
-def _job_digest(
-    checkpoint: Checkpoint, rows: Sequence[Row], modules: Sequence[str], seed: int
+def job_digest(
+    checkpoint: Checkpoint, rows: Sequence[Row], modules: Sequence[str], settings: Sequence[int]
 ) -> str:
-    """Digest of everything that decides the matrices; weights count by size and time of change."""
+    """Digest of everything that decides a store; weights count by size and time of change."""
     files = sorted({info.file for info in checkpoint.tensors.values()})
     digest = blake3()
     for part in (
-        [CALIBRATION_TOKENS, MICRO_BATCH_TOKENS, seed, torch.__version__],
+        [*settings, MICRO_BATCH_TOKENS, torch.__version__],
         [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         [blake3(checkpoint.side_file(name) or b"").hexdigest() for name in SIDE_FILES],
         list(modules),
@@ -375,14 +302,3 @@ def _job_digest(
     ):
         digest.update(json.dumps(part).encode() + b"\n")
     return digest.hexdigest()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sum in one order on every machine; the number of threads is process wide, so restore it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -1,0 +1,150 @@
+"""Rows as the tokens that one model reads, and which of them are real or completions."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftkit.delta import Checkpoint
+from graftkit.errors import CheckpointError, RowsError
+from graftkit.models.loading import load_tokenizer
+from graftkit.rows import Row, batches_by_length, encode_row, sample_rows
+
+MICRO_BATCH_TOKENS = 4_096  # padded tokens in one pass: activations of one layer stay below 1 GB
+LOGITS_BYTES = 2**28  # float32 logits of one pass, where a model cannot leave them out
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """Tokens of one row.
+
+    Attributes:
+        ids: prompt + completion + EOS, at most MICRO_BATCH_TOKENS of them.
+        start: index of the completion's first token.
+        was_cut: the row had more tokens.
+    """
+
+    ids: list[int]
+    start: int
+    was_cut: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def encode_rows(
+    tokenizer: Any, rows: Sequence[Row], tokens_limit: int, seed: int, model: Any, where: str
+) -> list[EncodedRow]:
+    """A seeded choice of rows of at most `tokens_limit` tokens together, in file order.
+
+    Raises: RowsError when no row has a token or one is beyond the model's context;
+        CheckpointError when the tokenizer gives a token that the model lacks.
+    """
+    context = context_length(model)
+
+    @cache
+    def encoded(row: Row) -> EncodedRow:
+        ids, start = encode_row(tokenizer, row, context)
+        return EncodedRow(ids[:MICRO_BATCH_TOKENS], start, len(ids) > MICRO_BATCH_TOKENS)
+
+    chosen = sample_rows(rows, tokens_limit, seed, lambda row: len(encoded(row)))
+    kept = [encoded(row) for row in chosen if len(encoded(row))]
+    if not kept:
+        raise RowsError("no row has a token; calibration needs at least one row with text")
+    _check_vocabulary(kept, model, where)
+    return kept
+
+
+def usable_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises: CheckpointError when there is none. For some architectures transformers then makes one
+        up that knows its special tokens only and gives every text the same ids.
+    """
+    tokenizer: Any = load_tokenizer(checkpoint)
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"{checkpoint.path}: no tokenizer here; save the tokenizer into the model directory"
+        )
+    return tokenizer
+
+
+def context_length(model: Any) -> int | None:
+    """Most tokens that the model reads at once, None where its config names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Token that fills a batch; it is masked, so any id of the vocabulary will do."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in known if token is not None)
+
+
+def vocabulary_size(model: Any) -> int:
+    """Rows of the input embedding."""
+    size: int = model.get_input_embeddings().weight.shape[0]
+    return size
+
+
+def skips_logits(model: Any) -> bool:
+    """Whether the output head reads the last hidden state as it is (true of causal models)."""
+    return "logits_to_keep" in signature(model.forward).parameters and model.base_model is not model
+
+
+def pass_batches(model: Any, lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of one forward pass each, similar lengths together."""
+    tokens = MICRO_BATCH_TOKENS
+    if not skips_logits(model):
+        tokens = max(1, min(tokens, LOGITS_BYTES // (4 * vocabulary_size(model))))
+    return batches_by_length(lengths, tokens)
+
+
+def real_tokens(inputs: Tensor, mask: Tensor) -> Tensor:
+    """Inputs (.., in) -> (n, in), without padding; mask (rows, tokens) is true on real tokens.
+
+    Inputs of other leading sizes (one vector a row, or tokens that a router chose) are taken whole.
+    """
+    if inputs.shape[:-1] == mask.shape:
+        return inputs[mask]
+    if inputs.shape[:-1] == (mask.numel(),):
+        return inputs[mask.reshape(-1)]
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
+def scored_tokens(model: Any, batch: Sequence[EncodedRow], mask: Tensor) -> Tensor:
+    """Positions whose logits count, (rows, tokens) bool: those that predict the completion.
+
+    Of a model that does not predict the next token, such as an encoder, every real token.
+    """
+    if not model.can_generate():
+        return mask.bool()
+    scored = torch.zeros_like(mask, dtype=torch.bool)
+    for index, row in enumerate(batch):
+        scored[index, max(0, row.start - 1) : len(row) - 1] = True
+    return scored
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sum in one order on every machine; the number of threads is process wide, so restore it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _check_vocabulary(encoded: Sequence[EncodedRow], model: Any, where: str) -> None:
+    largest, vocabulary = max(max(row.ids) for row in encoded), vocabulary_size(model)
+    if largest >= vocabulary:
+        raise CheckpointError(
+            f"{where}: the tokenizer gives token {largest}, but the model has {vocabulary} "
+            "embeddings; use the tokenizer that belongs to this model"
+        )
