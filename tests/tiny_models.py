@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -116,6 +117,17 @@ def make_pair(
     perturb(model, seed=seed + 1, scale=scale)
     model.save_pretrained(tuned)
     return target, tuned
+
+
+def save_tokenizer(folder: Path, size: int = VOCABULARY) -> None:
+    """One token a character; ids 0 to 3 are special."""
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3}
+    vocabulary |= {chr(32 + index): 4 + index for index in range(size - 4)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    special = {name: f"<{name[:3]}>" for name in ("pad_token", "eos_token", "unk_token")}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def inputs(rows: int = 4, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:

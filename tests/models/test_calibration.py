@@ -5,8 +5,7 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny_models import save_tokenizer
 
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, OutputError, RowsError
@@ -15,17 +14,6 @@ from graftkit.models.calibration import CovarianceStore, collect_covariances
 from graftkit.rows import Row, encode_row, read_rows
 
 ROWS = [Row("ab", " cde"), Row("hello there", " x"), Row("q", " r"), Row("abcdefgh", " ijklmnop")]
-
-
-def save_tokenizer(folder, size=tiny_models.VOCABULARY):
-    """One token a character; ids 0 to 3 are special."""
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, "<unk>": 3}
-    vocabulary |= {chr(32 + index): 4 + index for index in range(size - 4)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    special = {name: f"<{name[:3]}>" for name in ("pad_token", "eos_token", "unk_token")}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def save_model(folder, architecture="llama", tokenizer=True):

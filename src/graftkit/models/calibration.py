@@ -29,6 +29,7 @@ from graftkit.models.encoding import (
     pass_batches,
     real_tokens,
     skips_logits,
+    submodule,
     usable_tokenizer,
     vocabulary_size,
 )
@@ -201,7 +202,7 @@ class _Collector:
         self.head_keys = [HEAD]
         model.config.use_cache = False
         for name in modules:
-            module = self._submodule(name)
+            module = submodule(model, name, where)
             if module is self.head:
                 self.head_keys.append(name)
             else:
@@ -223,16 +224,6 @@ class _Collector:
                 if self.head is None and "last_hidden_state" in output:
                     self._add(self.head_keys, output["last_hidden_state"])
         self.last = None
-
-    def _submodule(self, name: str) -> nn.Module:
-        try:
-            module: nn.Module = self.model.get_submodule(name)
-        except AttributeError as error:
-            raise CheckpointError(
-                f"{self.where}: module {name} is not in {type(self.model).__name__}; expected the "
-                "name of a linear module of this model"
-            ) from error
-        return module
 
     def _hook(self, keys: Sequence[str]) -> Callable[..., None]:
         def before_forward(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, RowsError
@@ -90,6 +90,18 @@ def vocabulary_size(model: Any) -> int:
     """Rows of the input embedding."""
     size: int = model.get_input_embeddings().weight.shape[0]
     return size
+
+
+def submodule(model: Any, name: str, where: str) -> nn.Module:
+    """A module of a live model. Raises: CheckpointError where there is none of that name."""
+    try:
+        module: nn.Module = model.get_submodule(name)
+    except AttributeError as error:
+        raise CheckpointError(
+            f"{where}: module {name} is not in {type(model).__name__}; expected the name of a "
+            "linear module of this model"
+        ) from error
+    return module
 
 
 def skips_logits(model: Any) -> bool:
