@@ -54,8 +54,8 @@ SIDE_FILES = (
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# 128 bits name a tensor in the manifest; the digest over all tensors keeps the full 256.
-TENSOR_DIGEST_HEX = 32
+# 64 bits tell a tensor from another by accident; the digest over all tensors keeps the full 256.
+TENSOR_DIGEST_HEX = 16
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from graftkit.delta import DTYPE_NAMES, DTYPES, check_digest
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models.views import View, checkpoint_views, find_view, is_ignored
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.manifest import TensorRecord
+from graftkit.skillpack.manifest import Record
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Change:
         changed: False where the tuned tensor equals what the live slots hold already.
     """
 
-    record: TensorRecord
+    record: Record
     view: View
     slots: tuple[str, ...]
     source: View | None
@@ -148,7 +148,7 @@ def find_changes(target: LiveTarget, pack: SkillPack) -> list[Change]:
     return changes
 
 
-def _is_changed(record: TensorRecord, view: View, source: View | None) -> bool:
+def _is_changed(record: Record, view: View, source: View | None) -> bool:
     resized = record.tuned_shape is not None or record.tuned_dtype is not None
     moved = source is None or source.owners != view.owners
     return record.codec != "zero" or resized or moved

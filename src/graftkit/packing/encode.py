@@ -16,10 +16,9 @@ from graftkit.compress.codecs import (
     matrices,
 )
 from graftkit.compress.energy import output_energy
-from graftkit.delta import DTYPES, TENSOR_DIGEST_HEX, Checkpoint, tensor_bytes
+from graftkit.delta import TENSOR_DIGEST_HEX, Checkpoint, tensor_bytes
 from graftkit.packing.measure import Scan
 from graftkit.packing.pairs import Pair
-from graftkit.skillpack.container import payload_digest
 from graftkit.skillpack.manifest import TensorRecord
 from graftkit.skillpack.words import encode_exact
 
@@ -36,8 +35,10 @@ class Encoded:
     distortion: float
 
 
-def draft_record(pair: Pair, scan: Scan, codec: str, appended_bytes: int = 0) -> TensorRecord:
-    """The record without its results, with fields as long as they can get."""
+def draft_record(
+    pair: Pair, scan: Scan, codec: str, payload_bytes: int, appended_bytes: int
+) -> TensorRecord:
+    """The record without its error, with that field as long as it can get."""
     grown = pair.resized and pair.tuned.shape[0] > pair.target.shape[0]
     fields: dict[str, Any] = {
         "name": pair.name,
@@ -47,6 +48,7 @@ def draft_record(pair: Pair, scan: Scan, codec: str, appended_bytes: int = 0) ->
         "blake3": scan.target_digest[:TENSOR_DIGEST_HEX],
         "codec": codec,
         "error": WORST_CASE_ERROR,
+        "bytes": payload_bytes,
         "appended_bytes": appended_bytes if grown else 0,
         "base": pair.base,
     }
@@ -56,8 +58,6 @@ def draft_record(pair: Pair, scan: Scan, codec: str, appended_bytes: int = 0) ->
         fields["tuned_shape"] = pair.tuned.shape
     if codec not in ("zero", "exact"):
         fields["layout"] = pair.layout
-    if codec != "zero" or grown:
-        fields["payload_blake3"] = "0" * 16
     return TensorRecord(**fields)
 
 
@@ -123,17 +123,10 @@ def _finish(
     pair: Pair, scan: Scan, codec: str, body: bytes, appended: bytes, lost: tuple[float, float]
 ) -> Encoded:
     payload = body + appended
-    update: dict[str, Any] = {"error": float(f"{lost[0]:.4g}")}
-    if payload:
-        update["payload_blake3"] = payload_digest(payload)
-    record = draft_record(pair, scan, codec, len(appended)).model_copy(update=update)
-    return Encoded(record, payload, lost[1])
+    record = draft_record(pair, scan, codec, len(payload), len(appended))
+    error = float(f"{lost[0]:.4g}")
+    return Encoded(record.model_copy(update={"error": error}), payload, lost[1])
 
 
 def _energy(delta: Tensor, pair: Pair, covariance: Tensor | None) -> float:
     return sum(output_energy(part, covariance) for part in matrices(delta, pair.layout))
-
-
-def raw_bytes(pair: Pair) -> int:
-    """Bytes of the common rows in the tuned dtype."""
-    return pair.target.numel * DTYPES[pair.tuned.dtype].itemsize

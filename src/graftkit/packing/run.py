@@ -23,7 +23,6 @@ from graftkit.packing.encode import (
     encode_appended,
     encode_lossless,
     encode_lossy,
-    raw_bytes,
 )
 from graftkit.packing.job import MemoryGate, WorkFolder, map_tensors
 from graftkit.packing.measure import (
@@ -38,9 +37,10 @@ from graftkit.packing.measure import (
 from graftkit.packing.pairs import Pair, match_tensors
 from graftkit.packing.recipes import Plan, plan_auto, plan_graftllm
 from graftkit.rows import Row
-from graftkit.skillpack.container import build_header, file_entry
+from graftkit.skillpack.container import build_header, file_entry, payloads_digest
 from graftkit.skillpack.files import changed_files
 from graftkit.skillpack.manifest import (
+    FORMAT_VERSION,
     CalibrationInfo,
     FileRecord,
     Manifest,
@@ -119,14 +119,15 @@ class PackingJob:
         encode = partial(self._encode_lossy, plan)
         stored |= dict(zip(lossy, self._map("compressing", encode, lossy), strict=True))
         bound = self._bound(stored, facts)
-        manifest = self._manifest([stored[i].record for i in indices], bound)
+        digest = payloads_digest(self._payloads(stored))
+        manifest = self._manifest([stored[i].record for i in indices], bound, digest)
         self._check_size(manifest, stored)
         return manifest, {self.pairs[i].name: i for i in indices if stored[i].nbytes}
 
     def key(self, scans: list[Scan]) -> str:
         """What decides every byte of the result."""
         settings = {
-            "versions": [GENERATOR, torch.__version__],
+            "versions": [GENERATOR, FORMAT_VERSION, torch.__version__],
             "recipe": self.config.recipe,
             "budget": self.budget_bytes,
             "seed": self.config.seed,
@@ -245,27 +246,39 @@ class PackingJob:
 
     def _room_for_lossy(self, stored: dict[int, Stored], lossy: list[int]) -> int:
         """Payload bytes left for lossy tensors. Raises: BudgetError when nothing is left."""
-        drafts = {
-            i: draft_record(self.pairs[i], self.scans[i], "lowrank", len(self.appended[i]))
-            for i in lossy
-        }
-        records = [drafts[i] if i in drafts else stored[i].record for i in range(len(self.pairs))]
-        sizes = {self.pairs[i].name: raw_bytes(self.pairs[i]) for i in lossy}
-        sizes |= {self.pairs[i].name: part.nbytes for i, part in stored.items()}
-        header = build_header(self._manifest(records, 0.0001234), sizes | self._file_sizes())
-        fixed = len(header) + sum(part.nbytes for part in stored.values())
-        fixed += sum(map(len, self.appended.values())) + sum(self._file_sizes().values())
         if self.budget_bytes is None:
             return 0
+        fixed = self._fixed_bytes(stored, lossy, self.budget_bytes)
         if fixed > self.budget_bytes:
             # The manifest repeats the budget, and a larger one may take a few more digits.
-            least = fixed + 32
+            least = self._fixed_bytes(stored, lossy, 2 * fixed) + 32
             raise BudgetError(
                 f"budget {self.config.budget or '5%'} is {self.budget_bytes:,} bytes, but the "
                 f"manifest and what is stored exactly take {fixed:,}; ask for at least "
                 f"{least}B ({100 * least / self.target.nbytes:.2f}%)"
             )
         return self.budget_bytes - fixed
+
+    def _fixed_bytes(self, stored: dict[int, Stored], lossy: list[int], longest: int) -> int:
+        """Bytes of all but the lossy payloads, at most; none of these is over `longest` bytes."""
+        pairs, appended = self.pairs, self.appended
+        drafts = {
+            i: draft_record(pairs[i], self.scans[i], "lowrank", longest, len(appended[i]))
+            for i in lossy
+        }
+        records = [drafts[i] if i in drafts else stored[i].record for i in range(len(pairs))]
+        sizes = {pairs[i].name: longest for i in lossy} | self._file_sizes()
+        sizes |= {pairs[i].name: part.nbytes for i, part in stored.items()}
+        header = build_header(self._manifest(records, 0.0001234, "0" * 64), sizes)
+        fixed = len(header) + sum(part.nbytes for part in stored.values())
+        return fixed + sum(map(len, appended.values())) + sum(self._file_sizes().values())
+
+    def _payloads(self, stored: dict[int, Stored]) -> Iterator[bytes]:
+        """What follows the header of the file."""
+        for i in sorted(stored):
+            if stored[i].nbytes:
+                yield self.work.read(payload_name(i)) or b""
+        yield from (payload for _, payload in self.files if payload)
 
     def _plan(self, facts: dict[int, MatrixFacts], room: int) -> Plan:
         if not facts:
@@ -293,7 +306,9 @@ class PackingJob:
     def _file_sizes(self) -> dict[str, int]:
         return {file_entry(record.name): len(payload) for record, payload in self.files}
 
-    def _manifest(self, records: Sequence[TensorRecord], bound: float | None) -> Manifest:
+    def _manifest(
+        self, records: Sequence[TensorRecord], bound: float | None, digest: str | None
+    ) -> Manifest:
         files: tuple[FileRecord, ...] = tuple(record for record, _ in self.files)
         return Manifest(
             generator=GENERATOR,
@@ -304,6 +319,7 @@ class PackingJob:
             budget_bytes=self.budget_bytes,
             calibration=self.calibration_info if self.store else None,
             bound_bits_per_parameter=bound,
+            payload_blake3=digest,
             files=files,
             tensors=tuple(records),
         )

@@ -24,7 +24,7 @@ from graftkit.skillpack.container import (
     write_container,
 )
 from graftkit.skillpack.files import decode_file
-from graftkit.skillpack.manifest import FileRecord, Manifest, TensorRecord
+from graftkit.skillpack.manifest import AnyManifest, FileRecord, Record
 from graftkit.skillpack.words import decode_exact
 
 PACK_FILE_NAME = "skill.skillpack"
@@ -34,7 +34,7 @@ PACK_FILE_NAME = "skill.skillpack"
 class SkillPack:
     """A manifest and its payloads, in memory or mapped from a file."""
 
-    def __init__(self, manifest: Manifest, payloads: Mapping[str, memoryview]):
+    def __init__(self, manifest: AnyManifest, payloads: Mapping[str, memoryview]):
         self.manifest = manifest
         self._payloads = payloads
         self._records = {record.name: record for record in manifest.tensors}
@@ -93,7 +93,7 @@ class SkillPack:
         """Raw payload of a tensor; empty where nothing is stored."""
         return self._payloads.get(name, memoryview(b""))
 
-    def record(self, name: str) -> TensorRecord:
+    def record(self, name: str) -> Record:
         """The record of a tensor. Raises: PackMismatchError for an unknown name."""
         if name not in self._records:
             raise PackMismatchError(f"the pack knows no tensor {name}")
@@ -183,7 +183,7 @@ class SkillPack:
                 expected = (record.dtype, record.shape, record.blake3)
                 check_digest(name, read(name), expected, where)
 
-    def _decode_common(self, record: TensorRecord, weight: Tensor) -> Tensor:
+    def _decode_common(self, record: Record, weight: Tensor) -> Tensor:
         body, _ = self._parts(record)
         if record.codec == "exact":
             return decode_exact(body, weight)
@@ -201,17 +201,17 @@ class SkillPack:
     def _header(self) -> bytes:
         return build_header(self.manifest, {n: len(p) for n, p in self._payloads.items()})
 
-    def _parts(self, record: TensorRecord) -> tuple[memoryview, memoryview]:
+    def _parts(self, record: Record) -> tuple[memoryview, memoryview]:
         payload = self.payload(record.name)
         cut = len(payload) - record.appended_bytes
         return payload[:cut], payload[cut:]
 
-    def _common_shape(self, record: TensorRecord) -> tuple[int, ...]:
+    def _common_shape(self, record: Record) -> tuple[int, ...]:
         if record.tuned_shape is None:
             return record.shape
         return (min(record.shape[0], record.tuned_shape[0]), *record.shape[1:])
 
-    def _weight(self, record: TensorRecord, target: Tensor) -> Tensor:
+    def _weight(self, record: Record, target: Tensor) -> Tensor:
         """W of the format's section 3: cast to the tuned dtype, cut to the common rows."""
         if tuple(target.shape) != record.shape:
             raise PackMismatchError(
@@ -230,7 +230,7 @@ def _finite(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _naming(record: TensorRecord) -> Iterator[None]:
+def _naming(record: Record) -> Iterator[None]:
     """Put the tensor's name in front of what its payload is accused of."""
     try:
         yield

@@ -5,7 +5,7 @@ import mmap
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,43 +21,59 @@ from graftkit.errors import (
 from graftkit.skillpack.manifest import (
     FILE_PREFIX,
     FORMAT_VERSION,
-    PAYLOAD_DIGEST_HEX,
+    AnyManifest,
     Manifest,
-    load_json,
-    parse_manifest,
+    TensorRecordV1,
 )
+from graftkit.skillpack.rules import load_json, parse_manifest
+
+TENSORS_ENTRY = "tensors"
+"""The one entry that holds the payloads of all tensors."""
 
 _LENGTH = struct.Struct("<Q")
 _MAX_HEADER = 100_000_000
 _MAX_MESSAGE = 400
-_NEWER = re.compile("[1-9][0-9]*")  # int() would refuse thousands of digits, and read others
+_NUMBER = re.compile("[1-9][0-9]*")  # int() would refuse thousands of digits, and read others
 _METADATA_KEYS = {"format", "version", "manifest", "manifest_blake3"}
 
 
-def payload_digest(payload: bytes | memoryview) -> str:
-    """Digest of a payload as the manifest holds it."""
-    return blake3(payload).hexdigest()[:PAYLOAD_DIGEST_HEX]
+def payloads_digest(payloads: Iterable[bytes | memoryview]) -> str | None:
+    """Digest of all payloads, in the order of the file; None where there are none."""
+    hasher, empty = blake3(), True
+    for payload in payloads:
+        hasher.update(payload)
+        empty = False
+    return None if empty else hasher.hexdigest()
 
 
-def build_header(manifest: Manifest, sizes: Mapping[str, int]) -> bytes:
-    """Length field and padded header. `sizes`: payload bytes by entry name."""
+def build_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
+    """Length field and padded header. `sizes`: payload bytes by name of tensor and side file."""
     text = manifest.to_json()
     header: dict[str, object] = {
         "__metadata__": {
             "format": "skillpack",
-            "version": str(FORMAT_VERSION),
+            "version": str(manifest.format_version),
             "manifest": text,
             "manifest_blake3": blake3(text.encode()).hexdigest(),
         }
     }
     offset = 0
-    for name in manifest.payload_order:
-        end = offset + sizes[name]
-        header[name] = {"dtype": "U8", "shape": [sizes[name]], "data_offsets": [offset, end]}
+    for name, size in _entries(manifest, sizes):
+        end = offset + size
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
     return _LENGTH.pack(len(encoded)) + encoded
+
+
+def _entries(manifest: AnyManifest, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Entries of the header and their lengths, in the order of the file."""
+    if not isinstance(manifest, Manifest):
+        return [(name, sizes[name]) for name in manifest.payload_order]
+    together = sum(sizes[name] for name in manifest.stored_tensors)
+    entries = [(TENSORS_ENTRY, together)] if together else []
+    return entries + [(name, sizes[name]) for name in manifest.stored_files]
 
 
 @contextmanager
@@ -81,9 +97,9 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 
 def write_container(
-    path: Path, manifest: Manifest, payload: Callable[[str], bytes | memoryview]
+    path: Path, manifest: AnyManifest, payload: Callable[[str], bytes | memoryview]
 ) -> None:
-    """Write a pack. `payload(name)` is called once per entry, in the order of the file, twice
+    """Write a pack. `payload(name)` is called once per payload, in the order of the file, twice
     over: for the sizes and for the bytes. Raises: OutputError."""
     sizes = {name: len(payload(name)) for name in manifest.payload_order}
     with replaced_file(path) as partial, partial.open("wb") as file:
@@ -94,8 +110,8 @@ def write_container(
         os.fsync(file.fileno())
 
 
-def read_container(path: Path) -> tuple[Manifest, dict[str, memoryview], int]:
-    """Open and check a pack: manifest, payloads by entry name (mapped, not copied), file bytes.
+def read_container(path: Path) -> tuple[AnyManifest, dict[str, memoryview], int]:
+    """Open and check a pack: manifest, payloads by name (mapped, not copied), file bytes.
 
     Raises: PackFormatError and its kinds; the message starts with the path.
     """
@@ -118,7 +134,7 @@ def read_container(path: Path) -> tuple[Manifest, dict[str, memoryview], int]:
     return manifest, payloads, size
 
 
-def _parse(view: memoryview) -> tuple[Manifest, dict[str, memoryview]]:
+def _parse(view: memoryview) -> tuple[AnyManifest, dict[str, memoryview]]:
     (length,) = _LENGTH.unpack(view[: _LENGTH.size])
     if length > _MAX_HEADER:
         raise CorruptPackError(
@@ -137,7 +153,8 @@ def _parse(view: memoryview) -> tuple[Manifest, dict[str, memoryview]]:
     header = load_json(text)
     if not isinstance(header, dict):
         raise CorruptPackError("the header is not a JSON object", PackFault.INVALID_HEADER)
-    manifest = parse_manifest(_manifest_text(header.pop("__metadata__", None)))
+    metadata = header.pop("__metadata__", None)
+    manifest = parse_manifest(_manifest_text(metadata), int(metadata["version"]))
     return manifest, _payloads(manifest, header, view[start:])
 
 
@@ -147,16 +164,17 @@ def _manifest_text(metadata: object) -> str:
             "not a SkillPack (no format=skillpack in its metadata)", PackFault.NOT_A_SKILLPACK
         )
     version = metadata.get("version")
-    if isinstance(version, str) and _NEWER.fullmatch(version) and version != str(FORMAT_VERSION):
+    known = [str(number) for number in range(1, FORMAT_VERSION + 1)]
+    if isinstance(version, str) and _NUMBER.fullmatch(version) and version not in known:
         raise UnsupportedVersionError(
             f"format version {version}; this graftkit reads up to {FORMAT_VERSION}, "
             "upgrade graftkit",
             PackFault.NEWER_VERSION,
         )
-    wrong = set(metadata) != _METADATA_KEYS or version != str(FORMAT_VERSION)
+    wrong = set(metadata) != _METADATA_KEYS or version not in known
     if wrong or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptPackError(
-            f"metadata is not that of version {FORMAT_VERSION}", PackFault.INVALID_HEADER
+            f"metadata is not that of version 1 to {FORMAT_VERSION}", PackFault.INVALID_HEADER
         )
     text: str = metadata["manifest"]
     try:
@@ -169,26 +187,58 @@ def _manifest_text(metadata: object) -> str:
 
 
 def _payloads(
+    manifest: AnyManifest, header: dict[str, object], data: memoryview
+) -> dict[str, memoryview]:
+    """Payloads by name, after all checks of entries and digests."""
+    if isinstance(manifest, Manifest):
+        return _payloads_of_one_entry(manifest, header, data)
+    payloads = _cut_entries(manifest.payload_order, header, data)
+    _check_digests_v1(manifest, payloads)
+    return payloads
+
+
+def _payloads_of_one_entry(
     manifest: Manifest, header: dict[str, object], data: memoryview
 ) -> dict[str, memoryview]:
-    order = manifest.payload_order
+    sizes = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
+    together = sum(sizes.values())
+    order = ((TENSORS_ENTRY,) if together else ()) + manifest.stored_files
+    payloads = _cut_entries(order, header, data)
+    tensors = payloads.pop(TENSORS_ENTRY, memoryview(b""))
+    if len(tensors) != together:
+        raise CorruptPackError(
+            f"entry {TENSORS_ENTRY!r} has {len(tensors)} bytes, the records say {together}",
+            PackFault.INVALID_OFFSETS,
+        )
+    if payloads_digest([data] if len(data) else []) != manifest.payload_blake3:
+        raise CorruptPackError("the payloads do not match their digest", PackFault.PAYLOAD_DIGEST)
+    offset = 0
+    for name, size in sizes.items():
+        payloads[name] = tensors[offset : offset + size]
+        offset += size
+    return payloads
+
+
+def _cut_entries(
+    order: tuple[str, ...], header: dict[str, object], data: memoryview
+) -> dict[str, memoryview]:
+    """The bytes of every entry. `order`: the entries there must be, in the order of the file."""
     if set(order) != header.keys():
         different = sorted(set(order) ^ header.keys())[0]
         raise CorruptPackError(
             f"entry {different!r} is in the header or in the manifest, not in both",
             PackFault.INVALID_OFFSETS,
         )
-    payloads, offset = {}, 0
+    parts, offset = {}, 0
     for name in order:
         end = _entry_end(name, header[name], offset, len(data))
-        payloads[name] = data[offset:end]
+        parts[name] = data[offset:end]
         offset = end
     if offset != len(data):
         raise CorruptPackError(
             f"{len(data) - offset} bytes follow the last payload", PackFault.INVALID_OFFSETS
         )
-    _check_digests(manifest, payloads)
-    return payloads
+    return parts
 
 
 def _entry_end(name: str, entry: object, offset: int, size: int) -> int:
@@ -210,12 +260,12 @@ def _entry_end(name: str, entry: object, offset: int, size: int) -> int:
     return end
 
 
-def _check_digests(manifest: Manifest, payloads: Mapping[str, memoryview]) -> None:
+def _check_digests_v1(manifest: AnyManifest, payloads: Mapping[str, memoryview]) -> None:
     for record in manifest.tensors:
-        if record.payload_blake3 is None:
+        if not isinstance(record, TensorRecordV1) or record.payload_blake3 is None:
             continue
         payload = payloads[record.name]
-        if payload_digest(payload) != record.payload_blake3:
+        if blake3(payload).hexdigest()[: len(record.payload_blake3)] != record.payload_blake3:
             raise CorruptPackError(
                 f"tensor {record.name} does not match its digest", PackFault.PAYLOAD_DIGEST
             )

@@ -2,33 +2,30 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from graftkit.compress.codecs import Layout
-from graftkit.delta import DTYPES, FLOAT_DTYPES, SIDE_FILES, TENSOR_DIGEST_HEX
-from graftkit.errors import CorruptPackError, PackFault
+from graftkit.delta import TENSOR_DIGEST_HEX
 
-FORMAT_VERSION: Literal[1] = 1
-PAYLOAD_DIGEST_HEX = 16
+FORMAT_VERSION: Literal[2] = 2
+"""What this package writes; it reads every version up to this one."""
 FILE_PREFIX = "file:"
-CODECS = ("zero", "exact", "sparse", "lowrank", "dense")
+MAX_NUMEL = 2**40
 
-_MAX_NUMEL = 2**40
-_MAX_EXTRA_ROWS = 65_536
 _MAX_FILE_BYTES = 2**30
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TensorDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{TENSOR_DIGEST_HEX}}}$")]
-PayloadDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{PAYLOAD_DIGEST_HEX}}}$")]
-Extent = Annotated[int, Field(ge=0, le=_MAX_NUMEL)]
+TensorDigestV1 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+PayloadDigestV1 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Extent = Annotated[int, Field(ge=0, le=MAX_NUMEL)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Kind = Literal["attention", "mlp", "embedding", "head", "norm", "bias", "router", "other"]
-Codec = Literal["zero", "exact", "sparse", "lowrank", "dense"]
+Codec = Literal["zero", "exact", "sparse", "lowrank", "dense", "hybrid"]
+CodecV1 = Literal["zero", "exact", "sparse", "lowrank", "dense"]
 
 
 class Part(BaseModel):
@@ -104,7 +101,7 @@ class FileRecord(Part):
     """Digest of the target's file where bytes are shared."""
 
 
-class TensorRecord(Part):
+class Record(Part):
     """One tensor: what the target must hold, and how the tuned one is rebuilt."""
 
     name: str
@@ -115,14 +112,12 @@ class TensorRecord(Part):
     """safetensors dtype of the target's tensor."""
     shape: tuple[Extent, ...]
     """Shape of the target's tensor."""
-    blake3: TensorDigest
+    blake3: str
     """First digits of the digest of the target's tensor."""
-    codec: Codec
+    codec: str
     """How the delta is written."""
     layout: Layout = "matrix"
     """How the stored tensor becomes (out, in) matrices."""
-    payload_blake3: PayloadDigest | None = None
-    """First digits of the digest of the payload."""
     error: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Relative Frobenius error of the delta."""
     tuned_dtype: str | None = None
@@ -154,11 +149,50 @@ class TensorRecord(Part):
         """Weights of the tuned tensor."""
         return math.prod(self.result_shape)
 
+    @property
+    def has_payload(self) -> bool:
+        """Whether anything is stored for this tensor."""
+        raise NotImplementedError
 
-class Manifest(Part):
-    """Everything a pack says about itself."""
 
-    format_version: Annotated[int, Field(ge=1, le=1)] = FORMAT_VERSION
+class TensorRecord(Record):
+    """The record of a tensor as it is written now."""
+
+    dtype: str = "BF16"
+    """safetensors dtype of the target's tensor."""
+    blake3: TensorDigest
+    """First digits of the digest of the target's tensor."""
+    codec: Codec
+    """How the delta is written."""
+    bytes: Count = 0
+    """Length of the payload."""
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether anything is stored for this tensor."""
+        return self.bytes > 0
+
+
+class TensorRecordV1(Record):
+    """The record of a tensor in a file of version 1."""
+
+    blake3: TensorDigestV1
+    """First digits of the digest of the target's tensor."""
+    codec: CodecV1
+    """How the delta is written."""
+    payload_blake3: PayloadDigestV1 | None = None
+    """First digits of the digest of the payload."""
+
+    @property
+    def has_payload(self) -> bool:
+        """Whether anything is stored for this tensor."""
+        return self.payload_blake3 is not None
+
+
+class AnyManifest(Part):
+    """Everything a pack says about itself, whatever its version."""
+
+    format_version: int
     """Version of the format."""
     generator: str
     """Name and version of the writer."""
@@ -186,7 +220,7 @@ class Manifest(Part):
     """Results of evaluations by name."""
     files: tuple[FileRecord, ...] = ()
     """Side files that the tuned model changed."""
-    tensors: tuple[TensorRecord, ...]
+    tensors: tuple[Record, ...]
     """One record per tensor, in the order of their names."""
 
     def to_json(self) -> str:
@@ -200,177 +234,40 @@ class Manifest(Part):
         )
 
     @property
-    def payload_order(self) -> tuple[str, ...]:
-        """Names of the payload entries, in the order of the file."""
-        tensors = [record.name for record in self.tensors if record.payload_blake3 is not None]
-        files = [
+    def stored_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors that have a payload, in the order of the file."""
+        return tuple(record.name for record in self.tensors if record.has_payload)
+
+    @property
+    def stored_files(self) -> tuple[str, ...]:
+        """Names of the payloads of side files, in the order of the file."""
+        return tuple(
             FILE_PREFIX + record.name
             for record in self.files
             if record.prefix + record.suffix < record.bytes
-        ]
-        return (*tensors, *files)
-
-
-def parse_manifest(text: str) -> Manifest:
-    """Manifest from JSON text. Raises: CorruptPackError with the fault of the rule broken."""
-    _check_codecs(load_json(text, PackFault.INVALID_MANIFEST))
-    try:
-        # Strict, as the schema is: "9" and true are no numbers.
-        manifest = Manifest.model_validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CorruptPackError(
-            f"manifest: {place}: {first['msg']}", PackFault.INVALID_MANIFEST
-        ) from error
-    _check_names(manifest)
-    _check_shapes(manifest)
-    for record in manifest.tensors:
-        _check_record(record)
-    _check_bases(manifest)
-    return manifest
-
-
-def load_json(text: str, fault: PackFault = PackFault.INVALID_HEADER) -> Any:
-    """JSON without duplicate keys or NaN. Raises: CorruptPackError, with `fault` for bad JSON."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise CorruptPackError(f"key {twice!r} stands twice", PackFault.DUPLICATE_KEY)
-        return result
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise CorruptPackError(f"not valid JSON: {error}", fault) from error
-
-
-def _check_codecs(raw: Any) -> None:
-    records = raw.get("tensors") if isinstance(raw, dict) else None
-    for record in records if isinstance(records, list) else []:
-        codec = record.get("codec") if isinstance(record, dict) else None
-        if isinstance(codec, str) and codec not in CODECS:
-            raise CorruptPackError(
-                f"tensor {record.get('name')!r} uses codec {codec!r}; known are "
-                f"{', '.join(CODECS)}",
-                PackFault.UNKNOWN_CODEC,
-            )
-
-
-def _check_names(manifest: Manifest) -> None:
-    names = [record.name for record in manifest.tensors]
-    if names != sorted(set(names)):
-        raise CorruptPackError(
-            "tensor names are not unique and in order", PackFault.INVALID_MANIFEST
         )
-    bad = [name for name in names if name.startswith(FILE_PREFIX) or not name]
-    bad += [record.name for record in manifest.files if record.name not in SIDE_FILES]
-    if bad:
-        raise CorruptPackError(f"name {bad[0]!r} is not allowed", PackFault.INVALID_NAME)
-    files = [record.name for record in manifest.files]
-    if len(set(files)) != len(files):
-        raise CorruptPackError("a side file stands twice", PackFault.INVALID_MANIFEST)
-    for record in manifest.files:
-        shared = record.prefix + record.suffix
-        if shared > record.bytes or (shared > 0) != (record.target_blake3 is not None):
-            raise CorruptPackError(
-                f"side file {record.name}: prefix and suffix do not fit",
-                PackFault.INVALID_MANIFEST,
-            )
+
+    @property
+    def payload_order(self) -> tuple[str, ...]:
+        """Names of all payloads, in the order of the file."""
+        return self.stored_tensors + self.stored_files
 
 
-def _check_shapes(manifest: Manifest) -> None:
-    own = 0
-    for record in manifest.tensors:
-        size = _bounded_product(record.shape)
-        if max(size, _bounded_product(record.result_shape)) > _MAX_NUMEL:
-            raise CorruptPackError(
-                f"{record.name}: shape {list(record.shape)} is too large",
-                PackFault.SHAPE_TOO_LARGE,
-            )
-        if record.base is None:
-            own += size
-    if own != manifest.target.parameters:
-        raise CorruptPackError(
-            f"shapes add up to {own} weights, the target has {manifest.target.parameters}",
-            PackFault.SHAPE_TOO_LARGE,
-        )
-    for record in manifest.tensors:
-        first, after = record.shape[:1], (record.tuned_shape or record.shape)[:1]
-        if after > first and after[0] > max(2 * first[0], first[0] + _MAX_EXTRA_ROWS):
-            raise CorruptPackError(
-                f"{record.name}: vocabulary grows from {first[0]} to {after[0]}",
-                PackFault.SHAPE_TOO_LARGE,
-            )
-        if record.base == "" and record.numel > max(own, 1):
-            raise CorruptPackError(
-                f"{record.name}: larger than the whole target", PackFault.SHAPE_TOO_LARGE
-            )
+class Manifest(AnyManifest):
+    """Everything a pack says about itself, as it is written now."""
+
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
+    """Version of the format."""
+    payload_blake3: Digest | None = None
+    """Digest of all payloads, one behind the other; absent where nothing is stored."""
+    tensors: tuple[TensorRecord, ...]
+    """One record per tensor, in the order of their names."""
 
 
-def _bounded_product(extents: Iterable[int]) -> int:
-    """Their product, or any number above the limit: a million extents must not take minutes."""
-    product = 1
-    for extent in extents:
-        product = min(product * extent, _MAX_NUMEL**2)
-    return product
+class ManifestV1(AnyManifest):
+    """Everything that a file of version 1 says about itself."""
 
-
-def _check_bases(manifest: Manifest) -> None:
-    """An added tensor's record describes the target tensor that it is coded against."""
-    own = {record.name: record for record in manifest.tensors if record.base is None}
-    for record in manifest.tensors:
-        if not record.base:
-            continue
-        base = own.get(record.base)
-        if base is None or any(
-            getattr(base, field) != getattr(record, field) for field in ("dtype", "shape", "blake3")
-        ):
-            raise CorruptPackError(
-                f"{record.name}: does not describe its base {record.base}",
-                PackFault.INVALID_MANIFEST,
-            )
-
-
-def _check_record(record: TensorRecord) -> None:
-    problem = _resize_problem(record) or _layout_problem(record)
-    if problem:
-        raise CorruptPackError(f"{record.name}: {problem}", PackFault.INVALID_MANIFEST)
-
-
-def _resize_problem(record: TensorRecord) -> str | None:
-    """What is wrong with dtypes, the tuned shape and what is appended."""
-    floats = record.codec == "zero" or record.dtype in FLOAT_DTYPES
-    before, after = record.shape, record.result_shape
-    grown = after[:1] > before[:1]
-    if record.dtype not in DTYPES or not floats:
-        return f"dtype {record.dtype} cannot be used with codec {record.codec}"
-    if record.tuned_dtype is not None and record.tuned_dtype not in FLOAT_DTYPES:
-        return f"tuned_dtype {record.tuned_dtype} is not a float dtype"
-    if len(before) != len(after) or after[1:] != before[1:]:
-        return f"shape {list(before)} cannot be resized to {list(after)}"
-    if grown and record.result_dtype not in FLOAT_DTYPES:
-        return f"rows of dtype {record.result_dtype} cannot be appended"
-    if grown != (record.appended_bytes > 0):
-        return "appended_bytes and tuned_shape do not fit"
-    if (record.codec != "zero" or grown) != (record.payload_blake3 is not None):
-        return f"codec {record.codec} and payload_blake3 do not fit"
-    return None
-
-
-def _layout_problem(record: TensorRecord) -> str | None:
-    """What keeps the common rows from being the matrices that codec and layout need."""
-    shape = list(record.shape)
-    empty = 0 in record.shape or 0 in record.result_shape
-    if record.layout.startswith("stack") and (len(shape) != 3 or empty):
-        return f"layout {record.layout} needs three extents, found {shape}"
-    if record.codec in ("sparse", "lowrank", "dense") and (len(shape) < 2 or empty):
-        return f"codec {record.codec} needs a matrix, found {shape}"
-    if record.layout == "transposed" and len(shape) != 2:
-        return f"layout transposed needs two extents, found {shape}"
-    return None
+    format_version: Annotated[int, Field(ge=1, le=1)] = 1
+    """Version of the format."""
+    tensors: tuple[TensorRecordV1, ...]
+    """One record per tensor, in the order of their names."""
