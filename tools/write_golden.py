@@ -14,6 +14,9 @@ from torch import Tensor
 
 from graftkit.compress.codecs import (
     Dense,
+    Entries,
+    Factored,
+    Hybrid,
     Layout,
     LowRankTiers,
     Precision,
@@ -21,6 +24,7 @@ from graftkit.compress.codecs import (
     Statistics,
     decode_delta,
     encode_matrix,
+    join_payloads,
     matrices,
 )
 from graftkit.compress.lowrank import Tier, eigenbasis
@@ -33,7 +37,7 @@ from graftkit.delta import (
     tensor_digest,
 )
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.container import file_entry, payload_digest
+from graftkit.skillpack.container import file_entry, payloads_digest
 from graftkit.skillpack.files import encode_file
 from graftkit.skillpack.manifest import (
     FORMAT_VERSION,
@@ -48,6 +52,8 @@ from graftkit.skillpack.words import encode_exact
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TIERS = LowRankTiers((Tier(8, 1), Tier(4, 2), Tier(2, 2)))
+LEVEL = 0.004  # about half of what a weight changes by: codes of one digit
+LOUD = 10.0  # every code is zero, and every component is dropped
 CONFIG = b'{"model_type": "tiny", "vocab_size": %d, "hidden_size": 16}\n'
 FILES = {  # name: (target's, tuned model's)
     "config.json": (CONFIG % 10, CONFIG % 13),
@@ -63,15 +69,25 @@ TENSORS: dict[str, tuple[str, tuple[int, ...], str, Layout, Precision | str | No
     "h.0.conv.weight": ("F32", (4, 3, 2), "other", "matrix", Dense(8)),
     "h.0.experts.down": ("BF16", (2, 12, 16), "mlp", "stack", TIERS),
     "h.0.experts.up": ("F16", (2, 16, 12), "mlp", "stack_transposed", Dense(5)),
+    "h.0.gate.weight": ("BF16", (6, 12), "router", "matrix", Factored(2, LOUD)),
     "h.0.mlp.weight": ("F16", (20, 24), "mlp", "transposed", TIERS),
     "h.0.norm.weight": ("BF16", (16,), "norm", "matrix", None),
     "h.0.position_ids": ("I64", (1, 6), "other", "matrix", "zero"),
+    "h.1.attn.k.weight": ("BF16", (18, 20), "attention", "matrix", Entries(LEVEL)),
+    "h.1.attn.o.weight": ("BF16", (20, 24), "attention", "matrix", Hybrid(2, LEVEL)),
+    "h.1.attn.q.weight": ("BF16", (24, 20), "attention", "matrix", Factored(6, LEVEL)),
+    "h.1.attn.v.weight": ("F32", (5, 150), "attention", "matrix", Entries(LEVEL)),
+    "h.1.experts.down": ("BF16", (2, 12, 16), "mlp", "stack", Factored(5, LEVEL)),
+    "h.1.experts.up": ("F16", (3, 16, 12), "mlp", "stack_transposed", Entries(LEVEL)),
     "h.1.mlp.weight": ("F32", (12, 12), "mlp", "matrix", None),
     "h.1.norm.weight": ("F32", (16,), "norm", "matrix", "zero"),
+    "h.2.attn.o.weight": ("F16", (12, 14), "attention", "transposed", Hybrid(2, LEVEL)),
+    "h.2.attn.q.weight": ("F16", (14, 12), "attention", "transposed", Factored(6, LEVEL, True)),
     "lookup.weight": ("BF16", (30, 16), "embedding", "matrix", Sparse(130)),
     "rare.weight": ("BF16", (8, 64), "embedding", "matrix", Sparse(6)),
     "vocabulary.bias": ("BF16", (12,), "bias", "matrix", None),
 }
+CALIBRATED = {"h.1.attn.q.weight", "h.1.attn.v.weight", "h.1.experts.up", "h.2.attn.o.weight"}
 RESIZED = {"embed.weight": 13, "vocabulary.bias": 9}
 TUNED_DTYPE = {"vocabulary.bias": "F32"}
 
@@ -95,6 +111,24 @@ def make_states(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return target, tuned
 
 
+def covariance(columns: int) -> Tensor:
+    """Seeded H of inputs of which some are far louder than others, (columns, columns)."""
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn((4 * columns, columns), generator=generator)
+    inputs *= torch.linspace(-2, 2, columns).exp()
+    return inputs.T @ inputs / len(inputs)
+
+
+def encode_delta(name: str, delta: Tensor, layout: Layout, precision: Precision) -> bytes:
+    """Payload of the common rows, calibrated where the table says so."""
+    parts = []
+    for part in matrices(delta, layout):
+        metric = covariance(part.shape[1]) if name in CALIBRATED else None
+        basis = eigenbasis(part.contiguous(), metric)[1]
+        parts.append(encode_matrix(part.contiguous(), Statistics(metric, basis), precision))
+    return join_payloads(parts)
+
+
 def encode_tensor(name: str, target: Tensor, tuned: Tensor) -> tuple[TensorRecord, bytes]:
     """Record and payload of one tensor of the table."""
     _, shape, kind, layout, precision = TENSORS[name]
@@ -106,9 +140,7 @@ def encode_tensor(name: str, target: Tensor, tuned: Tensor) -> tuple[TensorRecor
         codec, body = "exact", encode_exact(after, before)
     elif not isinstance(precision, str):
         codec = precision.codec
-        for part in matrices(delta, layout):
-            basis = eigenbasis(part.contiguous(), None)[1]
-            body += encode_matrix(part.contiguous(), Statistics(basis=basis), precision)
+        body = encode_delta(name, delta, layout, precision)
         decoded = decode_delta(codec, memoryview(body), tuple(delta.shape), layout)
         error = float(f"{float((decoded - delta).norm() / delta.norm()):.4g}")
     rest = tuned[rows:]
@@ -122,7 +154,7 @@ def encode_tensor(name: str, target: Tensor, tuned: Tensor) -> tuple[TensorRecor
         blake3=tensor_digest(target)[:TENSOR_DIGEST_HEX],
         codec=codec,  # type: ignore[arg-type]
         layout=layout,
-        payload_blake3=payload_digest(payload) if payload else None,
+        bytes=len(payload),
         error=error,
         tuned_dtype=DTYPE_NAMES[tuned.dtype] if tuned.dtype != target.dtype else None,
         tuned_shape=tuple(tuned.shape) if tuned.shape != target.shape else None,
@@ -148,7 +180,7 @@ def added_tensors(target: dict[str, Tensor]) -> list[tuple[TensorRecord, bytes, 
             shape=tuple(before.shape),
             blake3=tensor_digest(before)[:TENSOR_DIGEST_HEX],
             codec="exact",
-            payload_blake3=payload_digest(payload),
+            bytes=len(payload),
             base=base,
         )
         added.append((record, payload, after))
@@ -164,6 +196,8 @@ def build_pack(target: dict[str, Tensor], tuned: dict[str, Tensor]) -> SkillPack
     entries = [
         (name, DTYPE_NAMES[t.dtype], tuple(t.shape), tensor_digest(t)) for name, t in target.items()
     ]
+    payloads = {record.name: memoryview(payload) for record, payload in encoded if payload}
+    payloads |= {file_entry(r.name): memoryview(payload) for r, payload in files if payload}
     manifest = Manifest(
         generator="tools/write_golden.py",
         target=TargetInfo(
@@ -185,20 +219,15 @@ def build_pack(target: dict[str, Tensor], tuned: dict[str, Tensor]) -> SkillPack
         licence="Apache-2.0",
         provenance={"data": "none"},
         evaluation={"error": 0.5},
+        payload_blake3=payloads_digest(payloads.values()),
         files=tuple(record for record, _ in files),
         tensors=tuple(record for record, _ in encoded),
     )
-    payloads = {record.name: memoryview(payload) for record, payload in encoded if payload}
-    payloads |= {file_entry(r.name): memoryview(payload) for r, payload in files if payload}
     return SkillPack(manifest, payloads)
 
 
-def main() -> int:
-    """Write the files of the current version; refuse where they exist."""
-    folder = GOLDEN / f"tiny-v{FORMAT_VERSION}"
-    if folder.exists():
-        print(f"{folder}: exists, and golden files are never made anew", file=sys.stderr)
-        return 1
+def write_files(folder: Path) -> None:
+    """Write target, pack and what the pack decodes to into a folder that is not there yet."""
     target, tuned = make_states()
     pack = build_pack(target, tuned)
     (folder / "target").mkdir(parents=True)
@@ -217,6 +246,14 @@ def main() -> int:
     save_file(decoded, folder / "tuned.safetensors")
     files = {name: content.decode() for name, content in pack.side_files(checkpoint).items()}
     (folder / "files.json").write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
+
+
+def main(folder: Path = GOLDEN / f"tiny-v{FORMAT_VERSION}") -> int:
+    """Write the files of the current version; refuse where they exist."""
+    if folder.exists():
+        print(f"{folder}: exists, and golden files are never made anew", file=sys.stderr)
+        return 1
+    write_files(folder)
     return 0
 
 

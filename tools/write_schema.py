@@ -1,5 +1,7 @@
 """Write what the format's page takes from the code: the JSON schema, and section 6.
 
+The schema of version 1 is no longer written: that version does not change.
+
 python tools/write_schema.py            write both
 python tools/write_schema.py --check    exit 1 where a committed file is not current
 """
@@ -8,15 +10,16 @@ import json
 import sys
 from pathlib import Path
 
-from graftkit.compress import exact
+from graftkit.compress import codes, exact
 from graftkit.skillpack.manifest import Manifest
 
 DOCS = Path(__file__).parents[1] / "docs"
-SCHEMA, PAGE = DOCS / "skillpack-v1.schema.json", DOCS / "skillpack-format.md"
-BEGIN, END = "<!-- exact:begin -->\n", "<!-- exact:end -->\n"
+SCHEMA, PAGE = DOCS / "skillpack-v2.schema.json", DOCS / "skillpack-format.md"
+LAYOUTS = {"exact": exact, "codes": codes}
+"""Modules whose docstring is part of the page, by the name of their place in it."""
 _HEAD = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "Manifest of a SkillPack, version 1",
+    "title": "Manifest of a SkillPack, version 2",
 }
 
 
@@ -26,11 +29,14 @@ def schema_text() -> str:
 
 
 def page_text(page: str) -> str:
-    """The format's page with section 6 taken from the docstring of `compress.exact`."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    layout = (exact.__doc__ or "").strip()
-    return f"{before}{BEGIN}```text\n{layout}\n```\n{END}{after}"
+    """The format's page with the layouts of section 6 taken from docstrings."""
+    for name, module in LAYOUTS.items():
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->\n"
+        before, _, rest = page.partition(begin)
+        _, _, after = rest.partition(end)
+        layout = (module.__doc__ or "").strip()
+        page = f"{before}{begin}```text\n{layout}\n```\n{end}{after}"
+    return page
 
 
 def wanted_files() -> dict[Path, str]:

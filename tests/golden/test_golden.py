@@ -1,4 +1,4 @@
-"""Version 1 files still open and decode to the same tensors; these files are never made anew."""
+"""Files of every version still open and decode to the same tensors; they are never made anew."""
 
 import importlib.util
 import json
@@ -13,85 +13,128 @@ from graftkit.compress.codecs import matrices
 from graftkit.delta import Checkpoint, fingerprint, tensor_digest
 from graftkit.skillpack import SkillPack
 
-FOLDER = Path(__file__).parent / "tiny-v1"
-TARGET = Checkpoint.open(FOLDER / "target")
-PACK = SkillPack.load(FOLDER / "tiny.skillpack")
-TUNED = load_file(FOLDER / "tuned.safetensors")
-RECORDS = {record.name: record for record in PACK.manifest.tensors}
+GOLDEN = Path(__file__).parent
+VERSIONS = sorted(int(folder.name.removeprefix("tiny-v")) for folder in GOLDEN.glob("tiny-v*"))
+both = pytest.mark.parametrize("version", VERSIONS)
 
 
-def before(record):
-    if record.target_name is None:
-        return torch.zeros(record.shape, dtype=TUNED[record.name].dtype)
-    return TARGET.read(record.target_name)
+class Golden:
+    """One golden pack, its target and what it decodes to."""
+
+    def __init__(self, version):
+        self.folder = GOLDEN / f"tiny-v{version}"
+        self.target = Checkpoint.open(self.folder / "target")
+        self.pack = SkillPack.load(self.folder / "tiny.skillpack")
+        self.tuned = load_file(self.folder / "tuned.safetensors")
+        self.records = {record.name: record for record in self.pack.manifest.tensors}
+
+    def before(self, record):
+        if record.target_name is None:
+            return torch.zeros(record.shape, dtype=self.tuned[record.name].dtype)
+        return self.target.read(record.target_name)
+
+
+FILES = {version: Golden(version) for version in VERSIONS}
+TENSORS = [(version, name) for version in VERSIONS for name in sorted(FILES[version].records)]
 
 
 def assert_same(record, found, expected):
     """Bit for bit, but for factors: the order of a product's sums is the machine's affair."""
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    if record.codec == "lowrank":
+    if record.codec in ("lowrank", "hybrid"):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
     else:
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", sorted(RECORDS))
-def test_version_1_files_still_open_and_decode_to_the_same_tensors(name):
-    record = RECORDS[name]
-    assert_same(record, PACK.decode(name, before(record)), TUNED[name])
+@pytest.mark.parametrize(("version", "name"), TENSORS)
+def test_files_of_every_version_still_open_and_decode_to_the_same_tensors(version, name):
+    golden = FILES[version]
+    record = golden.records[name]
+    assert_same(record, golden.pack.decode(name, golden.before(record)), golden.tuned[name])
 
 
-@pytest.mark.parametrize("name", sorted(RECORDS))
-def test_the_delta_is_the_decoded_tensor_less_the_target(name):
-    record = RECORDS[name]
-    weight, tuned = before(record).to(TUNED[name].dtype).float(), TUNED[name].float()
+@pytest.mark.parametrize(("version", "name"), TENSORS)
+def test_the_delta_is_the_decoded_tensor_less_the_target(version, name):
+    golden = FILES[version]
+    before, after = golden.before(golden.records[name]), golden.tuned[name]
+    weight, tuned = before.to(after.dtype).float(), after.float()
     rows = min(weight.shape[0], tuned.shape[0])
     expected = tuned.clone()
     expected[:rows] -= weight[:rows]
-    found = PACK.delta(name, before(record))
-    bound = 2.0**-8 if TUNED[name].dtype == torch.bfloat16 else 2.0**-11
+    found = golden.pack.delta(name, before)
+    bound = 2.0**-8 if after.dtype == torch.bfloat16 else 2.0**-11
     torch.testing.assert_close(found, expected, rtol=0, atol=bound * float(tuned.abs().max()))
 
 
-def test_factors_multiply_to_the_delta_in_out_by_in_orientation():
-    found = {name: PACK.factors(name) for name in RECORDS}
+FACTORED = {
+    1: ["h.0.attn.q.weight", "h.0.mlp.weight"],
+    2: [
+        "h.0.attn.q.weight",
+        "h.0.gate.weight",
+        "h.0.mlp.weight",
+        "h.1.attn.q.weight",
+        "h.2.attn.q.weight",
+    ],
+}
+CODECS = {
+    1: {"zero", "exact", "sparse", "lowrank", "dense"},
+    2: {"zero", "exact", "sparse", "lowrank", "dense", "hybrid"},
+}
+
+
+@both
+def test_factors_multiply_to_the_delta_in_out_by_in_orientation(version):
+    golden = FILES[version]
+    found = {name: golden.pack.factors(name) for name in golden.records}
     found = {name: factors for name, factors in found.items() if factors}
-    assert sorted(found) == ["h.0.attn.q.weight", "h.0.mlp.weight"]
+    assert sorted(found) == FACTORED[version]
     for name, (left, right) in found.items():
-        [delta] = matrices(PACK.delta(name, before(RECORDS[name])), RECORDS[name].layout)
+        record = golden.records[name]
+        [delta] = matrices(golden.pack.delta(name, golden.before(record)), record.layout)
         torch.testing.assert_close(left @ right, delta)
 
 
-def test_version_1_side_files_still_come_back():
-    files = {name: content.decode() for name, content in PACK.side_files(TARGET).items()}
-    assert files == json.loads((FOLDER / "files.json").read_text(encoding="utf-8"))
+@both
+def test_side_files_of_every_version_still_come_back(version):
+    golden = FILES[version]
+    side_files = golden.pack.side_files(golden.target).items()
+    expected = json.loads((golden.folder / "files.json").read_text(encoding="utf-8"))
+    assert {name: content.decode() for name, content in side_files} == expected
 
 
-def test_the_golden_pack_knows_its_target():
-    PACK.check_target(TARGET.read, set(TARGET.tensors), "target")
+@both
+def test_the_golden_pack_knows_its_target(version):
+    pack, target = FILES[version].pack, FILES[version].target
+    pack.check_target(target.read, set(target.tensors), "target")
     entries = [
-        (t.name, t.dtype, t.shape, tensor_digest(TARGET.read(t.name)))
-        for t in TARGET.tensors.values()
+        (t.name, t.dtype, t.shape, tensor_digest(target.read(t.name)))
+        for t in target.tensors.values()
     ]
-    assert fingerprint(entries) == PACK.manifest.target.fingerprint
+    assert fingerprint(entries) == pack.manifest.target.fingerprint
 
 
-def test_the_golden_pack_has_every_codec_every_layout_and_both_kinds_of_resize():
-    records = RECORDS.values()
-    assert {r.codec for r in records} == {"zero", "exact", "sparse", "lowrank", "dense"}
+@both
+def test_the_golden_pack_has_every_codec_every_layout_and_both_kinds_of_resize(version):
+    pack, records = FILES[version].pack, FILES[version].records.values()
+    assert {r.codec for r in records} == CODECS[version]
     assert {r.layout for r in records} == {"matrix", "transposed", "stack", "stack_transposed"}
     grown = {r.name for r in records if r.appended_bytes}
     resized = {r.name for r in records if r.tuned_shape}
     assert (grown, resized) == ({"embed.weight"}, {"embed.weight", "vocabulary.bias"})
     assert {r.base for r in records} == {None, "", "embed.weight"}
-    assert {PACK.describe(name).get("positions") for name in RECORDS} >= {"bitmap", "row lists"}
-    files = PACK.manifest.files
+    described = [pack.describe(record.name) for record in records]
+    assert {row.get("positions") for row in described} >= {"bitmap", "row lists"}
+    coded = {r.codec for r, row in zip(records, described, strict=True) if row.get("coded")}
+    assert coded == (set() if version == 1 else {"lowrank", "dense", "hybrid"})
+    files = pack.manifest.files
     assert any(f.prefix and f.suffix for f in files)
     assert any(f.prefix + f.suffix == f.bytes for f in files)
 
 
 def test_golden_files_are_small():
-    assert all(path.stat().st_size < 20_000 for path in FOLDER.rglob("*"))
+    files = [path for golden in FILES.values() for path in golden.folder.rglob("*")]
+    assert all(path.stat().st_size < 20_000 for path in files)
 
 
 def test_golden_files_cannot_be_made_anew(capsys):
@@ -99,16 +142,23 @@ def test_golden_files_cannot_be_made_anew(capsys):
     spec = importlib.util.spec_from_file_location("write_golden", tool)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    content = (FOLDER / "tiny.skillpack").read_bytes()
-    assert module.main() == 1
-    assert "never made anew" in capsys.readouterr().err
-    assert (FOLDER / "tiny.skillpack").read_bytes() == content
+    for version in VERSIONS:
+        file = FILES[version].folder / "tiny.skillpack"
+        content = file.read_bytes()
+        assert module.main(FILES[version].folder) == 1
+        assert "never made anew" in capsys.readouterr().err
+        assert file.read_bytes() == content
 
 
-def test_safetensors_itself_opens_the_pack():
-    with safe_open(FOLDER / "tiny.skillpack", framework="pt") as file:
+@both
+def test_safetensors_itself_opens_the_pack(version):
+    pack = FILES[version].pack
+    with safe_open(FILES[version].folder / "tiny.skillpack", framework="pt") as file:
         assert file.metadata()["format"] == "skillpack"
-        assert set(file.keys()) == set(PACK.manifest.payload_order)
-        for name in PACK.manifest.payload_order:
-            if not name.startswith("file:"):
-                assert file.get_tensor(name).numpy().tobytes() == bytes(PACK.payload(name))
+        stored = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
+    tensors = {name: bytes(pack.payload(name)) for name in pack.manifest.stored_tensors}
+    if version > 1:
+        tensors = {"tensors": b"".join(tensors.values())}
+    files = set(pack.manifest.stored_files)
+    assert {name: part for name, part in stored.items() if name not in files} == tensors
+    assert files <= stored.keys()

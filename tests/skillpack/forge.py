@@ -1,7 +1,12 @@
-"""The golden pack taken apart, and put together again with something wrong in it."""
+"""Packs of every version taken apart, and put together again with something wrong in them.
 
+Version 1 is the golden file; the current version is the same tiny model, packed when tests start.
+"""
+
+import importlib.util
 import json
 import struct
+import tempfile
 from pathlib import Path
 
 import torch
@@ -10,23 +15,52 @@ from blake3 import blake3
 from graftkit.delta import Checkpoint
 from graftkit.skillpack import SkillPack
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tiny-v1"
-PACK = GOLDEN / "tiny.skillpack"
+ROOT = Path(__file__).parents[2]
+VERSIONS = (1, 2)
+_TEMPORARY = tempfile.TemporaryDirectory(prefix="graftkit-forge-")
+
+
+def load_tool(name):
+    """A module of tools/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _fresh():
+    folder = Path(_TEMPORARY.name) / "tiny-v2"
+    load_tool("write_golden").write_files(folder)
+    return folder
+
+
+FOLDERS = {1: ROOT / "tests" / "golden" / "tiny-v1", 2: _fresh()}
+PACKS = {version: folder / "tiny.skillpack" for version, folder in FOLDERS.items()}
 
 
 class Forgery:
     """Parts of a pack. Digests, sizes and offsets are made to fit whatever the parts say."""
 
-    def __init__(self):
-        content = PACK.read_bytes()
+    def __init__(self, version=2):
+        self.version = version
+        content = PACKS[version].read_bytes()
         (length,) = struct.unpack_from("<Q", content)
         header = json.loads(content[8 : 8 + length])
         self.manifest = json.loads(header.pop("__metadata__")["manifest"])
         data = content[8 + length :]
-        self.payloads = {
+        self.payloads = {}
+        if version > 1:
+            start = 0
+            for record in self.manifest["tensors"]:
+                if "bytes" in record:
+                    self.payloads[record["name"]] = data[start : start + record["bytes"]]
+                    start += record["bytes"]
+            del header["tensors"]
+        self.payloads |= {
             name: data[slice(*entry["data_offsets"])] for name, entry in header.items()
         }
         self.manifest_text = None
+        self.sealed = True
 
     def record(self, name):
         return next(record for record in self.manifest["tensors"] if record["name"] == name)
@@ -34,7 +68,10 @@ class Forgery:
     def set_payload(self, name, payload):
         """Put another payload in, under a correct digest."""
         self.payloads[name] = bytes(payload)
-        self.record(name)["payload_blake3"] = blake3(payload).hexdigest()[:16]
+        if self.version == 1:
+            self.record(name)["payload_blake3"] = blake3(payload).hexdigest()[:16]
+        else:
+            self.record(name)["bytes"] = len(payload)
 
     def change_shape(self, name, shape, **fields):
         """Give a record another shape, and the target the number of parameters that fits."""
@@ -45,18 +82,29 @@ class Forgery:
         record["shape"] = list(shape)
 
     def header(self):
+        if self.version > 1 and self.sealed and "payload_blake3" in self.manifest:
+            whole = blake3(b"".join(self.payloads.values())).hexdigest()
+            self.manifest["payload_blake3"] = whole
         text = self.manifest_text
         if text is None:
             text = json.dumps(self.manifest)
         digest = blake3(text.encode("utf-8", "surrogatepass")).hexdigest()
-        metadata = {"format": "skillpack", "version": "1", "manifest": text}
+        metadata = {"format": "skillpack", "version": str(self.version), "manifest": text}
         header = {"__metadata__": metadata | {"manifest_blake3": digest}}
         offset = 0
-        for name, payload in self.payloads.items():
-            offsets = [offset, offset + len(payload)]
-            header[name] = {"dtype": "U8", "shape": [len(payload)], "data_offsets": offsets}
+        for name, size in self._entries():
+            offsets = [offset, offset + size]
+            header[name] = {"dtype": "U8", "shape": [size], "data_offsets": offsets}
             offset = offsets[1]
         return header
+
+    def _entries(self):
+        sizes = {name: len(payload) for name, payload in self.payloads.items()}
+        if self.version == 1:
+            return list(sizes.items())
+        files = [(name, size) for name, size in sizes.items() if name.startswith("file:")]
+        together = sum(sizes.values()) - sum(size for _, size in files)
+        return [("tensors", together), *files] if together else files
 
     def build(self, header=None):
         """The bytes of the file; `header`: an object or JSON text in place of the right one."""
@@ -73,16 +121,16 @@ class Forgery:
         return SkillPack.load(path)
 
 
-def target_of(record):
-    """The golden target's tensor for a record."""
+def target_of(record, version=2):
+    """The tiny target's tensor for a record."""
     if record.target_name is None:
         return torch.zeros(record.shape, dtype=torch.bfloat16)
-    return Checkpoint.open(GOLDEN / "target").read(record.target_name)
+    return Checkpoint.open(FOLDERS[version] / "target").read(record.target_name)
 
 
-def read_everything(path):
+def read_everything(path, version=2):
     """Open a pack and decode all it holds, as its users do."""
     pack = SkillPack.load(path)
-    target = Checkpoint.open(GOLDEN / "target")
-    decoded = {r.name: pack.decode(r.name, target_of(r)) for r in pack.manifest.tensors}
+    target = Checkpoint.open(FOLDERS[version] / "target")
+    decoded = {r.name: pack.decode(r.name, target_of(r, version)) for r in pack.manifest.tensors}
     return decoded, pack.side_files(target)

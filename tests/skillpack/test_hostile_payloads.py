@@ -4,8 +4,8 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,15 +13,25 @@ import torch
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from skillpack.forge import GOLDEN, PACK, Forgery, target_of
+from skillpack.forge import FOLDERS, PACKS, ROOT, Forgery, target_of
 
+from graftkit.compress.codes import decode_codes, encode_codes
 from graftkit.delta import Checkpoint
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
 from graftkit.skillpack import SkillPack
 
 DENSE, LOWRANK, STACK = "h.0.attn.v.weight", "h.0.attn.q.weight", "h.0.experts.down"
 BITMAP, LISTS, EXACT, GROWN = "lookup.weight", "rare.weight", "h.1.mlp.weight", "embed.weight"
+FACTORS, ENTRIES, HYBRID = "h.1.attn.q.weight", "h.1.attn.k.weight", "h.1.attn.o.weight"
+STEPS, NOTHING = "h.1.attn.v.weight", "h.0.gate.weight"  # entries with column steps; rank 0
+CODED_STACK, MULTIPLIED = "h.1.experts.down", "h.2.attn.q.weight"
+TARGET = FOLDERS[2] / "target"
+FLOAT_NAN, FLOAT_INF = struct.pack("<f", np.nan), struct.pack("<f", np.inf)
 HALF_NAN, HALF_INF, HALF_NEGATIVE = (struct.pack("<e", x) for x in (np.nan, np.inf, -1.0))
+
+
+def with_length(part):
+    return struct.pack("<I", len(part)) + part
 
 
 def put(offset, *parts):
@@ -70,6 +80,67 @@ def decode_forged(folder, name, payload):
         pytest.param(LOWRANK, True, put(12, struct.pack("<f", np.inf)), id="peak infinite"),
         pytest.param(LOWRANK, True, put(16, HALF_NAN), id="singular value NaN"),
         pytest.param(LOWRANK, True, put(26, HALF_INF), id="low-rank scale infinite"),
+        pytest.param(FACTORS, False, lambda p: p, id="coded factors as they are"),
+        pytest.param(FACTORS, True, lambda p: p[:11], id="coded factors without their header"),
+        pytest.param(FACTORS, True, lambda p: p[:13], id="coded factors without their scales"),
+        pytest.param(FACTORS, True, lambda p: p[:-1], id="coded factors cut"),
+        pytest.param(FACTORS, True, lambda p: p + b"\0", id="coded factors and a byte"),
+        pytest.param(FACTORS, True, lambda p: p + b"\1", id="coded factors and another byte"),
+        pytest.param(FACTORS, True, put(1, b"\x80"), id="coded factors with an unknown flag"),
+        pytest.param(FACTORS, True, put(2, b"\x15\0"), id="21 coded factors of 24 x 20"),
+        pytest.param(FACTORS, True, put(2, b"\xff\xff"), id="65535 coded factors"),
+        pytest.param(FACTORS, True, put(2, b"\0\0"), id="coded factors called none"),
+        pytest.param(FACTORS, True, put(4, FLOAT_NAN), id="input step NaN"),
+        pytest.param(FACTORS, True, put(4, FLOAT_INF), id="input step infinite"),
+        pytest.param(FACTORS, True, put(4, struct.pack("<f", 0)), id="input step zero"),
+        pytest.param(FACTORS, True, put(4, struct.pack("<f", -1)), id="input step negative"),
+        pytest.param(FACTORS, True, put(8, FLOAT_NAN), id="peak of coded factors NaN"),
+        pytest.param(FACTORS, True, put(12, HALF_NAN), id="component scale NaN"),
+        pytest.param(FACTORS, True, put(14, HALF_INF), id="component scale infinite"),
+        pytest.param(FACTORS, True, put(24, b"\xff" * 4), id="a part of 2^32 bytes"),
+        pytest.param(FACTORS, True, put(24, b"\0" * 4), id="a part of no bytes"),
+        pytest.param(NOTHING, False, lambda p: p, id="no coded factors as they are"),
+        pytest.param(NOTHING, True, lambda p: p + b"\0", id="no coded factors and a byte"),
+        pytest.param(MULTIPLIED, False, lambda p: p, id="multiplied factors as they are"),
+        pytest.param(MULTIPLIED, True, lambda p: p[:30], id="multiplied factors cut"),
+        pytest.param(ENTRIES, False, lambda p: p, id="coded entries as they are"),
+        pytest.param(ENTRIES, True, lambda p: p[:5], id="coded entries without their header"),
+        pytest.param(ENTRIES, True, lambda p: p[:6], id="coded entries without codes"),
+        pytest.param(ENTRIES, True, lambda p: p[:7], id="coded entries of an empty stream"),
+        pytest.param(ENTRIES, True, lambda p: p[:-1], id="coded entries cut"),
+        pytest.param(ENTRIES, True, lambda p: p[:-1] + b"\0", id="coded entries ending in zero"),
+        pytest.param(ENTRIES, True, lambda p: p + b"\1", id="coded entries and a byte"),
+        pytest.param(ENTRIES, True, put(1, b"\x02"), id="coded entries with an unknown flag"),
+        pytest.param(ENTRIES, True, put(1, b"\x00"), id="coded entries without their steps"),
+        pytest.param(ENTRIES, True, put(2, FLOAT_NAN), id="step NaN"),
+        pytest.param(ENTRIES, True, put(2, struct.pack("<f", -1)), id="step negative"),
+        pytest.param(ENTRIES, True, put(6, b"\x02"), id="codes of another kind"),
+        pytest.param(STEPS, False, lambda p: p, id="column steps as they are"),
+        pytest.param(STEPS, True, put(1, b"\x01"), id="column steps taken for codes"),
+        pytest.param(STEPS, True, put(6, b"\xff\xff\xff\x7f"), id="column steps of 2^31 bytes"),
+        pytest.param(
+            STEPS,
+            True,
+            lambda p: p[:6] + with_length(encode_codes(np.full((1, 150), 121, np.int32))),
+            id="column steps 121 half octaves off",
+        ),
+        pytest.param(HYBRID, False, lambda p: p, id="hybrid as it is"),
+        pytest.param(HYBRID, True, lambda p: p[:4], id="hybrid without its lengths"),
+        pytest.param(HYBRID, True, lambda p: p[:-1], id="hybrid cut"),
+        pytest.param(HYBRID, True, put(0, b"\x01"), id="hybrid of another kind"),
+        pytest.param(HYBRID, True, put(1, b"\xff" * 4), id="hybrid with 2^32 bytes of factors"),
+        pytest.param(HYBRID, True, put(5, b"\x01"), id="hybrid with factors of another kind"),
+        pytest.param(CODED_STACK, False, lambda p: p, id="coded stack as it is"),
+        pytest.param(CODED_STACK, True, lambda p: p[:8], id="coded stack without its lengths"),
+        pytest.param(CODED_STACK, True, lambda p: p[:-1], id="coded stack cut"),
+        pytest.param(CODED_STACK, True, put(1, b"\xff" * 4), id="coded stack of 2^32 bytes"),
+        pytest.param(CODED_STACK, True, put(1, b"\0" * 8), id="coded stack of empty matrices"),
+        pytest.param(
+            CODED_STACK,
+            True,
+            lambda p: p[:1] + struct.pack("<2I", 5, len(p) - 14) + p[9:],
+            id="coded stack cut in the wrong place",
+        ),
         pytest.param(STACK, True, lambda p: p[:-1], id="a stack of unequal parts"),
         pytest.param(STACK, True, lambda p: p[:2], id="a stack of single bytes"),
         pytest.param(BITMAP, False, lambda p: p, id="bitmap as it is"),
@@ -134,11 +205,15 @@ def test_weights_that_leave_the_range_of_their_dtype_are_refused_by_every_door(t
             read("h.0.mlp.weight", target)
 
 
+GARBLED = [DENSE, LOWRANK, STACK, BITMAP, LISTS, EXACT, GROWN]
+GARBLED += [FACTORS, ENTRIES, HYBRID, STEPS, NOTHING, CODED_STACK, MULTIPLIED]
+
+
 @settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-@pytest.mark.parametrize("name", [DENSE, LOWRANK, STACK, BITMAP, LISTS, EXACT, GROWN])
+@pytest.mark.parametrize("name", GARBLED)
 def test_garbage_under_a_correct_digest_gives_a_finite_tensor_or_a_refusal(tmp_path, name, data):
     payload = bytearray(Forgery().payloads[name])
     for _ in range(data.draw(st.integers(1, 4))):
@@ -154,7 +229,7 @@ def test_garbage_under_a_correct_digest_gives_a_finite_tensor_or_a_refusal(tmp_p
         refusal = error
     else:
         assert decoded.isfinite().all()
-        assert tuple(decoded.shape) == SkillPack.load(PACK).record(name).result_shape
+        assert tuple(decoded.shape) == SkillPack.load(PACKS[2]).record(name).result_shape
         return
     assert name in str(refusal)
     assert refusal.fault in (PackFault.INVALID_PAYLOAD, PackFault.INVALID_MANIFEST)
@@ -179,6 +254,11 @@ for codec, payload, shape, layout in (
     ("sparse", struct.pack("<BBHQ", 0, 4, 128, 2**39), (2**20, 2**20), "matrix"),
     ("lowrank", struct.pack("<BHBH", 1, 128, 8, 65535), (2**20, 2**20), "matrix"),
     ("dense", struct.pack("<BH", 8, 128), (2**20, 2**20), "matrix"),
+    ("dense", struct.pack("<BBf", 0, 1, 1.0) + b"\\0" + b"\\1" * 99, (2**20, 2**20), "matrix"),
+    ("dense", struct.pack("<BBfI", 0, 0, 1.0, 9) + b"\\0" + b"\\1" * 99, (1, 2**40), "matrix"),
+    ("dense", b"\\xff", (2**40, 1, 1), "stack"),
+    ("lowrank", struct.pack("<BBHff", 0, 1, 999, 1, 1) + b"\\1" * 3000, (2**20, 2**20), "matrix"),
+    ("hybrid", struct.pack("<BI", 0, 2**31) + b"\\1" * 99, (2**20, 2**20), "matrix"),
 ):
     for act in (decode_delta, describe_payload):
         try:
@@ -190,13 +270,33 @@ print(peak() - before)
 
 
 def test_no_payload_makes_its_reader_allocate_far_more_than_the_tensor():
-    code = Path(__file__).parents[2] / "src"
-    environment = dict(os.environ, PYTHONPATH=str(code))
+    environment = dict(os.environ, PYTHONPATH=str(ROOT / "src"))
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE], env=environment, capture_output=True, timeout=60
     )
     assert done.returncode == 0, done.stderr.decode()[-500:]
     assert int(done.stdout) < 50_000_000
+
+
+@pytest.mark.timeout(20)
+def test_a_stream_that_ends_early_is_refused_before_the_rest_is_made_up():
+    stream = encode_codes(np.zeros((4, 1000), np.int32))
+    with pytest.raises(CorruptPackError):
+        decode_codes(memoryview(stream), (4000, len(stream) * 100))
+    started = time.perf_counter()
+    with pytest.raises(CorruptPackError, match="ends before its last code"):
+        decode_codes(memoryview(b"\0" + b"\x55" * 200), (20_000, 5_000))
+    assert time.perf_counter() - started < 2
+
+
+@settings(max_examples=300, deadline=None)
+@given(noise=st.binary(max_size=60), rows=st.integers(1, 9), columns=st.integers(1, 40))
+def test_any_bytes_are_codes_or_refused(noise, rows, columns):
+    try:
+        codes = decode_codes(memoryview(noise), (rows, columns))
+    except CorruptPackError:
+        return
+    assert codes.shape == (rows, columns)
 
 
 # ------------------------------------------------------------------------ side files
@@ -209,7 +309,7 @@ def side_files(folder, name, payload, **fields):
     record = next(record for record in forgery.manifest["files"] if record["name"] == name)
     record.update(fields)
     forgery.payloads["file:" + name] = payload
-    return forgery.open(folder).side_files(Checkpoint.open(GOLDEN / "target"))
+    return forgery.open(folder).side_files(Checkpoint.open(TARGET))
 
 
 def described(content):
@@ -253,7 +353,7 @@ def test_a_side_file_with_other_content_is_refused_by_its_digest(tmp_path):
 
 
 def test_a_side_file_that_shares_more_than_the_target_has_is_refused(tmp_path):
-    old = (GOLDEN / "target" / "config.json").read_bytes()
+    old = (TARGET / "config.json").read_bytes()
     claim = {"bytes": 1001, "prefix": 1000, "suffix": 0, "blake3": blake3(old + b"x").hexdigest()}
     with pytest.raises(CorruptPackError, match=r"config\.json"):
         side_files(tmp_path, "config.json", zlib.compress(b"x"), **claim)
@@ -266,4 +366,4 @@ def test_a_side_file_made_for_another_target_is_refused(tmp_path):
 
 def test_a_tensor_of_another_shape_than_the_record_is_refused():
     with pytest.raises(PackMismatchError, match=r"\[10, 16\], the target has \[10, 8\]"):
-        SkillPack.load(PACK).decode(GROWN, torch.zeros(10, 8))
+        SkillPack.load(PACKS[2]).decode(GROWN, torch.zeros(10, 8))

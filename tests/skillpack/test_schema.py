@@ -1,59 +1,64 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from skillpack.forge import PACK, Forgery
+from skillpack.forge import PACKS, ROOT, VERSIONS, Forgery, load_tool
 from tiny_models import make_pair
 
 from graftkit.errors import CorruptPackError, PackFormatError
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.manifest import parse_manifest
+from graftkit.skillpack.rules import parse_manifest
 
-ROOT = Path(__file__).parents[2]
-SCHEMA = json.loads((ROOT / "docs" / "skillpack-v1.schema.json").read_text(encoding="utf-8"))
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-
-
-def write_schema():
-    spec = importlib.util.spec_from_file_location("write_schema", ROOT / "tools/write_schema.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCHEMAS = {
+    version: json.loads((ROOT / "docs" / f"skillpack-v{version}.schema.json").read_text("utf-8"))
+    for version in VERSIONS
+}
+VALIDATORS = {
+    version: jsonschema.Draft202012Validator(schema) for version, schema in SCHEMAS.items()
+}
 
 
-def test_the_committed_schema_and_section_6_of_the_page_are_current():
-    assert write_schema().stale_files() == []
+def test_the_committed_schema_and_layouts_of_the_page_are_current():
+    assert load_tool("write_schema").stale_files() == []
 
 
 def test_checking_names_the_file_that_is_not_current(monkeypatch, capsys):
-    tool = write_schema()
+    tool = load_tool("write_schema")
     monkeypatch.setattr(tool, "schema_text", lambda: "{}")
     assert tool.main(["--check"]) == 1
-    assert "skillpack-v1.schema.json: not current" in capsys.readouterr().err
+    assert "skillpack-v2.schema.json: not current" in capsys.readouterr().err
 
 
-def test_the_schema_is_one():
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_schema_is_one(version):
+    jsonschema.Draft202012Validator.check_schema(SCHEMAS[version])
 
 
 def test_a_manifest_that_packing_writes_fits_the_schema(tmp_path):
     pack = pack_delta(*make_pair(tmp_path, "llama"), recipe="lossless", workers=1)
     text = pack.manifest.to_json()
-    VALIDATOR.validate(json.loads(text))
+    VALIDATORS[2].validate(json.loads(text))
     assert parse_manifest(text) == pack.manifest
 
 
-def test_the_golden_manifest_fits_the_schema_with_and_without_its_defaults():
-    manifest = SkillPack.load(PACK).manifest
-    VALIDATOR.validate(json.loads(manifest.to_json()))
-    VALIDATOR.validate(manifest.model_dump(mode="json"))
-    assert parse_manifest(manifest.to_json()) == manifest
-    assert parse_manifest(manifest.model_dump_json()) == manifest
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_manifest_fits_its_schema_with_and_without_its_defaults(version):
+    manifest = SkillPack.load(PACKS[version]).manifest
+    VALIDATORS[version].validate(json.loads(manifest.to_json()))
+    VALIDATORS[version].validate(manifest.model_dump(mode="json"))
+    assert parse_manifest(manifest.to_json(), version) == manifest
+    assert parse_manifest(manifest.model_dump_json(), version) == manifest
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_manifest_is_none_of_the_other_version(version):
+    text = SkillPack.load(PACKS[version]).manifest.to_json()
+    assert not VALIDATORS[3 - version].is_valid(json.loads(text))
+    with pytest.raises(CorruptPackError):
+        parse_manifest(text, 3 - version)
 
 
 # ------------------------------------------------------------------------ mutated manifests
@@ -76,13 +81,15 @@ def places(value, path=()):
         yield from places(part, (*path, key))
 
 
-PLACES = [path for path in places(Forgery().manifest) if path]
+PLACES = {
+    version: [path for path in places(Forgery(version).manifest) if path] for version in VERSIONS
+}
 
 
 @st.composite
-def mutations(draw):
+def mutations(draw, version):
     """A place of the manifest, and what happens there."""
-    path = draw(st.sampled_from(PLACES))
+    path = draw(st.sampled_from(PLACES[version]))
     return path, draw(st.sampled_from(["set", "drop", "add", "copy"])), draw(VALUES)
 
 
@@ -108,18 +115,19 @@ def mutate(manifest, mutation):
 
 
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(changes=st.lists(mutations(), min_size=1, max_size=3))
-def test_a_changed_manifest_means_what_it_says_or_is_refused(tmp_path, changes):
-    forgery = Forgery()
-    for change in changes:
+@given(data=st.data())
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_changed_manifest_means_what_it_says_or_is_refused(tmp_path, version, data):
+    forgery = Forgery(version)
+    for change in data.draw(st.lists(mutations(version), min_size=1, max_size=3)):
         mutate(forgery.manifest, change)
     try:
         pack = forgery.open(tmp_path)
     except PackFormatError:
         return
-    VALIDATOR.validate(forgery.manifest)
+    VALIDATORS[version].validate(forgery.manifest)
     kept = json.loads(pack.manifest.model_dump_json())
     assert says(kept, forgery.manifest)
     for record in pack.manifest.tensors:
@@ -146,8 +154,9 @@ def look_at(pack, name):
 @settings(max_examples=60, deadline=None)
 @given(st.recursive(VALUES, lambda part: st.lists(part) | st.dictionaries(st.text(), part)))
 def test_any_json_is_refused_as_a_manifest(value):
-    with pytest.raises(PackFormatError):
-        parse_manifest(json.dumps(value))
+    for version in VERSIONS:
+        with pytest.raises(PackFormatError):
+            parse_manifest(json.dumps(value), version)
 
 
 @settings(max_examples=300, deadline=None)
