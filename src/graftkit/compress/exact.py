@@ -76,6 +76,7 @@ import numpy.typing as npt
 
 from graftkit.compress.exact_model import (
     FIRST_CHUNK,
+    FIRST_WITH_RAW,
     LAST_CHUNK,
     SCALES,
     Counts,
@@ -101,6 +102,7 @@ END_VALUES = 1 << 23
 END_MODEL, END_MARK = constriction.stream.model.Uniform(END_VALUES), END_VALUES - 1
 UNCHANGED, CONSTANT, CODED, RAW = 0, 1, 2, 3
 BLOCK_LOGS = (0, 5, 7, 9)  # tried by the encoder; log2 of the words that share one scale
+_NO_INTS = np.zeros(0, dtype=np.int64)
 SAMPLE_RUNS, SAMPLE_RUN = 8, 1 << 12  # the encoder picks its settings on 8 runs of 4096 words
 
 
@@ -186,7 +188,7 @@ def _write_coded(tuned: Words, target: Words, layout: Layout, drops: Ints) -> by
         counts.add(contexts, symbols, steps, sign=-1)
         order, groups = group_contexts(contexts)
         symbols = symbols[order]
-        _push_raw(coder, symbol_tables(layout.width)[1][symbols], raw[order])
+        push_raw(coder, symbol_tables(layout.width)[1][symbols], raw[order])
         symbols = symbols.astype(np.int32)
         for context, group in reversed(groups):
             coder.encode_reverse(symbols[group], counts.word_model(context))
@@ -209,7 +211,8 @@ def _chunk_symbols(
     return word_contexts(base, mine, layout), symbols, steps, raw
 
 
-def _push_raw(coder: Coder, raw_bits: Ints, raw: Ints) -> None:
+def push_raw(coder: Coder, raw_bits: Ints, raw: Ints) -> None:
+    """Write the raw bits behind symbols: `raw_bits` of each value of `raw`, both (n,)."""
     high = raw_bits > 16
     if high.any():
         sizes = (1 << (raw_bits[high] - 16)).astype(np.int32)
@@ -302,9 +305,8 @@ def _decode_coded(body: bytes, target: Words) -> Words:
         drops = (last_drop + np.cumsum(steps)) % SCALES
         last_drop = int(drops[-1]) if blocks else 0
         contexts = word_contexts(base, drops, layout)
-        symbols, raw = _pop_words(coder, contexts, counts)
-        counts.add(contexts, symbols, steps, sign=1)
-        difference = reflect(join_symbols(symbols, raw, target.dtype), base)
+        difference = reflect(pop_differences(coder, contexts, counts, target.dtype), base)
+        counts.add_scales(steps)
         tuned[chunk] = unorder_words(order_words(base) + difference)
     if coder.decode(END_MODEL) != END_MARK or not coder.is_empty():
         raise _corrupt("its stream does not end with the last word of the target")
@@ -339,22 +341,29 @@ def _parse_head(body: bytes, target: Words) -> tuple[Layout, bytes]:
     return Layout(width, exponent_bits, block_log, top), stream
 
 
-def _pop_words(coder: Coder, contexts: npt.NDArray[np.uint8], counts: Counts) -> tuple[Ints, Ints]:
-    """Symbols and raw bits of one chunk, both (n,)."""
+def pop_differences(
+    coder: Coder, contexts: npt.NDArray[np.uint8], counts: Counts, dtype: np.dtype[Any]
+) -> npt.NDArray[Any]:
+    """Differences of one chunk, (n,), as integers of `dtype`; their symbols are counted."""
     order, groups = group_contexts(contexts)
-    ordered = np.empty(contexts.size, dtype=np.int64)
+    symbols = np.empty(contexts.size, dtype=np.int32)
     for context, group in groups:
-        ordered[group] = coder.decode(counts.word_model(context), group.stop - group.start)
-    raw_bits = symbol_tables(counts.layout.width)[1][ordered]
-    ordered_raw = np.zeros(contexts.size, dtype=np.int64)
-    some = raw_bits > 0
-    if some.any():
-        sizes = (1 << np.minimum(raw_bits[some], 16)).astype(np.int32)
-        ordered_raw[some] = coder.decode(UNIFORM, sizes)
+        size = group.stop - group.start
+        symbols[group] = coder.decode(counts.word_model(context, decoding=True), size)
+        counts.add_decoded(context, symbols[group])
+    large = np.flatnonzero(symbols >= FIRST_WITH_RAW)
+    raw_bits = symbol_tables(counts.layout.width)[1][symbols[large]]
+    raw = _NO_INTS
+    if large.size:
+        raw = coder.decode(UNIFORM, _uniform_sizes(np.minimum(raw_bits, 16))).astype(np.int64)
     high = raw_bits > 16
     if high.any():
-        sizes = (1 << (raw_bits[high] - 16)).astype(np.int32)
-        ordered_raw[high] |= coder.decode(UNIFORM, sizes).astype(np.int64) << 16
-    symbols, raw = np.empty_like(ordered), np.empty_like(ordered_raw)
-    symbols[order], raw[order] = ordered, ordered_raw
-    return symbols, raw
+        above = coder.decode(UNIFORM, _uniform_sizes(raw_bits[high] - 16))
+        raw[high] |= above.astype(np.int64) << 16
+    differences = np.empty(contexts.size, dtype=dtype)
+    differences[order] = join_symbols(symbols, large, raw, dtype)
+    return differences
+
+
+def _uniform_sizes(bits: Ints) -> npt.NDArray[np.int32]:
+    return (1 << bits).astype(np.int32)

@@ -20,11 +20,13 @@ Index = npt.NDArray[np.intp]
 Model = Any  # constriction has no type stubs
 
 FIRST_CHUNK, LAST_CHUNK = 1 << 10, 1 << 17  # words; both are multiples of every block length
+FIRST_WITH_RAW = 31  # smallest symbol with raw bits: that of 16
 SCALES = 64  # half octaves a block may lie below the loudest one
 QUIET = 16  # context of an expected difference of one ulp; contexts are half octaves
 LOUD = 32  # contexts above QUIET + 2 * mantissa_bits, where the delta exceeds the weight
 PRIOR_ONE = 2048  # mass of one count; a prior of mass 2^16 then weighs 32 words
 PRECISION = 24  # bits of a probability, fixed by AnsCoder
+LAZY_BELOW = 1  # mean symbol up to which a search upwards is faster than one by halves; measured
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,18 @@ def symbol_tables(width: int) -> tuple[Ints, Ints, Ints]:
     return smallest, raw_bits, ((symbol > 0) & (symbol % 2 == 0)).astype(np.int64)
 
 
-def join_symbols(symbols: Ints, raw: Ints, dtype: np.dtype[Any]) -> Words:
-    """Inverse of `split_symbols`."""
-    smallest, _, negative = symbol_tables(8 * dtype.itemsize)
-    size = smallest[symbols] + raw
-    return np.where(negative[symbols] == 1, -size, size).astype(dtype)
+def join_symbols(
+    symbols: npt.NDArray[np.int32], large: Index, raw: Ints, dtype: np.dtype[Any]
+) -> npt.NDArray[Any]:
+    """Inverse of `split_symbols`; `raw` belongs to the symbols at `large`, the others have none."""
+    # -1 where d <= 0: x ^ -1 = -x - 1. Arithmetic is several times faster than tables.
+    sign = (symbols & 1) - 1
+    joined: npt.NDArray[Any] = ((((symbols + 1) >> 1) ^ sign) - sign).astype(dtype)
+    if large.size:
+        smallest, _, negative = symbol_tables(8 * dtype.itemsize)
+        size = smallest[symbols[large]] + raw
+        joined[large] = np.where(negative[symbols[large]] == 1, -size, size).astype(dtype)
+    return joined
 
 
 # ---------------------------------------------------------------- models
@@ -140,7 +149,7 @@ def word_contexts(target: Words, drops: Ints, layout: Layout) -> npt.NDArray[np.
 
 
 @lru_cache(maxsize=512)
-def _word_prior(context: int, width: int, mantissa_bits: int) -> Ints:
+def word_prior(context: int, width: int, mantissa_bits: int) -> Ints:
     """Prior masses of the word symbols of one context, (A,)."""
     mean: int = math.isqrt(1 << (24 + min(context, QUIET + 2 * mantissa_bits)))  # times 2^20
 
@@ -157,13 +166,14 @@ def _word_prior(context: int, width: int, mantissa_bits: int) -> Ints:
 
 
 @lru_cache(maxsize=1)
-def _scale_prior() -> Ints:
+def scale_prior() -> Ints:
+    """Prior masses of the scale symbols, (SCALES,)."""
     return np.array(
         [max(1, 32768 >> (2 * min(i, SCALES - i))) for i in range(SCALES)], dtype=np.int64
     )
 
 
-def _model(counts: Ints, prior: Ints) -> Model:
+def counted_model(counts: Ints, prior: Ints, decoding: bool = False) -> Model:
     """Categorical model with exactly the probabilities of the module docstring.
 
     `Categorical` gives every symbol one slot and scales the weights to the remaining 2^24 - Z;
@@ -176,7 +186,11 @@ def _model(counts: Ints, prior: Ints) -> Model:
     free = (1 << PRECISION) - mass.size
     weights = mass * free // mass.sum()
     weights[np.argmax(mass)] += free - weights.sum()
-    return constriction.stream.model.Categorical(weights.astype(np.float64), perfect=False)
+    # A lazy model searches from symbol 0 upwards; the probabilities are the same (constriction).
+    lazy = decoding and int(weights @ np.arange(mass.size)) < LAZY_BELOW << PRECISION
+    return constriction.stream.model.Categorical(
+        weights.astype(np.float64), perfect=False, lazy=lazy
+    )
 
 
 @dataclass
@@ -197,19 +211,38 @@ class Counts:
 
     def add(self, contexts: npt.NDArray[np.uint8], symbols: Ints, steps: Ints, sign: int) -> None:
         """Count the word and scale symbols of a chunk; sign −1 forgets them again."""
-        cells = contexts * np.int64(self.layout.symbols) + symbols
-        self.words += sign * np.bincount(cells, minlength=self.words.size).reshape(self.words.shape)
+        self.words += sign * self.histogram(contexts, symbols)
+        self.add_scales(steps, sign)
+
+    def histogram(
+        self, contexts: npt.NDArray[np.uint8], symbols: npt.NDArray[np.integer[Any]]
+    ) -> Ints:
+        """How often each symbol occurs in each context, (contexts, A)."""
+        # All cells fit 16 bits: 94 contexts of 479 symbols at most.
+        cells = contexts * np.uint16(self.layout.symbols) + symbols.astype(np.uint16)
+        return np.bincount(cells, minlength=self.words.size).reshape(self.words.shape)
+
+    def add_scales(self, steps: Ints, sign: int = 1) -> None:
+        """Count the scale symbols of a chunk."""
         self.scales += sign * np.bincount(steps, minlength=SCALES)
 
-    def word_model(self, context: int) -> Model:
+    def add_decoded(self, context: int, symbols: npt.NDArray[np.int32]) -> None:
+        """Count all symbols of a chunk that have one context."""
+        # Most symbols are 0 as a rule, and counting one cell over and over is slow.
+        moved = symbols[symbols > 0]
+        found = np.bincount(moved, minlength=self.layout.symbols)
+        found[0] = symbols.size - moved.size
+        self.words[context] += found
+
+    def word_model(self, context: int, decoding: bool = False) -> Model:
         """Model of the word symbols of one context."""
         layout = self.layout
-        prior = _word_prior(context, layout.width, layout.mantissa_bits)
-        return _model(self.words[context], prior)
+        prior = word_prior(context, layout.width, layout.mantissa_bits)
+        return counted_model(self.words[context], prior, decoding)
 
     def scale_model(self) -> Model:
         """Model of the scale symbols."""
-        return _model(self.scales, _scale_prior())
+        return counted_model(self.scales, scale_prior())
 
 
 def chunk_slices(count: int) -> Iterator[slice]:

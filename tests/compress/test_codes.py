@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graftkit.compress.codes import LARGEST_CODE, decode_codes, encode_codes
+from graftkit.errors import CorruptPackError
+
+MATRICES = st.builds(
+    lambda rows, columns, loudness, seed: np.rint(
+        np.random.default_rng(seed).laplace(size=(rows, columns)) * 2.0**loudness
+    ).astype(np.int32),
+    st.integers(1, 40),
+    st.integers(1, 60),
+    st.integers(-6, 9),
+    st.integers(0, 99),
+)
+
+
+def round_trip(codes):
+    return decode_codes(memoryview(encode_codes(codes)), codes.shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MATRICES)
+def test_codes_come_back(codes):
+    assert np.array_equal(round_trip(codes), codes)
+
+
+def test_the_largest_codes_come_back():
+    codes = np.array([[LARGEST_CODE, -LARGEST_CODE, 0], [1, -1, 2]], dtype=np.int32)
+    assert np.array_equal(round_trip(codes), codes)
+
+
+def test_many_rows_of_every_loudness_take_little_more_than_their_entropy():
+    generator = np.random.default_rng(0)
+    loudness = 2.0 ** np.linspace(-4, 4, 64)[:, None]
+    codes = np.rint(generator.laplace(size=(64, 1000)) * loudness).astype(np.int32)
+    bits = 0.0
+    for row in codes:
+        counts = np.unique(row, return_counts=True)[1]
+        bits -= (counts * np.log2(counts / row.size)).sum()
+    assert 8 * len(encode_codes(codes)) < 1.05 * bits
+
+
+def test_quiet_columns_are_cheaper_where_columns_differ():
+    generator = np.random.default_rng(0)
+    codes = np.rint(generator.laplace(size=(50, 400)) * 2).astype(np.int32)
+    codes[:, ::2] = 0
+    assert encode_codes(codes)[0] == 1
+    assert len(encode_codes(codes)) < 0.65 * len(encode_codes(codes[:, 1::2])) * 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "flag", "empty", "other shape"])
+def test_a_damaged_stream_is_refused(damage):
+    codes = np.arange(-50, 50, dtype=np.int32).reshape(10, 10)
+    payload, shape = encode_codes(codes), (10, 10)
+    if damage == "other shape":
+        shape = (10, 9)
+    else:
+        payload = {
+            "cut": payload[:-5],
+            "longer": payload + b"\x01\x02\x03\x04",
+            "flag": b"\x07" + payload[1:],
+            "empty": b"",
+        }[damage]
+    with pytest.raises(CorruptPackError):
+        decode_codes(memoryview(payload), shape)
