@@ -67,6 +67,10 @@ class Budget:
         return math.floor(self.amount * _UNIT_BYTES[self.unit])
 
 
+SCALE_STEPS = 100
+"""Steps of scale distillation that a calibrated pack gets unless told otherwise."""
+
+
 class PackConfig(BaseModel):
     """What `pack` was asked for; it decides every byte of the result."""
 
@@ -80,20 +84,43 @@ class PackConfig(BaseModel):
     """Seed that picks the calibration rows when there are more than are used."""
     workers: int = Field(default=1, ge=1, le=256)
     """Tensors compressed at the same time; the bytes do not depend on it."""
+    servable: bool = False
+    """Only factors whose side path stays cheap (recipe auto)."""
+    scale_steps: int = Field(default=SCALE_STEPS, ge=0, le=100_000)
+    """Steps of scale distillation after coding (recipe auto with calibration)."""
 
     @classmethod
     def checked(
-        cls, recipe: str, budget: str | None, seed: int = 0, workers: int = 1
+        cls,
+        recipe: str,
+        budget: str | None,
+        seed: int = 0,
+        workers: int = 1,
+        servable: bool = False,
+        scale_steps: int = SCALE_STEPS,
     ) -> "PackConfig":
         """Validate what a user typed. Raises: ConfigError, BudgetError."""
         if recipe not in RECIPES:
             raise ConfigError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-        for name, value, least in (("seed", seed, 0), ("workers", workers, 1)):
+        for name, value, least in (
+            ("seed", seed, 0),
+            ("workers", workers, 1),
+            ("scale_steps", scale_steps, 0),
+        ):
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        if servable and recipe != "auto":
+            raise ConfigError(f"servable chooses codecs for recipe auto, not for {recipe}")
         if budget is not None:
             Budget.parse(budget)
-        return cls(recipe=recipe, budget=budget, seed=seed, workers=min(workers, 256))
+        return cls(
+            recipe=recipe,
+            budget=budget,
+            seed=seed,
+            workers=min(workers, 256),
+            servable=servable,
+            scale_steps=min(scale_steps, 100_000),
+        )
 
     @property
     def parsed_budget(self) -> Budget | None:

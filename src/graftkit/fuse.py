@@ -5,21 +5,18 @@
 One pack of weight 1 is decoded as it is, so that a lossless pack gives the tuned bytes back.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from graftkit.delta import DTYPES, SIDE_FILES, Checkpoint
 from graftkit.errors import ConfigError, OutputError, PackMismatchError
+from graftkit.sharded import write_checkpoint
 from graftkit.skillpack import SkillPack
-
-SHARD_BYTES = 2 * 10**9
-"""Tensors are collected up to this size before a file is written: the peak of memory."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -49,19 +46,19 @@ def merge_packs(
         where = str(checkpoint.path)
         pack.check_target(checkpoint.read, set(checkpoint.tensors), where)
     output = Path(output_dir)
-    partial = _fresh_sibling(output)
+    written = _fresh_sibling(output)
     try:
-        merge.write(partial, progress or (lambda step, done, total: None))
+        merge.write(written, progress or (lambda step, done, total: None))
         if output.is_dir():
             output.rmdir()
-        partial.rename(output)
+        written.rename(output)
     except OSError as error:
         raise OutputError(
             f"{output}: cannot be written ({error.strerror or error}); free some space or choose "
             "another place"
         ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(written, ignore_errors=True)
     return output
 
 
@@ -78,23 +75,11 @@ class _Merge:
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Write tensors in shards, then the index and the side files."""
-        folder.mkdir(parents=True)
-        shard: dict[str, Tensor] = {}
-        shards: list[list[str]] = []
-        size = 0
-        for done, name in enumerate(self.names):
-            progress("merging", done, len(self.names))
-            tensor = self.tensor(name)
-            if shard and size + tensor.nbytes > SHARD_BYTES:
-                shards.append(self._save(folder, shard, len(shards)))
-                shard, size = {}, 0
-            shard[name] = tensor.contiguous()
-            size += tensor.nbytes
-        shards.append(self._save(folder, shard, len(shards)))
-        self._name_shards(folder, shards)
-        for name, content in self._side_files().items():
-            (folder / name).write_bytes(content)
-        progress("merging", len(self.names), len(self.names))
+        step_done = partial(self._report, progress)
+        write_checkpoint(folder, self.names, self.tensor, self._side_files(), step_done)
+
+    def _report(self, progress: Progress, done: int) -> None:
+        progress("merging", done, len(self.names))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor of the result, in the dtype that the pack (or the target) gives it."""
@@ -122,25 +107,6 @@ class _Merge:
                         f"{record.name}: the pack of {pack.manifest.tuned.name} changes its shape "
                         "or adds it, which cannot be weighted or summed; merge it alone"
                     )
-
-    @staticmethod
-    def _save(folder: Path, tensors: dict[str, Tensor], index: int) -> list[str]:
-        save_file(tensors, folder / f"shard-{index}", metadata={"format": "pt"})
-        return list(tensors)
-
-    @staticmethod
-    def _name_shards(folder: Path, shards: list[list[str]]) -> None:
-        if len(shards) == 1:
-            (folder / "shard-0").rename(folder / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(shards):
-            file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            (folder / f"shard-{index}").rename(folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        total = sum(file.stat().st_size for file in folder.iterdir())
-        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
 
     def _side_files(self) -> dict[str, bytes]:
         files = {name: self.target.side_file(name) for name in SIDE_FILES}

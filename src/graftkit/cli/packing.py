@@ -13,7 +13,7 @@ from graftkit.cli import show
 from graftkit.delta import DTYPES, Checkpoint
 from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFault
 from graftkit.packing import pack_delta
-from graftkit.packing.run import Progress
+from graftkit.packing.measure import Progress
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.summary import pack_summary
 

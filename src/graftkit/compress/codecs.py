@@ -4,18 +4,20 @@ A codec sees matrices only. `matrices` turns a stored tensor into them: transpos
 put the right way round, stacks of experts become one matrix per expert, kernels are flattened.
 """
 
-from collections.abc import Iterator
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from graftkit.compress import dense, lowrank, sparse
+from graftkit.compress import coded, dense, lowrank, sparse
 from graftkit.errors import CorruptPackError
 
 Layout = Literal["matrix", "transposed", "stack", "stack_transposed"]
-DeltaCodec = Literal["zero", "sparse", "lowrank", "dense"]
+DeltaCodec = Literal["zero", "sparse", "lowrank", "dense", "hybrid"]
 Shape = tuple[int, int]
 
 
@@ -55,7 +57,43 @@ class Dense:
     codec: DeltaCodec = "dense"
 
 
-Precision = Zero | Sparse | LowRankTiers | Dense
+@dataclass(frozen=True)
+class Factored:
+    """Entropy-coded factors of at most `rank` components at water level `level`.
+
+    multipliers: with room for one multiplier an output and an input.
+    """
+
+    rank: int
+    level: float
+    multipliers: bool = False
+    codec: DeltaCodec = "lowrank"
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Every entry entropy-coded at water level `level`."""
+
+    level: float
+    codec: DeltaCodec = "dense"
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """Factors of `rank` components, then the entries of what they leave."""
+
+    rank: int
+    level: float
+    codec: DeltaCodec = "hybrid"
+
+
+FixedPrecision = Zero | Sparse | LowRankTiers | Dense
+"""Precisions whose payload length is known beforehand."""
+Precision = FixedPrecision | Factored | Entries | Hybrid
+
+_LENGTHS = 0xFF
+"""First byte of a stack whose payloads have lengths of their own."""
+_LENGTH = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
@@ -92,7 +130,7 @@ def assemble(parts: list[Tensor], shape: tuple[int, ...], layout: Layout) -> Ten
     return torch.stack(parts) if layout.startswith("stack") else parts[0].reshape(shape)
 
 
-def payload_bytes(shape: Shape, precision: Precision) -> int:
+def payload_bytes(shape: Shape, precision: FixedPrecision) -> int:
     """Exact bytes of one encoded matrix."""
     if isinstance(precision, Zero):
         return 0
@@ -104,20 +142,29 @@ def payload_bytes(shape: Shape, precision: Precision) -> int:
 
 
 def encode_matrix(delta: Tensor, statistics: Statistics, precision: Precision) -> bytes:
-    """Payload of one (m, n) float32 delta; its length is `payload_bytes(delta.shape, precision)`.
+    """Payload of one (m, n) float32 delta; its length is `payload_bytes` where that is known.
 
     Raises: ValueError when factors are asked for without a basis.
     """
+    covariance = statistics.covariance
     if isinstance(precision, Zero):
         return b""
     if isinstance(precision, Sparse):
         return sparse.encode(delta, precision.kept)
     if isinstance(precision, Dense):
-        return dense.encode(delta, statistics.covariance, precision.bits)
+        return dense.encode(delta, covariance, precision.bits)
+    if isinstance(precision, Entries):
+        return coded.encode_entries(delta, covariance, precision.level)
     if statistics.basis is None:
         raise ValueError("the low-rank codec needs the basis of the delta")
-    left = lowrank.left_vectors(delta, statistics.basis, precision.rank)
-    return lowrank.encode(delta, left, statistics.covariance, precision.tiers)
+    if isinstance(precision, LowRankTiers):
+        left = lowrank.left_vectors(delta, statistics.basis, precision.rank)
+        return lowrank.encode(delta, left, covariance, precision.tiers)
+    rows = lowrank.leading_rows(delta, statistics.basis, precision.rank, covariance)
+    if isinstance(precision, Hybrid):
+        return coded.encode_hybrid(delta, rows, covariance, precision.level)
+    level, multipliers = precision.level, precision.multipliers
+    return coded.encode_factors(delta, rows, covariance, level, multipliers)
 
 
 def decode_matrix(codec: str, payload: memoryview, shape: Shape) -> Tensor:
@@ -126,40 +173,82 @@ def decode_matrix(codec: str, payload: memoryview, shape: Shape) -> Tensor:
         return torch.zeros(shape)
     if codec == "sparse":
         return sparse.decode(payload, shape)
+    if codec == "hybrid":
+        return coded.decode_hybrid(payload, shape)
     if codec == "dense":
-        return dense.decode(payload, shape)
-    return lowrank.decode(payload, shape).delta()
+        return (coded.decode_entries if _is_coded(payload) else dense.decode)(payload, shape)
+    left, right = decode_factors(payload, shape)
+    return left @ right
+
+
+def decode_factors(payload: memoryview, shape: Shape) -> tuple[Tensor, Tensor]:
+    """left (m, r) and right (r, n) of a `lowrank` payload, float32. Raises: CorruptPackError."""
+    if _is_coded(payload):
+        return coded.decode_factors(payload, shape).factors()
+    factors = lowrank.decode(payload, shape)
+    return factors.left, factors.right
+
+
+def _is_coded(payload: memoryview) -> bool:
+    return len(payload) > 0 and payload[0] == coded.CODED
 
 
 def decode_delta(codec: str, payload: memoryview, shape: tuple[int, ...], layout: Layout) -> Tensor:
     """The delta of a whole tensor in its stored shape, float32. Raises: CorruptPackError."""
+    if codec == "zero":
+        return torch.zeros(shape)
     count, matrix = matrix_shape(shape, layout)
     parts = split_payload(payload, count)
     return assemble([decode_matrix(codec, part, matrix) for part in parts], shape, layout)
 
 
-def split_payload(payload: memoryview, count: int) -> Iterator[memoryview]:
-    """A stack's payload holds one payload of equal length per matrix; found one by one."""
-    if len(payload) % count:
-        raise CorruptPackError(f"a payload of {len(payload)} bytes cannot hold {count} equal parts")
-    size = len(payload) // count
-    for i in range(count):
-        yield payload[i * size : (i + 1) * size]
+def join_payloads(parts: Sequence[bytes]) -> bytes:
+    """One payload for all matrices of a tensor."""
+    if len(parts) == 1:
+        return parts[0]
+    if not parts[0] or parts[0][0] != coded.CODED:
+        return b"".join(parts)
+    lengths = (_LENGTH.pack(len(part)) for part in parts)
+    return b"".join((bytes([_LENGTHS]), *lengths, *parts))
+
+
+def split_payload(payload: memoryview, count: int) -> list[memoryview]:
+    """One payload per matrix: of equal length, or of the lengths that stand in front."""
+    if count == 1:
+        return [payload]
+    if len(payload) and payload[0] == _LENGTHS:
+        start = 1 + count * _LENGTH.size
+        if len(payload) < start:
+            raise CorruptPackError(f"the payload ends inside the lengths of {count} matrices")
+        sizes = [size for (size,) in _LENGTH.iter_unpack(payload[1:start])]
+    else:
+        if len(payload) % count or len(payload) < count:
+            raise CorruptPackError(
+                f"a payload of {len(payload)} bytes cannot hold {count} equal parts"
+            )
+        start, sizes = 0, [len(payload) // count] * count
+    ends = list(accumulate(sizes, initial=start))
+    if ends[-1] != len(payload):
+        raise CorruptPackError(f"{count} matrices take {ends[-1]} bytes, found {len(payload)}")
+    return [payload[first:last] for first, last in pairwise(ends)]
 
 
 def describe_payload(
     codec: str, payload: memoryview, shape: tuple[int, ...], layout: Layout
 ) -> dict[str, object]:
     """Rank, bits or entries kept, read from a payload's header. Raises: CorruptPackError."""
+    if codec in ("zero", "exact"):
+        return {}
+    count, matrix = matrix_shape(shape, layout)
+    part = split_payload(payload, count)[0]
+    if codec == "hybrid" or (codec in ("lowrank", "dense") and _is_coded(part)):
+        return coded.describe(codec, part, matrix)
     describers = {
         "lowrank": lowrank.describe,
         "dense": dense.describe,
         "sparse": sparse.describe,
     }
-    if codec not in describers:
-        return {}
-    count, matrix = matrix_shape(shape, layout)
-    return describers[codec](next(split_payload(payload, count)), matrix)
+    return describers[codec](part, matrix)
 
 
 def _product(extents: tuple[int, ...]) -> int:

@@ -149,20 +149,20 @@ def _encode(
 
 def _row_scales(codes: Codes) -> Ints:
     """Twice the log2 of the mean |code| of each row, plus QUIET."""
-    mean = np.abs(codes).mean(axis=1, dtype=np.float64) + 0.5 / codes.shape[1]
+    mean = np.abs(codes).sum(axis=1, dtype=np.int64) / codes.shape[1] + 0.5 / codes.shape[1]
     scales: Ints = np.clip(np.rint(2 * np.log2(mean) + QUIET), 0, _MOST).astype(np.int64)
     return scales
 
 
 def _both_scales(codes: Codes) -> _Scales:
     """Columns relative to what their rows let expect, then rows relative to the columns."""
-    size = np.abs(codes).astype(np.float64)
-    rows = size.mean(axis=1) + 0.5 / codes.shape[1]
-    expected = rows.sum()
-    ratio = (size.sum(axis=0) + 1.0) / (expected + 1.0)
+    size = np.abs(codes)
+    of_rows, of_columns = (size.sum(axis=axis, dtype=np.int64) for axis in (1, 0))
+    expected = (of_rows / codes.shape[1] + 0.5 / codes.shape[1]).sum()
+    ratio = (of_columns + 1.0) / (expected + 1.0)
     columns = np.clip(np.rint(2 * np.log2(ratio)), -_HALF, _HALF - 1)
     loudness = 2 ** (columns / 2)
-    level = (size.sum(axis=1) + 0.5) / loudness.sum()
+    level = (of_rows + 0.5) / loudness.sum()
     scales = np.clip(np.rint(2 * np.log2(level) + QUIET), 0, _MOST)
     return _Scales(scales.astype(np.int64), columns.astype(np.int64))
 

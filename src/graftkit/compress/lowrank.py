@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftkit.compress.feedback import cholesky
 from graftkit.compress.quantize import (
     GROUP_SIZE,
     QuantizedRows,
@@ -87,7 +88,7 @@ def eigenbasis(delta: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor
         energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
         basis = vectors
     else:
-        root = _cholesky(covariance.to(precise))
+        root = cholesky(covariance.to(precise))
         energies, vectors = torch.linalg.eigh(root.T @ gram @ root)
         basis = root @ vectors
     energies, basis = energies.flip(0).clamp_(min=0), basis.flip(1)
@@ -99,6 +100,21 @@ def left_vectors(delta: Tensor, basis: Tensor, rank: int) -> Tensor:
     """U, (m, rank), from what `eigenbasis` returned."""
     rows, columns = delta.shape
     return basis[:, :rank] if rows <= columns else delta @ basis[:, :rank]
+
+
+def leading_rows(delta: Tensor, basis: Tensor, rank: int, covariance: Tensor | None) -> Tensor:
+    """Uᵀ δ, (rank, n), of the first components, without U where the matrix is tall.
+
+    With B = basis, Σ = H and X = Σ⁻¹ B, row k is x_kᵀ / (b_k · x_k): no product with δ is needed.
+    """
+    rows, columns = delta.shape
+    first = basis[:, :rank]
+    if rows <= columns:
+        return first.T @ delta
+    dual = first.double()
+    if covariance is not None:
+        dual = torch.cholesky_solve(dual, cholesky(covariance.double()))
+    return (dual / (first * dual).sum(dim=0).clamp(min=1e-300)).T.float()
 
 
 def right_rows(delta: Tensor, basis: Tensor) -> Tensor:
@@ -239,16 +255,3 @@ def _quantize_left(
             tiers, _split(codes, tiers), grids, strict=True
         )
     ]
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor; damping rises until it exists."""
-    damping = 0.0
-    while damping < 1e6:
-        damped = matrix.clone()
-        damped.diagonal().add_(damping * matrix.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return lower
-        damping = max(10 * damping, 1e-8)
-    raise ValueError("the covariance holds NaN or infinity")

@@ -4,23 +4,20 @@ Every step leaves its result in a work folder, so that an interrupted run goes o
 stopped; tensors are read in pairs, and never more of them than fit beside the largest one.
 """
 
-import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from graftkit.config import PackConfig
+from graftkit.config import SCALE_STEPS, PackConfig
 from graftkit.delta import Checkpoint
 from graftkit.errors import GraftError
-from graftkit.packing.job import WorkFolder
-from graftkit.packing.run import Calibration, PackingJob, Progress, payload_name
+from graftkit.packing.job import WorkFolder, mapped_file
+from graftkit.packing.measure import Calibration, Progress
+from graftkit.packing.run import PackingJob
 from graftkit.rows import read_rows, rows_digest
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import file_entry
-
-_MAP_FROM_BYTES = 2**16
-"""Smaller payloads are read into memory: a map costs a page and a slot of the kernel each."""
 
 
 def pack_delta(
@@ -32,6 +29,8 @@ def pack_delta(
     calibration: str | Path | None = None,
     seed: int = 0,
     workers: int | None = None,
+    servable: bool = False,
+    scale_steps: int | None = None,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SkillPack:
@@ -44,6 +43,10 @@ def pack_delta(
         calibration: rows.jsonl on which activations are measured; None compresses data-free.
         seed: picks the calibration rows where there are more than are used.
         workers: tensors in work at the same time, default one per core; the bytes are the same.
+        servable: keep to factors whose side path adds at most a quarter of a matrix's
+            multiply-accumulates (recipe auto).
+        scale_steps: steps of scale distillation after coding (recipe auto with calibration);
+            0 leaves the scales as coded.
         work_dir: folder for finished steps; a later call with the same inputs goes on from
             there. It is left behind on success and removed when the inputs are refused.
         progress: called with (step, done, total).
@@ -52,7 +55,14 @@ def pack_delta(
         OutputError.
     """
     cores = os.cpu_count() or 1
-    config = PackConfig.checked(recipe, budget, seed, cores if workers is None else workers)
+    config = PackConfig.checked(
+        recipe,
+        budget,
+        seed,
+        cores if workers is None else workers,
+        servable,
+        SCALE_STEPS if scale_steps is None else scale_steps,
+    )
     rows = None
     if calibration is not None:
         file = Path(calibration)
@@ -74,22 +84,14 @@ def pack_delta(
 def _run(job: PackingJob, scans: list, work: WorkFolder) -> SkillPack:  # type: ignore[type-arg]
     try:
         work.open(job.key(scans))
-        manifest, indices = job.run(scans, work)
+        manifest, files = job.run(scans, work)
     except GraftError:
         # Refused inputs leave nothing behind; an interruption leaves what was finished.
         work.remove()
         raise
-    payloads = {name: _mapped(work.path / payload_name(i)) for name, i in indices.items()}
+    payloads = {name: mapped_file(work.path / file) for name, file in files.items()}
     payloads |= {file_entry(r.name): memoryview(content) for r, content in job.files if content}
     return SkillPack(manifest, _ordered(payloads, manifest.payload_order))
-
-
-def _mapped(file: Path) -> memoryview:
-    """A payload, mapped so that it stays readable when its file is deleted."""
-    with file.open("rb") as handle:
-        if os.fstat(handle.fileno()).st_size < _MAP_FROM_BYTES:
-            return memoryview(handle.read())
-        return memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 def _ordered(payloads: Mapping[str, memoryview], order: tuple[str, ...]) -> dict[str, memoryview]:

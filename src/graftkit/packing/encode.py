@@ -13,6 +13,7 @@ from graftkit.compress.codecs import (
     Zero,
     decode_delta,
     encode_matrix,
+    join_payloads,
     matrices,
 )
 from graftkit.compress.energy import output_energy
@@ -108,15 +109,41 @@ def encode_lossy(
         )
         for i, part in enumerate(matrices(delta, pair.layout))
     ]
-    body = b"".join(parts)
-    decoded = decode_delta(precision.codec, memoryview(body), tuple(delta.shape), pair.layout)
+    body = join_payloads(parts)
+    metric = covariance if weighted else None
+    return _measured(pair, scan, delta, metric, (precision.codec, body, appended))
+
+
+def remeasured(
+    pair: Pair,
+    scan: Scan,
+    states: tuple[Tensor, Tensor],
+    covariance: Tensor | None,
+    codec: str,
+    body: bytes,
+) -> Encoded:
+    """A tensor whose payload was changed after it was coded; it has no appended rows."""
+    delta = states[1].to(torch.float32, copy=True).sub_(states[0])
+    return _measured(pair, scan, delta, covariance, (codec, body, b""))
+
+
+def _measured(
+    pair: Pair,
+    scan: Scan,
+    delta: Tensor,
+    covariance: Tensor | None,
+    coded: tuple[str, bytes, bytes],
+) -> Encoded:
+    """coded: codec, its payload, and the appended rows' payload."""
+    codec, body, appended = coded
+    decoded = decode_delta(codec, memoryview(body), tuple(delta.shape), pair.layout)
     decoded.sub_(delta)
     distortion = _energy(decoded, pair, None) / _energy(delta, pair, None)
     error = math.sqrt(distortion)
-    if weighted and covariance is not None:
+    if covariance is not None:
         whole = max(_energy(delta, pair, covariance), 1e-30)
         distortion = _energy(decoded, pair, covariance) / whole
-    return _finish(pair, scan, precision.codec, body, appended, (error, distortion))
+    return _finish(pair, scan, codec, body, appended, (error, distortion))
 
 
 def _finish(

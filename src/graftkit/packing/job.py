@@ -1,6 +1,7 @@
 """A folder that holds finished steps, so that an interrupted pack goes on where it stopped."""
 
 import json
+import mmap
 import os
 import shutil
 import threading
@@ -14,6 +15,9 @@ import numpy as np
 import torch
 
 from graftkit.errors import OutputError
+
+_MAP_FROM_BYTES = 2**16
+"""Smaller payloads are read into memory: a map costs a page and a slot of the kernel each."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -50,6 +54,14 @@ class WorkFolder:
             partial.write_bytes(content)
             os.replace(partial, self.path / name)
 
+    def remove_file(self, name: str) -> None:
+        """Forget one step, finished or not."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def remove_folder(self, name: str) -> None:
+        """Forget a folder of intermediate files."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
     def read(self, name: str) -> bytes | None:
         """A finished step, or None."""
         file = self.path / name
@@ -76,6 +88,14 @@ class WorkFolder:
         """A finished array, or None."""
         file = self.path / name
         return np.load(file, allow_pickle=False) if file.is_file() else None
+
+
+def mapped_file(file: Path) -> memoryview:
+    """Contents of a file, mapped so that they stay readable when it is deleted."""
+    with file.open("rb") as handle:
+        if os.fstat(handle.fileno()).st_size < _MAP_FROM_BYTES:
+            return memoryview(handle.read())
+        return memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
 
 
 class MemoryGate:

@@ -1,8 +1,10 @@
 """What packing learns about the weights before it decides anything: digests, energies, bases."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,14 +13,24 @@ from torch import Tensor
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.codecs import Layout, matrices, matrix_shape
 from graftkit.compress.energy import output_energy
+from graftkit.compress.feedback import cholesky
 from graftkit.compress.lowrank import eigenbasis, right_rows
 from graftkit.compress.quantize import feedback_gain
 from graftkit.delta import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError
 from graftkit.models.architecture import ModuleKind
-from graftkit.models.calibration import HEAD, CovarianceStore
+from graftkit.models.calibration import HEAD, CovarianceStore, collect_covariances
+from graftkit.models.gradients import (
+    EMBEDDING_GRADIENT,
+    GRADIENT,
+    HEAD_COMPLETIONS,
+    HEAD_GRADIENT,
+    collect_sensitivities,
+)
 from graftkit.packing.job import WorkFolder
 from graftkit.packing.pairs import Pair
+from graftkit.rows import Row
+from graftkit.skillpack.manifest import CalibrationInfo
 
 PRUNE_SHARES = (
     *(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2),
@@ -30,16 +42,24 @@ SHRINKAGE = 0.01
 """Share of the mean eigenvalue mixed into a covariance, so that directions which the calibration
 rows never took are not free; GPTQ's damping."""
 
-TIED_SHRINKAGE = 0.5
-"""The same for an embedding that is also the head: the head's covariance says nothing about
-what the lookup needs."""
-
-LOGIT_SENSITIVITY, DATA_FREE_LOGIT_SENSITIVITY = 30.0, 100.0
+DATA_FREE_LOGIT_SENSITIVITY = 100.0
 """Weight of a relative error in the logits against one inside a layer, which the residual stream
-dilutes. Without calibration the errors inside are overestimated (inputs take few directions), so
-that the logits weigh more. Chosen on training rows of the nursery (docs/lab-log.md, 2026-11-22)."""
+dilutes, where no calibration tells. Chosen on training rows of the nursery (docs/lab-log.md,
+2026-11-22)."""
+
+SENSITIVITY_POWER = 0.7
+"""What a sensitivity is raised to before it weighs an error. It is the curvature at the tuned
+model, where many answers are certain; larger errors leave that plateau, and differences shrink.
+Chosen on training rows of the nursery (docs/lab-log.md, 2026-11-22)."""
+
+UNKNOWN_SENSITIVITY = 0.1
+"""Divergence for a relative error of 1 in a module that no gradient reached, such as an expert."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with the step's name, items done and items in all."""
 
 _SAMPLE = 2**22
+_QUANTILES = 16
 
 
 @dataclass(frozen=True)
@@ -71,26 +91,125 @@ def scan_pair(pair: Pair, target: Checkpoint, tuned: Checkpoint) -> Scan:
     return Scan(pair.name, *digests, changed=not same)
 
 
-def covariance_of(pair: Pair, store: CovarianceStore | None, tied: bool) -> Tensor | None:
-    """H = E[x xᵀ] of a layer's inputs, normalized to trace n and shrunk; None where unknown.
+@dataclass(frozen=True)
+class Activity:
+    """What the tuned model did on the calibration rows.
 
-    The scale does not matter to any codec; relative errors are taken in the same metric.
+    covariances: Σ x xᵀ of inputs over `tokens` tokens. sensitivities: see models/gradients.py;
+    None for a recipe that weighs no errors.
     """
-    if store is None or pair.layout.startswith("stack"):
-        return None
+
+    covariances: CovarianceStore
+    sensitivities: CovarianceStore | None
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Rows to measure activations on, and what the manifest says of their file."""
+
+    rows: Sequence[Row]
+    source: str
+    digest: str
+
+
+def watch(
+    tuned: Checkpoint,
+    calibration: Calibration,
+    modules: Sequence[str],
+    seed: int,
+    folder: Path,
+    weighing: bool,
+    progress: Progress,
+) -> tuple[Activity, CalibrationInfo]:
+    """Run the tuned model on the rows; its statistics go to `folder`.
+
+    weighing: measure sensitivities too, which takes a backward pass.
+    """
+    rows, covariances = calibration.rows, CovarianceStore(folder / "activations")
+    step = partial(progress, "calibrating")
+    summary = collect_covariances(tuned, rows, modules, covariances, seed, step)
+    sensitivities = None
+    if weighing:
+        sensitivities, step = CovarianceStore(folder / "gradients"), partial(progress, "weighing")
+        collect_sensitivities(tuned, rows, modules, sensitivities, seed, step)
+    info = CalibrationInfo(
+        source=calibration.source,
+        blake3=calibration.digest,
+        rows=summary.rows,
+        tokens=summary.tokens,
+        seed=seed,
+    )
+    return Activity(covariances, sensitivities, summary.tokens), info
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the error of one tensor is measured.
+
+    covariance: H of the inputs, (n, n), normalized to trace n and shrunk; None where unknown.
+    weight: divergence for a squared error of 1 under it, in nats; None where unknown.
+    """
+
+    covariance: Tensor | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Flags:
+    """logits: the tensor makes the logits. calibrated: other tensors weigh in nats.
+    scalable: its factors get multipliers."""
+
+    logits: bool
+    calibrated: bool
+    scalable: bool
+
+
+def metric_of(pair: Pair, activity: Activity | None, tied: bool) -> Metric:
+    """The metric of one tensor; tied: an embedding that is the output head too."""
+    if activity is None or pair.layout.startswith("stack"):
+        return Metric()
     head = pair.role.kind is ModuleKind.HEAD or tied
-    key = HEAD if head else pair.role.module
-    if key not in store or not (head or pair.role.linear):
-        return None
-    covariance = store.get(key)
+    known = activity.sensitivities
+    if known is None or HEAD_COMPLETIONS not in known:
+        key = HEAD if head else pair.role.module
+        linear = head or pair.role.linear
+        found = linear and key in activity.covariances
+        return _metric(pair, activity.covariances.get(key) if found else None, None)
+    if head or pair.role.kind is ModuleKind.EMBEDDING:
+        return _vocabulary_metric(pair, known, head, tied or not head)
+    key, module = f"{GRADIENT}{pair.role.module}", pair.role.module
+    if key not in known or module not in activity.covariances or not pair.role.linear:
+        return Metric()
+    return _metric(pair, activity.covariances.get(module) / activity.tokens, known.get(key))
+
+
+def _vocabulary_metric(pair: Pair, known: CovarianceStore, head: bool, lookup: bool) -> Metric:
+    """Errors of a row count where its token is read, and where it gets a logit."""
+    covariance = torch.zeros(0)
+    if head:
+        chances = known.get(HEAD_GRADIENT)
+        covariance = known.get(HEAD_COMPLETIONS) * float(chances.mean())
+    if lookup and EMBEDDING_GRADIENT in known:
+        columns = matrix_shape(pair.common_shape, pair.layout)[1][1]
+        read = torch.eye(columns) * float(known.get(EMBEDDING_GRADIENT).mean())
+        covariance = covariance + read if head else read
+    return _metric(pair, covariance, torch.ones(1))
+
+
+def _metric(pair: Pair, covariance: Tensor | None, sensitivity: Tensor | None) -> Metric:
     columns = matrix_shape(pair.common_shape, pair.layout)[1][1]
+    if covariance is None or covariance.shape != (columns, columns):
+        return Metric()
     trace = float(covariance.diagonal().sum())
-    if covariance.shape[0] != columns or trace <= 0:
-        return None
-    covariance.mul_(columns / trace)
-    shrinkage = TIED_SHRINKAGE if tied else SHRINKAGE
-    covariance.mul_(1 - shrinkage).diagonal().add_(shrinkage)
-    return covariance
+    if trace <= 0:
+        return Metric()
+    covariance = covariance * ((1 - SHRINKAGE) * columns / trace)
+    covariance.diagonal().add_(SHRINKAGE)
+    if sensitivity is None:
+        return Metric(covariance)
+    divergence = 0.5 * float(sensitivity.mean()) * trace / columns
+    return Metric(covariance, divergence**SENSITIVITY_POWER)
 
 
 def known_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
@@ -106,6 +225,8 @@ def known_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
         gain=known["gain"],
         kept_energy=tuple((share, kept) for share, kept in known["kept"]),
         weight=known["weight"],
+        spread=np.array(known["spread"]),
+        scalable=known["scalable"],
     )
 
 
@@ -117,50 +238,62 @@ def basis_name(index: int) -> str:
 def measure_pair(
     pair: Pair,
     states: tuple[Tensor, Tensor],
-    metric: Tensor | None,
-    logits: bool,
+    metric: Metric,
+    flags: Flags,
     work: WorkFolder,
     index: int,
 ) -> None:
     """Energies of the delta's components, and the bases needed to encode it, to the work folder.
 
     Args:
-        metric: H in which energies are taken, (n, n), or None for those of the delta itself.
-        logits: the tensor makes the logits.
+        metric: how energies are taken; an empty one takes those of the delta itself.
     """
     before, after = states
+    covariance = metric.covariance
     delta = after.to(torch.float32, copy=True).sub_(before)
     layout: Layout = pair.layout
     count, shape = matrix_shape(pair.common_shape, layout)
     energies, norms = np.zeros(min(shape)), np.zeros(min(shape))
     bases = []
     for matrix in matrices(delta, layout):
-        values, basis = eigenbasis(matrix, metric)
+        values, basis = eigenbasis(matrix, covariance)
         energies += values.numpy()
-        norms += values.numpy() if metric is None else _squared_norms(matrix, basis)
+        norms += values.numpy() if covariance is None else _squared_norms(matrix, basis)
         bases.append(basis)
     work.write_array(basis_name(index), torch.stack(bases).numpy())
-    output = sum(output_energy(part, metric) for part in matrices(after, layout))
+    output = sum(output_energy(part, covariance) for part in matrices(after, layout))
     facts = {
         "shape": shape,
         "count": count,
         "energies": energies.tolist(),
         "norms": norms.tolist(),
-        "gain": feedback_gain(metric),
+        "gain": feedback_gain(covariance),
         "kept": _kept_energy(delta) if pair.gathered else [],
-        "weight": _sensitivity(logits, metric) / output if output > 0 else 1.0,
+        "weight": metric.weight or (_sensitivity(flags) / output if output else 1.0),
+        "scalable": flags.scalable,
+        "spread": _spread(matrices(delta, layout)[0], covariance),
     }
     work.write_json(_facts_name(index), facts)
+
+
+def _spread(delta: Tensor, covariance: Tensor | None) -> list[float]:
+    """Energies of entries over their mean, from quantiles of the energies of rows and columns."""
+    seen = delta if covariance is None else delta @ cholesky(covariance)
+    squares = seen.square()
+    quantiles = (torch.arange(_QUANTILES, dtype=torch.float32) + 0.5) / _QUANTILES
+    sides = [squares.mean(dim=side).quantile(quantiles) for side in (0, 1)]
+    grid = (sides[0][:, None] * sides[1]).reshape(-1).double()
+    return (grid / grid.mean().clamp(min=1e-300)).tolist()
 
 
 def _facts_name(index: int) -> str:
     return f"measure-{index}.json"
 
 
-def _sensitivity(logits: bool, covariance: Tensor | None) -> float:
-    if not logits:
-        return 1.0
-    return DATA_FREE_LOGIT_SENSITIVITY if covariance is None else LOGIT_SENSITIVITY
+def _sensitivity(flags: Flags) -> float:
+    if flags.calibrated:
+        return float(UNKNOWN_SENSITIVITY**SENSITIVITY_POWER)
+    return DATA_FREE_LOGIT_SENSITIVITY if flags.logits else 1.0
 
 
 def _squared_norms(delta: Tensor, basis: Tensor) -> np.ndarray:

@@ -69,6 +69,13 @@ class Pair:
         return count * rows * columns >= SMALLEST_LOSSY and min(rows, columns) >= 2
 
     @property
+    def scalable(self) -> bool:
+        """A plain linear layer: distillation can hook it by name."""
+        inner = self.role.kind not in (ModuleKind.EMBEDDING, ModuleKind.HEAD)
+        plain = self.role.linear and not self.resized and self.base is None
+        return plain and inner and len(self.target.shape) == 2
+
+    @property
     def gathered(self) -> bool:
         """Embedding or head: pruned rather than factored by the paper's recipe."""
         return self.role.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD)

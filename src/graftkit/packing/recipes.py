@@ -1,4 +1,4 @@
-"""How a recipe spends the bytes: one precision per tensor under the budget."""
+"""How the paper's recipe spends the bytes: one precision per tensor under the budget."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,7 @@ from graftkit.compress.allocate import (
     DENSE_BITS,
     MatrixFacts,
     Point,
-    allocate,
-    candidate_points,
     dense_points,
-    lower_hull,
     sparse_points,
     tiers_point,
     zero_point_of,
@@ -40,13 +37,6 @@ class Plan:
     precisions: Mapping[int, Precision]
     nbytes: int
     error: float
-
-
-def plan_auto(facts: Mapping[int, MatrixFacts], budget_bytes: int) -> Plan:
-    """The least expected error in `budget_bytes` of payload, any codec for any tensor."""
-    hulls = [lower_hull(candidate_points(fact)) for fact in facts.values()]
-    points = allocate(hulls, budget_bytes)
-    return _plan(facts, dict(zip(facts, points, strict=True)))
 
 
 def plan_graftllm(

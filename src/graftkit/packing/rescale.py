@@ -1,6 +1,7 @@
 """Scale distillation: a few multipliers of a compressed delta, trained against the tuned model.
 
-    δ̂ = diag(exp(row)) left diag(exp(component)) right,    min KL(tuned ‖ target + δ̂)
+    δ̂ = diag(exp(row)) left diag(exp(component)) right diag(exp(column)),
+    min KL(tuned ‖ target + δ̂)
 
 Compression chose every factor for its own layer; the multipliers see what the whole model makes of
 them. They are a few numbers a layer, so that a few hundred rows decide them.
@@ -68,13 +69,14 @@ class ScaleResult:
     """Logarithms of the multipliers of each module, zeros where they would not help.
 
     Attributes:
-        component: (r,) for each module. row: (out,) for each module.
+        component: (r,), row: (out,) and column: (in,) for each module.
         kl_before, kl_after: KL(tuned ‖ packed) per completion token on held-out rows, nats;
             a lower bound, for all but the likeliest tokens count as one.
     """
 
     component: dict[str, Tensor]
     row: dict[str, Tensor]
+    column: dict[str, Tensor]
     kl_before: float
     kl_after: float
 
@@ -97,7 +99,7 @@ def distill_scales(
     Args:
         packed: the target with every delta merged except those of `factors`.
         teacher: the tuned model. rows: a seeded choice of them is used.
-        steps: gradient steps. train_rows: train one multiplier for each output as well.
+        steps: gradient steps. train_rows: train one for each output and each input as well.
     Raises: CheckpointError for a missing module or tokenizer; RowsError.
     """
     report = progress or (lambda done, total: None)
@@ -140,7 +142,9 @@ class _Student:
         self.model, self.pad = _load(packed, folder), pad
         self.component = {f.module: torch.zeros(f.right.shape[0]) for f in factors}
         self.row = {f.module: torch.zeros(f.left.shape[0]) for f in factors}
-        self.parameters = [*self.component.values(), *(self.row.values() if train_rows else ())]
+        self.column = {f.module: torch.zeros(f.right.shape[1]) for f in factors}
+        sides = (*self.row.values(), *self.column.values()) if train_rows else ()
+        self.parameters = [*self.component.values(), *sides]
         for parameter in self.parameters:
             parameter.requires_grad_()
         for part in factors:
@@ -158,14 +162,14 @@ class _Student:
     def result(self, before: float, after: float) -> ScaleResult:
         """What was trained, or the identity where it does not pay."""
         pays = after < before
-        component, row = (
+        component, row, column = (
             {
                 name: value.detach() if pays else torch.zeros(value.shape)
                 for name, value in d.items()
             }
-            for d in (self.component, self.row)
+            for d in (self.component, self.row, self.column)
         )
-        return ScaleResult(component, row, before, after if pays else before)
+        return ScaleResult(component, row, column, before, after if pays else before)
 
     def _run(self, goals: Sequence[_Goal], backward: bool) -> float:
         count = sum(len(goal.tokens) for goal in goals)
@@ -183,16 +187,19 @@ class _Student:
                 return gradient.div_(count)
 
             rows = [goal.row for goal in chosen]
-            _visit_rows(self.model, rows, self.pad, visit, backward=backward)
+            # Gradients in half precision are several times faster; what is reported is not rounded.
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=backward):
+                _visit_rows(self.model, rows, self.pad, visit, backward=backward)
         return total / count
 
     def _hook(self, part: Factors) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         component, row = self.component[part.module], self.row[part.module]
+        column = self.column[part.module]
 
         def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             x: Tensor = args[0]
             left, right = part.left.to(x.dtype), part.right.to(x.dtype)
-            inner = (x @ right.T) * component.exp().to(x.dtype)
+            inner = ((x * column.exp().to(x.dtype)) @ right.T) * component.exp().to(x.dtype)
             return output + (inner @ left.T) * row.exp().to(x.dtype)
 
         return add

@@ -1,8 +1,7 @@
 """One packing job: its inputs, its work folder and the steps over all tensors."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,66 +10,47 @@ from torch import Tensor
 
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.bound import waterfilling_bits
-from graftkit.compress.codecs import matrix_shape
-from graftkit.config import VERSION, PackConfig
-from graftkit.delta import Checkpoint, fingerprint
-from graftkit.errors import BudgetError
+from graftkit.compress.codecs import Precision, matrix_shape
+from graftkit.compress.coded import Multipliers, rescale_factors
+from graftkit.config import PackConfig
+from graftkit.delta import Checkpoint
 from graftkit.models.architecture import ModuleKind, tied_names
-from graftkit.models.calibration import CovarianceStore, collect_covariances
+from graftkit.packing.assemble import GENERATOR, Assembly, Stored
+from graftkit.packing.correct import correct_scales
 from graftkit.packing.encode import (
     Encoded,
-    draft_record,
     encode_appended,
     encode_lossless,
     encode_lossy,
+    remeasured,
 )
-from graftkit.packing.job import MemoryGate, WorkFolder, map_tensors
+from graftkit.packing.fit import fit_budget
+from graftkit.packing.job import MemoryGate, WorkFolder, map_tensors, mapped_file
 from graftkit.packing.measure import (
+    Activity,
+    Calibration,
+    Flags,
+    Metric,
+    Progress,
     Scan,
     basis_name,
-    covariance_of,
     job_key,
     known_facts,
     measure_pair,
+    metric_of,
     scan_pair,
+    watch,
 )
 from graftkit.packing.pairs import Pair, match_tensors
-from graftkit.packing.recipes import Plan, plan_auto, plan_graftllm
-from graftkit.rows import Row
-from graftkit.skillpack.container import build_header, file_entry, payloads_digest
+from graftkit.packing.recipes import plan_graftllm
+from graftkit.skillpack import SkillPack
 from graftkit.skillpack.files import changed_files
 from graftkit.skillpack.manifest import (
     FORMAT_VERSION,
     CalibrationInfo,
-    FileRecord,
     Manifest,
-    TargetInfo,
     TensorRecord,
-    TunedInfo,
 )
-
-GENERATOR = f"graftkit {VERSION}"
-
-Progress = Callable[[str, int, int], None]
-"""Called with the step's name, items done and items in all."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Rows to measure activations on, and what the manifest says of their file."""
-
-    rows: Sequence[Row]
-    source: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A finished tensor whose payload lies in the work folder."""
-
-    record: TensorRecord
-    distortion: float
-    nbytes: int
 
 
 class PackingJob:
@@ -98,14 +78,17 @@ class PackingJob:
         """Digest every tensor of both states; refuse what is not finite."""
         return self._map("reading", self._scan_one, self.pairs)
 
-    def run(self, scans: list[Scan], work: WorkFolder) -> tuple[Manifest, dict[str, int]]:
+    def run(self, scans: list[Scan], work: WorkFolder) -> tuple[Manifest, dict[str, str]]:
         """Fill the work folder with payloads.
 
-        Returns: the manifest, and the index of every tensor that has a payload, by name.
+        Returns: the manifest, and the file of every tensor that has a payload, by name.
         Raises: BudgetError and every other GraftError of the steps.
         """
         self.scans, self.work = scans, work
-        self.store = self._calibrate()
+        self.activity, info = self._calibrate()
+        self.assembly = Assembly(
+            self.target, self.tuned, self.config, self.pairs, scans, self.files, info, work
+        )
         indices = range(len(self.pairs))
         lossy = [i for i in indices if self._is_lossy(i)]
         rest = [i for i in indices if not self._is_lossy(i)]
@@ -113,22 +96,21 @@ class PackingJob:
             zip(rest, self._map("exact tensors", self._encode_lossless, rest), strict=True)
         )
         self.appended = {i: encode_appended(self.pairs[i], self.tuned) for i in lossy}
-        room = self._room_for_lossy(stored, lossy)
+        room = self.assembly.room_for_lossy(stored, lossy, self.appended)
         facts = dict(zip(lossy, self._map("measuring", self._measure, lossy), strict=True))
-        plan = self._plan(facts, room)
-        encode = partial(self._encode_lossy, plan)
-        stored |= dict(zip(lossy, self._map("compressing", encode, lossy), strict=True))
-        bound = self._bound(stored, facts)
-        digest = payloads_digest(self._payloads(stored))
-        manifest = self._manifest([stored[i].record for i in indices], bound, digest)
-        self._check_size(manifest, stored)
-        return manifest, {self.pairs[i].name: i for i in indices if stored[i].nbytes}
+        stored |= self._spend(facts, room)
+        stored |= self._correct(stored, facts)
+        manifest = self.assembly.finished(stored, self._bound(stored, facts))
+        self.assembly.check_size(manifest, stored)
+        return manifest, {self.pairs[i].name: stored[i].file for i in indices if stored[i].nbytes}
 
     def key(self, scans: list[Scan]) -> str:
         """What decides every byte of the result."""
         settings = {
             "versions": [GENERATOR, FORMAT_VERSION, torch.__version__],
             "recipe": self.config.recipe,
+            "servable": self.config.servable,
+            "scale_steps": self.config.scale_steps,
             "budget": self.budget_bytes,
             "seed": self.config.seed,
             "calibration": self.calibration.digest if self.calibration else None,
@@ -155,10 +137,9 @@ class PackingJob:
         changed = self.scans[index].changed and self.config.recipe != "lossless"
         return changed and self.pairs[index].lossy
 
-    def _calibrate(self) -> CovarianceStore | None:
+    def _calibrate(self) -> tuple[Activity | None, CalibrationInfo | None]:
         if self.calibration is None or self.config.recipe == "lossless":
-            return None
-        store = CovarianceStore(self.work.path / "activations")
+            return None, None
         modules = sorted(
             {
                 pair.role.module
@@ -166,17 +147,9 @@ class PackingJob:
                 if pair.role.linear and pair.lossy and scan.changed
             }
         )
-        progress = partial(self.progress, "calibrating")
-        rows, seed = self.calibration.rows, self.config.seed
-        summary = collect_covariances(self.tuned, rows, modules, store, seed, progress)
-        self.calibration_info = CalibrationInfo(
-            source=self.calibration.source,
-            blake3=self.calibration.digest,
-            rows=summary.rows,
-            tokens=summary.tokens,
-            seed=seed,
-        )
-        return store
+        weighing = self.config.recipe == "auto"
+        seed, folder = self.config.seed, self.work.path
+        return watch(self.tuned, self.calibration, modules, seed, folder, weighing, self.progress)
 
     @contextmanager
     def _states(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -184,8 +157,8 @@ class PackingJob:
         with self.gate.hold(pair.target.numel):
             yield pair.read(self.target, self.tuned)
 
-    def _covariance(self, pair: Pair) -> Tensor | None:
-        return covariance_of(pair, self.store, pair.tuned.name in self.tied_owners)
+    def _metric(self, pair: Pair) -> Metric:
+        return metric_of(pair, self.activity, pair.tuned.name in self.tied_owners)
 
     def _makes_logits(self, pair: Pair) -> bool:
         """The output head, or the embedding that serves as one."""
@@ -197,9 +170,12 @@ class PackingJob:
             return known
         with self._states(index) as states:
             # The paper's energies are those of the delta, ours of what a layer's inputs see.
-            metric = self._covariance(pair) if self.config.recipe == "auto" else None
-            logits = self._makes_logits(pair)
-            measure_pair(pair, states, metric, logits, self.work, index)
+            auto = self.config.recipe == "auto"
+            metric = self._metric(pair) if auto else Metric()
+            calibrated = auto and self.activity is not None
+            scalable = calibrated and self.config.scale_steps > 0 and pair.scalable
+            flags = Flags(self._makes_logits(pair), calibrated, scalable)
+            measure_pair(pair, states, metric, flags, self.work, index)
         return self._measure(index)
 
     def _encode_lossless(self, index: int) -> Stored:
@@ -210,82 +186,96 @@ class PackingJob:
 
         return self._stored(index, encode)
 
-    def _encode_lossy(self, plan: Plan, index: int) -> Stored:
-        pair, scan, precision = self.pairs[index], self.scans[index], plan.precisions[index]
+    def _spend(self, facts: dict[int, MatrixFacts], room: int) -> dict[int, Stored]:
+        """Lossy tensors, coded as the recipe spends `room` bytes of payload."""
+        stored: dict[int, Stored] = {}
+
+        def encode(precisions: Mapping[int, Precision]) -> dict[int, tuple[int, float]]:
+            one = partial(self._encode_lossy, precisions)
+            done = self._map("compressing", one, list(precisions))
+            stored.update(zip(precisions, done, strict=True))
+            # Rows that the target lacks are stored anyway: room does not hold them.
+            return {
+                i: (stored[i].nbytes - len(self.appended[i]), stored[i].distortion)
+                for i in precisions
+            }
+
+        if self.config.recipe == "graftllm" and facts:
+            kinds = {i: self.pairs[i].role.kind for i in facts}
+            encode(plan_graftllm(kinds, facts, room).precisions)
+        elif facts:
+            fit_budget(facts, room, self.config.servable, encode)
+        return stored
+
+    def _encode_lossy(self, precisions: Mapping[int, Precision], index: int) -> Stored:
+        pair, scan, precision = self.pairs[index], self.scans[index], precisions[index]
 
         def encode() -> Encoded:
             weighted = self.config.recipe == "auto"
             with self._states(index) as states:
-                statistics = (self._covariance(pair), self._bases(index))
+                statistics = (self._metric(pair).covariance, self._bases(index))
                 return encode_lossy(
                     pair, scan, states, statistics, precision, self.appended[index], weighted
                 )
 
-        return self._stored(index, encode)
+        return self._stored(index, encode, repr(precision))
+
+    def _correct(
+        self, stored: dict[int, Stored], facts: dict[int, MatrixFacts]
+    ) -> dict[int, Stored]:
+        """Tensors whose multipliers distillation has set."""
+        scaled = {
+            i: self.pairs[i].role.module
+            for i in facts
+            if facts[i].scalable and stored[i].record.codec == "lowrank"
+        }
+        if not scaled or self.calibration is None:
+            return {}
+        progress = partial(self.progress, "distilling scales")
+        correction = correct_scales(
+            SkillPack(self.assembly.finished(stored, None), self._views(stored)),
+            {self.pairs[i].name: module for i, module in scaled.items()},
+            (self.target, self.tuned),
+            (self.calibration.rows, self.config.seed, self.config.scale_steps),
+            self.work,
+            progress,
+        )
+        found = {i: correction.get(self.pairs[i].name) for i in scaled}
+        return {i: self._rescaled(i, stored[i], by) for i, by in found.items() if by is not None}
+
+    def _rescaled(self, index: int, old: Stored, by: Multipliers) -> Stored:
+        pair, file = self.pairs[index], f"rescaled-{index}.bin"
+        payload = rescale_factors(self.work.read(old.file) or b"", by)
+        self.work.write(file, payload)
+        with self._states(index) as states:
+            covariance = self._metric(pair).covariance
+            scan = self.scans[index]
+            encoded = remeasured(pair, scan, states, covariance, old.record.codec, payload)
+        return Stored(encoded.record, encoded.distortion, old.nbytes, file)
 
     def _bases(self, index: int) -> Tensor | None:
         bases = self.work.read_array(basis_name(index))
         return None if bases is None else torch.from_numpy(bases)
 
-    def _stored(self, index: int, encode: Callable[[], Encoded]) -> Stored:
+    def _stored(
+        self, index: int, encode: Callable[[], Encoded], precision: str = "exact"
+    ) -> Stored:
         """A tensor finished earlier, or encoded now; its payload goes to the work folder."""
-        name = f"tensor-{index}.json"
-        known = self.work.read_json(name)
+        # Rounds try one tensor at several precisions; each is a step of its own.
+        name = f"tensor-{index}-{blake3(precision.encode()).hexdigest(length=8)}"
+        known = self.work.read_json(f"{name}.json")
         if known is None:
             encoded = encode()
             if encoded.payload:
-                self.work.write(payload_name(index), encoded.payload)
+                self.work.write(f"{name}.bin", encoded.payload)
             known = {
                 "record": encoded.record.model_dump(mode="json"),
                 "distortion": encoded.distortion,
                 "nbytes": len(encoded.payload),
             }
-            self.work.write_json(name, known)
+            self.work.write_json(f"{name}.json", known)
         record = TensorRecord.model_validate(known["record"])
-        return Stored(record, known["distortion"], known["nbytes"])
-
-    def _room_for_lossy(self, stored: dict[int, Stored], lossy: list[int]) -> int:
-        """Payload bytes left for lossy tensors. Raises: BudgetError when nothing is left."""
-        if self.budget_bytes is None:
-            return 0
-        fixed = self._fixed_bytes(stored, lossy, self.budget_bytes)
-        if fixed > self.budget_bytes:
-            # The manifest repeats the budget, and a larger one may take a few more digits.
-            least = self._fixed_bytes(stored, lossy, 2 * fixed) + 32
-            raise BudgetError(
-                f"budget {self.config.budget or '5%'} is {self.budget_bytes:,} bytes, but the "
-                f"manifest and what is stored exactly take {fixed:,}; ask for at least "
-                f"{least}B ({100 * least / self.target.nbytes:.2f}%)"
-            )
-        return self.budget_bytes - fixed
-
-    def _fixed_bytes(self, stored: dict[int, Stored], lossy: list[int], longest: int) -> int:
-        """Bytes of all but the lossy payloads, at most; none of these is over `longest` bytes."""
-        pairs, appended = self.pairs, self.appended
-        drafts = {
-            i: draft_record(pairs[i], self.scans[i], "lowrank", longest, len(appended[i]))
-            for i in lossy
-        }
-        records = [drafts[i] if i in drafts else stored[i].record for i in range(len(pairs))]
-        sizes = {pairs[i].name: longest for i in lossy} | self._file_sizes()
-        sizes |= {pairs[i].name: part.nbytes for i, part in stored.items()}
-        header = build_header(self._manifest(records, 0.0001234, "0" * 64), sizes)
-        fixed = len(header) + sum(part.nbytes for part in stored.values())
-        return fixed + sum(map(len, appended.values())) + sum(self._file_sizes().values())
-
-    def _payloads(self, stored: dict[int, Stored]) -> Iterator[bytes]:
-        """What follows the header of the file."""
-        for i in sorted(stored):
-            if stored[i].nbytes:
-                yield self.work.read(payload_name(i)) or b""
-        yield from (payload for _, payload in self.files if payload)
-
-    def _plan(self, facts: dict[int, MatrixFacts], room: int) -> Plan:
-        if not facts:
-            return Plan({}, 0, 0.0)
-        kinds = {i: self.pairs[i].role.kind for i in facts}
-        graftllm = self.config.recipe == "graftllm"
-        return plan_graftllm(kinds, facts, room) if graftllm else plan_auto(facts, room)
+        return Stored(record, known["distortion"], known["nbytes"], f"{name}.bin")
 
     def _bound(self, stored: dict[int, Stored], facts: dict[int, MatrixFacts]) -> float | None:
         """Least bits per parameter at the distortion reached; exact tensors count as stored."""
@@ -303,54 +293,10 @@ class PackingJob:
             bits += rate * count * rows * columns + 8 * part.record.appended_bytes
         return float(f"{bits / self.target.parameters:.4g}")
 
-    def _file_sizes(self) -> dict[str, int]:
-        return {file_entry(record.name): len(payload) for record, payload in self.files}
-
-    def _manifest(
-        self, records: Sequence[TensorRecord], bound: float | None, digest: str | None
-    ) -> Manifest:
-        files: tuple[FileRecord, ...] = tuple(record for record, _ in self.files)
-        return Manifest(
-            generator=GENERATOR,
-            target=target_info(self.target, self.scans),
-            tuned=TunedInfo(name=self.tuned.name, revision=self.tuned.revision),
-            recipe=self.config.recipe,
-            budget=self.config.budget,
-            budget_bytes=self.budget_bytes,
-            calibration=self.calibration_info if self.store else None,
-            bound_bits_per_parameter=bound,
-            payload_blake3=digest,
-            files=files,
-            tensors=tuple(records),
-        )
-
-    def _check_size(self, manifest: Manifest, stored: dict[int, Stored]) -> None:
-        """A lossless pack may still be larger than a budget that was asked for."""
-        sizes = {self.pairs[i].name: part.nbytes for i, part in stored.items()}
-        sizes |= self._file_sizes()
-        total = len(build_header(manifest, sizes)) + sum(sizes.values())
-        if self.budget_bytes is not None and total > self.budget_bytes:
-            raise BudgetError(
-                f"budget {self.config.budget} is {self.budget_bytes:,} bytes, but the lossless "
-                f"pack takes {total:,}; ask for at least {total + 32}B, or use --recipe auto"
-            )
-
-
-def payload_name(index: int) -> str:
-    """File of a payload in the work folder."""
-    return f"payload-{index}.bin"
-
-
-def target_info(target: Checkpoint, scans: Sequence[Scan]) -> TargetInfo:
-    """What the manifest says of the target."""
-    digests = {scan.name: scan.target_digest for scan in scans}
-    config = target.side_file("config.json") or b""
-    entries = [(t.name, t.dtype, t.shape, digests[t.name]) for t in target.tensors.values()]
-    return TargetInfo(
-        name=target.name,
-        revision=target.revision,
-        config_blake3=blake3(config).hexdigest(),
-        fingerprint=fingerprint(entries),
-        bytes=target.nbytes,
-        parameters=target.parameters,
-    )
+    def _views(self, stored: dict[int, Stored]) -> dict[str, memoryview]:
+        """Payloads by tensor name."""
+        return {
+            self.pairs[i].name: mapped_file(self.work.path / part.file)
+            for i, part in stored.items()
+            if part.nbytes
+        }

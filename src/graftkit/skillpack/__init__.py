@@ -13,8 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from graftkit.compress import lowrank
-from graftkit.compress.codecs import decode_delta, describe_payload, matrix_shape
+from graftkit.compress.codecs import decode_delta, decode_factors, describe_payload, matrix_shape
 from graftkit.delta import DTYPES, Checkpoint, check_digest
 from graftkit.errors import CorruptPackError, GraftError, PackMismatchError
 from graftkit.skillpack.container import (
@@ -150,8 +149,8 @@ class SkillPack:
             return None
         _, shape = matrix_shape(self._common_shape(record), record.layout)
         with _naming(record):
-            factors = lowrank.decode(self._parts(record)[0], shape)
-            return _finite(factors.left), _finite(factors.right)
+            left, right = decode_factors(self._parts(record)[0], shape)
+            return _finite(left), _finite(right)
 
     def side_files(self, target: Checkpoint) -> dict[str, bytes]:
         """Contents of the side files that the tuned model changed, by name."""

@@ -1,0 +1,301 @@
+"""Entropy-coded deltas: factors, entries, or a few factors and the entries of what they leave.
+
+All steps are set by one number, the water level c: every coded value may be wrong by about c / √12
+in a space where errors are in the unit that allocation compares (reverse water-filling). What is
+small beside c costs next to nothing, so precision follows the spectrum without tiers.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftkit.compress.bitpack import pack_bits, unpack_bits
+from graftkit.compress.codes import LARGEST_CODE, decode_codes, encode_codes
+from graftkit.compress.feedback import cholesky, feedback_codes, round_codes
+from graftkit.errors import CorruptPackError
+
+CODED = 0
+"""First byte of a coded payload; no other payload of `lowrank` or `dense` starts with it."""
+
+_FACTORS = struct.Struct("<BBHff")  # marker, flags, rank, input step, peak of component scales
+_ENTRIES = struct.Struct("<BBf")  # marker, flags, step
+_LENGTH = struct.Struct("<I")
+_UNIFORM_STEPS, _MULTIPLIERS = 1, 2
+"""Flags: one step for all input columns; a multiplier for every output and every input."""
+_UNITY, _STEPS_PER_OCTAVE = 8, 8
+"""A multiplier is 2^((v − 8) / 8), v in 0..15: 0.5 to 1.83."""
+_STEP_RANGE = 120
+_SMALLEST_SCALE = 6.2e-5  # smallest normal float16: relative to the loudest component
+
+
+@dataclass(frozen=True)
+class CodedFactors:
+    """A decoded low-rank payload: δ̂ = diag(output) left diag(component) right diag(steps).
+
+    left: int codes (out, r); component: (r,); right: int codes (r, in); output: (out,),
+    multipliers; steps: (in,), multipliers of the inputs folded in.
+    """
+
+    left: Tensor
+    component: Tensor
+    right: Tensor
+    output: Tensor
+    steps: Tensor
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left (out, r) with all scales but those of the inputs, right (r, in), float32."""
+        left = self.left.float().mul_(self.component).mul_(self.output[:, None])
+        return left, self.right.float() * self.steps
+
+
+def column_steps(level: float, lower: Tensor | None, columns: int) -> tuple[float, np.ndarray]:
+    """Base step and the half octaves each column is above it, (columns,) int32."""
+    if lower is None:
+        return level, np.zeros(columns, dtype=np.int32)
+    octaves = -2 * torch.log2(lower.diagonal().double().clamp(min=1e-30))
+    middle = float(octaves.median())
+    relative = (octaves - middle).round().clamp(-_STEP_RANGE, _STEP_RANGE)
+    return level * 2 ** (middle / 2), relative.numpy().astype(np.int32)
+
+
+def encode_factors(
+    delta: Tensor,
+    rows: Tensor,
+    covariance: Tensor | None,
+    level: float,
+    multipliers: bool = False,
+) -> bytes:
+    """Coded factors of δ at water level c.
+
+    V is coded under Σ with steps c / L_jj, U is refitted to what V became, and column k of U is
+    coded with step c / ‖v̂_k‖_Σ. Components whose codes are all zero are dropped.
+
+    Args:
+        delta: (m, n) float32. rows: Uᵀ δ (r, n) of orthonormal left directions, loudest first.
+        covariance: Σ (n, n) or None for the identity. level: c > 0.
+        multipliers: leave room for one multiplier an output and an input, all 1 at first.
+    """
+    lower = None if covariance is None else cholesky(covariance)
+    base, octaves = column_steps(level, lower, delta.shape[1])
+    steps = _steps(base, octaves)
+    codes = feedback_codes(rows, steps, lower).clamp_(-LARGEST_CODE, LARGEST_CODE)
+    codes = codes[codes.any(dim=1)]
+    right = codes * steps
+    if len(right) == 0:
+        return _FACTORS.pack(CODED, _UNIFORM_STEPS, 0, 1.0, 1.0)  # nothing to multiply
+    weighted = right if covariance is None else right @ covariance
+    gram = (weighted @ right.T).double()
+    wanted = _refit(weighted, gram) @ delta.T
+    scales = level / gram.diagonal().sqrt()
+    peak = float(scales.max())
+    stored = (scales / peak).clamp_(min=_SMALLEST_SCALE).half()
+    left_codes = round_codes(wanted.div_((stored.double() * peak).float()[:, None]))
+    left_codes.clamp_(-LARGEST_CODE, LARGEST_CODE)
+    flags = (0 if octaves.any() else _UNIFORM_STEPS) | multipliers * _MULTIPLIERS
+    parts = [
+        _FACTORS.pack(CODED, flags, len(right), base, peak),
+        stored.numpy().astype("<f2").tobytes(),
+    ]
+    if multipliers:
+        parts += [_pack_multipliers(torch.zeros(side)) for side in delta.shape]
+    if octaves.any():
+        parts.append(_with_length(encode_codes(octaves[None])))
+    parts.append(_with_length(encode_codes(codes.numpy().astype(np.int32))))
+    parts.append(encode_codes(left_codes.numpy().astype(np.int32)))
+    return b"".join(parts)
+
+
+def decode_factors(payload: memoryview, shape: tuple[int, int]) -> CodedFactors:
+    """Codes and scales. Raises: CorruptPackError."""
+    reader = _Reader(payload)
+    marker, flags, rank, base, peak = reader.struct(_FACTORS)
+    rows, columns = shape
+    known = marker == CODED and flags <= (_UNIFORM_STEPS | _MULTIPLIERS)
+    if rank > min(shape) or not known or not _sane(base, peak):
+        raise CorruptPackError(f"coded factors of rank {rank} do not fit {list(shape)}")
+    stored = np.frombuffer(reader.take(2 * rank), dtype="<f2").astype(np.float32)
+    if not np.isfinite(stored).all():
+        raise CorruptPackError("a component scale is NaN or infinite")
+    multiplied = flags & _MULTIPLIERS
+    packed = [reader.take((side + 1) // 2 if multiplied else 0) for side in shape]
+    part = None if flags & _UNIFORM_STEPS else reader.part()
+    if rank == 0:
+        reader.end()
+        right, left = np.zeros((0, columns), np.int32), np.zeros((0, rows), np.int32)
+    else:
+        right = decode_codes(reader.part(), (rank, columns))
+        left = decode_codes(reader.rest(), (rank, rows))
+    # Codes come first: they show that the payload is long enough for a matrix of this shape.
+    sides = [torch.ones(rows), torch.ones(columns)]
+    if multiplied:
+        sides = [_unpack_multipliers(*pair) for pair in zip(packed, shape, strict=True)]
+    return CodedFactors(
+        torch.from_numpy(left).T,
+        torch.from_numpy(stored) * peak,
+        torch.from_numpy(right),
+        sides[0],
+        _steps(base, _octaves(part, columns)) * sides[1],
+    )
+
+
+def describe(codec: str, payload: memoryview, shape: tuple[int, int]) -> dict[str, object]:
+    """Rank where there are factors, for `inspect`. Raises: CorruptPackError."""
+    if codec == "dense":
+        return {"coded": True}
+    reader = _Reader(payload)
+    if codec == "hybrid":
+        reader.take(1)
+        reader = _Reader(reader.part())
+    rank = reader.struct(_FACTORS)[2]
+    if rank > min(shape):
+        raise CorruptPackError(f"coded factors of rank {rank} do not fit {list(shape)}")
+    return {"rank": rank, "coded": True}
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Natural logarithms of what a low-rank delta is multiplied by.
+
+    component: (r,); output: (out,) and input: (in,), used where the payload has room for them.
+    """
+
+    component: Tensor
+    output: Tensor
+    input: Tensor
+
+
+def rescale_factors(payload: bytes, by: Multipliers) -> bytes:
+    """The payload of `encode_factors` with its scales multiplied; its length stays."""
+    marker, flags, rank, base, peak = _FACTORS.unpack_from(payload)
+    end = _FACTORS.size + 2 * rank
+    stored = np.frombuffer(payload[_FACTORS.size : end], dtype="<f2").astype(np.float64)
+    scales = torch.from_numpy(stored * peak) * by.component.double().exp()
+    peak = float(scales.max()) if rank else 1.0
+    half = (scales / peak).clamp_(min=_SMALLEST_SCALE).half().numpy().astype("<f2")
+    parts = [_FACTORS.pack(marker, flags, rank, base, peak), half.tobytes()]
+    if flags & _MULTIPLIERS:
+        packed = [_pack_multipliers(side) for side in (by.output, by.input)]
+        parts += packed
+        end += sum(map(len, packed))
+    return b"".join((*parts, payload[end:]))
+
+
+def _pack_multipliers(logarithms: Tensor) -> bytes:
+    values = (logarithms.double() / math.log(2) * _STEPS_PER_OCTAVE).round() + _UNITY
+    return pack_bits(values.clamp_(0, 15).to(torch.uint8).numpy(), 4).tobytes()
+
+
+def _unpack_multipliers(part: memoryview, side: int) -> Tensor:
+    values = unpack_bits(np.frombuffer(part, np.uint8), 4, side).astype(np.float64)
+    return torch.from_numpy(2 ** ((values - _UNITY) / _STEPS_PER_OCTAVE)).float()
+
+
+def encode_entries(delta: Tensor, covariance: Tensor | None, level: float) -> bytes:
+    """Every entry of δ (m, n) coded with feedback under Σ, column steps c / L_jj."""
+    lower = None if covariance is None else cholesky(covariance)
+    base, octaves = column_steps(level, lower, delta.shape[1])
+    codes = feedback_codes(delta, _steps(base, octaves), lower)
+    codes.clamp_(-LARGEST_CODE, LARGEST_CODE)
+    flags = 0 if octaves.any() else _UNIFORM_STEPS
+    parts = [_ENTRIES.pack(CODED, flags, base)]
+    if octaves.any():
+        parts.append(_with_length(encode_codes(octaves[None])))
+    parts.append(encode_codes(codes.numpy().astype(np.int32)))
+    return b"".join(parts)
+
+
+def decode_entries(payload: memoryview, shape: tuple[int, int]) -> Tensor:
+    """δ̂ (m, n) float32. Raises: CorruptPackError."""
+    reader = _Reader(payload)
+    marker, flags, base = reader.struct(_ENTRIES)
+    if marker != CODED or flags > 1 or not _sane(base):
+        raise CorruptPackError("coded entries have an unknown flag or a step that is no number")
+    part = None if flags & _UNIFORM_STEPS else reader.part()
+    codes = decode_codes(reader.rest(), shape)
+    return torch.from_numpy(codes).float().mul_(_steps(base, _octaves(part, shape[1])))
+
+
+def encode_hybrid(delta: Tensor, rows: Tensor, covariance: Tensor | None, level: float) -> bytes:
+    """Coded factors of the components `rows`, then the entries of what they leave."""
+    first = encode_factors(delta, rows, covariance, level)
+    spikes = decode_factors(memoryview(first), _shape(delta)).factors()
+    rest = torch.addmm(delta, spikes[0], spikes[1], alpha=-1)
+    return bytes([CODED]) + _with_length(first) + encode_entries(rest, covariance, level)
+
+
+def decode_hybrid(payload: memoryview, shape: tuple[int, int]) -> Tensor:
+    """δ̂ (m, n) float32. Raises: CorruptPackError."""
+    reader = _Reader(payload)
+    if reader.take(1)[0] != CODED:
+        raise CorruptPackError("a hybrid payload has an unknown first byte")
+    left, right = decode_factors(reader.part(), shape).factors()
+    return torch.addmm(decode_entries(reader.rest(), shape), left, right)
+
+
+def _refit(weighted: Tensor, gram: Tensor) -> Tensor:
+    """W (r, n) with U = δ Wᵀ minimizing ‖(δ − U V̂) Σ^½‖, with a small ridge.
+
+    weighted: V̂ Σ. gram: V̂ Σ V̂ᵀ, float64. Solving here is cheaper than solving for all rows of U.
+    """
+    ridged = gram.clone()
+    ridged.diagonal().add_(1e-4 * gram.diagonal().mean().clamp(min=1e-30))
+    return torch.linalg.solve(ridged, weighted.double()).float()
+
+
+def _steps(base: float, octaves: np.ndarray) -> Tensor:
+    # The file keeps float32; the encoder must round with what the decoder will read.
+    kept = float(np.float32(base))
+    return (kept * torch.from_numpy(2.0 ** (octaves.astype(np.float64) / 2))).float()
+
+
+def _octaves(part: memoryview | None, columns: int) -> np.ndarray:
+    if part is None:
+        return np.zeros(columns, dtype=np.int32)
+    octaves = decode_codes(part, (1, columns))[0]
+    if np.abs(octaves).max(initial=0) > _STEP_RANGE:
+        raise CorruptPackError(f"a column step is over {_STEP_RANGE} half octaves off")
+    return octaves
+
+
+def _with_length(part: bytes) -> bytes:
+    return _LENGTH.pack(len(part)) + part
+
+
+def _sane(*values: float) -> bool:
+    return all(math.isfinite(value) and value > 0 for value in values)
+
+
+def _shape(matrix: Tensor) -> tuple[int, int]:
+    return matrix.shape[0], matrix.shape[1]
+
+
+class _Reader:
+    """Reads a payload front to back and never past its end."""
+
+    def __init__(self, payload: memoryview):
+        self._payload, self._at = payload, 0
+
+    def take(self, size: int) -> memoryview:
+        part = self._payload[self._at : self._at + size]
+        if len(part) < size:
+            raise CorruptPackError(f"a coded payload ends {size - len(part)} bytes early")
+        self._at += size
+        return part
+
+    def struct(self, layout: struct.Struct) -> tuple:  # type: ignore[type-arg]
+        return layout.unpack(self.take(layout.size))
+
+    def part(self) -> memoryview:
+        (size,) = self.struct(_LENGTH)
+        return self.take(size)
+
+    def rest(self) -> memoryview:
+        return self.take(len(self._payload) - self._at)
+
+    def end(self) -> None:
+        if self._at != len(self._payload):
+            raise CorruptPackError("a coded payload goes on behind its end")

@@ -1,0 +1,50 @@
+"""What coding a Gaussian value with a dead-zone step costs: bits, and the error that is left.
+
+Tables over the ratio of standard deviation to step, made once by numerical integration.
+"""
+
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+
+from graftkit.compress.feedback import DEAD_ZONE
+
+Array = npt.NDArray[np.float64]
+_LOWEST, _HIGHEST, _POINTS = -6.0, 10.0, 129  # log2 of the ratio
+
+
+def coding_bits(ratio: Array) -> Array:
+    """Entropy in bits of a code, by standard deviation in steps."""
+    bits: Array = np.interp(_log(ratio), *_tables()[:2], left=0.0)
+    return np.where(_log(ratio) > _HIGHEST, bits + _log(ratio) - _HIGHEST, bits)
+
+
+def coding_error(ratio: Array) -> Array:
+    """Mean squared error in squared steps; that of leaving the value out where it is small."""
+    grid, _, share = _tables()
+    error: Array = ratio**2 * np.interp(_log(ratio), grid, share, left=1.0)
+    return np.where(_log(ratio) > _HIGHEST, share[-1] * 4.0**_HIGHEST, error)
+
+
+def _log(ratio: Array) -> Array:
+    logs: Array = np.log2(np.maximum(ratio, 1e-30))
+    return logs
+
+
+@cache
+def _tables() -> tuple[Array, Array, Array]:
+    """log2 of the ratio, bits, error as a share of the variance."""
+    grid = np.linspace(_LOWEST, _HIGHEST, _POINTS)
+    values = np.linspace(-8, 8, 80_001)
+    density = np.exp(-(values**2) / 2)
+    density /= density.sum()
+    bits, error = np.empty(_POINTS), np.empty(_POINTS)
+    for i, ratio in enumerate(2.0**grid):
+        scaled = values * ratio
+        codes = np.sign(scaled) * np.floor(np.abs(scaled) + DEAD_ZONE)
+        chance = np.bincount((codes - codes.min()).astype(np.int64), weights=density)
+        chance = chance[chance > 0]
+        bits[i] = -(chance * np.log2(chance)).sum()
+        error[i] = (density * (scaled - codes) ** 2).sum() / ratio**2
+    return grid, np.maximum.accumulate(bits), error

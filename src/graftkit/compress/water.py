@@ -1,0 +1,121 @@
+"""Which codec and how many components at one water level: expected error against expected bytes.
+
+One level c for all tensors is one Lagrange multiplier for the pack: where every coded value is
+rounded with the same step in the unit that errors are added in, no byte saves more error in one
+tensor than in another (reverse water-filling).
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from graftkit.compress.allocate import MatrixFacts
+from graftkit.compress.codecs import Entries, Factored, Hybrid, Precision, Zero
+from graftkit.compress.rates import coding_bits, coding_error
+
+COMPONENT_BITS = 24.0
+"""Scales that a component takes beside its codes."""
+MATRIX_BITS = 400.0
+"""Header, column steps and ends of streams."""
+SERVABLE_SHARE = 0.25
+"""Multiply-accumulates that a servable pack may add to those of a matrix."""
+
+_MULTIPLIER_BITS = 4
+
+FACTORS_BYTES, FACTORS_ERROR = 0.88, 0.75
+"""What coded factors took of a Gaussian's bytes and error on the nursery: their entries have
+heavier tails, and the refit of U takes back a part of what V lost."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to code a tensor, with the bytes and the weighted error to expect."""
+
+    precision: Precision
+    nbytes: float
+    error: float
+
+    def cost(self, level: float) -> float:
+        """Error and bytes in one number, by the multiplier of the level."""
+        return self.error + multiplier(level) * 8 * self.nbytes
+
+
+UNSCALED = 1.3
+"""How much more an error counts that scale distillation cannot lower afterwards."""
+
+
+def multiplier(level: float) -> float:
+    """Weighted error that one bit must save at this level: −dD/dR = ln 2 / 6 · c²."""
+    return math.log(2) / 6 * level**2
+
+
+def choices(facts: MatrixFacts, level: float, servable: bool = False) -> list[Choice]:
+    """Sound choices for one tensor at one level: nothing, and at most one of each codec.
+
+    Args:
+        level: c in the weighted unit; the tensor's own step is c / √weight.
+        servable: factors only, of a rank that keeps the side path cheap.
+    """
+    nothing = Choice(Zero(), 0.0, facts.weight * float(facts.energies.sum()))
+    if nothing.error <= 0:
+        return [nothing]
+    own = level / math.sqrt(facts.weight)
+    found = [nothing, *_factors(facts, own, level, servable)]
+    if not servable:
+        others = [_entries(facts, own), *_hybrid(facts, own, level)]
+        found += [replace(c, error=UNSCALED * c.error) if facts.scalable else c for c in others]
+    return found
+
+
+def _components(facts: MatrixFacts, own: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and error of coding each component of one matrix of the stack."""
+    loudness = np.sqrt(facts.energies / facts.count) / own
+    bits, error = np.full_like(loudness, COMPONENT_BITS), np.zeros_like(loudness)
+    for side in facts.shape:
+        ratio = loudness / math.sqrt(side)
+        bits += side * coding_bits(ratio)
+        error += side * coding_error(ratio)
+    return bits, np.minimum(error * own**2, facts.energies / facts.count)
+
+
+def _factors(facts: MatrixFacts, own: float, level: float, servable: bool) -> list[Choice]:
+    bits, error = _components(facts, own)
+    saved = facts.energies / facts.count - error
+    rank = int((facts.weight * saved > multiplier(level) * bits).sum())
+    if servable:
+        rows, columns = facts.shape
+        rank = min(rank, int(SERVABLE_SHARE * rows * columns / (rows + columns)))
+    if rank == 0:
+        return []
+    side = MATRIX_BITS + facts.scalable * _MULTIPLIER_BITS * sum(facts.shape)
+    total = facts.count * (float(bits[:rank].sum()) + side)
+    left = facts.count * float(error[:rank].sum()) + float(facts.energies[rank:].sum())
+    nbytes, lost = FACTORS_BYTES * total / 8, FACTORS_ERROR * facts.weight * left
+    return [Choice(Factored(rank, own, facts.scalable), nbytes, lost)]
+
+
+def _entries(facts: MatrixFacts, own: float) -> Choice:
+    bits, error = _flat(facts, float(facts.energies.sum()), own)
+    return Choice(Entries(own), bits / 8, facts.weight * error)
+
+
+def _hybrid(facts: MatrixFacts, own: float, level: float) -> list[Choice]:
+    """A few components in front of the entries: those far louder than the flat rest."""
+    bits, _ = _components(facts, own)
+    found = []
+    for rank in (2, 4, 8, 16, 32):
+        if rank >= min(facts.shape) // 2:
+            break
+        rest, error = _flat(facts, float(facts.energies[rank:].sum()), own)
+        total = facts.count * (float(bits[:rank].sum()) + MATRIX_BITS) + rest
+        found.append(Choice(Hybrid(rank, own), total / 8, facts.weight * error))
+    return [min(found, key=lambda choice: choice.cost(level))] if found else []
+
+
+def _flat(facts: MatrixFacts, energy: float, own: float) -> tuple[float, float]:
+    """Bits and error of entries whose energy is spread as rows and columns spread it."""
+    values = facts.shape[0] * facts.shape[1]
+    ratio = np.sqrt(energy / facts.count / values * facts.spread) / own
+    bits = facts.count * (values * float(coding_bits(ratio).mean()) + MATRIX_BITS)
+    return bits, facts.count * values * float(coding_error(ratio).mean()) * own**2

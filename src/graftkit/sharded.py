@@ -1,0 +1,62 @@
+"""Write a Hugging Face directory tensor by tensor, never more than a shard in memory."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 2 * 10**9
+"""Tensors are collected up to this size before a file is written: the peak of memory."""
+
+
+def write_checkpoint(
+    folder: Path,
+    names: Sequence[str],
+    tensor: Callable[[str], Tensor],
+    files: Mapping[str, bytes],
+    step_done: Callable[[int], None],
+) -> None:
+    """Write tensors in shards, then their index and the side files, into a new folder.
+
+    Args:
+        tensor: gives a tensor by name; called once for each. files: contents by file name.
+        step_done: called with the number of tensors taken so far.
+    """
+    folder.mkdir(parents=True)
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    size = 0
+    for done, name in enumerate(names):
+        step_done(done)
+        value = tensor(name)
+        if shard and size + value.nbytes > SHARD_BYTES:
+            shards.append(_save(folder, shard, len(shards)))
+            shard, size = {}, 0
+        shard[name] = value.contiguous()
+        size += value.nbytes
+    shards.append(_save(folder, shard, len(shards)))
+    _name_shards(folder, shards)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    step_done(len(names))
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], index: int) -> list[str]:
+    save_file(tensors, folder / f"shard-{index}", metadata={"format": "pt"})
+    return list(tensors)
+
+
+def _name_shards(folder: Path, shards: list[list[str]]) -> None:
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{index}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(file.stat().st_size for file in folder.iterdir())
+    index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))

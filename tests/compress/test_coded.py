@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from compress.test_quantize import gaussian
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graftkit.compress.coded import (
+    Multipliers,
+    decode_entries,
+    decode_factors,
+    decode_hybrid,
+    encode_entries,
+    encode_factors,
+    encode_hybrid,
+    rescale_factors,
+)
+from graftkit.compress.feedback import cholesky, feedback_codes, round_codes
+from graftkit.compress.lowrank import eigenbasis, leading_rows
+from graftkit.compress.rates import coding_bits, coding_error
+from graftkit.errors import CorruptPackError
+
+SHAPE = (48, 96)
+
+
+def spectrum(seed=0):
+    left, right = gaussian(48, 48, seed=seed), gaussian(48, 96, seed=seed + 1)
+    return left @ (right / torch.arange(1, 49)[:, None])
+
+
+def covariance(columns=96):
+    root = gaussian(columns, columns, seed=7) / torch.arange(1, columns + 1)
+    return root @ root.T + 0.01 * torch.eye(columns)
+
+
+def lost(delta, decoded, metric=None):
+    error = decoded - delta
+    return float(((error if metric is None else error @ metric) * error).sum())
+
+
+def factored(delta, metric, level, rank=40):
+    rows = leading_rows(delta, eigenbasis(delta, metric)[1], rank, metric)
+    payload = encode_factors(delta, rows, metric, level)
+    left, right = decode_factors(memoryview(payload), SHAPE).factors()
+    return payload, left @ right
+
+
+@pytest.mark.parametrize("metric", [None, covariance()], ids=["data-free", "calibrated"])
+@pytest.mark.parametrize("codec", ["factors", "entries", "hybrid"])
+def test_a_lower_level_takes_more_bytes_and_leaves_less_error(codec, metric):
+    delta, sizes, errors = spectrum(), [], []
+    rows = leading_rows(delta, eigenbasis(delta, metric)[1], 40, metric)
+    for level in (0.4, 0.1, 0.02):
+        if codec == "factors":
+            payload, decoded = factored(delta, metric, level)
+        elif codec == "entries":
+            payload = encode_entries(delta, metric, level)
+            decoded = decode_entries(memoryview(payload), SHAPE)
+        else:
+            payload = encode_hybrid(delta, rows[:4], metric, level)
+            decoded = decode_hybrid(memoryview(payload), SHAPE)
+        sizes.append(len(payload))
+        errors.append(lost(delta, decoded, metric))
+    assert sizes == sorted(sizes)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02 * lost(delta, torch.zeros(SHAPE), metric)
+
+
+def test_knowing_the_inputs_saves_error_in_the_outputs():
+    delta, metric = spectrum(), covariance()
+    blind_payload, blind = factored(delta, None, 0.5)
+    tried = (factored(delta, metric, level) for level in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6))
+    seen = next(found[1] for found in tried if len(found[0]) <= len(blind_payload))
+    assert lost(delta, seen, metric) < 0.7 * lost(delta, blind, metric)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000))
+def test_feedback_never_errs_more_than_its_steps_allow(seed):
+    weight, metric = gaussian(5, 96, seed=seed), covariance()
+    lower = cholesky(metric)
+    steps = 0.1 / lower.diagonal()
+    error = feedback_codes(weight, steps, lower) * steps - weight
+    # Each of the columns may be wrong by 0.6 of the level in the decorrelated space.
+    assert float((error @ lower).abs().max()) <= 0.6 * 0.1 + 1e-3
+
+
+def test_codes_have_a_dead_zone():
+    assert round_codes(torch.tensor([0.59, -0.59, 0.61, -0.61, 1.7])).tolist() == [0, 0, 1, -1, 2]
+
+
+@pytest.mark.parametrize("room", [False, True])
+def test_rescaling_multiplies_what_has_room_and_keeps_the_length(room):
+    delta, metric = spectrum(), covariance()
+    rows = leading_rows(delta, eigenbasis(delta, metric)[1], 40, metric)
+    payload = encode_factors(delta, rows, metric, 0.05, room)
+    before = decode_factors(memoryview(payload), SHAPE)
+    by = Multipliers(
+        torch.linspace(-0.5, 0.5, len(before.component)),
+        torch.linspace(-0.6, 0.5, 48),
+        torch.linspace(-0.3, 0.3, 96),
+    )
+    louder = rescale_factors(payload, by)
+    after = decode_factors(memoryview(louder), SHAPE)
+    assert len(louder) == len(payload)
+    assert torch.allclose(after.component, before.component * by.component.exp(), rtol=1e-3)
+    assert torch.allclose(after.output, by.output.exp() if room else torch.ones(48), rtol=0.05)
+    wanted = before.steps * by.input.exp() if room else before.steps
+    assert torch.allclose(after.steps, wanted, rtol=0.05)
+    assert torch.equal(after.left, before.left)
+    assert torch.equal(after.right, before.right)
+
+
+def test_a_delta_below_the_level_is_a_rank_of_zero():
+    payload, decoded = factored(spectrum() * 1e-6, None, 1.0)
+    assert decode_factors(memoryview(payload), SHAPE).right.shape == (0, 96)
+    assert not decoded.any()
+
+
+@pytest.mark.parametrize("decode", [decode_factors, decode_entries, decode_hybrid])
+@pytest.mark.parametrize("cut", [0, 1, 5, 20, -1])
+def test_a_cut_payload_is_refused(decode, cut):
+    delta = spectrum()
+    rows = leading_rows(delta, eigenbasis(delta, None)[1], 4, None)
+    encode = {
+        decode_factors: lambda: encode_factors(delta, rows, covariance(), 0.1),
+        decode_entries: lambda: encode_entries(delta, covariance(), 0.1),
+        decode_hybrid: lambda: encode_hybrid(delta, rows, covariance(), 0.1),
+    }[decode]
+    with pytest.raises(CorruptPackError):
+        decode(memoryview(encode()[:cut]), SHAPE)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 1.0, 5.0])
+def test_rates_are_those_of_a_gaussian(ratio):
+    values = gaussian(400, 1000).double() * ratio
+    codes = round_codes(values)
+    counts = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
+    assert float(coding_bits(np.array(ratio))) == pytest.approx(
+        -(counts * np.log2(counts)).sum(), rel=0.02, abs=0.002
+    )
+    error = float((values - codes).square().mean())
+    assert float(coding_error(np.array(ratio))) == pytest.approx(error, rel=0.02)

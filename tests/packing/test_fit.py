@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from graftkit.compress.allocate import MatrixFacts
+from graftkit.compress.codecs import Factored, Zero
+from graftkit.compress.water import SERVABLE_SHARE, choices
+from graftkit.packing.fit import fit_budget
+
+
+def facts(decay, rows=200, columns=300, weight=1.0):
+    energies = np.arange(1, min(rows, columns) + 1, dtype=np.float64) ** -decay
+    return MatrixFacts((rows, columns), 1, energies, energies, 1.0, (), weight, np.ones(1))
+
+
+PACK = {3: facts(1.0), 5: facts(2.5), 8: facts(0.7, weight=0.1)}
+
+
+class Coder:
+    """Stands for the encoder: bytes and errors are off from the expected by a constant each."""
+
+    def __init__(self, pack, bias):
+        self.pack, self.bias, self.last = pack, bias, None
+
+    def __call__(self, precisions):
+        self.last = dict(precisions)
+        return {i: self.measure(i, precision) for i, precision in precisions.items()}
+
+    def measure(self, index, precision):
+        if isinstance(precision, Zero):
+            return 0, 1.0
+        fact = self.pack[index]
+        level = precision.level * fact.weight**0.5
+        [choice] = [c for c in choices(fact, level) if c.precision.codec == precision.codec]
+        return round(self.bias * choice.nbytes), choice.error / fact.weight / fact.energies.sum()
+
+
+@pytest.mark.parametrize("bias", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("room", [3_000, 20_000, 90_000])
+def test_the_room_is_filled_from_below_whatever_bytes_come_out(room, bias):
+    coder = Coder(PACK, bias)
+    best = fit_budget(PACK, room, False, coder)
+    total = sum(nbytes for nbytes, _ in coder(best).values())
+    assert 0.95 * room <= total <= room
+    assert coder.last == best
+
+
+def test_more_room_never_leaves_more_error():
+    errors = []
+    for room in (2_000, 4_000, 8_000, 16_000, 64_000):
+        coder = Coder(PACK, 1.0)
+        results = coder(fit_budget(PACK, room, False, coder))
+        errors.append(
+            sum(e * PACK[i].weight * PACK[i].energies.sum() for i, (_, e) in results.items())
+        )
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_no_room_stores_nothing():
+    assert set(fit_budget(PACK, 0, False, Coder(PACK, 1.0)).values()) == {Zero()}
+
+
+def test_a_delta_of_zeros_stores_nothing():
+    silent = {0: MatrixFacts((4, 4), 1, np.zeros(4), np.zeros(4), 1.0, (), 1.0, np.ones(1))}
+    assert fit_budget(silent, 1000, False, Coder(silent, 1.0)) == {0: Zero()}
+
+
+def test_servable_packs_hold_factors_of_a_bounded_rank():
+    best = fit_budget(PACK, 60_000, True, Coder(PACK, 1.0))
+    for precision in best.values():
+        assert isinstance(precision, Factored | Zero)
+        if isinstance(precision, Factored):
+            assert precision.rank * 500 <= SERVABLE_SHARE * 200 * 300
+
+
+def test_a_flat_delta_is_coded_entry_by_entry_and_a_steep_one_by_factors():
+    best = fit_budget(
+        {0: facts(0.0), 1: facts(3.0)}, 30_000, False, Coder({0: facts(0.0), 1: facts(3.0)}, 1.0)
+    )
+    assert best[0].codec in ("dense", "hybrid")
+    assert best[1].codec == "lowrank"
