@@ -16,20 +16,21 @@ _LOWEST, _HIGHEST, _POINTS = -6.0, 10.0, 129  # log2 of the ratio
 
 def coding_bits(ratio: Array) -> Array:
     """Entropy in bits of a code, by standard deviation in steps."""
-    bits: Array = np.interp(_log(ratio), *_tables()[:2], left=0.0)
-    return np.where(_log(ratio) > _HIGHEST, bits + _log(ratio) - _HIGHEST, bits)
+    return coding(ratio)[0]
 
 
 def coding_error(ratio: Array) -> Array:
     """Mean squared error in squared steps; that of leaving the value out where it is small."""
-    grid, _, share = _tables()
-    error: Array = ratio**2 * np.interp(_log(ratio), grid, share, left=1.0)
-    return np.where(_log(ratio) > _HIGHEST, share[-1] * 4.0**_HIGHEST, error)
+    return coding(ratio)[1]
 
 
-def _log(ratio: Array) -> Array:
-    logs: Array = np.log2(np.maximum(ratio, 1e-30))
-    return logs
+def coding(ratio: Array) -> tuple[Array, Array]:
+    """`coding_bits` and `coding_error`; the search for a level calls this very often."""
+    grid, bits, share = _tables()
+    logs = np.log2(np.maximum(ratio, 1e-30))
+    over = np.maximum(logs - _HIGHEST, 0.0)
+    error = ratio**2 * np.interp(logs, grid, share, left=1.0) * 4.0**-over
+    return np.interp(logs, grid, bits, left=0.0) + over, error
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.codecs import Entries, Factored, Hybrid, Precision, Zero
-from graftkit.compress.rates import coding_bits, coding_error
+from graftkit.compress.rates import coding
 
 COMPONENT_BITS = 24.0
 """Scales that a component takes beside its codes."""
@@ -61,9 +61,10 @@ def choices(facts: MatrixFacts, level: float, servable: bool = False) -> list[Ch
     if nothing.error <= 0:
         return [nothing]
     own = level / math.sqrt(facts.weight)
-    found = [nothing, *_factors(facts, own, level, servable)]
+    bits, error = _components(facts, own)
+    found = [nothing, *_factors(facts, own, level, servable, (bits, error))]
     if not servable:
-        others = [_entries(facts, own), *_hybrid(facts, own, level)]
+        others = _entries_and_hybrid(facts, own, level, bits)
         found += [replace(c, error=UNSCALED * c.error) if facts.scalable else c for c in others]
     return found
 
@@ -74,13 +75,20 @@ def _components(facts: MatrixFacts, own: float) -> tuple[np.ndarray, np.ndarray]
     bits, error = np.full_like(loudness, COMPONENT_BITS), np.zeros_like(loudness)
     for side in facts.shape:
         ratio = loudness / math.sqrt(side)
-        bits += side * coding_bits(ratio)
-        error += side * coding_error(ratio)
+        of_side = coding(ratio)
+        bits += side * of_side[0]
+        error += side * of_side[1]
     return bits, np.minimum(error * own**2, facts.energies / facts.count)
 
 
-def _factors(facts: MatrixFacts, own: float, level: float, servable: bool) -> list[Choice]:
-    bits, error = _components(facts, own)
+def _factors(
+    facts: MatrixFacts,
+    own: float,
+    level: float,
+    servable: bool,
+    components: tuple[np.ndarray, np.ndarray],
+) -> list[Choice]:
+    bits, error = components
     saved = facts.energies / facts.count - error
     rank = int((facts.weight * saved > multiplier(level) * bits).sum())
     if servable:
@@ -95,27 +103,25 @@ def _factors(facts: MatrixFacts, own: float, level: float, servable: bool) -> li
     return [Choice(Factored(rank, own, facts.scalable), nbytes, lost)]
 
 
-def _entries(facts: MatrixFacts, own: float) -> Choice:
-    bits, error = _flat(facts, float(facts.energies.sum()), own)
-    return Choice(Entries(own), bits / 8, facts.weight * error)
+def _entries_and_hybrid(
+    facts: MatrixFacts, own: float, level: float, component_bits: np.ndarray
+) -> list[Choice]:
+    """All entries alone, and behind a few components: those far louder than the flat rest."""
+    ranks = [0, *(rank for rank in (2, 4, 8, 16, 32) if rank < min(facts.shape) // 2)]
+    energies = np.array([float(facts.energies[rank:].sum()) for rank in ranks])
+    bits, error = _flat(facts, energies, own)
+    found = [Choice(Entries(own), float(bits[0]) / 8, facts.weight * float(error[0]))]
+    hybrids = []
+    for i, rank in enumerate(ranks[1:], start=1):
+        total = facts.count * (float(component_bits[:rank].sum()) + MATRIX_BITS) + float(bits[i])
+        hybrids.append(Choice(Hybrid(rank, own), total / 8, facts.weight * float(error[i])))
+    return found + ([min(hybrids, key=lambda choice: choice.cost(level))] if hybrids else [])
 
 
-def _hybrid(facts: MatrixFacts, own: float, level: float) -> list[Choice]:
-    """A few components in front of the entries: those far louder than the flat rest."""
-    bits, _ = _components(facts, own)
-    found = []
-    for rank in (2, 4, 8, 16, 32):
-        if rank >= min(facts.shape) // 2:
-            break
-        rest, error = _flat(facts, float(facts.energies[rank:].sum()), own)
-        total = facts.count * (float(bits[:rank].sum()) + MATRIX_BITS) + rest
-        found.append(Choice(Hybrid(rank, own), total / 8, facts.weight * error))
-    return [min(found, key=lambda choice: choice.cost(level))] if found else []
-
-
-def _flat(facts: MatrixFacts, energy: float, own: float) -> tuple[float, float]:
+def _flat(facts: MatrixFacts, energies: np.ndarray, own: float) -> tuple[np.ndarray, np.ndarray]:
     """Bits and error of entries whose energy is spread as rows and columns spread it."""
     values = facts.shape[0] * facts.shape[1]
-    ratio = np.sqrt(energy / facts.count / values * facts.spread) / own
-    bits = facts.count * (values * float(coding_bits(ratio).mean()) + MATRIX_BITS)
-    return bits, facts.count * values * float(coding_error(ratio).mean()) * own**2
+    ratio = np.sqrt(energies[:, None] / facts.count / values * facts.spread) / own
+    of_value = [table.mean(axis=1) for table in coding(ratio)]
+    bits = facts.count * (values * of_value[0] + MATRIX_BITS)
+    return bits, facts.count * values * of_value[1] * own**2

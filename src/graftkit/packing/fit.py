@@ -18,7 +18,7 @@ GOOD_ENOUGH = 0.99
 CLOSE = 1.3
 """Choices whose expected cost is within this factor of the best are tried in the first round."""
 _AIM = 0.997
-_HALVINGS = 50
+_CLOSE_LEVELS = 1e-7  # a level is not searched more precisely
 
 Encode = Callable[[Mapping[int, Precision]], Mapping[int, tuple[int, float]]]
 """Codes tensors at these precisions; says bytes and relative squared error of each."""
@@ -53,7 +53,7 @@ class Fit:
             math.sqrt(f.weight * float(f.energies[0]) / f.count) for f in self.facts.values()
         )
         low, high = loudest * 1e-7, loudest * 10
-        for _ in range(_HALVINGS):
+        while high > low * (1 + _CLOSE_LEVELS):
             middle = math.sqrt(low * high)
             if sum(self.ranked(i, middle)[0].nbytes for i in self.facts) > goal:
                 low = middle
