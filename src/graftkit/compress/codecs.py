@@ -5,7 +5,7 @@ put the right way round, stacks of experts become one matrix per expert, kernels
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -94,6 +94,7 @@ Precision = FixedPrecision | Factored | Entries | Hybrid
 _LENGTHS = 0xFF
 """First byte of a stack whose payloads have lengths of their own."""
 _LENGTH = struct.Struct("<I")
+_BLOCK_VALUES, _BLOCK_ROWS = 2**18, 64  # 1 MB of float32 stays in a core's cache; rows at least
 
 
 @dataclass(frozen=True)
@@ -169,16 +170,37 @@ def encode_matrix(delta: Tensor, statistics: Statistics, precision: Precision) -
 
 def decode_matrix(codec: str, payload: memoryview, shape: Shape) -> Tensor:
     """δ̂, (m, n) float32. Raises: CorruptPackError."""
-    if codec == "zero":
-        return torch.zeros(shape)
-    if codec == "sparse":
-        return sparse.decode(payload, shape)
+    rows = decode_rows(codec, payload, shape)  # first: it checks that the payload may be so large
+    delta = torch.empty(shape)
+    for block in _row_blocks(shape):
+        delta[block] = rows(block)
+    return delta
+
+
+def decode_rows(codec: str, payload: memoryview, shape: Shape) -> coded.Rows:
+    """δ̂ as a function of some of its rows; a whole one in float32 is often too large.
+
+    Raises: CorruptPackError.
+    """
     if codec == "hybrid":
         return coded.decode_hybrid(payload, shape)
-    if codec == "dense":
-        return (coded.decode_entries if _is_coded(payload) else dense.decode)(payload, shape)
-    left, right = decode_factors(payload, shape)
-    return left @ right
+    if codec == "dense" and _is_coded(payload):
+        return coded.decode_entries(payload, shape)
+    if codec == "lowrank":
+        left, right = decode_factors(payload, shape)
+        return lambda rows: left[rows] @ right
+    if codec == "zero":
+        whole = torch.zeros(shape)
+    else:
+        whole = (sparse if codec == "sparse" else dense).decode(payload, shape)
+    return lambda rows: whole[rows].clone()
+
+
+def _row_blocks(shape: Shape) -> Iterator[slice]:
+    """Rows to be computed together: the same everywhere, as it decides how sums are rounded."""
+    rows = max(_BLOCK_ROWS, _BLOCK_VALUES // max(1, shape[1]))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
 
 
 def decode_factors(payload: memoryview, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -200,6 +222,24 @@ def decode_delta(codec: str, payload: memoryview, shape: tuple[int, ...], layout
     count, matrix = matrix_shape(shape, layout)
     parts = split_payload(payload, count)
     return assemble([decode_matrix(codec, part, matrix) for part in parts], shape, layout)
+
+
+def add_delta(codec: str, payload: memoryview, weight: Tensor, layout: Layout) -> Tensor:
+    """Weight plus the delta of a whole tensor, summed in float32 and rounded once.
+
+    Args:
+        weight: as stored, any float dtype. Returns: the sum in its dtype.
+    Raises: CorruptPackError.
+    """
+    count, shape = matrix_shape(tuple(weight.shape), layout)
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    payloads = split_payload(payload, count)
+    pairs = zip(matrices(weight, layout), matrices(result, layout), strict=True)
+    for part, (before, after) in zip(payloads, pairs, strict=True):
+        rows = decode_rows(codec, part, shape)
+        for block in _row_blocks(shape):
+            after[block] = rows(block).add_(before[block])
+    return result
 
 
 def join_payloads(parts: Sequence[bytes]) -> bytes:

@@ -7,6 +7,7 @@ small beside c costs next to nothing, so precision follows the spectrum without 
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -208,15 +209,20 @@ def encode_entries(delta: Tensor, covariance: Tensor | None, level: float) -> by
     return b"".join(parts)
 
 
-def decode_entries(payload: memoryview, shape: tuple[int, int]) -> Tensor:
-    """δ̂ (m, n) float32. Raises: CorruptPackError."""
+Rows = Callable[[slice], Tensor]
+"""Some rows of δ̂, float32, in a tensor of the caller's own."""
+
+
+def decode_entries(payload: memoryview, shape: tuple[int, int]) -> Rows:
+    """δ̂ (m, n), row by row. Raises: CorruptPackError."""
     reader = _Reader(payload)
     marker, flags, base = reader.struct(_ENTRIES)
     if marker != CODED or flags > 1 or not _sane(base):
         raise CorruptPackError("coded entries have an unknown flag or a step that is no number")
     part = None if flags & _UNIFORM_STEPS else reader.part()
-    codes = decode_codes(reader.rest(), shape)
-    return torch.from_numpy(codes).float().mul_(_steps(base, _octaves(part, shape[1])))
+    codes = torch.from_numpy(decode_codes(reader.rest(), shape))
+    steps = _steps(base, _octaves(part, shape[1]))
+    return lambda rows: codes[rows].float().mul_(steps)
 
 
 def encode_hybrid(delta: Tensor, rows: Tensor, covariance: Tensor | None, level: float) -> bytes:
@@ -227,13 +233,14 @@ def encode_hybrid(delta: Tensor, rows: Tensor, covariance: Tensor | None, level:
     return bytes([CODED]) + _with_length(first) + encode_entries(rest, covariance, level)
 
 
-def decode_hybrid(payload: memoryview, shape: tuple[int, int]) -> Tensor:
-    """δ̂ (m, n) float32. Raises: CorruptPackError."""
+def decode_hybrid(payload: memoryview, shape: tuple[int, int]) -> Rows:
+    """δ̂ (m, n), row by row. Raises: CorruptPackError."""
     reader = _Reader(payload)
     if reader.take(1)[0] != CODED:
         raise CorruptPackError("a hybrid payload has an unknown first byte")
     left, right = decode_factors(reader.part(), shape).factors()
-    return torch.addmm(decode_entries(reader.rest(), shape), left, right)
+    entries = decode_entries(reader.rest(), shape)
+    return lambda rows: entries(rows).addmm_(left[rows], right)
 
 
 def _refit(weighted: Tensor, gram: Tensor) -> Tensor:

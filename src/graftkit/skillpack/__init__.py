@@ -13,7 +13,13 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
 
-from graftkit.compress.codecs import decode_delta, decode_factors, describe_payload, matrix_shape
+from graftkit.compress.codecs import (
+    add_delta,
+    decode_delta,
+    decode_factors,
+    describe_payload,
+    matrix_shape,
+)
 from graftkit.delta import DTYPES, Checkpoint, check_digest
 from graftkit.errors import CorruptPackError, GraftError, PackMismatchError
 from graftkit.skillpack.container import (
@@ -190,8 +196,7 @@ class SkillPack:
             if body:
                 raise CorruptPackError(f"codec zero takes no payload, found {len(body)} bytes")
             return weight.clone()
-        delta = decode_delta(record.codec, body, tuple(weight.shape), record.layout)
-        return delta.add_(weight).to(weight.dtype)
+        return add_delta(record.codec, body, weight, record.layout)
 
     def _side_file(self, record: FileRecord, old: bytes | None) -> bytes:
         payload = self._payloads.get(file_entry(record.name), memoryview(b""))
