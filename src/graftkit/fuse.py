@@ -17,6 +17,7 @@ from graftkit.delta import DTYPES, SIDE_FILES, Checkpoint
 from graftkit.errors import ConfigError, OutputError, PackMismatchError
 from graftkit.sharded import write_checkpoint
 from graftkit.skillpack import SkillPack
+from graftkit.threads import in_threads
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,7 +77,9 @@ class _Merge:
     def write(self, folder: Path, progress: Progress) -> None:
         """Write tensors in shards, then the index and the side files."""
         step_done = partial(self._report, progress)
-        write_checkpoint(folder, self.names, self.tensor, self._side_files(), step_done)
+        results = in_threads(self.tensor, self.names)
+        files = self._side_files()
+        write_checkpoint(folder, self.names, lambda name: next(results), files, step_done)
 
     def _report(self, progress: Progress, done: int) -> None:
         progress("merging", done, len(self.names))

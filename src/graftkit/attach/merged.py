@@ -10,6 +10,7 @@ from graftkit.attach.check import Change, LiveTarget, find_changes
 from graftkit.delta import DTYPE_NAMES
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
+from graftkit.threads import in_threads
 
 # Attributes in which a module or config repeats its weight's first extent.
 _ROW_COUNTS = ("num_embeddings", "out_features", "vocab_size")
@@ -38,10 +39,9 @@ class MergedWeights:
             for change, owner in together:
                 joined[owner.record.name] = joined.get(owner.record.name, ()) + change.slots
             apart = {id(change) for change, _ in split}
-            for change in changes:
-                if change.changed and id(change) not in apart:
-                    slots = change.slots + joined.get(change.record.name, ())
-                    self._write(change, slots, self._decode(change))
+            rest = [change for change in changes if change.changed and id(change) not in apart]
+            for change, tuned in zip(rest, in_threads(self._decode, rest), strict=True):
+                self._write(change, change.slots + joined.get(change.record.name, ()), tuned)
 
     def undo(self) -> None:
         """Restore everything, last change first; a second call does nothing."""
@@ -49,6 +49,7 @@ class MergedWeights:
             while self._undo:
                 self._undo.pop()()
 
+    @torch.no_grad()
     def _decode(self, change: Change) -> Tensor:
         tuned = self._pack.decode(change.record.name, self._target.source(change))
         live = self._target.live(change.view)
