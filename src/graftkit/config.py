@@ -67,7 +67,7 @@ class Budget:
         return math.floor(self.amount * _UNIT_BYTES[self.unit])
 
 
-SCALE_STEPS = 100
+SCALE_STEPS = 200
 """Steps of scale distillation that a calibrated pack gets unless told otherwise."""
 
 

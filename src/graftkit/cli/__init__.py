@@ -73,6 +73,14 @@ def pack(
     workers: Annotated[
         int | None, typer.Option(help="Tensors in work at once. Default: one per core.")
     ] = None,
+    servable: Annotated[
+        bool,
+        typer.Option("--servable", help="Only factors that are cheap in the side path."),
+    ] = False,
+    scale_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of scale distillation on the rows. Default 200; 0: none."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write the file.")
     ] = False,
@@ -94,6 +102,8 @@ def pack(
         calibration=calibration,
         seed=seed,
         workers=workers,
+        servable=servable,
+        scale_steps=scale_steps,
     )
     show.json_or(json_output, summary, lambda: show.pack_result(summary, output, dry_run))
 

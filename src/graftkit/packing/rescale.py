@@ -40,8 +40,9 @@ from graftkit.models.loading import load_model, stream_model
 from graftkit.rows import Row, pad_batch
 
 DISTILL_TOKENS = 16_384  # tokens of the rows used, held-out ones included
-STEP_TOKENS = 1_024  # tokens of one step
-LEARNING_RATE, BETAS, WARM_UP_STEPS = 0.01, (0.9, 0.99), 5
+STEP_TOKENS = 256  # tokens of one step: more, noisier steps beat fewer
+LEARNING_RATE, BETAS, WARM_UP_STEPS = 0.03, (0.9, 0.99), 5
+MOST_LEARNING_RATE = 0.02
 HELD_OUT = 5  # every fifth row is measured on and not trained on
 LIKELY = 256  # tokens whose probability is kept for each position; the rest share one
 RESIDENT_BYTES = 2**28  # a model below this size in float32 is loaded whole
@@ -110,7 +111,10 @@ def distill_scales(
         learned = [goal for goal in goals if not any(goal is other for other in held)]
         before = student.divergence(held)
         if learned and student.parameters:
-            _train(student, learned, seed, steps, report)
+            # A divergence is quadratic in the multipliers: their distance from the best ones, and
+            # with it Adam's step, goes with its root.
+            rate = min(MOST_LEARNING_RATE, LEARNING_RATE * math.sqrt(before))
+            _train(student, learned, seed, (steps, rate), report)
         after = student.divergence(held)
     return student.result(before, after)
 
@@ -206,15 +210,23 @@ class _Student:
 
 
 def _train(
-    student: _Student, goals: Sequence[_Goal], seed: int, steps: int, report: Progress
+    student: _Student,
+    goals: Sequence[_Goal],
+    seed: int,
+    schedule: tuple[int, float],
+    report: Progress,
 ) -> None:
-    """Adam over shuffled batches; the rate rises for a few steps and falls with a cosine."""
-    optimizer = torch.optim.Adam(student.parameters, lr=LEARNING_RATE, betas=BETAS)
+    """Adam over shuffled batches; the rate rises for a few steps and falls with a cosine.
+
+    schedule: steps and the highest rate.
+    """
+    steps, highest = schedule
+    optimizer = torch.optim.Adam(student.parameters, lr=highest, betas=BETAS)
     batches = _endless_batches(goals, seed)
     for step in range(steps):
         report(step, steps)
         fall = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        rate = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP_STEPS) * fall
+        rate = highest * min(1.0, (step + 1) / WARM_UP_STEPS) * fall
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         student.accumulate(next(batches))
