@@ -172,7 +172,7 @@ def decode_matrix(codec: str, payload: memoryview, shape: Shape) -> Tensor:
     """δ̂, (m, n) float32. Raises: CorruptPackError."""
     rows = decode_rows(codec, payload, shape)  # first: it checks that the payload may be so large
     delta = torch.empty(shape)
-    for block in _row_blocks(shape):
+    for block in row_blocks(shape):
         delta[block] = rows(block)
     return delta
 
@@ -196,7 +196,7 @@ def decode_rows(codec: str, payload: memoryview, shape: Shape) -> coded.Rows:
     return lambda rows: whole[rows].clone()
 
 
-def _row_blocks(shape: Shape) -> Iterator[slice]:
+def row_blocks(shape: Shape) -> Iterator[slice]:
     """Rows to be computed together: the same everywhere, as it decides how sums are rounded."""
     rows = max(_BLOCK_ROWS, _BLOCK_VALUES // max(1, shape[1]))
     for start in range(0, shape[0], rows):
@@ -237,7 +237,7 @@ def add_delta(codec: str, payload: memoryview, weight: Tensor, layout: Layout) -
     pairs = zip(matrices(weight, layout), matrices(result, layout), strict=True)
     for part, (before, after) in zip(payloads, pairs, strict=True):
         rows = decode_rows(codec, part, shape)
-        for block in _row_blocks(shape):
+        for block in row_blocks(shape):
             after[block] = rows(block).add_(before[block])
     return result
 

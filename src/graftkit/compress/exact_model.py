@@ -228,11 +228,13 @@ class Counts:
 
     def add_decoded(self, context: int, symbols: npt.NDArray[np.int32]) -> None:
         """Count all symbols of a chunk that have one context."""
-        # Most symbols are 0 as a rule, and counting one cell over and over is slow.
-        moved = symbols[symbols > 0]
-        found = np.bincount(moved, minlength=self.layout.symbols)
-        found[0] = symbols.size - moved.size
-        self.words[context] += found
+        moved = int(np.count_nonzero(symbols))
+        if 4 * moved > symbols.size:
+            self.words[context] += np.bincount(symbols, minlength=self.layout.symbols)
+            return
+        # Counting one cell over and over is slow: leave the zeros out.
+        self.words[context] += np.bincount(symbols[symbols > 0], minlength=self.layout.symbols)
+        self.words[context, 0] += symbols.size - moved
 
     def word_model(self, context: int, decoding: bool = False) -> Model:
         """Model of the word symbols of one context."""

@@ -35,6 +35,7 @@ _HEAD = struct.Struct("<BH")
 _TIER = struct.Struct("<BH")
 _PEAK = struct.Struct("<f")
 MAX_RANK = 2**16 - 1
+_PRECISE_SIDE = 512  # up to this side, a Gram matrix is summed in float64: it costs next to nothing
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ def eigenbasis(delta: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor
     precise = torch.float64 if min(rows, columns) <= 1024 else torch.float32
     if rows <= columns:
         weighted = delta if covariance is None else delta @ covariance
-        gram = weighted.to(precise) @ delta.to(precise).T
+        summed = precise if rows <= _PRECISE_SIDE else torch.float32
+        gram = (weighted.to(summed) @ delta.to(summed).T).to(precise)
         energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
         return energies.flip(0).clamp_(min=0).float(), vectors.flip(1).float()
     gram = (delta.T @ delta).to(precise)
