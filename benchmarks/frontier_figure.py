@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 STYLES = {
     "auto, rows": ("#0072B2", "-", "o"),
     "auto": ("#56B4E9", "--", "o"),
+    "auto, servable": ("#56B4E9", ":", "^"),
     "graftllm, rows": ("#D55E00", "-", "s"),
     "graftllm+embedding": ("#E69F00", "-", "s"),
     "deltacome-fixed": ("#CC79A7", "-", "v"),

@@ -24,15 +24,18 @@ class GraftkitPack:
 
     own = True
 
-    def __init__(self, recipe: str, rows: bool):
-        self.recipe, self.seeded = recipe, rows
+    def __init__(self, recipe: str, rows: bool, servable: bool = False):
+        self.recipe, self.seeded, self.servable = recipe, rows, servable
         self.name = f"{recipe}, rows" if rows else recipe
+        if servable:
+            self.name = f"{recipe}, servable"
 
     def pack(self, problem: Problem, file: Path, budget_bytes: int | None) -> Any:
         """Write the pack. Raises: UnreachableError."""
         rows = problem.rows_file if self.seeded else None
         pair = problem.pair
-        pack = _packed(pair.target_path, pair.tuned_path, self.recipe, budget_bytes, rows, problem)
+        recipe = (self.recipe, self.servable)
+        pack = _packed(pair.target_path, pair.tuned_path, recipe, budget_bytes, rows, problem)
         pack.save(file)
         return None
 
@@ -91,7 +94,7 @@ class GraftllmEmbedding:
     ) -> bytes:
         embedding = problem.pair.embedding(int(share * room))
         left, tuned = room - len(embedding), problem.pair.tuned_path
-        pack = _packed(target, tuned, "graftllm", left, rows, problem)
+        pack = _packed(target, tuned, ("graftllm", False), left, rows, problem)
         file = target.parent / "inner.skillpack"
         pack.save(file)
         inner = file.read_bytes()
@@ -99,13 +102,19 @@ class GraftllmEmbedding:
 
 
 def _packed(
-    target: Path, tuned: Path, recipe: str, budget: int | None, rows: Path | None, problem: Problem
+    target: Path,
+    tuned: Path,
+    recipe: tuple[str, bool],
+    budget: int | None,
+    rows: Path | None,
+    problem: Problem,
 ) -> SkillPack:
     try:
         return pack_delta(
             target,
             tuned,
-            recipe=recipe,
+            recipe=recipe[0],
+            servable=recipe[1],
             budget=None if budget is None else f"{budget}B",
             calibration=rows,
             seed=problem.seed,

@@ -55,7 +55,7 @@ LOSSY = (
     *("graftllm, rows", "graftllm+embedding", "deltacome-published"),
 )
 LOSSLESS = ("XOR + zstd", "ZipNN", "lossless")
-OWN = ("auto, rows", "auto")
+OWN = ("auto, rows", "auto", "auto, servable")
 _MODULES = {
     "svd": ("truncated",),
     "pruning": ("pruning",),
@@ -83,6 +83,7 @@ def packer(name: str, out: Path) -> Packer:
         "graftllm+embedding": lambda: _method("graftkit_packs", "GraftllmEmbedding"),
         "auto, rows": lambda: _method("graftkit_packs", "GraftkitPack", "auto", True),
         "auto": lambda: _method("graftkit_packs", "GraftkitPack", "auto", False),
+        "auto, servable": lambda: _method("graftkit_packs", "GraftkitPack", "auto", False, True),
         "lossless": lambda: _method("graftkit_packs", "GraftkitPack", "lossless", False),
         "XOR + zstd": lambda: _method("lossless", "XorZstd"),
         "ZipNN": lambda: _method("lossless", "ZipNN"),

@@ -185,6 +185,11 @@ def rescale_factors(payload: bytes, by: Multipliers) -> bytes:
     return b"".join((*parts, payload[end:]))
 
 
+def multiplier_bytes(shape: tuple[int, int]) -> int:
+    """Bytes of one multiplier for each output and each input of a matrix."""
+    return sum((side + 1) // 2 for side in shape)
+
+
 def _pack_multipliers(logarithms: Tensor) -> bytes:
     values = (logarithms.double() / math.log(2) * _STEPS_PER_OCTAVE).round() + _UNITY
     return pack_bits(values.clamp_(0, 15).to(torch.uint8).numpy(), 4).tobytes()

@@ -23,7 +23,7 @@ def correct_scales(
     pack: SkillPack,
     modules: Mapping[str, str],
     states: tuple[Checkpoint, Checkpoint],
-    training: tuple[Sequence[Row], int, int],
+    training: tuple[Sequence[Row], int, int, bool],
     work: WorkFolder,
     progress: Callable[[int, int], None],
 ) -> dict[str, Multipliers]:
@@ -31,7 +31,8 @@ def correct_scales(
 
     Args:
         pack: everything coded. modules: live module by the name of its weight.
-        states: target and tuned. training: rows, seed and steps.
+        states: target and tuned. training: rows, seed, steps, and
+            whether outputs and inputs have multipliers.
         work: where the result is kept, and found by a resumed job.
     Returns: multipliers by tensor name, none where they do not pay on rows not trained on.
     """
@@ -45,9 +46,7 @@ def correct_scales(
             found = pack.factors(name)
             if found is not None and found[1].shape[0]:
                 factors.append(Factors(module, *found))
-        result = distill_scales(
-            Checkpoint.open(folder), states[1], factors, *training, True, progress
-        )
+        result = distill_scales(Checkpoint.open(folder), states[1], factors, *training, progress)
         work.remove_folder("packed")
         known = {}
         if result.kl_after < result.kl_before:

@@ -113,7 +113,7 @@ def distill_scales(
         if learned and student.parameters:
             # A divergence is quadratic in the multipliers: their distance from the best ones, and
             # with it Adam's step, goes with its root.
-            rate = min(MOST_LEARNING_RATE, LEARNING_RATE * math.sqrt(before))
+            rate = min(MOST_LEARNING_RATE, LEARNING_RATE * math.sqrt(max(before, 0.0)))
             _train(student, learned, seed, (steps, rate), report)
         after = student.divergence(held)
     return student.result(before, after)

@@ -11,7 +11,7 @@ from torch import Tensor
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.bound import waterfilling_bits
 from graftkit.compress.codecs import Precision, matrix_shape
-from graftkit.compress.coded import Multipliers, rescale_factors
+from graftkit.compress.coded import Multipliers, multiplier_bytes, rescale_factors
 from graftkit.config import PackConfig
 from graftkit.delta import Checkpoint
 from graftkit.models.architecture import ModuleKind, tied_names
@@ -51,6 +51,10 @@ from graftkit.skillpack.manifest import (
     Manifest,
     TensorRecord,
 )
+
+MOST_FOR_MULTIPLIERS = 0.12
+"""Share of the payload above which outputs and inputs get no multipliers of their own: components
+have theirs anyway. Half the divergence at 1 % is worth a tenth of the bytes, not a third."""
 
 
 class PackingJob:
@@ -97,6 +101,7 @@ class PackingJob:
         )
         self.appended = {i: encode_appended(self.pairs[i], self.tuned) for i in lossy}
         room = self.assembly.room_for_lossy(stored, lossy, self.appended)
+        self.sides_fit = self._sides_bytes(lossy) <= MOST_FOR_MULTIPLIERS * room
         facts = dict(zip(lossy, self._map("measuring", self._measure, lossy), strict=True))
         stored |= self._spend(facts, room)
         stored |= self._correct(stored, facts)
@@ -173,10 +178,20 @@ class PackingJob:
             auto = self.config.recipe == "auto"
             metric = self._metric(pair) if auto else Metric()
             calibrated = auto and self.activity is not None
-            scalable = calibrated and self.config.scale_steps > 0 and pair.scalable
-            flags = Flags(self._makes_logits(pair), calibrated, scalable)
+            sides = self._is_scaled(pair) and self.sides_fit
+            flags = Flags(self._makes_logits(pair), calibrated, sides)
             measure_pair(pair, states, metric, flags, self.work, index)
         return self._measure(index)
+
+    def _is_scaled(self, pair: Pair) -> bool:
+        """Distillation may train the scales of this tensor's factors."""
+        distilled = self.config.recipe == "auto" and self.config.scale_steps > 0
+        return distilled and self.activity is not None and pair.scalable
+
+    def _sides_bytes(self, lossy: Sequence[int]) -> int:
+        """Bytes of one multiplier for each output and input of what distillation may train."""
+        pairs = [self.pairs[i] for i in lossy if self._is_scaled(self.pairs[i])]
+        return sum(multiplier_bytes(matrix_shape(p.common_shape, p.layout)[1]) for p in pairs)
 
     def _encode_lossless(self, index: int) -> Stored:
         def encode() -> Encoded:
@@ -227,7 +242,7 @@ class PackingJob:
         scaled = {
             i: self.pairs[i].role.module
             for i in facts
-            if facts[i].scalable and stored[i].record.codec == "lowrank"
+            if self._is_scaled(self.pairs[i]) and stored[i].record.codec == "lowrank"
         }
         if not scaled or self.calibration is None:
             return {}
@@ -236,7 +251,7 @@ class PackingJob:
             SkillPack(self.assembly.finished(stored, None), self._views(stored)),
             {self.pairs[i].name: module for i, module in scaled.items()},
             (self.target, self.tuned),
-            (self.calibration.rows, self.config.seed, self.config.scale_steps),
+            (self.calibration.rows, self.config.seed, self.config.scale_steps, self.sides_fit),
             self.work,
             progress,
         )
