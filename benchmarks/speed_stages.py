@@ -26,7 +26,7 @@ class Parts:
         self.seconds: dict[str, float] = {}
         self._watch(measure, "eigenbasis", "spectra")
         self._watch(coded, "encode_codes", "entropy coding")
-        self._watch(encode, "decode_delta", "decoding for the error")
+        self._watch(encode, "_lost_energies", "decoding for the error")
         self._watch(encode, "encode_matrix", "coding in all")
 
     def _watch(self, module: ModuleType, name: str, part: str) -> None:

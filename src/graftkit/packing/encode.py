@@ -11,10 +11,13 @@ from graftkit.compress.codecs import (
     Precision,
     Statistics,
     Zero,
-    decode_delta,
+    decode_rows,
     encode_matrix,
     join_payloads,
     matrices,
+    matrix_shape,
+    row_blocks,
+    split_payload,
 )
 from graftkit.compress.energy import output_energy
 from graftkit.delta import TENSOR_DIGEST_HEX, Checkpoint, tensor_bytes
@@ -136,14 +139,28 @@ def _measured(
 ) -> Encoded:
     """coded: codec, its payload, and the appended rows' payload."""
     codec, body, appended = coded
-    decoded = decode_delta(codec, memoryview(body), tuple(delta.shape), pair.layout)
-    decoded.sub_(delta)
-    distortion = _energy(decoded, pair, None) / _energy(delta, pair, None)
+    lost = _lost_energies(pair, delta, covariance, codec, memoryview(body))
+    distortion = lost[0] / _energy(delta, pair, None)
     error = math.sqrt(distortion)
     if covariance is not None:
-        whole = max(_energy(delta, pair, covariance), 1e-30)
-        distortion = _energy(decoded, pair, covariance) / whole
+        distortion = lost[1] / max(_energy(delta, pair, covariance), 1e-30)
     return _finish(pair, scan, codec, body, appended, (error, distortion))
+
+
+def _lost_energies(
+    pair: Pair, delta: Tensor, covariance: Tensor | None, codec: str, body: memoryview
+) -> tuple[float, float]:
+    """‖δ̂ − δ‖² without and with the covariance (0 where it is None), block by block."""
+    count, shape = matrix_shape(tuple(delta.shape), pair.layout)
+    plain = weighted = 0.0
+    for part, matrix in zip(split_payload(body, count), matrices(delta, pair.layout), strict=True):
+        rows = decode_rows(codec, part, shape)
+        for block in row_blocks(shape):
+            error = rows(block).sub_(matrix[block])
+            plain += output_energy(error, None)
+            if covariance is not None:
+                weighted += output_energy(error, covariance)
+    return plain, weighted
 
 
 def _finish(
