@@ -13,7 +13,7 @@ HARD_SKILL = "cmudict_g2p"
 """Its embedding moved far; means are also given without it."""
 
 AUTO, REFERENCE = "auto, rows", "graftllm, rows"
-OURS = ("auto, rows", "auto")
+OURS = ("auto, rows", "auto", "auto, servable")
 EQUAL_AT = ("10%", "5%", "2.5%")
 Point = tuple[float, float]
 

@@ -1,0 +1,111 @@
+"""Calibrated packs end to end: sensitivities weigh, distillation sets multipliers in place."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import make_pair, save_tokenizer
+
+from graftkit.compress.coded import decode_factors
+from graftkit.delta import Checkpoint
+from graftkit.errors import ConfigError
+from graftkit.packing import pack_delta, pairs, run
+from graftkit.skillpack import SkillPack
+
+LETTERS = "abcdefghij"
+OPTIONS = {"budget": "90%", "workers": 1, "scale_steps": 40, "servable": True}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def folders(request, tmp_path_factory):
+    """Target, tuned and rows."""
+    folder = tmp_path_factory.mktemp(request.param)
+    target, tuned = make_pair(folder, request.param, torch.bfloat16)
+    rows = folder / "rows.jsonl"
+    texts = [{"prompt": f"{a}{b}", "completion": f" {b}{a}{b}"} for a in LETTERS for b in LETTERS]
+    rows.write_text("\n".join(json.dumps(text) for text in texts))
+    for path in (target, tuned):
+        save_tokenizer(path)
+    return target, tuned, rows
+
+
+@pytest.fixture(autouse=True)
+def _lossy_from_tiny(monkeypatch):
+    monkeypatch.setattr(pairs, "SMALLEST_LOSSY", 256)
+    # In matrices this small the multipliers are a large part of everything.
+    monkeypatch.setattr(run, "MOST_FOR_MULTIPLIERS", 1.0)
+
+
+def packed(folders, **options) -> SkillPack:
+    target, tuned, rows = folders
+    return pack_delta(target, tuned, calibration=rows, **{**OPTIONS, **options})
+
+
+def factored(pack):
+    """Decoded factors of every low-rank matrix, by name."""
+    found = {}
+    for record in pack.manifest.tensors:
+        if record.codec == "lowrank":
+            rows, columns = record.shape
+            shape = (columns, rows) if record.layout == "transposed" else (rows, columns)
+            found[record.name] = decode_factors(pack.payload(record.name), shape)
+    return found
+
+
+def test_distillation_changes_scales_and_not_a_byte_of_length(folders):
+    coded, distilled = packed(folders, scale_steps=0), packed(folders)
+    # Room for multipliers is a part of the budget: without it the codes are finer.
+    assert max(coded.pack_bytes, distilled.pack_bytes) <= distilled.manifest.budget_bytes
+    moved = [f for f in factored(distilled).values() if (f.output != 1).any()]
+    assert moved
+    assert not any((f.output != 1).any() for f in factored(coded).values())
+
+
+def test_the_error_quoted_is_that_of_the_distilled_delta(folders):
+    pack = packed(folders)
+    before, after = (Checkpoint.open(path) for path in folders[:2])
+    for name in factored(pack):
+        delta = after.read(name).float() - before.read(name).float()
+        lost = (pack.delta(name, before.read(name)) - delta).norm() / delta.norm()
+        assert float(lost) == pytest.approx(pack.record(name).error, rel=2e-3)
+
+
+@pytest.mark.parametrize("step", ["weighing", "distilling scales"])
+def test_an_interrupted_distillation_goes_on_and_gives_the_same_bytes(folders, step, tmp_path):
+    whole = packed(folders)
+
+    def interrupt(at, done, total):
+        if at == step and done >= total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        packed(folders, work_dir=tmp_path / "work", progress=interrupt)
+    resumed = packed(folders, work_dir=tmp_path / "work", workers=2)
+    whole.save(tmp_path / "a")
+    resumed.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_multipliers_that_would_eat_the_budget_are_left_out(folders, monkeypatch):
+    monkeypatch.setattr(run, "MOST_FOR_MULTIPLIERS", 0.0)
+    found = factored(packed(folders)).values()
+    assert found
+    assert all((f.output == 1).all() for f in found)
+
+
+def test_servable_is_for_auto_only(folders):
+    with pytest.raises(ConfigError, match="servable"):
+        packed(folders, recipe="graftllm", servable=True)
+
+
+def test_a_servable_pack_adds_a_bounded_share_of_multiplications(folders):
+    pack = packed(folders)
+    assert {r.codec for r in pack.manifest.tensors} <= {"zero", "exact", "lowrank"}
+    for factors in factored(pack).values():
+        (rows, rank), columns = factors.left.shape, factors.right.shape[1]
+        assert rank * (rows + columns) <= 0.25 * rows * columns
+
+
+def test_negative_steps_are_refused(folders):
+    with pytest.raises(ConfigError, match="scale_steps"):
+        packed(folders, scale_steps=-1)
