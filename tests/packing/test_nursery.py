@@ -68,6 +68,22 @@ def test_doubling_the_budget_never_increases_the_divergence(shared: Path) -> Non
     assert divergences == sorted(divergences, reverse=True)
 
 
+def test_auto_diverges_less_than_the_papers_recipe_at_twice_its_bytes(shared: Path) -> None:
+    nursery = shared / "nursery"
+    tokenizer = usable_tokenizer(Checkpoint.open(nursery / "target"))
+    rows = read_rows(shared / "data/llm/clinc150_intent/test.jsonl")[:60]
+    tuned = load_model(nursery / "clinc150_intent", torch.float32)
+    target = load_model(nursery / "target", torch.float32)
+    divergence = {}
+    for recipe, budget in (("graftllm", "10%"), ("auto", "5%")):
+        pack = pack_delta(
+            nursery / "target", nursery / "clinc150_intent", recipe=recipe, budget=budget
+        )
+        with attached(target, pack):
+            divergence[recipe] = token_fidelity(tuned, target, tokenizer, rows).kl_mean
+    assert divergence["auto"] < divergence["graftllm"]
+
+
 def test_side_path_and_merged_agree_on_a_real_pack(shared: Path) -> None:
     nursery = shared / "nursery"
     pack = pack_delta(nursery / "target", nursery / "nl_regex", budget="5%")
