@@ -163,6 +163,8 @@ def _kinds(tensors: list[dict[str, Any]]) -> Table:
 def _detail(tensor: dict[str, Any]) -> str:
     if "kept" in tensor:
         return f"{tensor['kept']:,} kept, {tensor['positions']}"
+    if tensor.get("coded"):
+        return f"rank {tensor['rank']}, coded" if tensor["rank"] is not None else "coded"
     return f"{tensor['bits']} bits" if "bits" in tensor else ""
 
 
