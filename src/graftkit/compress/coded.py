@@ -190,9 +190,18 @@ def multiplier_bytes(shape: tuple[int, int]) -> int:
     return sum((side + 1) // 2 for side in shape)
 
 
+def stored_multipliers(logarithms: Tensor) -> Tensor:
+    """Natural logarithms of multipliers as a payload keeps them, in eighths of an octave."""
+    return (_multiplier_codes(logarithms) - _UNITY).mul_(math.log(2) / _STEPS_PER_OCTAVE).float()
+
+
+def _multiplier_codes(logarithms: Tensor) -> Tensor:
+    steps = logarithms.double() * (_STEPS_PER_OCTAVE / math.log(2))
+    return steps.round_().add_(_UNITY).clamp_(0, 15)
+
+
 def _pack_multipliers(logarithms: Tensor) -> bytes:
-    values = (logarithms.double() / math.log(2) * _STEPS_PER_OCTAVE).round() + _UNITY
-    return pack_bits(values.clamp_(0, 15).to(torch.uint8).numpy(), 4).tobytes()
+    return pack_bits(_multiplier_codes(logarithms).to(torch.uint8).numpy(), 4).tobytes()
 
 
 def _unpack_multipliers(part: memoryview, side: int) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftkit.compress.coded import stored_multipliers
 from graftkit.delta import Checkpoint
 from graftkit.errors import RowsError
 from graftkit.models.backward import (
@@ -115,6 +116,7 @@ def distill_scales(
             # with it Adam's step, goes with its root.
             rate = min(MOST_LEARNING_RATE, LEARNING_RATE * math.sqrt(max(before, 0.0)))
             _train(student, learned, seed, (steps, rate), report)
+            student.round()
         after = student.divergence(held)
     return student.result(before, after)
 
@@ -162,6 +164,11 @@ class _Student:
     def accumulate(self, goals: Sequence[_Goal]) -> float:
         """The same, and its gradient is added to the parameters'."""
         return self._run(goals, backward=True)
+
+    def round(self) -> None:
+        """Multipliers of outputs and inputs as the file will hold them."""
+        for value in (*self.row.values(), *self.column.values()):
+            value.detach().copy_(stored_multipliers(value.detach()))
 
     def result(self, before: float, after: float) -> ScaleResult:
         """What was trained, or the identity where it does not pay."""
