@@ -44,10 +44,11 @@ def write_report(records: Sequence[Record], docs: Path) -> None:
 
 
 def bytes_at(points: Iterable[Point], goal: float) -> float | None:
-    """Bytes at which the lower convex frontier of (bytes, KL) reaches the KL `goal`.
+    """Bytes at which the frontier of (bytes, KL) reaches the KL `goal`.
 
-    Both axes logarithmic, straight lines between the corners. None where it is never reached, or
-    where the smallest file is below it already.
+    Both axes logarithmic, straight lines between neighbours that were measured: a convex hull
+    would promise what no file reached. None where the goal is never reached, or where the
+    smallest file is below it already.
     """
     corners = frontier([point for point in points if point[1] > 0])
     for (x0, y0), (x1, y1) in pairwise(corners):
@@ -58,19 +59,12 @@ def bytes_at(points: Iterable[Point], goal: float) -> float | None:
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
-    """Corners of the lower convex hull in logarithms, falling from left to right."""
-    hull: list[Point] = []
+    """The points that no smaller file beats, falling from left to right."""
+    kept: list[Point] = []
     for point in sorted(points):
-        if hull and point[1] >= hull[-1][1]:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], point) <= _slope(hull[-2], hull[-1]):
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def _slope(one: Point, other: Point) -> float:
-    return math.log(other[1] / one[1]) / math.log(other[0] / one[0])
+        if not kept or point[1] < kept[-1][1]:
+            kept.append(point)
+    return kept
 
 
 def methods_of(lines: Sequence[Record]) -> list[str]:
@@ -159,8 +153,8 @@ def _equal_text(lines: Sequence[Record]) -> str:
             + table(["skill", *EQUAL_AT], rows)
         )
     note = (
-        "Read off auto's convex frontier, straight in log bytes and log KL; < where its smallest "
-        "file is better already, > where its largest is worse."
+        "Read between the files of auto that were measured, straight in log bytes and log KL; "
+        "< where its smallest file is better already, > where its largest is worse."
     )
     return "\n\n".join([*parts, note])
 

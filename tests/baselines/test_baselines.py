@@ -100,10 +100,10 @@ def test_the_programme_spends_bits_on_the_components_that_need_them(problem):
     assert len(set(bits) - {0}) <= F_MAX
 
 
-def test_a_curve_is_read_between_its_convex_corners(problem):
+def test_a_curve_is_read_between_neighbours_that_were_measured(problem):
     from frontier_report import bytes_at, frontier
 
-    points = [(100, 1.0), (200, 0.9), (1_000, 0.01)]
-    assert frontier(points) == [(100, 1.0), (1_000, 0.01)]
-    assert bytes_at(points, 0.1) == pytest.approx(100 * 10**0.5)
+    points = [(100, 1.0), (200, 1.1), (400, 0.1), (1_000, 0.09)]
+    assert frontier(points) == [(100, 1.0), (400, 0.1), (1_000, 0.09)]
+    assert bytes_at(points, 10**-0.5) == pytest.approx(200)
     assert bytes_at(points, 0.001) is None
