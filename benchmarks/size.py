@@ -5,7 +5,6 @@ writes the table and the curves of docs/benchmarks.md. Nothing is tuned on what 
 """
 
 import argparse
-import functools
 import lzma
 import os
 import sys
@@ -18,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from baselines.problem import remembering
 from ledger import ROOT, Ledger
 from size_report import write_report
 
@@ -86,7 +86,7 @@ class SkillBench:
     @cached_property
     def tuned(self) -> Any:
         """The live tuned model, in float32."""
-        return _remembering(load_model(self.tuned_path, torch.float32))
+        return remembering(load_model(self.tuned_path, torch.float32))
 
     def pack(self, setting: Setting) -> tuple[SkillPack, dict[str, Any]]:
         """The pack of one setting, and its bytes on disk and seconds. Raises: BudgetError."""
@@ -159,22 +159,6 @@ def xor_xz_bytes(target: Path, tuned: Path) -> int:
         planes[0].append(pairs[:, 1].tobytes())
         planes[1].append(pairs[:, 0].tobytes())
     return len(lzma.compress(b"".join(planes[0] + planes[1]), preset=9))
-
-
-def _remembering(model: Any) -> Any:
-    """The model, its logits kept by the ids it was given: it is asked the same for every pack."""
-    known: dict[tuple[Any, ...], Any] = {}
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def remembered(*, input_ids: Any, **options: Any) -> Any:
-        key = (tuple(input_ids.shape), input_ids.numpy().tobytes())
-        if key not in known:
-            known[key] = forward(input_ids=input_ids, **options)
-        return known[key]
-
-    model.forward = remembered
-    return model
 
 
 def settings_of(skill: str, series: Sequence[str], budgets: Sequence[str], rows: int) -> list:

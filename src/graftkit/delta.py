@@ -157,6 +157,11 @@ class Checkpoint:
         file = self.path / name
         return file.read_bytes() if file.is_file() else None
 
+    def side_files(self) -> dict[str, bytes]:
+        """Contents of all side files that the directory has, by name."""
+        found = {name: self.side_file(name) for name in SIDE_FILES}
+        return {name: content for name, content in found.items() if content is not None}
+
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The raw little-endian bytes of a tensor, without a copy where it is contiguous."""

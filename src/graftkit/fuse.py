@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from graftkit.delta import DTYPES, SIDE_FILES, Checkpoint
+from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError, OutputError, PackMismatchError
 from graftkit.sharded import write_checkpoint
 from graftkit.skillpack import SkillPack
@@ -88,19 +87,13 @@ class _Merge:
         """One tensor of the result, in the dtype that the pack (or the target) gives it."""
         if self.alone:
             pack = self.packs[0]
-            return pack.decode(name, self._reference(pack, name))
+            return pack.rebuild(name, self.target.read)
         result = self.target.read(name)
         total = result.float()
         for pack, weight in zip(self.packs, self.weights, strict=True):
             if pack.record(name).codec != "zero" and weight != 0:
                 total.add_(pack.delta(name, result), alpha=weight)
         return total.to(result.dtype) if result.is_floating_point() else result
-
-    def _reference(self, pack: SkillPack, name: str) -> Tensor:
-        record = pack.record(name)
-        if record.target_name is not None:
-            return self.target.read(record.target_name)
-        return torch.zeros(record.shape, dtype=DTYPES[record.dtype])
 
     def _check_addable(self) -> None:
         for pack in self.packs:
@@ -112,10 +105,8 @@ class _Merge:
                     )
 
     def _side_files(self) -> dict[str, bytes]:
-        files = {name: self.target.side_file(name) for name in SIDE_FILES}
-        if len(self.packs) == 1:
-            files |= self.packs[0].side_files(self.target)
-        return {name: content for name, content in files.items() if content is not None}
+        files = self.target.side_files()
+        return files | self.packs[0].side_files(self.target) if len(self.packs) == 1 else files
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:

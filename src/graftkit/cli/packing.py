@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from graftkit.cli import show
-from graftkit.delta import DTYPES, Checkpoint
+from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFault
 from graftkit.packing import pack_delta
 from graftkit.packing.measure import Progress
@@ -95,10 +95,7 @@ def parse_weights(text: str | None) -> list[float] | None:
 
 
 def _check_finite(pack: SkillPack, name: str, target: Checkpoint) -> None:
-    record = pack.record(name)
-    source = record.target_name
-    zeros = torch.zeros(record.shape, dtype=DTYPES[record.dtype])
-    tensor = pack.decode(name, zeros if source is None else target.read(source))
+    tensor = pack.rebuild(name, target.read)
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise CorruptPackError(
             f"tensor {name} decodes to NaN or infinite weights; pack the model again",

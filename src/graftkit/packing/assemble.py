@@ -37,22 +37,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class Assembly:
-    """One pack around its payloads. files: side files with their payloads."""
+    """One pack around its payloads. budget_bytes: largest file allowed. files: side files with
+    their payloads."""
 
     target: Checkpoint
     tuned: Checkpoint
     config: PackConfig
+    budget_bytes: int | None
     pairs: Sequence[Pair]
     scans: Sequence[Scan]
     files: Sequence[tuple[FileRecord, bytes]]
     calibration: CalibrationInfo | None
     work: WorkFolder
-
-    @property
-    def budget_bytes(self) -> int | None:
-        """Largest file allowed."""
-        budget = self.config.parsed_budget
-        return budget.to_bytes(self.target.nbytes, self.target.parameters) if budget else None
 
     def room_for_lossy(
         self, stored: Mapping[int, Stored], lossy: list[int], appended: Mapping[int, bytes]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from graftkit.compress.coded import Multipliers
-from graftkit.delta import SIDE_FILES, Checkpoint
+from graftkit.delta import Checkpoint
 from graftkit.packing.job import WorkFolder
 from graftkit.packing.rescale import Factors, distill_scales
 from graftkit.rows import Row
@@ -70,13 +70,7 @@ def _write_packed(
     target, tuned = states
 
     def tensor(name: str) -> torch.Tensor:
-        record = pack.record(name)
-        if record.target_name is None:
-            return pack.decode(name, torch.zeros(record.shape))
-        before = target.read(record.target_name)
-        return before if name in apart else pack.decode(name, before)
+        return target.read(name) if name in apart else pack.rebuild(name, target.read)
 
     names = [record.name for record in pack.manifest.tensors]
-    files = {name: tuned.side_file(name) for name in SIDE_FILES}
-    present = {name: content for name, content in files.items() if content is not None}
-    write_checkpoint(folder, names, tensor, present, lambda done: None)
+    write_checkpoint(folder, names, tensor, tuned.side_files(), lambda done: None)

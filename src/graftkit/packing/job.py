@@ -5,22 +5,17 @@ import mmap
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 
 from graftkit.errors import OutputError
 
 _MAP_FROM_BYTES = 2**16
 """Smaller payloads are read into memory: a map costs a page and a slot of the kernel each."""
-
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 class WorkFolder:
@@ -119,29 +114,6 @@ class MemoryGate:
             with self._changed:
                 self._used -= share
                 self._changed.notify_all()
-
-
-def map_tensors(
-    work: Callable[[_Item], _Result],
-    items: Sequence[_Item],
-    workers: int,
-    step_done: Callable[[], None],
-) -> list[_Result]:
-    """Apply `work` to every item in threads, results in the order of the items.
-
-    Every thread computes with one core, so that results do not depend on the number of workers
-    (a matrix product cut into other pieces is rounded otherwise).
-    """
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-    futures = [pool.submit(work, item) for item in items]
-    results = []
-    try:
-        for future in futures:
-            results.append(future.result())
-            step_done()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-    return results
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def distill_scales(
     rows: Sequence[Row],
     seed: int,
     steps: int,
-    train_rows: bool,
+    train_sides: bool,
     progress: Progress | None = None,
 ) -> ScaleResult:
     """Train the multipliers of `factors` so that the packed model answers as the tuned one.
@@ -101,13 +101,13 @@ def distill_scales(
     Args:
         packed: the target with every delta merged except those of `factors`.
         teacher: the tuned model. rows: a seeded choice of them is used.
-        steps: gradient steps. train_rows: train one for each output and each input as well.
+        steps: gradient steps. train_sides: train one for each output and each input as well.
     Raises: CheckpointError for a missing module or tokenizer; RowsError.
     """
     report = progress or (lambda done, total: None)
     with one_thread(), TemporaryDirectory(prefix="graftkit-") as folder:
         goals, pad = _read_goals(teacher, rows, seed, Path(folder) / "teacher")
-        student = _Student(packed, Path(folder) / "packed", factors, train_rows, pad)
+        student = _Student(packed, Path(folder) / "packed", factors, train_sides, pad)
         held = goals[HELD_OUT - 1 :: HELD_OUT] or goals[-1:]
         learned = [goal for goal in goals if not any(goal is other for other in held)]
         before = student.divergence(held)
@@ -142,14 +142,14 @@ class _Student:
         packed: Checkpoint,
         folder: Path,
         factors: Sequence[Factors],
-        train_rows: bool,
+        train_sides: bool,
         pad: int,
     ):
         self.model, self.pad = _load(packed, folder), pad
         self.component = {f.module: torch.zeros(f.right.shape[0]) for f in factors}
         self.row = {f.module: torch.zeros(f.left.shape[0]) for f in factors}
         self.column = {f.module: torch.zeros(f.right.shape[1]) for f in factors}
-        sides = (*self.row.values(), *self.column.values()) if train_rows else ()
+        sides = (*self.row.values(), *self.column.values()) if train_sides else ()
         self.parameters = [*self.component.values(), *sides]
         for parameter in self.parameters:
             parameter.requires_grad_()

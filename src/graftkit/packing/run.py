@@ -25,7 +25,7 @@ from graftkit.packing.encode import (
     remeasured,
 )
 from graftkit.packing.fit import fit_budget
-from graftkit.packing.job import MemoryGate, WorkFolder, map_tensors, mapped_file
+from graftkit.packing.job import MemoryGate, WorkFolder, mapped_file
 from graftkit.packing.measure import (
     Activity,
     Calibration,
@@ -51,6 +51,7 @@ from graftkit.skillpack.manifest import (
     Manifest,
     TensorRecord,
 )
+from graftkit.threads import in_threads
 
 MOST_FOR_MULTIPLIERS = 0.12
 """Share of the payload above which outputs and inputs get no multipliers of their own: components
@@ -91,7 +92,15 @@ class PackingJob:
         self.scans, self.work = scans, work
         self.activity, info = self._calibrate()
         self.assembly = Assembly(
-            self.target, self.tuned, self.config, self.pairs, scans, self.files, info, work
+            self.target,
+            self.tuned,
+            self.config,
+            self.budget_bytes,
+            self.pairs,
+            scans,
+            self.files,
+            info,
+            work,
         )
         indices = range(len(self.pairs))
         lossy = [i for i in indices if self._is_lossy(i)]
@@ -124,15 +133,12 @@ class PackingJob:
         return job_key(scans, settings)
 
     def _map(self, step: str, work: Callable, items: Sequence) -> list:  # type: ignore[type-arg]
-        done = 0
+        results = []
         self.progress(step, 0, len(items))
-
-        def step_done() -> None:
-            nonlocal done
-            done += 1
-            self.progress(step, done, len(items))
-
-        return map_tensors(work, items, self.config.workers, step_done)
+        for result in in_threads(work, items, self.config.workers):
+            results.append(result)
+            self.progress(step, len(results), len(items))
+        return results
 
     def _scan_one(self, pair: Pair) -> Scan:
         with self.gate.hold(pair.target.numel):

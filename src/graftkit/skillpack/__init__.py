@@ -130,6 +130,13 @@ class SkillPack:
             zeros = torch.zeros((extra, *record.shape[1:]), dtype=weight.dtype)
             return _finite(torch.cat([common, decode_exact(self._parts(record)[1], zeros)]))
 
+    def rebuild(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """`decode` against what `read` gives for the target tensor that the record needs."""
+        record = self.record(name)
+        if record.target_name is not None:
+            return self.decode(name, read(record.target_name))
+        return self.decode(name, torch.zeros(record.shape, dtype=DTYPES[record.dtype]))
+
     def delta(self, name: str, target: Tensor) -> Tensor:
         """Tuned minus target in float32, in the tuned shape; appended rows count in full."""
         record = self.record(name)
