@@ -82,7 +82,7 @@ TENSORS: dict[str, tuple[str, tuple[int, ...], str, Layout, Precision | str | No
     "h.1.mlp.weight": ("F32", (12, 12), "mlp", "matrix", None),
     "h.1.norm.weight": ("F32", (16,), "norm", "matrix", "zero"),
     "h.2.attn.o.weight": ("F16", (12, 14), "attention", "transposed", Hybrid(2, LEVEL)),
-    "h.2.attn.q.weight": ("F16", (14, 12), "attention", "transposed", Factored(6, LEVEL, True)),
+    "h.2.attn.q.weight": ("F16", (14, 12), "attention", "transposed", Factored(6, LEVEL)),
     "lookup.weight": ("BF16", (30, 16), "embedding", "matrix", Sparse(130)),
     "rare.weight": ("BF16", (8, 64), "embedding", "matrix", Sparse(6)),
     "vocabulary.bias": ("BF16", (12,), "bias", "matrix", None),

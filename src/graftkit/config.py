@@ -67,8 +67,8 @@ class Budget:
         return math.floor(self.amount * _UNIT_BYTES[self.unit])
 
 
-SCALE_STEPS = 200
-"""Steps of scale distillation that a calibrated pack gets unless told otherwise."""
+TRAIN_STEPS = 400
+"""Steps of code training that a calibrated pack gets unless told otherwise."""
 
 
 class PackConfig(BaseModel):
@@ -86,8 +86,8 @@ class PackConfig(BaseModel):
     """Tensors compressed at the same time; the bytes do not depend on it."""
     servable: bool = False
     """Only factors whose side path stays cheap (recipe auto)."""
-    scale_steps: int = Field(default=SCALE_STEPS, ge=0, le=100_000)
-    """Steps of scale distillation after coding (recipe auto with calibration)."""
+    train_steps: int = Field(default=TRAIN_STEPS, ge=0, le=100_000)
+    """Steps of code training after coding (recipe auto with calibration)."""
 
     @classmethod
     def checked(
@@ -97,7 +97,7 @@ class PackConfig(BaseModel):
         seed: int = 0,
         workers: int = 1,
         servable: bool = False,
-        scale_steps: int = SCALE_STEPS,
+        train_steps: int = TRAIN_STEPS,
     ) -> "PackConfig":
         """Validate what a user typed. Raises: ConfigError, BudgetError."""
         if recipe not in RECIPES:
@@ -105,7 +105,7 @@ class PackConfig(BaseModel):
         for name, value, least in (
             ("seed", seed, 0),
             ("workers", workers, 1),
-            ("scale_steps", scale_steps, 0),
+            ("train_steps", train_steps, 0),
         ):
             if value < least:
                 raise ConfigError(f"{name} is {value}; it must be at least {least}")
@@ -119,7 +119,7 @@ class PackConfig(BaseModel):
             seed=seed,
             workers=min(workers, 256),
             servable=servable,
-            scale_steps=min(scale_steps, 100_000),
+            train_steps=min(train_steps, 100_000),
         )
 
     @property

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,19 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftkit.compress.coded import (
-    Multipliers,
     decode_entries,
-    decode_factors,
     decode_hybrid,
     encode_entries,
     encode_factors,
     encode_hybrid,
-    rescale_factors,
-    stored_multipliers,
+    load_factors,
+    store_factors,
 )
 from graftkit.compress.feedback import cholesky, feedback_codes, round_codes
 from graftkit.compress.lowrank import eigenbasis, leading_rows
-from graftkit.compress.rates import coding_bits, coding_error
+from graftkit.compress.rates import bits_per_unit, coding_bits, coding_error
 from graftkit.errors import CorruptPackError
 
 SHAPE = (48, 96)
@@ -41,8 +41,8 @@ def lost(delta, decoded, metric=None):
 
 def factored(delta, metric, level, rank=40):
     rows = leading_rows(delta, eigenbasis(delta, metric)[1], rank, metric)
-    payload = encode_factors(delta, rows, metric, level)
-    left, right = decode_factors(memoryview(payload), SHAPE).factors()
+    payload = store_factors(encode_factors(delta, rows, metric, level))
+    left, right = load_factors(memoryview(payload), SHAPE).factors()
     return payload, left @ right
 
 
@@ -90,43 +90,47 @@ def test_codes_have_a_dead_zone():
     assert round_codes(torch.tensor([0.59, -0.59, 0.61, -0.61, 1.7])).tolist() == [0, 0, 1, -1, 2]
 
 
-@pytest.mark.parametrize("room", [False, True])
-def test_rescaling_multiplies_what_has_room_and_keeps_the_length(room):
-    delta, metric = spectrum(), covariance()
+@pytest.mark.parametrize("metric", [None, covariance()])
+def test_storing_what_was_loaded_gives_the_same_bytes(metric):
+    delta = spectrum()
     rows = leading_rows(delta, eigenbasis(delta, metric)[1], 40, metric)
-    payload = encode_factors(delta, rows, metric, 0.05, room)
-    before = decode_factors(memoryview(payload), SHAPE)
-    by = Multipliers(
-        torch.linspace(-0.5, 0.5, len(before.component)),
-        torch.linspace(-0.6, 0.5, 48),
-        torch.linspace(-0.3, 0.3, 96),
-    )
-    louder = rescale_factors(payload, by)
-    after = decode_factors(memoryview(louder), SHAPE)
-    assert len(louder) == len(payload)
-    assert torch.allclose(after.component, before.component * by.component.exp(), rtol=1e-3)
-    kept = stored_multipliers(by.output).exp()
-    assert torch.allclose(after.output, kept if room else torch.ones(48), rtol=1e-5)
-    assert torch.allclose(kept, by.output.exp(), rtol=0.05)
-    wanted = before.steps * by.input.exp() if room else before.steps
-    assert torch.allclose(after.steps, wanted, rtol=0.05)
-    assert torch.equal(after.left, before.left)
-    assert torch.equal(after.right, before.right)
+    made = encode_factors(delta, rows, metric, 0.05)
+    payload = store_factors(made)
+    loaded = load_factors(memoryview(payload), SHAPE)
+    assert store_factors(loaded) == payload
+    kept = made.left.any(dim=0)
+    assert torch.equal(loaded.left, made.left[:, kept])
+    assert torch.equal(loaded.right, made.right[kept])
+    assert torch.allclose(loaded.component, made.component[kept], rtol=1e-3)
+    assert torch.equal(loaded.steps, made.steps)
+
+
+def test_components_without_a_code_are_not_stored():
+    delta = spectrum()
+    rows = leading_rows(delta, eigenbasis(delta, None)[1], 6, None)
+    made = encode_factors(delta, rows, None, 0.05)
+    left, right = made.left.clone(), made.right.clone()
+    left[:, 1], right[4] = 0, 0
+    kept = load_factors(memoryview(store_factors(replace(made, left=left, right=right))), SHAPE)
+    assert kept.right.shape[0] == made.right.shape[0] - 2
+    lost = made.left[:, [1, 4]].float() * made.component[[1, 4]] @ (made.right[[1, 4]] * made.steps)
+    whole, rest = (torch.mm(*factors.factors()) for factors in (made, kept))
+    assert torch.allclose(rest, whole - lost, atol=1e-5)
 
 
 def test_a_delta_below_the_level_is_a_rank_of_zero():
     payload, decoded = factored(spectrum() * 1e-6, None, 1.0)
-    assert decode_factors(memoryview(payload), SHAPE).right.shape == (0, 96)
+    assert load_factors(memoryview(payload), SHAPE).right.shape == (0, 96)
     assert not decoded.any()
 
 
-@pytest.mark.parametrize("decode", [decode_factors, decode_entries, decode_hybrid])
+@pytest.mark.parametrize("decode", [load_factors, decode_entries, decode_hybrid])
 @pytest.mark.parametrize("cut", [0, 1, 5, 20, -1])
 def test_a_cut_payload_is_refused(decode, cut):
     delta = spectrum()
     rows = leading_rows(delta, eigenbasis(delta, None)[1], 4, None)
     encode = {
-        decode_factors: lambda: encode_factors(delta, rows, covariance(), 0.1),
+        load_factors: lambda: store_factors(encode_factors(delta, rows, covariance(), 0.1)),
         decode_entries: lambda: encode_entries(delta, covariance(), 0.1),
         decode_hybrid: lambda: encode_hybrid(delta, rows, covariance(), 0.1),
     }[decode]
@@ -144,3 +148,26 @@ def test_rates_are_those_of_a_gaussian(ratio):
     )
     error = float((values - codes).square().mean())
     assert float(coding_error(np.array(ratio))) == pytest.approx(error, rel=0.02)
+
+
+def test_a_unit_costs_what_a_geometric_code_pays_for_it():
+    chance = 0.3
+    generator = np.random.default_rng(0)
+    size = generator.geometric(1 - chance, (2000, 500)) - 1
+    # Two-sided: P(k) is in proportion to t^|k|, so that 0 is half as likely beside |k| > 0.
+    kept = (size > 0) | (generator.random(size.shape) < 0.5)
+    codes = torch.from_numpy(np.where(kept, size, 0)).float()
+    mean = 2 * chance / (1 - chance**2)
+    codes *= mean / codes.mean()
+    price = bits_per_unit(codes)
+    assert float(price.mean()) == pytest.approx(-np.log2(chance), rel=0.01)
+
+
+def test_units_are_dear_where_a_row_and_a_column_are_quiet():
+    codes = torch.zeros(4, 8)
+    codes[0], codes[1, 0] = 5.0, 1.0
+    price = bits_per_unit(codes)
+    assert price[0].max() < price[1].min()
+    assert price[1, 0] < price[1, 1]
+    assert price.min() > 0
+    assert torch.isfinite(bits_per_unit(torch.zeros(2, 3))).all()

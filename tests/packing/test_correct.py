@@ -1,4 +1,4 @@
-"""Calibrated packs end to end: sensitivities weigh, distillation sets multipliers in place."""
+"""Calibrated packs end to end: sensitivities weigh, training moves codes within the budget."""
 
 import json
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny_models import make_pair, save_tokenizer
 
-from graftkit.compress.coded import decode_factors
+from graftkit.compress.coded import load_factors
 from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError
-from graftkit.packing import pack_delta, pairs, run
+from graftkit.packing import pack_delta, pairs
 from graftkit.skillpack import SkillPack
 
 LETTERS = "abcdefghij"
-OPTIONS = {"budget": "90%", "workers": 1, "scale_steps": 40, "servable": True}
+OPTIONS = {"budget": "90%", "workers": 1, "train_steps": 40, "servable": True}
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -32,8 +32,6 @@ def folders(request, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _lossy_from_tiny(monkeypatch):
     monkeypatch.setattr(pairs, "SMALLEST_LOSSY", 256)
-    # In matrices this small the multipliers are a large part of everything.
-    monkeypatch.setattr(run, "MOST_FOR_MULTIPLIERS", 1.0)
 
 
 def packed(folders, **options) -> SkillPack:
@@ -48,20 +46,20 @@ def factored(pack):
         if record.codec == "lowrank":
             rows, columns = record.shape
             shape = (columns, rows) if record.layout == "transposed" else (rows, columns)
-            found[record.name] = decode_factors(pack.payload(record.name), shape)
+            found[record.name] = load_factors(pack.payload(record.name), shape)
     return found
 
 
-def test_distillation_changes_scales_and_not_a_byte_of_length(folders):
-    coded, distilled = packed(folders, scale_steps=0), packed(folders)
-    # Room for multipliers is a part of the budget: without it the codes are finer.
-    assert max(coded.pack_bytes, distilled.pack_bytes) <= distilled.manifest.budget_bytes
-    moved = [f for f in factored(distilled).values() if (f.output != 1).any()]
+def test_training_changes_codes_and_keeps_to_the_budget(folders):
+    coded, trained = packed(folders, train_steps=0), packed(folders)
+    assert max(coded.pack_bytes, trained.pack_bytes) <= trained.manifest.budget_bytes
+    before, after = factored(coded), factored(trained)
+    assert [r.codec for r in coded.manifest.tensors] == [r.codec for r in trained.manifest.tensors]
+    moved = [n for n in after if not torch.equal(before[n].component, after[n].component)]
     assert moved
-    assert not any((f.output != 1).any() for f in factored(coded).values())
 
 
-def test_the_error_quoted_is_that_of_the_distilled_delta(folders):
+def test_the_error_quoted_is_that_of_the_trained_delta(folders):
     pack = packed(folders)
     before, after = (Checkpoint.open(path) for path in folders[:2])
     for name in factored(pack):
@@ -70,8 +68,8 @@ def test_the_error_quoted_is_that_of_the_distilled_delta(folders):
         assert float(lost) == pytest.approx(pack.record(name).error, rel=2e-3)
 
 
-@pytest.mark.parametrize("step", ["weighing", "distilling scales"])
-def test_an_interrupted_distillation_goes_on_and_gives_the_same_bytes(folders, step, tmp_path):
+@pytest.mark.parametrize("step", ["weighing", "training codes"])
+def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(folders, step, tmp_path):
     whole = packed(folders)
 
     def interrupt(at, done, total):
@@ -84,13 +82,6 @@ def test_an_interrupted_distillation_goes_on_and_gives_the_same_bytes(folders, s
     whole.save(tmp_path / "a")
     resumed.save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_multipliers_that_would_eat_the_budget_are_left_out(folders, monkeypatch):
-    monkeypatch.setattr(run, "MOST_FOR_MULTIPLIERS", 0.0)
-    found = factored(packed(folders)).values()
-    assert found
-    assert all((f.output == 1).all() for f in found)
 
 
 def test_servable_is_for_auto_only(folders):
@@ -107,5 +98,5 @@ def test_a_servable_pack_adds_a_bounded_share_of_multiplications(folders):
 
 
 def test_negative_steps_are_refused(folders):
-    with pytest.raises(ConfigError, match="scale_steps"):
-        packed(folders, scale_steps=-1)
+    with pytest.raises(ConfigError, match="train_steps"):
+        packed(folders, train_steps=-1)

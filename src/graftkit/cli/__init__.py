@@ -77,9 +77,9 @@ def pack(
         bool,
         typer.Option("--servable", help="Only factors that are cheap in the side path."),
     ] = False,
-    scale_steps: Annotated[
+    train_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of scale distillation on the rows. Default 200; 0: none."),
+        typer.Option(help="Steps of code training on the rows. Default 400; 0: none."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write the file.")
@@ -103,7 +103,7 @@ def pack(
         seed=seed,
         workers=workers,
         servable=servable,
-        scale_steps=scale_steps,
+        train_steps=train_steps,
     )
     show.json_or(json_output, summary, lambda: show.pack_result(summary, output, dry_run))
 

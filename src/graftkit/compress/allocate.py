@@ -36,7 +36,7 @@ class MatrixFacts:
     kept_energy: for prunable tensors, ((share kept, share of energy kept), ...), else empty.
     weight: sensitivity, so that errors of different modules can be added.
     spread: energies of a sample of entries over their mean, as rows and columns spread them.
-    scalable: coded factors get room for one multiplier an output and an input.
+    trainable: once coded, factors are trained against the whole model.
     """
 
     shape: Shape
@@ -47,7 +47,7 @@ class MatrixFacts:
     kept_energy: tuple[tuple[float, float], ...]
     weight: float
     spread: np.ndarray
-    scalable: bool = False
+    trainable: bool = False
 
 
 @dataclass(frozen=True)

@@ -59,14 +59,10 @@ class Dense:
 
 @dataclass(frozen=True)
 class Factored:
-    """Entropy-coded factors of at most `rank` components at water level `level`.
-
-    multipliers: with room for one multiplier an output and an input.
-    """
+    """Entropy-coded factors of at most `rank` components at water level `level`."""
 
     rank: int
     level: float
-    multipliers: bool = False
     codec: DeltaCodec = "lowrank"
 
 
@@ -164,8 +160,8 @@ def encode_matrix(delta: Tensor, statistics: Statistics, precision: Precision) -
     rows = lowrank.leading_rows(delta, statistics.basis, precision.rank, covariance)
     if isinstance(precision, Hybrid):
         return coded.encode_hybrid(delta, rows, covariance, precision.level)
-    level, multipliers = precision.level, precision.multipliers
-    return coded.encode_factors(delta, rows, covariance, level, multipliers)
+    factors = coded.encode_factors(delta, rows, covariance, precision.level)
+    return coded.store_factors(factors)
 
 
 def decode_matrix(codec: str, payload: memoryview, shape: Shape) -> Tensor:
@@ -206,7 +202,7 @@ def row_blocks(shape: Shape) -> Iterator[slice]:
 def decode_factors(payload: memoryview, shape: Shape) -> tuple[Tensor, Tensor]:
     """left (m, r) and right (r, n) of a `lowrank` payload, float32. Raises: CorruptPackError."""
     if _is_coded(payload):
-        return coded.decode_factors(payload, shape).factors()
+        return coded.load_factors(payload, shape).factors()
     factors = lowrank.decode(payload, shape)
     return factors.left, factors.right
 

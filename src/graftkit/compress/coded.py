@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftkit.compress.bitpack import pack_bits, unpack_bits
 from graftkit.compress.codes import LARGEST_CODE, decode_codes, encode_codes
 from graftkit.compress.feedback import cholesky, feedback_codes, round_codes
 from graftkit.errors import CorruptPackError
@@ -22,35 +21,37 @@ from graftkit.errors import CorruptPackError
 CODED = 0
 """First byte of a coded payload; no other payload of `lowrank` or `dense` starts with it."""
 
-_FACTORS = struct.Struct("<BBHff")  # marker, flags, rank, input step, peak of component scales
-_ENTRIES = struct.Struct("<BBf")  # marker, flags, step
+_FACTORS = struct.Struct("<BBHff")  # marker, flag, rank, input step, peak of component scales
+_ENTRIES = struct.Struct("<BBf")  # marker, flag, step
 _LENGTH = struct.Struct("<I")
-_UNIFORM_STEPS, _MULTIPLIERS = 1, 2
-"""Flags: one step for all input columns; a multiplier for every output and every input."""
-_UNITY, _STEPS_PER_OCTAVE = 8, 8
-"""A multiplier is 2^((v − 8) / 8), v in 0..15: 0.5 to 1.83."""
+_UNIFORM_STEPS = 1
+"""Flag: one step for all input columns."""
 _STEP_RANGE = 120
 _SMALLEST_SCALE = 6.2e-5  # smallest normal float16: relative to the loudest component
 
 
 @dataclass(frozen=True)
 class CodedFactors:
-    """A decoded low-rank payload: δ̂ = diag(output) left diag(component) right diag(steps).
+    """A low-rank delta as its payload keeps it: δ̂ = left diag(component) right diag(steps).
 
-    left: int codes (out, r); component: (r,); right: int codes (r, in); output: (out,),
-    multipliers; steps: (in,), multipliers of the inputs folded in.
+    left: int codes (out, r); component: (r,) float32; right: int codes (r, in); base and octaves
+    (in,): the step of column j is base · 2^(octaves_j / 2).
     """
 
     left: Tensor
     component: Tensor
     right: Tensor
-    output: Tensor
-    steps: Tensor
+    base: float
+    octaves: np.ndarray
+
+    @property
+    def steps(self) -> Tensor:
+        """Steps of the columns of `right`, (in,) float32."""
+        return _steps(self.base, self.octaves)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """left (out, r) with all scales but those of the inputs, right (r, in), float32."""
-        left = self.left.float().mul_(self.component).mul_(self.output[:, None])
-        return left, self.right.float() * self.steps
+        """left (out, r) with the components' scales, right (r, in) with its steps, float32."""
+        return self.left.float().mul_(self.component), self.right.float() * self.steps
 
 
 def column_steps(level: float, lower: Tensor | None, columns: int) -> tuple[float, np.ndarray]:
@@ -64,12 +65,8 @@ def column_steps(level: float, lower: Tensor | None, columns: int) -> tuple[floa
 
 
 def encode_factors(
-    delta: Tensor,
-    rows: Tensor,
-    covariance: Tensor | None,
-    level: float,
-    multipliers: bool = False,
-) -> bytes:
+    delta: Tensor, rows: Tensor, covariance: Tensor | None, level: float
+) -> CodedFactors:
     """Coded factors of δ at water level c.
 
     V is coded under Σ with steps c / L_jj, U is refitted to what V became, and column k of U is
@@ -78,7 +75,6 @@ def encode_factors(
     Args:
         delta: (m, n) float32. rows: Uᵀ δ (r, n) of orthonormal left directions, loudest first.
         covariance: Σ (n, n) or None for the identity. level: c > 0.
-        multipliers: leave room for one multiplier an output and an input, all 1 at first.
     """
     lower = None if covariance is None else cholesky(covariance)
     base, octaves = column_steps(level, lower, delta.shape[1])
@@ -87,42 +83,47 @@ def encode_factors(
     codes = codes[codes.any(dim=1)]
     right = codes * steps
     if len(right) == 0:
-        return _FACTORS.pack(CODED, _UNIFORM_STEPS, 0, 1.0, 1.0)  # nothing to multiply
+        nothing = torch.zeros(delta.shape[0], 0)
+        return CodedFactors(nothing.int(), torch.zeros(0), codes.int(), base, octaves)
     weighted = right if covariance is None else right @ covariance
     gram = (weighted @ right.T).double()
     wanted = _refit(weighted, gram) @ delta.T
-    scales = level / gram.diagonal().sqrt()
-    peak = float(scales.max())
-    stored = (scales / peak).clamp_(min=_SMALLEST_SCALE).half()
-    left_codes = round_codes(wanted.div_((stored.double() * peak).float()[:, None]))
-    left_codes.clamp_(-LARGEST_CODE, LARGEST_CODE)
-    flags = (0 if octaves.any() else _UNIFORM_STEPS) | multipliers * _MULTIPLIERS
+    stored, peak = _stored_scales(level / gram.diagonal().sqrt())
+    left = round_codes(wanted.div_((stored.double() * peak).float()[:, None]))
+    left.clamp_(-LARGEST_CODE, LARGEST_CODE)
+    return CodedFactors(left.T.int(), stored.float() * peak, codes.int(), base, octaves)
+
+
+def store_factors(coded: CodedFactors) -> bytes:
+    """The payload of coded factors, without the components that are zero. Codes are not clamped."""
+    kept = coded.left.any(dim=0) & coded.right.any(dim=1)
+    rank = int(kept.sum())
+    if rank == 0:
+        return _FACTORS.pack(CODED, _UNIFORM_STEPS, 0, 1.0, 1.0)
+    stored, peak = _stored_scales(coded.component[kept])
+    uniform = not coded.octaves.any()
     parts = [
-        _FACTORS.pack(CODED, flags, len(right), base, peak),
+        _FACTORS.pack(CODED, uniform * _UNIFORM_STEPS, rank, coded.base, peak),
         stored.numpy().astype("<f2").tobytes(),
     ]
-    if multipliers:
-        parts += [_pack_multipliers(torch.zeros(side)) for side in delta.shape]
-    if octaves.any():
-        parts.append(_with_length(encode_codes(octaves[None])))
-    parts.append(_with_length(encode_codes(codes.numpy().astype(np.int32))))
-    parts.append(encode_codes(left_codes.numpy().astype(np.int32)))
+    if not uniform:
+        parts.append(_with_length(encode_codes(coded.octaves[None])))
+    parts.append(_with_length(encode_codes(_int_array(coded.right[kept]))))
+    parts.append(encode_codes(_int_array(coded.left.T[kept])))
     return b"".join(parts)
 
 
-def decode_factors(payload: memoryview, shape: tuple[int, int]) -> CodedFactors:
-    """Codes and scales. Raises: CorruptPackError."""
+def load_factors(payload: memoryview, shape: tuple[int, int]) -> CodedFactors:
+    """Inverse of `store_factors`. Raises: CorruptPackError."""
     reader = _Reader(payload)
     marker, flags, rank, base, peak = reader.struct(_FACTORS)
     rows, columns = shape
-    known = marker == CODED and flags <= (_UNIFORM_STEPS | _MULTIPLIERS)
+    known = marker == CODED and flags <= _UNIFORM_STEPS
     if rank > min(shape) or not known or not _sane(base, peak):
         raise CorruptPackError(f"coded factors of rank {rank} do not fit {list(shape)}")
     stored = np.frombuffer(reader.take(2 * rank), dtype="<f2").astype(np.float32)
     if not np.isfinite(stored).all():
         raise CorruptPackError("a component scale is NaN or infinite")
-    multiplied = flags & _MULTIPLIERS
-    packed = [reader.take((side + 1) // 2 if multiplied else 0) for side in shape]
     part = None if flags & _UNIFORM_STEPS else reader.part()
     if rank == 0:
         reader.end()
@@ -131,15 +132,12 @@ def decode_factors(payload: memoryview, shape: tuple[int, int]) -> CodedFactors:
         right = decode_codes(reader.part(), (rank, columns))
         left = decode_codes(reader.rest(), (rank, rows))
     # Codes come first: they show that the payload is long enough for a matrix of this shape.
-    sides = [torch.ones(rows), torch.ones(columns)]
-    if multiplied:
-        sides = [_unpack_multipliers(*pair) for pair in zip(packed, shape, strict=True)]
     return CodedFactors(
         torch.from_numpy(left).T,
         torch.from_numpy(stored) * peak,
         torch.from_numpy(right),
-        sides[0],
-        _steps(base, _octaves(part, columns)) * sides[1],
+        base,
+        _octaves(part, columns),
     )
 
 
@@ -155,58 +153,6 @@ def describe(codec: str, payload: memoryview, shape: tuple[int, int]) -> dict[st
     if rank > min(shape):
         raise CorruptPackError(f"coded factors of rank {rank} do not fit {list(shape)}")
     return {"rank": rank, "coded": True}
-
-
-@dataclass(frozen=True)
-class Multipliers:
-    """Natural logarithms of what a low-rank delta is multiplied by.
-
-    component: (r,); output: (out,) and input: (in,), used where the payload has room for them.
-    """
-
-    component: Tensor
-    output: Tensor
-    input: Tensor
-
-
-def rescale_factors(payload: bytes, by: Multipliers) -> bytes:
-    """The payload of `encode_factors` with its scales multiplied; its length stays."""
-    marker, flags, rank, base, peak = _FACTORS.unpack_from(payload)
-    end = _FACTORS.size + 2 * rank
-    stored = np.frombuffer(payload[_FACTORS.size : end], dtype="<f2").astype(np.float64)
-    scales = torch.from_numpy(stored * peak) * by.component.double().exp()
-    peak = float(scales.max()) if rank else 1.0
-    half = (scales / peak).clamp_(min=_SMALLEST_SCALE).half().numpy().astype("<f2")
-    parts = [_FACTORS.pack(marker, flags, rank, base, peak), half.tobytes()]
-    if flags & _MULTIPLIERS:
-        packed = [_pack_multipliers(side) for side in (by.output, by.input)]
-        parts += packed
-        end += sum(map(len, packed))
-    return b"".join((*parts, payload[end:]))
-
-
-def multiplier_bytes(shape: tuple[int, int]) -> int:
-    """Bytes of one multiplier for each output and each input of a matrix."""
-    return sum((side + 1) // 2 for side in shape)
-
-
-def stored_multipliers(logarithms: Tensor) -> Tensor:
-    """Natural logarithms of multipliers as a payload keeps them, in eighths of an octave."""
-    return (_multiplier_codes(logarithms) - _UNITY).mul_(math.log(2) / _STEPS_PER_OCTAVE).float()
-
-
-def _multiplier_codes(logarithms: Tensor) -> Tensor:
-    steps = logarithms.double() * (_STEPS_PER_OCTAVE / math.log(2))
-    return steps.round_().add_(_UNITY).clamp_(0, 15)
-
-
-def _pack_multipliers(logarithms: Tensor) -> bytes:
-    return pack_bits(_multiplier_codes(logarithms).to(torch.uint8).numpy(), 4).tobytes()
-
-
-def _unpack_multipliers(part: memoryview, side: int) -> Tensor:
-    values = unpack_bits(np.frombuffer(part, np.uint8), 4, side).astype(np.float64)
-    return torch.from_numpy(2 ** ((values - _UNITY) / _STEPS_PER_OCTAVE)).float()
 
 
 def encode_entries(delta: Tensor, covariance: Tensor | None, level: float) -> bytes:
@@ -241,10 +187,10 @@ def decode_entries(payload: memoryview, shape: tuple[int, int]) -> Rows:
 
 def encode_hybrid(delta: Tensor, rows: Tensor, covariance: Tensor | None, level: float) -> bytes:
     """Coded factors of the components `rows`, then the entries of what they leave."""
-    first = encode_factors(delta, rows, covariance, level)
-    spikes = decode_factors(memoryview(first), _shape(delta)).factors()
-    rest = torch.addmm(delta, spikes[0], spikes[1], alpha=-1)
-    return bytes([CODED]) + _with_length(first) + encode_entries(rest, covariance, level)
+    spikes = encode_factors(delta, rows, covariance, level)
+    rest = torch.addmm(delta, *spikes.factors(), alpha=-1)
+    first = _with_length(store_factors(spikes))
+    return bytes([CODED]) + first + encode_entries(rest, covariance, level)
 
 
 def decode_hybrid(payload: memoryview, shape: tuple[int, int]) -> Rows:
@@ -252,7 +198,7 @@ def decode_hybrid(payload: memoryview, shape: tuple[int, int]) -> Rows:
     reader = _Reader(payload)
     if reader.take(1)[0] != CODED:
         raise CorruptPackError("a hybrid payload has an unknown first byte")
-    left, right = decode_factors(reader.part(), shape).factors()
+    left, right = load_factors(reader.part(), shape).factors()
     entries = decode_entries(reader.rest(), shape)
     return lambda rows: entries(rows).addmm_(left[rows], right)
 
@@ -273,6 +219,16 @@ def _steps(base: float, octaves: np.ndarray) -> Tensor:
     return (kept * torch.from_numpy(2.0 ** (octaves.astype(np.float64) / 2))).float()
 
 
+def _stored_scales(scales: Tensor) -> tuple[Tensor, float]:
+    """Scales as float16 shares of the loudest, and that one as the float32 it is stored as."""
+    peak = float(np.float32(float(scales.max())))
+    return (scales / peak).clamp_(min=_SMALLEST_SCALE).half(), peak
+
+
+def _int_array(codes: Tensor) -> np.ndarray:
+    return codes.numpy().astype(np.int32)
+
+
 def _octaves(part: memoryview | None, columns: int) -> np.ndarray:
     if part is None:
         return np.zeros(columns, dtype=np.int32)
@@ -288,10 +244,6 @@ def _with_length(part: bytes) -> bytes:
 
 def _sane(*values: float) -> bool:
     return all(math.isfinite(value) and value > 0 for value in values)
-
-
-def _shape(matrix: Tensor) -> tuple[int, int]:
-    return matrix.shape[0], matrix.shape[1]
 
 
 class _Reader:

@@ -21,8 +21,6 @@ MATRIX_BITS = 400.0
 SERVABLE_SHARE = 0.25
 """Multiply-accumulates that a servable pack may add to those of a matrix."""
 
-_MULTIPLIER_BITS = 4
-
 FACTORS_BYTES, FACTORS_ERROR = 0.88, 0.75
 """What coded factors took of a Gaussian's bytes and error on the nursery: their entries have
 heavier tails, and the refit of U takes back a part of what V lost."""
@@ -41,8 +39,8 @@ class Choice:
         return self.error + multiplier(level) * 8 * self.nbytes
 
 
-UNSCALED = 1.3
-"""How much more an error counts that scale distillation cannot lower afterwards."""
+UNTRAINED = 2.0
+"""How much more an error counts that code training cannot lower afterwards."""
 
 
 def multiplier(level: float) -> float:
@@ -65,7 +63,7 @@ def choices(facts: MatrixFacts, level: float, servable: bool = False) -> list[Ch
     found = [nothing, *_factors(facts, own, level, servable, (bits, error))]
     if not servable:
         others = _entries_and_hybrid(facts, own, level, bits)
-        found += [replace(c, error=UNSCALED * c.error) if facts.scalable else c for c in others]
+        found += [replace(c, error=UNTRAINED * c.error) if facts.trainable else c for c in others]
     return found
 
 
@@ -96,11 +94,10 @@ def _factors(
         rank = min(rank, int(SERVABLE_SHARE * rows * columns / (rows + columns)))
     if rank == 0:
         return []
-    side = MATRIX_BITS + facts.scalable * _MULTIPLIER_BITS * sum(facts.shape)
-    total = facts.count * (float(bits[:rank].sum()) + side)
+    total = facts.count * (float(bits[:rank].sum()) + MATRIX_BITS)
     left = facts.count * float(error[:rank].sum()) + float(facts.energies[rank:].sum())
     nbytes, lost = FACTORS_BYTES * total / 8, FACTORS_ERROR * facts.weight * left
-    return [Choice(Factored(rank, own, facts.scalable), nbytes, lost)]
+    return [Choice(Factored(rank, own), nbytes, lost)]
 
 
 def _entries_and_hybrid(

@@ -44,38 +44,85 @@ def backward_batches(model: Any, lengths: Sequence[int], tokens: int) -> list[li
 
 
 def visit_logits(
-    model: Any, ids: Tensor, mask: Tensor, scored: Tensor, visit: Visit, *, backward: bool
+    model: Any,
+    ids: Tensor,
+    mask: Tensor,
+    scored: Tensor,
+    visit: Visit,
+    *,
+    backward: bool,
+    also: Callable[[], Tensor] | None = None,
 ) -> None:
     """Run a batch forward and, with `backward`, back again from the gradients `visit` returns.
 
     Args:
         ids, mask, scored: (rows, tokens); `scored` is true where logits are wanted. They are
             visited row by row, in chunks.
+        also: one more loss of the same pass, a scalar, asked for in a backward pass only.
     """
     inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.set_grad_enabled(backward):
         if not skips_logits(model):
-            _visit(model(**inputs).logits[scored], slice(0, int(scored.sum())), visit, backward)
+            logits = model(**inputs).logits[scored]
+            given = visit(logits.detach().float(), slice(0, len(logits)))
+            gradient = None if given is None else given.to(logits.dtype)
+            _backward((logits, gradient), backward, also)
             return
         output = model.base_model(**inputs)
         hidden = output[0][scored]
         leaf = hidden.detach().requires_grad_(backward)
-        size = max(1, _CHUNK_BYTES // (4 * vocabulary_size(model)))
-        for start in range(0, len(leaf), size):
-            span = slice(start, min(start + size, len(leaf)))
-            given = type(output)(**{**output, "last_hidden_state": leaf[None, span]})
-            # The class's own forward: some scale or cap what the head gives.
-            with _gives(model.base_model, given):
-                logits = model(input_ids=ids[:1, :1]).logits[0]
-            _visit(logits, span, visit, backward)
-        if backward and leaf.grad is not None and hidden.requires_grad:
-            torch.autograd.backward(hidden, leaf.grad)
+        _visit_chunks(model, output, leaf, ids[:1, :1], visit, backward)
+        _backward((hidden, leaf.grad), backward, also)
 
 
-def _visit(logits: Tensor, span: slice, visit: Visit, backward: bool) -> None:
-    gradient = visit(logits.detach().float(), span)
-    if backward and gradient is not None:
-        torch.autograd.backward(logits, gradient.to(logits.dtype))
+@contextmanager
+def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that every pass appends the outputs of the model's layers to; empty it before one.
+
+    It stays empty for a model whose class marks no layers.
+    """
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in _outermost_layers(model)]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _visit_chunks(
+    model: Any, output: Any, leaf: Tensor, token: Tensor, visit: Visit, backward: bool
+) -> None:
+    """Logits of the hidden states `leaf` (n, hidden), a few at a time; leaf.grad adds up."""
+    size = max(1, _CHUNK_BYTES // (4 * vocabulary_size(model)))
+    for start in range(0, len(leaf), size):
+        span = slice(start, min(start + size, len(leaf)))
+        given = type(output)(**{**output, "last_hidden_state": leaf[None, span]})
+        # The class's own forward: some scale or cap what the head gives.
+        with _gives(model.base_model, given):
+            logits = model(input_ids=token).logits[0]
+        gradient = visit(logits.detach().float(), span)
+        if backward and gradient is not None:
+            torch.autograd.backward(logits, gradient.to(logits.dtype))
+
+
+def _backward(
+    root: tuple[Tensor, Tensor | None], backward: bool, also: Callable[[], Tensor] | None
+) -> None:
+    """One backward pass from a tensor with its gradient and from a further loss."""
+    if not backward:
+        return
+    roots: list[tuple[Tensor, Tensor | None]] = [root] if root[1] is not None else []
+    if also is not None:
+        roots.append((also(), None))
+    tensors = [tensor for tensor, _ in roots if tensor.requires_grad]
+    gradients = [gradient for tensor, gradient in roots if tensor.requires_grad]
+    if tensors:
+        torch.autograd.backward(tensors, gradients)
 
 
 def _outermost_layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from graftkit.config import SCALE_STEPS, PackConfig
+from graftkit.config import TRAIN_STEPS, PackConfig
 from graftkit.delta import Checkpoint
 from graftkit.errors import GraftError
 from graftkit.packing.job import WorkFolder, mapped_file
@@ -30,7 +30,7 @@ def pack_delta(
     seed: int = 0,
     workers: int | None = None,
     servable: bool = False,
-    scale_steps: int | None = None,
+    train_steps: int | None = None,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SkillPack:
@@ -45,7 +45,7 @@ def pack_delta(
         workers: tensors in work at the same time, default one per core; the bytes are the same.
         servable: keep to factors whose side path adds at most a quarter of a matrix's
             multiply-accumulates (recipe auto).
-        scale_steps: steps of scale distillation after coding (recipe auto with calibration);
+        train_steps: steps of code training after coding (recipe auto with calibration);
             0 leaves the scales as coded.
         work_dir: folder for finished steps; a later call with the same inputs goes on from
             there. It is left behind on success and removed when the inputs are refused.
@@ -61,7 +61,7 @@ def pack_delta(
         seed,
         cores if workers is None else workers,
         servable,
-        SCALE_STEPS if scale_steps is None else scale_steps,
+        TRAIN_STEPS if train_steps is None else train_steps,
     )
     rows = None
     if calibration is not None:

@@ -1,66 +1,55 @@
-"""Scale distillation of a pack that is coded already: which multipliers its factors get.
-
-The multipliers have room in the payloads from the start, so that the file keeps its size.
-"""
+"""Code training of a pack that is coded already; what comes out has room in the file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from graftkit.compress.coded import Multipliers
+from graftkit.compress.coded import store_factors
 from graftkit.delta import Checkpoint
 from graftkit.packing.job import WorkFolder
-from graftkit.packing.rescale import Factors, distill_scales
+from graftkit.packing.train import Plan, train_codes
 from graftkit.rows import Row
 from graftkit.sharded import write_checkpoint
 from graftkit.skillpack import SkillPack
 
-_RESULT = "multipliers.json"
+_RESULT = "trained.json"
 
 
-def correct_scales(
+def correct_codes(
     pack: SkillPack,
     modules: Mapping[str, str],
     states: tuple[Checkpoint, Checkpoint],
-    training: tuple[Sequence[Row], int, int, bool],
+    rows: Sequence[Row],
+    plan: Plan,
     work: WorkFolder,
     progress: Callable[[int, int], None],
-) -> dict[str, Multipliers]:
-    """Train the multipliers of the factors of `modules` against the tuned model.
+) -> dict[str, str]:
+    """Train the factors of `modules` against the tuned model.
 
     Args:
         pack: everything coded. modules: live module by the name of its weight.
-        states: target and tuned. training: rows, seed, steps, and
-            whether outputs and inputs have multipliers.
-        work: where the result is kept, and found by a resumed job.
-    Returns: multipliers by tensor name, none where they do not pay on rows not trained on.
+        states: target and tuned.
+        work: where the payloads are kept, and found by a resumed job.
+    Returns: the payload's file in `work` by tensor name; nothing where training does not pay on
+        rows not trained on.
     """
-    known = work.read_json(_RESULT)
+    known: dict[str, str] | None = work.read_json(_RESULT)
     if known is None:
         folder = work.path / "packed"
         work.remove_folder("packed")
         _write_packed(pack, set(modules), states, folder)
-        factors = []
-        for name, module in modules.items():
-            found = pack.factors(name)
-            if found is not None and found[1].shape[0]:
-                factors.append(Factors(module, *found))
-        result = distill_scales(Checkpoint.open(folder), states[1], factors, *training, progress)
+        factors = {module: pack.coded_factors(name) for name, module in modules.items()}
+        packed = Checkpoint.open(folder)
+        result = train_codes(packed, states[1], factors, rows, plan, progress)
         work.remove_folder("packed")
         known = {}
         if result.kl_after < result.kl_before:
-            known = {
-                name: [
-                    part[module].tolist() for part in (result.component, result.row, result.column)
-                ]
-                for name, module in modules.items()
-                if module in result.component
-            }
+            known = {name: f"trained-{i}.bin" for i, name in enumerate(modules)}
+            for name, file in known.items():
+                work.write(file, store_factors(result.factors[modules[name]]))
         work.write_json(_RESULT, known)
-    return {
-        name: Multipliers(*(torch.tensor(part) for part in parts)) for name, parts in known.items()
-    }
+    return known
 
 
 def _write_packed(

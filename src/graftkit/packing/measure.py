@@ -158,11 +158,11 @@ class Metric:
 @dataclass(frozen=True)
 class Flags:
     """logits: the tensor makes the logits. calibrated: other tensors weigh in nats.
-    scalable: its factors get multipliers."""
+    trainable: its factors can be trained."""
 
     logits: bool
     calibrated: bool
-    scalable: bool
+    trainable: bool
 
 
 def metric_of(pair: Pair, activity: Activity | None, tied: bool) -> Metric:
@@ -226,7 +226,7 @@ def known_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
         kept_energy=tuple((share, kept) for share, kept in known["kept"]),
         weight=known["weight"],
         spread=np.array(known["spread"]),
-        scalable=known["scalable"],
+        trainable=known["trainable"],
     )
 
 
@@ -270,7 +270,7 @@ def measure_pair(
         "gain": feedback_gain(covariance),
         "kept": _kept_energy(delta) if pair.gathered else [],
         "weight": metric.weight or (_sensitivity(flags) / output if output else 1.0),
-        "scalable": flags.scalable,
+        "trainable": flags.trainable,
         "spread": _spread(matrices(delta, layout)[0], covariance),
     }
     work.write_json(_facts_name(index), facts)

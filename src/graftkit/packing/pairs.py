@@ -69,11 +69,10 @@ class Pair:
         return count * rows * columns >= SMALLEST_LOSSY and min(rows, columns) >= 2
 
     @property
-    def scalable(self) -> bool:
-        """A plain linear layer: distillation can hook it by name."""
-        inner = self.role.kind not in (ModuleKind.EMBEDDING, ModuleKind.HEAD)
-        plain = self.role.linear and not self.resized and self.base is None
-        return plain and inner and len(self.target.shape) == 2
+    def trainable(self) -> bool:
+        """A plain linear layer or embedding: training can hook it by name."""
+        known = self.role.linear or self.role.kind is ModuleKind.EMBEDDING
+        return known and not self.resized and self.base is None and len(self.target.shape) == 2
 
     @property
     def gathered(self) -> bool:

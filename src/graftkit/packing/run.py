@@ -11,12 +11,11 @@ from torch import Tensor
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.bound import waterfilling_bits
 from graftkit.compress.codecs import Precision, matrix_shape
-from graftkit.compress.coded import Multipliers, multiplier_bytes, rescale_factors
 from graftkit.config import PackConfig
 from graftkit.delta import Checkpoint
 from graftkit.models.architecture import ModuleKind, tied_names
 from graftkit.packing.assemble import GENERATOR, Assembly, Stored
-from graftkit.packing.correct import correct_scales
+from graftkit.packing.correct import correct_codes
 from graftkit.packing.encode import (
     Encoded,
     encode_appended,
@@ -43,6 +42,7 @@ from graftkit.packing.measure import (
 )
 from graftkit.packing.pairs import Pair, match_tensors
 from graftkit.packing.recipes import plan_graftllm
+from graftkit.packing.train import Plan
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.files import changed_files
 from graftkit.skillpack.manifest import (
@@ -52,10 +52,6 @@ from graftkit.skillpack.manifest import (
     TensorRecord,
 )
 from graftkit.threads import in_threads
-
-MOST_FOR_MULTIPLIERS = 0.12
-"""Share of the payload above which outputs and inputs get no multipliers of their own: components
-have theirs anyway. Half the divergence at 1 % is worth a tenth of the bytes, not a third."""
 
 
 class PackingJob:
@@ -110,10 +106,9 @@ class PackingJob:
         )
         self.appended = {i: encode_appended(self.pairs[i], self.tuned) for i in lossy}
         room = self.assembly.room_for_lossy(stored, lossy, self.appended)
-        self.sides_fit = self._sides_bytes(lossy) <= MOST_FOR_MULTIPLIERS * room
         facts = dict(zip(lossy, self._map("measuring", self._measure, lossy), strict=True))
         stored |= self._spend(facts, room)
-        stored |= self._correct(stored, facts)
+        stored |= self._correct(stored, facts, room)
         manifest = self.assembly.finished(stored, self._bound(stored, facts))
         self.assembly.check_size(manifest, stored)
         return manifest, {self.pairs[i].name: stored[i].file for i in indices if stored[i].nbytes}
@@ -124,7 +119,7 @@ class PackingJob:
             "versions": [GENERATOR, FORMAT_VERSION, torch.__version__],
             "recipe": self.config.recipe,
             "servable": self.config.servable,
-            "scale_steps": self.config.scale_steps,
+            "train_steps": self.config.train_steps,
             "budget": self.budget_bytes,
             "seed": self.config.seed,
             "calibration": self.calibration.digest if self.calibration else None,
@@ -184,20 +179,14 @@ class PackingJob:
             auto = self.config.recipe == "auto"
             metric = self._metric(pair) if auto else Metric()
             calibrated = auto and self.activity is not None
-            sides = self._is_scaled(pair) and self.sides_fit
-            flags = Flags(self._makes_logits(pair), calibrated, sides)
+            flags = Flags(self._makes_logits(pair), calibrated, self._is_trained(pair))
             measure_pair(pair, states, metric, flags, self.work, index)
         return self._measure(index)
 
-    def _is_scaled(self, pair: Pair) -> bool:
-        """Distillation may train the scales of this tensor's factors."""
-        distilled = self.config.recipe == "auto" and self.config.scale_steps > 0
-        return distilled and self.activity is not None and pair.scalable
-
-    def _sides_bytes(self, lossy: Sequence[int]) -> int:
-        """Bytes of one multiplier for each output and input of what distillation may train."""
-        pairs = [self.pairs[i] for i in lossy if self._is_scaled(self.pairs[i])]
-        return sum(multiplier_bytes(matrix_shape(p.common_shape, p.layout)[1]) for p in pairs)
+    def _is_trained(self, pair: Pair) -> bool:
+        """Code training may follow if this tensor is factored."""
+        trained = self.config.recipe == "auto" and self.config.train_steps > 0
+        return trained and self.activity is not None and pair.trainable
 
     def _encode_lossless(self, index: int) -> Stored:
         def encode() -> Encoded:
@@ -242,37 +231,39 @@ class PackingJob:
         return self._stored(index, encode, repr(precision))
 
     def _correct(
-        self, stored: dict[int, Stored], facts: dict[int, MatrixFacts]
+        self, stored: dict[int, Stored], facts: dict[int, MatrixFacts], room: int
     ) -> dict[int, Stored]:
-        """Tensors whose multipliers distillation has set."""
-        scaled = {
-            i: self.pairs[i].role.module
+        """Tensors whose codes were trained; all lossy payloads together still fit `room`."""
+        trained = {
+            self.pairs[i].name: i
             for i in facts
-            if self._is_scaled(self.pairs[i]) and stored[i].record.codec == "lowrank"
+            if self._is_trained(self.pairs[i]) and stored[i].record.codec == "lowrank"
         }
-        if not scaled or self.calibration is None:
+        if not trained or self.calibration is None:
             return {}
-        progress = partial(self.progress, "distilling scales")
-        correction = correct_scales(
+        lossy = sum(stored[i].nbytes - len(self.appended[i]) for i in facts)
+        freed = sum(stored[i].nbytes for i in trained.values())
+        plan = Plan(self.config.seed, self.config.train_steps, room - lossy + freed)
+        files = correct_codes(
             SkillPack(self.assembly.finished(stored, None), self._views(stored)),
-            {self.pairs[i].name: module for i, module in scaled.items()},
+            {name: self.pairs[i].role.module for name, i in trained.items()},
             (self.target, self.tuned),
-            (self.calibration.rows, self.config.seed, self.config.scale_steps, self.sides_fit),
+            self.calibration.rows,
+            plan,
             self.work,
-            progress,
+            partial(self.progress, "training codes"),
         )
-        found = {i: correction.get(self.pairs[i].name) for i in scaled}
-        return {i: self._rescaled(i, stored[i], by) for i, by in found.items() if by is not None}
+        items = [(trained[name], file) for name, file in files.items()]
+        measured = self._map("measuring again", self._retrained, items)
+        return dict(zip([i for i, _ in items], measured, strict=True))
 
-    def _rescaled(self, index: int, old: Stored, by: Multipliers) -> Stored:
-        pair, file = self.pairs[index], f"rescaled-{index}.bin"
-        payload = rescale_factors(self.work.read(old.file) or b"", by)
-        self.work.write(file, payload)
+    def _retrained(self, item: tuple[int, str]) -> Stored:
+        index, file = item
+        pair, scan, payload = self.pairs[index], self.scans[index], self.work.read(file) or b""
         with self._states(index) as states:
             covariance = self._metric(pair).covariance
-            scan = self.scans[index]
-            encoded = remeasured(pair, scan, states, covariance, old.record.codec, payload)
-        return Stored(encoded.record, encoded.distortion, old.nbytes, file)
+            encoded = remeasured(pair, scan, states, covariance, "lowrank", payload)
+        return Stored(encoded.record, encoded.distortion, len(payload), file)
 
     def _bases(self, index: int) -> Tensor | None:
         bases = self.work.read_array(basis_name(index))

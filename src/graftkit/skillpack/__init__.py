@@ -20,6 +20,7 @@ from graftkit.compress.codecs import (
     describe_payload,
     matrix_shape,
 )
+from graftkit.compress.coded import CodedFactors, load_factors
 from graftkit.delta import DTYPES, Checkpoint, check_digest
 from graftkit.errors import CorruptPackError, GraftError, PackMismatchError
 from graftkit.skillpack.container import (
@@ -164,6 +165,17 @@ class SkillPack:
         with _naming(record):
             left, right = decode_factors(self._parts(record)[0], shape)
             return _finite(left), _finite(right)
+
+    def coded_factors(self, name: str) -> CodedFactors:
+        """The codes of a tensor that is one entropy-coded low-rank matrix.
+
+        Raises: CorruptPackError.
+        """
+        record = self.record(name)
+        body, _ = self._parts(record)
+        _, shape = matrix_shape(self._common_shape(record), record.layout)
+        with _naming(record):
+            return load_factors(body, shape)
 
     def side_files(self, target: Checkpoint) -> dict[str, bytes]:
         """Contents of the side files that the tuned model changed, by name."""

@@ -1,0 +1,144 @@
+"""A packed model whose codes can be trained: factors in real numbers, rounded in every pass.
+
+    δ̂ = round(left) diag(component) round(right) diag(steps)
+
+Gradients go through the rounding as if it were not there (straight-through estimator,
+arXiv 1308.3432).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.compress.coded import CodedFactors, store_factors
+from graftkit.compress.codes import LARGEST_CODE
+from graftkit.compress.rates import bits_per_unit
+from graftkit.models.encoding import submodule
+
+MOST_CODES = 2**26
+"""Above this many codes only the components' scales are trained: a code takes 16 bytes."""
+_SPREAD = 0.25
+"""Codes start this far from their integers at most: they then move one by one, not all at once."""
+_ZONES = [0.5 + 0.01 * step for step in range(46)]  # least |value| of a code that is not 0
+
+
+class Student:
+    """The live packed model; what the hooks add to it is trained.
+
+    Args:
+        model: the packed model without the deltas of `factors`, frozen.
+        factors: by the name of a Linear, a Conv1D or an Embedding in the model. The delta of a
+            tied embedding is added to the output head too.
+    Raises: CheckpointError for a missing module.
+    """
+
+    def __init__(self, model: Any, factors: Mapping[str, CodedFactors], where: str):
+        self.model = model
+        trains_codes = sum(f.left.numel() + f.right.numel() for f in factors.values()) <= MOST_CODES
+        generator = torch.Generator().manual_seed(0)
+        self.latents = {name: _Latent(f, trains_codes, generator) for name, f in factors.items()}
+        for name, latent in self.latents.items():
+            module = submodule(model, name, where)
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(latent.add_rows)
+                if _serves_as_head(model, module):
+                    model.get_output_embeddings().register_forward_hook(latent.add_product)
+            else:
+                module.register_forward_hook(latent.add_product)
+
+    @property
+    def codes(self) -> list[Tensor]:
+        """What is rounded, in units of a code; empty where there is too much of it to train."""
+        return [part for latent in self.latents.values() for part in latent.codes]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """Logarithms that components are scaled by."""
+        return [latent.component for latent in self.latents.values()]
+
+    def add_rate(self, nats_per_bit: float) -> None:
+        """Add the gradient of the bits that the codes take to their gradients."""
+        for latent in self.codes:
+            values = latent.detach()
+            price = bits_per_unit(_rounded(values)) * values.sign() * nats_per_bit
+            latent.grad = price if latent.grad is None else latent.grad + price
+
+    def coded(self, zone: float = 0.5) -> dict[str, CodedFactors]:
+        """The factors as they are; a code below `zone` is 0."""
+        return {name: latent.coded(zone) for name, latent in self.latents.items()}
+
+    def nbytes(self, zone: float = 0.5) -> int:
+        """Bytes of all payloads."""
+        return sum(len(store_factors(factors)) for factors in self.coded(zone).values())
+
+    def fit(self, room: int) -> bool:
+        """Round for good, with the smallest dead zone whose payloads take at most `room` bytes.
+
+        Returns: whether there is one.
+        """
+        zone = next((zone for zone in _ZONES if self.nbytes(zone) <= room), None)
+        if zone is None:
+            return False
+        for name, factors in self.coded(zone).items():
+            self.latents[name].settle(factors)
+        return True
+
+
+class _Latent:
+    """One delta."""
+
+    def __init__(self, start: CodedFactors, trains_codes: bool, generator: torch.Generator):
+        self.start = start
+        self.left, self.right = start.left.float().contiguous(), start.right.float()
+        self.component = torch.zeros(len(start.component)).requires_grad_()
+        self.codes: Sequence[Tensor] = (self.left, self.right) if trains_codes else ()
+        for latent in self.codes:
+            latent += _SPREAD * (2 * torch.rand(latent.shape, generator=generator) - 1)
+            latent.requires_grad_()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left (out, r) and right (r, in) of what is added now."""
+        left, right = _straight_through(self.left), _straight_through(self.right)
+        return left * (self.start.component * self.component.exp()), right * self.start.steps
+
+    def coded(self, zone: float) -> CodedFactors:
+        left, right = (_rounded(part.detach(), zone).int() for part in (self.left, self.right))
+        component = self.start.component * self.component.detach().exp()
+        return replace(self.start, left=left, right=right, component=component)
+
+    def settle(self, factors: CodedFactors) -> None:
+        with torch.no_grad():
+            self.left.copy_(factors.left)
+            self.right.copy_(factors.right)
+
+    def add_product(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """x -> + (x rightᵀ) leftᵀ."""
+        inputs: Tensor = args[0]
+        left, right = (factor.to(inputs.dtype) for factor in self.factors())
+        return output + (inputs @ right.T) @ left.T
+
+    def add_rows(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Tokens -> + their rows of left right."""
+        left, right = self.factors()
+        return output + (nn.functional.embedding(args[0], left) @ right).to(output.dtype)
+
+
+def _serves_as_head(model: Any, module: nn.Module) -> bool:
+    """The tied input embedding; positions have embeddings too."""
+    tied = model.config.get_text_config().tie_word_embeddings
+    found = model.get_output_embeddings() is not None and module is model.get_input_embeddings()
+    return bool(tied and found)
+
+
+def _rounded(values: Tensor, zone: float = 0.5) -> Tensor:
+    """The nearest integers a code may be; 0 below `zone`."""
+    codes = values.round().clamp_(-LARGEST_CODE, LARGEST_CODE)
+    return codes if zone <= 0.5 else codes.masked_fill_(values.abs() < zone, 0.0)
+
+
+def _straight_through(values: Tensor) -> Tensor:
+    """Rounded forward, left alone backward."""
+    return values + (_rounded(values.detach()) - values.detach())

@@ -1,0 +1,204 @@
+"""Codes of a compressed delta, trained against the tuned model."""
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import build, save_tokenizer
+
+from graftkit.compress.coded import CodedFactors, encode_factors, store_factors
+from graftkit.compress.lowrank import eigenbasis, leading_rows
+from graftkit.delta import Checkpoint
+from graftkit.errors import CheckpointError, RowsError
+from graftkit.models import tensor_roles
+from graftkit.models.encoding import EncodedRow
+from graftkit.packing import student, train
+from graftkit.packing.student import Student
+from graftkit.packing.train import Exchange, Plan, Trained, train_codes
+from graftkit.rows import Row
+
+RANK, STEPS = 4, 150
+LETTERS = "abcdefghij"
+ROWS = [Row(f"{a}{b}", f" {b}{a}{b}") for a in LETTERS for b in LETTERS]
+
+Case = tuple[Checkpoint, Checkpoint, dict[str, CodedFactors]]
+
+
+def make_case(folder: Path, architecture: str) -> Case:
+    """A target, a tuned model that moved by low-rank deltas, and these deltas, coarsely coded."""
+    model = build(architecture, scale=0.2)
+    model.save_pretrained(folder / "target")
+    save_tokenizer(folder / "target")
+    target = Checkpoint.open(folder / "target")
+    generator = torch.Generator().manual_seed(1)
+    factors = {}
+    for role in tensor_roles(target).values():
+        if role.linear or role.kind.value == "embedding":
+            weight = model.get_submodule(role.module).weight.data
+            rows, columns = weight.T.shape if role.transposed else weight.shape
+            left = 0.5 * torch.randn(rows, RANK, generator=generator)
+            delta = left @ torch.randn(RANK, columns, generator=generator) * columns**-0.5
+            weight += delta.T if role.transposed else delta
+            loud = leading_rows(delta, eigenbasis(delta, None)[1], RANK, None)
+            factors[role.module] = encode_factors(delta, loud, None, 0.35)
+    model.save_pretrained(folder / "tuned")
+    save_tokenizer(folder / "tuned")
+    return target, Checkpoint.open(folder / "tuned"), factors
+
+
+def nbytes(factors) -> int:
+    return sum(len(store_factors(coded)) for coded in factors.values())
+
+
+def trained(
+    case: Case,
+    factors: dict[str, CodedFactors] | None = None,
+    steps: int = STEPS,
+    rows: list[Row] = ROWS,
+    room: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trained:
+    factors = case[2] if factors is None else factors
+    plan = Plan(0, steps, nbytes(factors) if room is None else room)
+    return train_codes(case[0], case[1], factors, rows, plan, progress)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_trained_codes_diverge_less_on_rows_held_out_and_fit_their_room(
+    tmp_path: Path, architecture: str
+) -> None:
+    case = make_case(tmp_path, architecture)
+    found = trained(case)
+    assert found.kl_after < 0.9 * found.kl_before
+    assert nbytes(found.factors) <= nbytes(case[2])
+    moved = [n for n, f in found.factors.items() if not torch.equal(f.left, case[2][n].left)]
+    assert len(moved) > len(case[2]) / 2
+
+
+def test_a_tied_embedding_is_trained_as_a_lookup_and_as_a_head(tmp_path: Path) -> None:
+    target, _, factors = make_case(tmp_path, "llama_tied")
+    only = {name: f for name, f in factors.items() if "embed" in name}
+    assert len(only) == 1
+    (name,) = only
+    model = train._load(target, tmp_path / "unused")
+    pupil = Student(model, only, "here")
+    left, right = only[name].factors()
+    weight = model.get_submodule(name).weight
+    ids = torch.tensor([[3, 5, 7]])
+    with torch.no_grad():
+        state = model.base_model(ids).last_hidden_state
+        added = model(ids).logits
+        weight += left @ right
+        for latent in pupil.latents.values():
+            latent.component.fill_(-1e9)  # nothing is added any more
+        assert torch.allclose(model.base_model(ids).last_hidden_state, state, atol=1e-5)
+        assert torch.allclose(model(ids).logits, added, atol=1e-5)
+
+
+def test_less_room_than_the_codes_took_is_met(llama: Case) -> None:
+    room = int(0.98 * nbytes(llama[2]))
+    found = trained(llama, room=room)
+    assert nbytes(found.factors) <= room
+    assert found.kl_after < found.kl_before
+
+
+def test_what_cannot_fit_stays_as_it_was(llama: Case) -> None:
+    found = trained(llama, steps=2, room=10)
+    assert found.factors is llama[2]
+    assert found.kl_after == found.kl_before > 0
+
+
+def test_the_same_seed_gives_the_same_codes_on_any_number_of_threads(llama: Case) -> None:
+    first = trained(llama, steps=12)
+    torch.set_num_threads(2)
+    second = trained(llama, steps=12)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert threads == 2
+    assert first.kl_after == second.kl_after < first.kl_before
+    for name, value in first.factors.items():
+        assert torch.equal(value.left, second.factors[name].left)
+        assert torch.equal(value.component, second.factors[name].component)
+
+
+def test_a_model_streamed_from_disk_learns_as_much(
+    llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(llama, steps=12)
+    monkeypatch.setattr(train, "RESIDENT_BYTES", 0)
+    streamed = trained(llama, steps=12)
+    assert streamed.kl_after == pytest.approx(whole.kl_after, rel=0.02)
+
+
+def test_too_many_codes_are_left_alone_and_their_scales_trained(
+    llama: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student, "MOST_CODES", 0)
+    loud = {name: replace(f, component=1.3 * f.component) for name, f in llama[2].items()}
+    found = trained(llama, loud)
+    assert found.kl_after < found.kl_before
+    for name, value in found.factors.items():
+        assert torch.equal(value.left, loud[name].left)
+        assert not torch.equal(value.component, loud[name].component)
+
+
+def test_only_words_of_prompts_are_exchanged_and_never_their_template() -> None:
+    rows = [EncodedRow([1, 10 + i, 20 + i, 2, 90 + i], 4, False) for i in range(8)]
+    exchange = Exchange(rows, random.Random(0))
+    seen = [exchange(row) for row in rows for _ in range(50)]
+    assert {(row.ids[0], row.ids[3]) for row in seen} == {(1, 2)}
+    assert all(new.ids[4] == rows[i // 50].ids[4] for i, new in enumerate(seen))
+    words = [word for row in seen for word in row.ids[1:3]]
+    assert set(words) == {*range(10, 18), *range(20, 28)}
+    kept = [new.ids[1] == rows[i // 50].ids[1] for i, new in enumerate(seen)]
+    assert 0.5 * len(kept) < sum(kept) < 0.9 * len(kept)
+
+
+def test_the_divergence_of_a_vocabulary_cut_to_its_likeliest_tokens_has_the_right_gradient() -> (
+    None
+):
+    generator = torch.Generator().manual_seed(0)
+    p = (2 * torch.randn(5, 30, generator=generator)).softmax(dim=1)
+    chances, tokens = p.topk(6)
+    logits = torch.randn(5, 30, generator=generator, requires_grad=True)
+    q = logits.softmax(dim=1)
+    likely, rest, rest_p = q.gather(1, tokens), q.scatter(1, tokens, 0.0).sum(1), 1 - chances.sum(1)
+    wanted = (chances * (chances / likely).log()).sum() + (rest_p * (rest_p / rest).log()).sum()
+    wanted.backward()
+    found, gradient = train._divergence(logits.detach(), tokens, chances)
+    assert found == pytest.approx(wanted.item(), rel=1e-5)
+    assert logits.grad is not None
+    assert torch.allclose(gradient, logits.grad, atol=1e-6)
+
+
+def test_a_hidden_state_of_any_size_counts_the_same() -> None:
+    wanted = torch.tensor([[1000.0, 0.0], [0.0, 1.0]])
+    found = wanted * torch.tensor([[1.1], [1.2]])
+    assert train.relative_error(found, wanted).item() == pytest.approx((0.01 + 0.04) / 2, rel=1e-4)
+
+
+def test_progress_is_reported_step_by_step(llama: Case) -> None:
+    seen: list[tuple[int, int]] = []
+    trained(llama, steps=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_one_row_is_too_few_to_train_and_to_measure(llama: Case) -> None:
+    found = trained(llama, rows=ROWS[:1])
+    assert found.kl_after == found.kl_before > 0
+
+
+def test_rows_without_completion_and_unknown_modules_are_refused(llama: Case) -> None:
+    lost = {"model.nowhere": next(iter(llama[2].values()))}
+    with pytest.raises(CheckpointError, match=r"module model\.nowhere is not in Llama"):
+        trained(llama, lost)
+    with pytest.raises(RowsError, match="no row has a token"):
+        trained(llama, rows=[])
