@@ -1,4 +1,4 @@
-"""graftkit's own recipes as rows of the frontier, and graftllm given the common embedding codec."""
+"""graftkit's own recipes as rows of the frontier, and graftllm given our embedding codec."""
 
 import shutil
 import struct
@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from baselines.embedding import decode_embedding
+from baselines.coded_embedding import decode_best, encode_best
 from baselines.problem import Pair, Problem
 from baselines.protocol import EMBEDDING_SHARES, UnreachableError
 from graftkit.errors import BudgetError
@@ -45,7 +45,7 @@ class GraftkitPack:
 
 
 class GraftllmEmbedding:
-    """recipe graftllm for the matrices, the embedding as every other baseline has it.
+    """recipe graftllm for the matrices, the embedding by the codec that `auto` has for it.
 
     The pack is made for a target that has tuned's embedding already, so that no byte of it goes
     there and the activations are still tuned's; the embedding's payload stands behind it.
@@ -86,19 +86,31 @@ class GraftllmEmbedding:
         state = _decoded(SkillPack.load(inner), pair)
         name = pair.side.embedding
         if name is not None:
-            state[name] = decode_embedding(content[body:], pair.side.before[name])
+            state[name] = decode_best(content[body:], pair.side.before[name])
         return state
 
     def _content(
         self, problem: Problem, target: Path, room: int, share: float, rows: Path | None
     ) -> bytes:
-        embedding = problem.pair.embedding(int(share * room))
+        embedding = _embedding(problem.pair, int(share * room))
         left, tuned = room - len(embedding), problem.pair.tuned_path
         pack = _packed(target, tuned, ("graftllm", False), left, rows, problem)
         file = target.parent / "inner.skillpack"
         pack.save(file)
         inner = file.read_bytes()
         return _LENGTH.pack(len(inner)) + inner + embedding
+
+
+def _embedding(pair: Pair, budget_bytes: int) -> bytes:
+    """Made once for each budget."""
+    name = pair.side.embedding
+    if name is None or budget_bytes <= 1:
+        return b""
+    key = ("graftllm+embedding", budget_bytes)
+    if key not in pair.kept:
+        pair.kept[key] = encode_best(pair.side.before[name], pair.after[name], budget_bytes)
+    payload: bytes = pair.kept[key]
+    return payload
 
 
 def _packed(
