@@ -33,7 +33,7 @@ from graftkit.rows import Row, read_rows
 SKILLS = ("clinc150_intent", "nl_regex", "inflect_spa", "cmudict_g2p")
 BUDGETS = ("0.25%", "0.5%", "1%", "2.5%", "5%", "10%", "25%")
 SEEDS = (0, 1, 2)
-CALIBRATION_ROWS = 256
+CALIBRATION_ROWS, MANY_ROWS = 256, 4096
 ELSEWHERE_SHARE = 4  # rows of each other skill: the skill's own rows over this
 BASE_TEXTS = ("books-valid.txt.gz", "python-valid.txt.gz")
 BASE_ROWS = 12  # of each base text
@@ -57,12 +57,14 @@ class SkillBench:
         self.base = list(base_rows(self.data / "base"))
 
     def problem(self, seed: int, work: Path) -> Problem:
-        """The calibration rows of one draw, also as a file."""
+        """The calibration rows of one draw, also as files."""
         lines = (self.data / self.skill / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        chosen = random.Random(seed).sample(lines, CALIBRATION_ROWS)
-        file = work / f"train-{self.skill}-{seed}.jsonl"
-        file.write_text("\n".join(chosen) + "\n", encoding="utf-8")
-        return Problem(self.pair, read_rows(file), seed, file)
+        files = []
+        for count in (CALIBRATION_ROWS, MANY_ROWS):
+            chosen = random.Random(seed).sample(lines, count)
+            files.append(work / f"train-{self.skill}-{seed}-{count}.jsonl")
+            files[-1].write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        return Problem(self.pair, read_rows(files[0]), seed, *files)
 
     @cached_property
     def exact(self) -> dict[str, float]:

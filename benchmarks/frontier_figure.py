@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 # Okabe and Ito first, then greys: told apart by marker and dash as well as by colour.
 STYLES = {
     "auto, rows": ("#0072B2", "-", "o"),
+    "auto, 4096 rows": ("#0072B2", ":", "*"),
     "auto": ("#56B4E9", "--", "o"),
     "auto, servable": ("#56B4E9", ":", "^"),
     "graftllm, rows": ("#D55E00", "-", "s"),

@@ -20,19 +20,22 @@ _LENGTH = struct.Struct("<I")
 
 
 class GraftkitPack:
-    """One recipe of `pack_delta`, with or without rows."""
+    """One recipe of `pack_delta`, with or without rows, or with many."""
 
     own = True
 
-    def __init__(self, recipe: str, rows: bool, servable: bool = False):
-        self.recipe, self.seeded, self.servable = recipe, rows, servable
+    def __init__(self, recipe: str, rows: bool, servable: bool = False, many: bool = False):
+        self.recipe, self.seeded, self.servable, self.many = recipe, rows, servable, many
         self.name = f"{recipe}, rows" if rows else recipe
         if servable:
             self.name = f"{recipe}, servable"
+        if many:
+            self.name = f"{recipe}, 4096 rows"
 
     def pack(self, problem: Problem, file: Path, budget_bytes: int | None) -> Any:
         """Write the pack. Raises: UnreachableError."""
         rows = problem.rows_file if self.seeded else None
+        rows = problem.many_rows_file if self.many else rows
         pair = problem.pair
         recipe = (self.recipe, self.servable)
         pack = _packed(pair.target_path, pair.tuned_path, recipe, budget_bytes, rows, problem)

@@ -55,7 +55,7 @@ LOSSY = (
     *("graftllm, rows", "graftllm+embedding", "deltacome-published"),
 )
 LOSSLESS = ("XOR + zstd", "ZipNN", "lossless")
-OWN = ("auto, rows", "auto", "auto, servable")
+OWN = ("auto, rows", "auto", "auto, servable", "auto, 4096 rows")
 _MODULES = {
     "svd": ("truncated",),
     "pruning": ("pruning",),
@@ -84,6 +84,9 @@ def packer(name: str, out: Path) -> Packer:
         "auto, rows": lambda: _method("graftkit_packs", "GraftkitPack", "auto", True),
         "auto": lambda: _method("graftkit_packs", "GraftkitPack", "auto", False),
         "auto, servable": lambda: _method("graftkit_packs", "GraftkitPack", "auto", False, True),
+        "auto, 4096 rows": lambda: _method(
+            "graftkit_packs", "GraftkitPack", "auto", True, False, True
+        ),
         "lossless": lambda: _method("graftkit_packs", "GraftkitPack", "lossless", False),
         "XOR + zstd": lambda: _method("lossless", "XorZstd"),
         "ZipNN": lambda: _method("lossless", "ZipNN"),

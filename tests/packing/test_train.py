@@ -89,7 +89,7 @@ def test_a_tied_embedding_is_trained_as_a_lookup_and_as_a_head(tmp_path: Path) -
     assert len(only) == 1
     (name,) = only
     model = train._load(target, tmp_path / "unused")
-    pupil = Student(model, only, "here")
+    pupil = Student(model, only, target)
     left, right = only[name].factors()
     weight = model.get_submodule(name).weight
     ids = torch.tensor([[3, 5, 7]])
@@ -141,7 +141,7 @@ def test_a_model_streamed_from_disk_learns_as_much(
 def test_too_many_codes_are_left_alone_and_their_scales_trained(
     llama: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(student, "MOST_CODES", 0)
+    monkeypatch.setattr(student, "most_codes", lambda checkpoint: 0)
     loud = {name: replace(f, component=1.3 * f.component) for name, f in llama[2].items()}
     found = trained(llama, loud)
     assert found.kl_after < found.kl_before

@@ -16,13 +16,22 @@ from torch import Tensor, nn
 from graftkit.compress.coded import CodedFactors, store_factors
 from graftkit.compress.codes import LARGEST_CODE
 from graftkit.compress.rates import bits_per_unit
+from graftkit.delta import Checkpoint
 from graftkit.models.encoding import submodule
 
-MOST_CODES = 2**26
-"""Above this many codes only the components' scales are trained: a code takes 16 bytes."""
+_FREE_CODES, _CODES_PER_VALUE = 2**25, 1.5
 _SPREAD = 0.25
 """Codes start this far from their integers at most: they then move one by one, not all at once."""
 _ZONES = [0.5 + 0.01 * step for step in range(46)]  # least |value| of a code that is not 0
+
+
+def most_codes(checkpoint: Checkpoint) -> int:
+    """Above this many codes only the components' scales are trained.
+
+    A trained code takes 16 bytes, and packing may take 24 for each value of the largest tensor.
+    """
+    largest = max(info.numel for info in checkpoint.tensors.values())
+    return _FREE_CODES + int(_CODES_PER_VALUE * largest)
 
 
 class Student:
@@ -32,16 +41,18 @@ class Student:
         model: the packed model without the deltas of `factors`, frozen.
         factors: by the name of a Linear, a Conv1D or an Embedding in the model. The delta of a
             tied embedding is added to the output head too.
+        packed: the checkpoint of `model`.
     Raises: CheckpointError for a missing module.
     """
 
-    def __init__(self, model: Any, factors: Mapping[str, CodedFactors], where: str):
+    def __init__(self, model: Any, factors: Mapping[str, CodedFactors], packed: Checkpoint):
         self.model = model
-        trains_codes = sum(f.left.numel() + f.right.numel() for f in factors.values()) <= MOST_CODES
+        codes = sum(f.left.numel() + f.right.numel() for f in factors.values())
+        trains_codes = codes <= most_codes(packed)
         generator = torch.Generator().manual_seed(0)
         self.latents = {name: _Latent(f, trains_codes, generator) for name, f in factors.items()}
         for name, latent in self.latents.items():
-            module = submodule(model, name, where)
+            module = submodule(model, name, packed.name)
             if isinstance(module, nn.Embedding):
                 module.register_forward_hook(latent.add_rows)
                 if _serves_as_head(model, module):

@@ -106,7 +106,7 @@ def train_codes(
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="graftkit-")))
         tokenizer = usable_tokenizer(teacher)
         live = _load(teacher, folder / "teacher")
-        student = Student(_load(packed, folder / "packed"), factors, packed.name)
+        student = Student(_load(packed, folder / "packed"), factors, packed)
         pupil = _Distillation(live, student, pad_id(tokenizer), stack)
         tokens = plan.steps * STEP_TOKENS + HELD_OUT * HELD_OUT_TOKENS
         encoded = encode_rows(tokenizer, rows, tokens, plan.seed, live, teacher.name)
