@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from graftkit.compress.coded import store_factors
 from graftkit.delta import Checkpoint
 from graftkit.packing.job import WorkFolder
 from graftkit.packing.train import Plan, train_codes
@@ -39,15 +38,20 @@ def correct_codes(
         folder = work.path / "packed"
         work.remove_folder("packed")
         _write_packed(pack, set(modules), states, folder)
-        factors = {module: pack.coded_factors(name) for name, module in modules.items()}
-        packed = Checkpoint.open(folder)
-        result = train_codes(packed, states[1], factors, rows, plan, progress)
+        result = train_codes(
+            Checkpoint.open(folder),
+            states[1],
+            {module: pack.coded_factors(name) for name, module in modules.items()},
+            rows,
+            plan,
+            progress,
+        )
         work.remove_folder("packed")
         known = {}
-        if result.kl_after < result.kl_before:
-            known = {name: f"trained-{i}.bin" for i, name in enumerate(modules)}
-            for name, file in known.items():
-                work.write(file, store_factors(result.factors[modules[name]]))
+        for i, (name, module) in enumerate(modules.items()):
+            if module in result.payloads:
+                known[name] = f"trained-{i}.bin"
+                work.write(known[name], result.payloads[module])
         work.write_json(_RESULT, known)
     return known
 

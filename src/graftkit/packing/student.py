@@ -77,13 +77,13 @@ class Student:
             price = bits_per_unit(_rounded(values)) * values.sign() * nats_per_bit
             latent.grad = price if latent.grad is None else latent.grad + price
 
-    def coded(self, zone: float = 0.5) -> dict[str, CodedFactors]:
-        """The factors as they are; a code below `zone` is 0."""
-        return {name: latent.coded(zone) for name, latent in self.latents.items()}
+    def payloads(self) -> dict[str, bytes]:
+        """What the file would hold, by module."""
+        return {name: store_factors(latent.coded(0.5)) for name, latent in self.latents.items()}
 
     def nbytes(self, zone: float = 0.5) -> int:
         """Bytes of all payloads."""
-        return sum(len(store_factors(factors)) for factors in self.coded(zone).values())
+        return sum(len(store_factors(latent.coded(zone))) for latent in self.latents.values())
 
     def fit(self, room: int) -> bool:
         """Round for good, with the smallest dead zone whose payloads take at most `room` bytes.
@@ -93,8 +93,8 @@ class Student:
         zone = next((zone for zone in _ZONES if self.nbytes(zone) <= room), None)
         if zone is None:
             return False
-        for name, factors in self.coded(zone).items():
-            self.latents[name].settle(factors)
+        for latent in self.latents.values():
+            latent.settle(zone)
         return True
 
 
@@ -102,8 +102,10 @@ class _Latent:
     """One delta."""
 
     def __init__(self, start: CodedFactors, trains_codes: bool, generator: torch.Generator):
-        self.start = start
         self.left, self.right = start.left.float().contiguous(), start.right.float()
+        # Codes in integers would take a quarter more memory.
+        nothing = torch.empty(0, dtype=torch.int32)
+        self.start = replace(start, left=nothing, right=nothing)
         self.component = torch.zeros(len(start.component)).requires_grad_()
         self.codes: Sequence[Tensor] = (self.left, self.right) if trains_codes else ()
         for latent in self.codes:
@@ -120,10 +122,10 @@ class _Latent:
         component = self.start.component * self.component.detach().exp()
         return replace(self.start, left=left, right=right, component=component)
 
-    def settle(self, factors: CodedFactors) -> None:
+    def settle(self, zone: float) -> None:
         with torch.no_grad():
-            self.left.copy_(factors.left)
-            self.right.copy_(factors.right)
+            for latent in (self.left, self.right):
+                latent.copy_(_rounded(latent, zone))
 
     def add_product(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """x -> + (x rightᵀ) leftᵀ."""

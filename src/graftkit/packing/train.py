@@ -71,13 +71,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Trained:
-    """Factors by module, as they were where training does not pay.
+    """Payloads by module; none where training does not pay.
 
     kl_before, kl_after: KL(tuned ‖ packed) per completion token on held-out rows, nats; a lower
     bound, for all but the likeliest tokens count as one.
     """
 
-    factors: Mapping[str, CodedFactors]
+    payloads: Mapping[str, bytes]
     kl_before: float
     kl_after: float
 
@@ -92,7 +92,7 @@ def train_codes(
 ) -> Trained:
     """Train `factors` so that the packed model answers as the tuned one.
 
-    The same inputs and seed give the same result. It is as it was where the divergence on rows
+    The same inputs and seed give the same result. Nothing comes back where the divergence on rows
     that were not trained on does not fall.
 
     Args:
@@ -107,18 +107,19 @@ def train_codes(
         tokenizer = usable_tokenizer(teacher)
         live = _load(teacher, folder / "teacher")
         student = Student(_load(packed, folder / "packed"), factors, packed)
+        del factors  # the student has all of them, four bytes a code
         pupil = _Distillation(live, student, pad_id(tokenizer), stack)
         tokens = plan.steps * STEP_TOKENS + HELD_OUT * HELD_OUT_TOKENS
         encoded = encode_rows(tokenizer, rows, tokens, plan.seed, live, teacher.name)
         learned, held = _split([row for row in encoded if pupil.count([row])])
         before = after = pupil.divergence(held)
-        if learned and factors:
+        if learned and student.latents:
             _train(pupil, learned, plan, max(before, 1e-12), report)
             if student.fit(plan.room):
                 after = pupil.divergence(held)
     if after < before:
-        return Trained(student.coded(), before, after)
-    return Trained(factors, before, before)
+        return Trained(student.payloads(), before, after)
+    return Trained({}, before, before)
 
 
 def _split(rows: Sequence[EncodedRow]) -> tuple[list[EncodedRow], list[EncodedRow]]:
