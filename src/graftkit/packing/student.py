@@ -6,6 +6,7 @@ Gradients go through the rounding as if it were not there (straight-through esti
 arXiv 1308.3432).
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -90,11 +91,11 @@ class Student:
 
         Returns: whether there is one.
         """
-        zone = next((zone for zone in _ZONES if self.nbytes(zone) <= room), None)
-        if zone is None:
+        place = bisect_left(_ZONES, True, key=lambda zone: self.nbytes(zone) <= room)
+        if place == len(_ZONES):
             return False
         for latent in self.latents.values():
-            latent.settle(zone)
+            latent.settle(_ZONES[place])
         return True
 
 
