@@ -16,7 +16,7 @@ from rich.console import Console
 
 from graftkit.attach import attached
 from graftkit.delta import fingerprint, tensor_digest
-from graftkit.demo.embedded import SKILLS, Skill
+from graftkit.demo.embedded import SKILLS, TRAIN_STEPS, Skill
 from graftkit.demo.folder import DemoFolder
 from graftkit.demo.result import DemoResult, MixedAnswer, SkillResult
 from graftkit.demo.story import Story, budgets_line, explore_commands
@@ -92,6 +92,7 @@ class _Demo:
                 self.folder.tuned(skill),
                 budget=skill.budget,
                 calibration=self.folder.calibration_rows(skill),
+                train_steps=TRAIN_STEPS,
                 progress=self._prefixed(skill.name),
             )
             file = self.folder.pack(skill)

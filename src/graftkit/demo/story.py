@@ -99,9 +99,8 @@ def budgets_line() -> str:
     """Why the budgets are what they are."""
     budgets = ", ".join(f"{skill.name} {skill.budget}" for skill in SKILLS)
     return (
-        f"Budgets, of the target's bytes: {budgets}. All of a model this small moves when it is "
-        "tuned, so its deltas need more than the default of 5%: each skill gets the smallest of "
-        "5, 10, 15 and 20% that kept 90% of its answers."
+        f"Budgets, of the target's bytes: {budgets}. Each skill gets the smallest of 5, "
+        "10, 15 and 20% that kept 90% of its answers."
     )
 
 
