@@ -20,7 +20,7 @@ from graftkit.compress.rates import bits_per_unit
 from graftkit.delta import Checkpoint
 from graftkit.models.encoding import submodule
 
-_FREE_CODES, _CODES_PER_VALUE = 2**25, 1.5
+_FREE_CODES, _CODES_PER_VALUE = 2**25, 0.35
 _SPREAD = 0.25
 """Codes start this far from their integers at most: they then move one by one, not all at once."""
 _ZONES = [0.5 + 0.01 * step for step in range(46)]  # least |value| of a code that is not 0
@@ -29,7 +29,8 @@ _ZONES = [0.5 + 0.01 * step for step in range(46)]  # least |value| of a code th
 def most_codes(checkpoint: Checkpoint) -> int:
     """Above this many codes only the components' scales are trained.
 
-    A trained code takes 16 bytes, and packing may take 24 for each value of the largest tensor.
+    A trained code takes 16 bytes, and packing may take 24 for each value of the largest tensor,
+    most of which the two models and their activations need.
     """
     largest = max(info.numel for info in checkpoint.tensors.values())
     return _FREE_CODES + int(_CODES_PER_VALUE * largest)
