@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from baselines.graftkit_packs import many_rows
 from baselines.problem import Pair, Problem
 from baselines.protocol import UnreachableError
 from baselines.registry import LOSSLESS, LOSSY, OWN, Packer, digest, packer
@@ -59,12 +60,11 @@ class SkillBench:
     def problem(self, seed: int, work: Path) -> Problem:
         """The calibration rows of one draw, also as files."""
         lines = (self.data / self.skill / "train.jsonl").read_text(encoding="utf-8").splitlines()
-        files = []
-        for count in (CALIBRATION_ROWS, MANY_ROWS):
+        file = work / f"train-{self.skill}-{seed}.jsonl"
+        for name, count in ((file, CALIBRATION_ROWS), (many_rows(file), MANY_ROWS)):
             chosen = random.Random(seed).sample(lines, count)
-            files.append(work / f"train-{self.skill}-{seed}-{count}.jsonl")
-            files[-1].write_text("\n".join(chosen) + "\n", encoding="utf-8")
-        return Problem(self.pair, read_rows(files[0]), seed, *files)
+            name.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+        return Problem(self.pair, read_rows(file), seed, file)
 
     @cached_property
     def exact(self) -> dict[str, float]:

@@ -35,7 +35,8 @@ class GraftkitPack:
     def pack(self, problem: Problem, file: Path, budget_bytes: int | None) -> Any:
         """Write the pack. Raises: UnreachableError."""
         rows = problem.rows_file if self.seeded else None
-        rows = problem.many_rows_file if self.many else rows
+        if rows is not None and self.many:
+            rows = many_rows(rows)
         pair = problem.pair
         recipe = (self.recipe, self.servable)
         pack = _packed(pair.target_path, pair.tuned_path, recipe, budget_bytes, rows, problem)
@@ -102,6 +103,11 @@ class GraftllmEmbedding:
         pack.save(file)
         inner = file.read_bytes()
         return _LENGTH.pack(len(inner)) + inner + embedding
+
+
+def many_rows(file: Path) -> Path:
+    """Where a larger draw of rows lies, beside the rows of a problem."""
+    return file.with_suffix(".many.jsonl")
 
 
 def _embedding(pair: Pair, budget_bytes: int) -> bytes:

@@ -113,21 +113,10 @@ class Pair:
 
 
 class Problem:
-    """A pair and one draw of calibration rows; without rows everything is data-free.
+    """A pair and one draw of calibration rows; without rows everything is data-free."""
 
-    rows_file: the same rows. many_rows_file: those of a larger draw, for one row of the frontier.
-    """
-
-    def __init__(
-        self,
-        pair: Pair,
-        rows: Sequence[Row],
-        seed: int,
-        rows_file: Path | None = None,
-        many_rows_file: Path | None = None,
-    ):
-        self.pair, self.rows, self.seed = pair, tuple(rows), seed
-        self.rows_file, self.many_rows_file = rows_file, many_rows_file
+    def __init__(self, pair: Pair, rows: Sequence[Row], seed: int, rows_file: Path | None = None):
+        self.pair, self.rows, self.seed, self.rows_file = pair, tuple(rows), seed, rows_file
         self.hints: dict[str, tuple[int, int]] = {}
 
     @cached_property
