@@ -21,6 +21,8 @@ MATRIX_BITS = 400.0
 SERVABLE_SHARE = 0.25
 """Multiply-accumulates that a servable pack may add to those of a matrix."""
 
+UNTRAINED = 2.0
+"""How much more an error counts that code training cannot lower afterwards."""
 FACTORS_BYTES, FACTORS_ERROR = 0.88, 0.75
 """What coded factors took of a Gaussian's bytes and error on the nursery: their entries have
 heavier tails, and the refit of U takes back a part of what V lost."""
@@ -37,10 +39,6 @@ class Choice:
     def cost(self, level: float) -> float:
         """Error and bytes in one number, by the multiplier of the level."""
         return self.error + multiplier(level) * 8 * self.nbytes
-
-
-UNTRAINED = 2.0
-"""How much more an error counts that code training cannot lower afterwards."""
 
 
 def multiplier(level: float) -> float:
