@@ -3,6 +3,7 @@ import pytest
 
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.codecs import Factored, Zero
+from graftkit.compress.codes import LARGEST_CODE
 from graftkit.compress.water import SERVABLE_SHARE, choices
 from graftkit.packing.fit import fit_budget
 
@@ -70,6 +71,12 @@ def test_servable_packs_hold_factors_of_a_bounded_rank():
         assert isinstance(precision, Factored | Zero)
         if isinstance(precision, Factored):
             assert precision.rank * 500 <= SERVABLE_SHARE * 200 * 300
+
+
+def test_room_that_factors_of_a_bounded_rank_cannot_use_does_not_cut_their_codes_off():
+    best = fit_budget(PACK, 10_000_000, True, Coder(PACK, 1.0))
+    for i, precision in best.items():
+        assert PACK[i].energies[0] ** 0.5 / precision.level < LARGEST_CODE / 2
 
 
 def test_a_flat_delta_is_coded_entry_by_entry_and_a_steep_one_by_factors():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.codecs import Precision, Zero
+from graftkit.compress.codes import LARGEST_CODE
 from graftkit.compress.water import Choice, choices
 
 ROUNDS = 5
@@ -18,6 +19,8 @@ GOOD_ENOUGH = 0.99
 CLOSE = 1.3
 """Choices whose expected cost is within this factor of the best are tried in the first round."""
 _AIM = 0.997
+_FINEST = LARGEST_CODE / 4
+"""Steps in the loudest component: finer ones would cut its largest codes off."""
 _CLOSE_LEVELS = 1e-7  # a level is not searched more precisely
 
 Encode = Callable[[Mapping[int, Precision]], Mapping[int, tuple[int, float]]]
@@ -52,7 +55,7 @@ class Fit:
         loudest = max(
             math.sqrt(f.weight * float(f.energies[0]) / f.count) for f in self.facts.values()
         )
-        low, high = loudest * 1e-7, loudest * 10
+        low, high = loudest / _FINEST, loudest * 10
         while high > low * (1 + _CLOSE_LEVELS):
             middle = math.sqrt(low * high)
             if sum(self.ranked(i, middle)[0].nbytes for i in self.facts) > goal:
