@@ -126,6 +126,15 @@ def test_what_cannot_fit_stays_as_it_was(llama: Case) -> None:
     assert found.kl_after == found.kl_before > 0
 
 
+def test_a_delta_that_coding_left_nothing_of_is_left_out(llama: Case) -> None:
+    (quiet, coded), *_ = llama[2].items()
+    none = replace(
+        coded, left=coded.left[:, :0], component=coded.component[:0], right=coded.right[:0]
+    )
+    found = trained(llama, {**llama[2], quiet: none}, steps=12)
+    assert found.payloads.keys() == llama[2].keys() - {quiet}
+
+
 def test_the_same_seed_gives_the_same_codes_on_any_number_of_threads(llama: Case) -> None:
     first = trained(llama, steps=12)
     torch.set_num_threads(2)

@@ -42,7 +42,7 @@ class Student:
     Args:
         model: the packed model without the deltas of `factors`, frozen.
         factors: by the name of a Linear, a Conv1D or an Embedding in the model. The delta of a
-            tied embedding is added to the output head too.
+            tied embedding is added to the output head too. Those of rank 0 are left out.
         packed: the checkpoint of `model`.
     Raises: CheckpointError for a missing module.
     """
@@ -52,7 +52,11 @@ class Student:
         codes = sum(f.left.numel() + f.right.numel() for f in factors.values())
         trains_codes = codes <= most_codes(packed)
         generator = torch.Generator().manual_seed(0)
-        self.latents = {name: _Latent(f, trains_codes, generator) for name, f in factors.items()}
+        self.latents = {
+            name: _Latent(f, trains_codes, generator)
+            for name, f in factors.items()
+            if len(f.component)
+        }
         for name, latent in self.latents.items():
             module = submodule(model, name, packed.name)
             if isinstance(module, nn.Embedding):
