@@ -237,7 +237,7 @@ class PackingJob:
         trained = {
             self.pairs[i].name: i
             for i in facts
-            if self._is_trained(self.pairs[i]) and stored[i].record.codec == "lowrank"
+            if facts[i].trainable and stored[i].record.codec == "lowrank"
         }
         if not trained or self.calibration is None:
             return {}
