@@ -30,6 +30,7 @@ def test_a_real_low_rank_pack_runs_by_its_factors(tmp_path):
     pack = pack_delta(tmp_path / "target", tmp_path / "tuned", budget="8%", workers=1)
     ranked = [record for record in pack.manifest.tensors if record.codec == "lowrank"]
     assert ranked
+    assert all(record.error < 0.001 for record in ranked)
     target = load_model(tmp_path / "target")
     with attached(target, pack):
         merged = logits(target)

@@ -12,6 +12,7 @@ import numpy as np
 
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.codecs import Entries, Factored, Hybrid, Precision, Zero
+from graftkit.compress.codes import LARGEST_CODE
 from graftkit.compress.rates import coding
 
 COMPONENT_BITS = 24.0
@@ -26,6 +27,7 @@ UNTRAINED = 2.0
 FACTORS_BYTES, FACTORS_ERROR = 0.88, 0.75
 """What coded factors took of a Gaussian's bytes and error on the nursery: their entries have
 heavier tails, and the refit of U takes back a part of what V lost."""
+_LARGEST = LARGEST_CODE / 4  # steps in the loudest component, whose entries are not all alike
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ def multiplier(level: float) -> float:
     return math.log(2) / 6 * level**2
 
 
+def finest(facts: MatrixFacts) -> float:
+    """The lowest level of use to a tensor: a finer step would cut its largest codes off."""
+    return math.sqrt(facts.weight * float(facts.energies[0]) / facts.count) / _LARGEST
+
+
 def choices(facts: MatrixFacts, level: float, servable: bool = False) -> list[Choice]:
     """Sound choices for one tensor at one level: nothing, and at most one of each codec.
 
@@ -60,7 +67,7 @@ def choices(facts: MatrixFacts, level: float, servable: bool = False) -> list[Ch
     bits, error = _components(facts, own)
     found = [nothing, *_factors(facts, own, level, servable, (bits, error))]
     if not servable:
-        others = _entries_and_hybrid(facts, own, level, bits)
+        others = _entries_and_hybrid(facts, own, level, (bits, error))
         found += [replace(c, error=UNTRAINED * c.error) if facts.trainable else c for c in others]
     return found
 
@@ -99,11 +106,16 @@ def _factors(
 
 
 def _entries_and_hybrid(
-    facts: MatrixFacts, own: float, level: float, component_bits: np.ndarray
+    facts: MatrixFacts, own: float, level: float, components: tuple[np.ndarray, np.ndarray]
 ) -> list[Choice]:
-    """All entries alone, and behind a few components: those far louder than the flat rest."""
+    """All entries alone, and behind a few components: those far louder than the flat rest.
+
+    The entries code what the components leave, their own rounding included.
+    """
+    component_bits, lost = components
     ranks = [0, *(rank for rank in (2, 4, 8, 16, 32) if rank < min(facts.shape) // 2)]
-    energies = np.array([float(facts.energies[rank:].sum()) for rank in ranks])
+    rest = [facts.energies[rank:].sum() + facts.count * lost[:rank].sum() for rank in ranks]
+    energies = np.array(rest, dtype=np.float64)
     bits, error = _flat(facts, energies, own)
     found = [Choice(Entries(own), float(bits[0]) / 8, facts.weight * float(error[0]))]
     hybrids = []

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from graftkit.compress.allocate import MatrixFacts
 from graftkit.compress.codecs import Precision, Zero
-from graftkit.compress.codes import LARGEST_CODE
-from graftkit.compress.water import Choice, choices
+from graftkit.compress.water import Choice, choices, finest
 
 ROUNDS = 5
 GOOD_ENOUGH = 0.99
@@ -19,8 +18,7 @@ GOOD_ENOUGH = 0.99
 CLOSE = 1.3
 """Choices whose expected cost is within this factor of the best are tried in the first round."""
 _AIM = 0.997
-_FINEST = LARGEST_CODE / 4
-"""Steps in the loudest component: finer ones would cut its largest codes off."""
+_COARSEST = 1e5  # times the finest level of a tensor: all its codes are zero
 _CLOSE_LEVELS = 1e-7  # a level is not searched more precisely
 
 Encode = Callable[[Mapping[int, Precision]], Mapping[int, tuple[int, float]]]
@@ -36,9 +34,13 @@ class Fit:
     found: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)
     """Bytes and error that came out over those expected, by tensor and codec."""
 
+    def of_tensor(self, index: int, level: float) -> float:
+        """The level, or the lowest of use to this tensor."""
+        return max(level, finest(self.facts[index]))
+
     def ranked(self, index: int, level: float) -> list[Choice]:
         """Choices for one tensor, the best first, as far as is known."""
-        corrected = []
+        corrected, level = [], self.of_tensor(index, level)
         for choice in choices(self.facts[index], level, self.servable):
             nbytes, error = self.found.get((index, choice.precision.codec), (1.0, 1.0))
             corrected.append(
@@ -52,10 +54,8 @@ class Fit:
 
     def level(self, goal: float) -> float:
         """Smallest level whose expected bytes stay within `goal`."""
-        loudest = max(
-            math.sqrt(f.weight * float(f.energies[0]) / f.count) for f in self.facts.values()
-        )
-        low, high = loudest / _FINEST, loudest * 10
+        ends = [finest(facts) for facts in self.facts.values()]
+        low, high = min(ends), max(ends) * _COARSEST
         while high > low * (1 + _CLOSE_LEVELS):
             middle = math.sqrt(low * high)
             if sum(self.ranked(i, middle)[0].nbytes for i in self.facts) > goal:
@@ -68,9 +68,9 @@ class Fit:
         """Try every choice that may turn out to be the best."""
         close: dict[str, dict[int, Precision]] = {}
         for i in self.facts:
-            ranked = self.ranked(i, level)
-            limit = CLOSE * ranked[0].cost(level)
-            near = [choice.precision for choice in ranked if choice.cost(level) <= limit]
+            ranked, own = self.ranked(i, level), self.of_tensor(i, level)
+            limit = CLOSE * ranked[0].cost(own)
+            near = [choice.precision for choice in ranked if choice.cost(own) <= limit]
             if len(near) > 1:
                 for precision in near:
                     close.setdefault(precision.codec, {})[i] = precision
@@ -87,7 +87,8 @@ class Fit:
         """Correct what is expected by what came out at this level."""
         for i, precision in tried.items():
             facts = self.facts[i]
-            guess = {c.precision.codec: c for c in choices(facts, level, self.servable)}
+            own = self.of_tensor(i, level)
+            guess = {c.precision.codec: c for c in choices(facts, own, self.servable)}
             choice = guess[precision.codec]
             if choice.nbytes > 0 and choice.error > 0:
                 nbytes, distortion = results[i]
