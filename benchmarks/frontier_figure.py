@@ -13,6 +13,8 @@ from matplotlib import pyplot as plt
 STYLES = {
     "auto, rows": ("#0072B2", "-", "o"),
     "auto, 4096 rows": ("#0072B2", ":", "*"),
+    "auto, 1600 steps": ("#0072B2", ":", "P"),
+    "auto, 4096 rows, 1600 steps": ("#0072B2", "-.", "*"),
     "auto": ("#56B4E9", "--", "o"),
     "auto, servable": ("#56B4E9", ":", "^"),
     "graftllm, rows": ("#D55E00", "-", "s"),

@@ -3,6 +3,7 @@
 import shutil
 import struct
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +20,34 @@ from graftkit.skillpack import SkillPack
 _LENGTH = struct.Struct("<I")
 
 
+@dataclass(frozen=True)
 class GraftkitPack:
-    """One recipe of `pack_delta`, with or without rows, or with many."""
+    """One recipe of `pack_delta`; with or without rows, or with many; steps: of code training."""
+
+    name: str
+    recipe: str
+    rows: bool = False
+    servable: bool = False
+    many: bool = False
+    steps: int | None = None
 
     own = True
 
-    def __init__(self, recipe: str, rows: bool, servable: bool = False, many: bool = False):
-        self.recipe, self.seeded, self.servable, self.many = recipe, rows, servable, many
-        self.name = f"{recipe}, rows" if rows else recipe
-        if servable:
-            self.name = f"{recipe}, servable"
-        if many:
-            self.name = f"{recipe}, 4096 rows"
+    @property
+    def seeded(self) -> bool:
+        """Only rows are drawn."""
+        return self.rows
 
     def pack(self, problem: Problem, file: Path, budget_bytes: int | None) -> Any:
         """Write the pack. Raises: UnreachableError."""
-        rows = problem.rows_file if self.seeded else None
+        rows = problem.rows_file if self.rows else None
         if rows is not None and self.many:
             rows = many_rows(rows)
         pair = problem.pair
-        recipe = (self.recipe, self.servable)
-        pack = _packed(pair.target_path, pair.tuned_path, recipe, budget_bytes, rows, problem)
+        options: dict[str, Any] = {"recipe": self.recipe, "servable": self.servable}
+        if self.steps is not None:
+            options["train_steps"] = self.steps
+        pack = _packed(pair.target_path, pair.tuned_path, budget_bytes, rows, problem, options)
         pack.save(file)
         return None
 
@@ -98,7 +106,7 @@ class GraftllmEmbedding:
     ) -> bytes:
         embedding = _embedding(problem.pair, int(share * room))
         left, tuned = room - len(embedding), problem.pair.tuned_path
-        pack = _packed(target, tuned, ("graftllm", False), left, rows, problem)
+        pack = _packed(target, tuned, left, rows, problem, {"recipe": "graftllm"})
         file = target.parent / "inner.skillpack"
         pack.save(file)
         inner = file.read_bytes()
@@ -125,21 +133,20 @@ def _embedding(pair: Pair, budget_bytes: int) -> bytes:
 def _packed(
     target: Path,
     tuned: Path,
-    recipe: tuple[str, bool],
     budget: int | None,
     rows: Path | None,
     problem: Problem,
+    options: dict[str, Any],
 ) -> SkillPack:
     try:
         return pack_delta(
             target,
             tuned,
-            recipe=recipe[0],
-            servable=recipe[1],
             budget=None if budget is None else f"{budget}B",
             calibration=rows,
             seed=problem.seed,
             workers=1,
+            **options,
         )
     except BudgetError as error:
         raise UnreachableError(str(error)) from error

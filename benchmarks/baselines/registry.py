@@ -55,7 +55,10 @@ LOSSY = (
     *("graftllm, rows", "graftllm+embedding", "deltacome-published"),
 )
 LOSSLESS = ("XOR + zstd", "ZipNN", "lossless")
-OWN = ("auto, rows", "auto", "auto, servable", "auto, 4096 rows")
+OWN = (
+    *("auto, rows", "auto", "auto, servable"),
+    *("auto, 4096 rows", "auto, 1600 steps", "auto, 4096 rows, 1600 steps"),
+)
 _MODULES = {
     "svd": ("truncated",),
     "pruning": ("pruning",),
@@ -79,15 +82,15 @@ def packer(name: str, out: Path) -> Packer:
         "prinmix": lambda: Coded(_method("prinmix", "PrinMix"), True),
         "bitdelta": lambda: Coded(_method("bitdelta", "BitDelta"), True),
         "mergekit-lora": lambda: _method("mergekit", "MergekitLora", out / "mergekit-venv"),
-        "graftllm, rows": lambda: _method("graftkit_packs", "GraftkitPack", "graftllm", True),
+        "graftllm, rows": lambda: _own(name, "graftllm", rows=True),
         "graftllm+embedding": lambda: _method("graftkit_packs", "GraftllmEmbedding"),
-        "auto, rows": lambda: _method("graftkit_packs", "GraftkitPack", "auto", True),
-        "auto": lambda: _method("graftkit_packs", "GraftkitPack", "auto", False),
-        "auto, servable": lambda: _method("graftkit_packs", "GraftkitPack", "auto", False, True),
-        "auto, 4096 rows": lambda: _method(
-            "graftkit_packs", "GraftkitPack", "auto", True, False, True
-        ),
-        "lossless": lambda: _method("graftkit_packs", "GraftkitPack", "lossless", False),
+        "auto, rows": lambda: _own(name, "auto", rows=True),
+        "auto": lambda: _own(name, "auto"),
+        "auto, servable": lambda: _own(name, "auto", servable=True),
+        "auto, 4096 rows": lambda: _own(name, "auto", rows=True, many=True),
+        "auto, 1600 steps": lambda: _own(name, "auto", rows=True, steps=1600),
+        "auto, 4096 rows, 1600 steps": lambda: _own(name, "auto", rows=True, many=True, steps=1600),
+        "lossless": lambda: _own(name, "lossless"),
         "XOR + zstd": lambda: _method("lossless", "XorZstd"),
         "ZipNN": lambda: _method("lossless", "ZipNN"),
     }
@@ -105,8 +108,12 @@ def digest(name: str) -> str | None:
     return found.hexdigest()
 
 
-def _method(module: str, maker: str, *arguments: Any) -> Any:
+def _own(*arguments: Any, **options: Any) -> Any:
+    return _method("graftkit_packs", "GraftkitPack", *arguments, **options)
+
+
+def _method(module: str, maker: str, *arguments: Any, **options: Any) -> Any:
     """Imported when it is asked for: each has needs of its own."""
     from importlib import import_module
 
-    return getattr(import_module(f"baselines.{module}"), maker)(*arguments)
+    return getattr(import_module(f"baselines.{module}"), maker)(*arguments, **options)
