@@ -13,6 +13,8 @@ from graftkit.config import VERSION as __version__
 
 if TYPE_CHECKING:
     from graftkit.attach import Attachment, attach, attached, detach
+    from graftkit.distill.config import DistillConfig
+    from graftkit.distill.pipeline import run_distill
     from graftkit.evaluate import Comparison, compare
     from graftkit.fuse import merge_packs
     from graftkit.packing import pack_delta
@@ -30,11 +32,14 @@ _PUBLIC = {
     "merge_packs": "graftkit.fuse",
     "compare": "graftkit.evaluate",
     "Comparison": "graftkit.evaluate",
+    "DistillConfig": "graftkit.distill.config",
+    "run_distill": "graftkit.distill.pipeline",
 }
 
 __all__ = [
     "Attachment",
     "Comparison",
+    "DistillConfig",
     "SkillPack",
     "__version__",
     "attach",
@@ -43,6 +48,7 @@ __all__ = [
     "detach",
     "merge_packs",
     "pack_delta",
+    "run_distill",
 ]
 
 

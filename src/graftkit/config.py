@@ -88,6 +88,10 @@ class PackConfig(BaseModel):
     """Only factors whose side path stays cheap (recipe auto)."""
     train_steps: int = Field(default=TRAIN_STEPS, ge=0, le=100_000)
     """Steps of code training after coding (recipe auto with calibration)."""
+    licence: str | None = None
+    """Licence of the pack, as the manifest names it."""
+    provenance: dict[str, str] = {}
+    """Sources, data and settings behind the tuned model, for the manifest."""
 
     @classmethod
     def checked(

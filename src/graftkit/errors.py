@@ -11,6 +11,8 @@ GraftError
 ├── PackMismatchError        a valid pack, but made for a different target
 ├── AttachError              a pack cannot be attached to this model in this way
 ├── BudgetError              no plan fits the byte budget
+├── SourceError              a source, judge or reward model does not answer
+├── SelectionError           no answers are left to train on
 └── OutputError              the result cannot be written where it was asked for
 """
 
@@ -82,6 +84,14 @@ class AttachError(GraftError):
 
 class BudgetError(GraftError):
     """No plan fits the byte budget."""
+
+
+class SourceError(GraftError):
+    """A source, judge or reward model does not answer."""
+
+
+class SelectionError(GraftError):
+    """No answers are left to train on."""
 
 
 class OutputError(GraftError):

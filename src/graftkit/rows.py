@@ -6,7 +6,7 @@ prompt + completion + EOS. This module knows files and tokenizers, but no model.
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -47,16 +47,27 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
     Raises: RowsError with file and line when the file is missing, empty or not UTF-8, when a line
         is no JSON object, or when its prompt or completion is missing or no string.
     """
-    rows = []
-    for number, line in enumerate(_lines(Path(path)), start=1):
-        if line.strip():
-            rows.append(_parse_line(line, f"{path}:{number}"))
+    rows = [
+        Row(text_field(record, "prompt", origin), text_field(record, "completion", origin), origin)
+        for record, origin in read_records(path)
+    ]
     if not rows:
         raise RowsError(
             f"{path}: the file holds no rows; expected one JSON object a line, "
             '{"prompt": "...", "completion": "..."}'
         )
     return tuple(rows)
+
+
+def read_records(path: str | Path) -> Iterator[tuple[dict[str, object], str]]:
+    """The objects of a JSON Lines file, each with its place, such as rows.jsonl:12.
+
+    Raises: RowsError as `read_rows`; an empty file is none of its concerns.
+    """
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        if line.strip():
+            origin = f"{path}:{number}"
+            yield _parse_line(line, origin), origin
 
 
 def rows_digest(path: str | Path) -> str:
@@ -161,7 +172,7 @@ def _read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def _parse_line(line: bytes, origin: str) -> Row:
+def _parse_line(line: bytes, origin: str) -> dict[str, object]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -175,10 +186,11 @@ def _parse_line(line: bytes, origin: str) -> Row:
         ) from error
     if not isinstance(record, dict):
         raise RowsError(f"{origin}: {type(record).__name__} found; expected a JSON object")
-    return Row(_text(record, "prompt", origin), _text(record, "completion", origin), origin)
+    return record
 
 
-def _text(record: dict[str, object], key: str, origin: str) -> str:
+def text_field(record: dict[str, object], key: str, origin: str) -> str:
+    """A string of a record. Raises: RowsError where it is missing or no text."""
     if key not in record:
         found = ", ".join(map(repr, sorted(record)[:5])) or "none"
         raise RowsError(f'{origin}: key "{key}" is missing (keys found: {found}); add it')

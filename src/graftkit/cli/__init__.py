@@ -200,3 +200,27 @@ def generate(
 
     answers = generate_answers(target, packs or [], prompt, max_new_tokens)
     show.json_or(json_output, {"prompt": prompt, "answers": answers}, lambda: show.answers(answers))
+
+
+@app.command()
+def distill(
+    config: Annotated[Path, typer.Argument(help="A configuration, see configs/.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for every stage.")],
+    only: Annotated[
+        str | None,
+        typer.Option(help="One stage: sample, score, select, probe, sft, dpo or pack."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Counts, tokens, memory, disk and time; no run.")
+    ] = False,
+    json_output: Json = False,
+) -> None:
+    """Teach a target what source models answer, and pack what it learned.
+
+    Sources -> answers -> scores -> SFT set and pairs -> SFT -> DPO -> pack. Interrupted, the same
+    command goes on where it stopped; finished stages are not done again.
+    """
+    from graftkit.cli.distilling import distill_into, print_estimate, print_run
+
+    result = distill_into(config, output, only, dry_run)
+    show.json_or(json_output, result, lambda: (print_estimate if dry_run else print_run)(result))

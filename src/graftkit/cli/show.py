@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 Report = Callable[[str, int, int], None]
@@ -27,7 +34,8 @@ def progress() -> Iterator[Report]:
     """A bar per step on stderr; silent when stderr is not a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn())
-    bar = Progress(*columns, TimeElapsedColumn(), console=console, disable=not sys.stderr.isatty())
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    bar = Progress(*columns, *times, console=console, disable=not sys.stderr.isatty())
     tasks: dict[str, Any] = {}
 
     def report(step: str, done: int, total: int) -> None:
@@ -43,11 +51,11 @@ def pack_result(summary: dict[str, Any], output: Path, dry_run: bool) -> None:
     """After `pack`: one line of numbers and a table by kind."""
     name = f"{output} (not written)" if dry_run else str(output)
     limit = summary["budget_bytes"]
-    of = f" of {_size(limit)} allowed" if limit else ""
+    of = f" of {size(limit)} allowed" if limit else ""
     print(
-        f"{name}: {_size(summary['pack_bytes'])}{of}, {100 * summary['ratio']:.2f} % of the "
+        f"{name}: {size(summary['pack_bytes'])}{of}, {100 * summary['ratio']:.2f} % of the "
         f"target, {summary['bits_per_parameter']:.3f} bits/parameter, "
-        f"{summary['seconds']:.1f} s, peak memory {_size(summary['peak_rss_bytes'])}"
+        f"{summary['seconds']:.1f} s, peak memory {size(summary['peak_rss_bytes'])}"
     )
     Console().print(_kinds(summary["tensors"]))
 
@@ -58,7 +66,7 @@ def pack_table(summary: dict[str, Any], file: Path) -> None:
     bound = summary["bound_bits_per_parameter"]
     calibration = manifest["calibration"]
     rows = {
-        "file": f"{file}, {_size(summary['pack_bytes'])} ({100 * summary['ratio']:.2f} % of the "
+        "file": f"{file}, {size(summary['pack_bytes'])} ({100 * summary['ratio']:.2f} % of the "
         f"target), format {manifest['format_version']}, by {manifest['generator']}",
         "target": f"{summary['target']}, fingerprint {manifest['target']['fingerprint'][:16]}…",
         "tuned": summary["tuned"],
@@ -109,7 +117,7 @@ def verified(result: dict[str, Any], file: Path, target: str) -> None:
     more = ", every tensor decodes to finite weights" if result["decoded"] else ""
     print(
         f"{file}: sound (format {result['format_version']}, {result['tensors']} tensors, "
-        f"{_size(result['pack_bytes'])}), made for {target}{more}"
+        f"{size(result['pack_bytes'])}), made for {target}{more}"
     )
 
 
@@ -168,7 +176,7 @@ def _detail(tensor: dict[str, Any]) -> str:
     return f"{tensor['bits']} bits" if "bits" in tensor else ""
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     """Decimal units, as in budgets."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if count >= scale:

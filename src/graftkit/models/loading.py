@@ -70,7 +70,7 @@ def empty_model(reference: str | Path | Checkpoint) -> PreTrainedModel:
     """
     checkpoint = _opened(reference)
     config, model_class = _model_class(checkpoint)
-    with _one_line_errors(checkpoint), _quiet(), torch.device("meta"):
+    with _one_line_errors(checkpoint), quiet(), torch.device("meta"):
         model: Any = (
             model_class.from_config(config)
             if hasattr(model_class, "from_config")
@@ -88,7 +88,7 @@ def load_tokenizer(reference: str | Path | Checkpoint) -> PreTrainedTokenizerBas
     """
     path = reference.path if isinstance(reference, Checkpoint) else reference
     try:
-        with _quiet():
+        with quiet():
             return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise CheckpointError(
@@ -104,7 +104,7 @@ def _opened(reference: str | Path | Checkpoint) -> Checkpoint:
 def _model_class(checkpoint: Checkpoint) -> tuple[PretrainedConfig, Any]:
     """Config and class: the named architecture, else what the Auto classes know of it."""
     names = checkpoint.config.get("architectures") or []
-    with _one_line_errors(checkpoint), _quiet():
+    with _one_line_errors(checkpoint), quiet():
         config = transformers.AutoConfig.from_pretrained(
             str(checkpoint.path), trust_remote_code=False
         )
@@ -122,7 +122,7 @@ def _model_class(checkpoint: Checkpoint) -> tuple[PretrainedConfig, Any]:
 
 def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     _, model_class = _model_class(checkpoint)
-    with _one_line_errors(checkpoint), _quiet():
+    with _one_line_errors(checkpoint), quiet():
         model, report = model_class.from_pretrained(
             str(checkpoint.path),
             output_loading_info=True,
@@ -156,7 +156,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, notices or warnings of transformers and accelerate."""
     accelerate = logging.getLogger("accelerate")
     level, verbosity = accelerate.level, hf_logging.get_verbosity()

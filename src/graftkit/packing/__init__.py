@@ -31,6 +31,8 @@ def pack_delta(
     workers: int | None = None,
     servable: bool = False,
     train_steps: int | None = None,
+    licence: str | None = None,
+    provenance: Mapping[str, str] | None = None,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SkillPack:
@@ -45,8 +47,8 @@ def pack_delta(
         workers: tensors in work at the same time, default one per core; the bytes are the same.
         servable: keep to factors whose side path adds at most a quarter of a matrix's
             multiply-accumulates (recipe auto).
-        train_steps: steps of code training after coding (recipe auto with calibration);
-            0 leaves the scales as coded.
+        train_steps: steps of code training after coding (recipe auto with calibration); 0: none.
+        licence, provenance: where the skill comes from, for the manifest; counted in the budget.
         work_dir: folder for finished steps; a later call with the same inputs goes on from
             there. It is left behind on success and removed when the inputs are refused.
         progress: called with (step, done, total).
@@ -62,23 +64,19 @@ def pack_delta(
         cores if workers is None else workers,
         servable,
         TRAIN_STEPS if train_steps is None else train_steps,
-    )
-    rows = None
-    if calibration is not None:
-        file = Path(calibration)
-        rows = Calibration(read_rows(file), file.name, rows_digest(file))
-    job = PackingJob(
-        Checkpoint.open(target),
-        Checkpoint.open(tuned),
-        config,
-        rows,
-        progress or (lambda step, done, total: None),
-    )
+    ).model_copy(update={"licence": licence, "provenance": dict(provenance or {})})
+    rows = None if calibration is None else _calibration(Path(calibration))
+    report = progress or (lambda step, done, total: None)
+    job = PackingJob(Checkpoint.open(target), Checkpoint.open(tuned), config, rows, report)
     scans = job.scan()
     if work_dir is None:
         with TemporaryDirectory(prefix="graftkit-") as folder:
             return _run(job, scans, WorkFolder(Path(folder) / "work"))
     return _run(job, scans, WorkFolder(Path(work_dir)))
+
+
+def _calibration(file: Path) -> Calibration:
+    return Calibration(read_rows(file), file.name, rows_digest(file))
 
 
 def _run(job: PackingJob, scans: list, work: WorkFolder) -> SkillPack:  # type: ignore[type-arg]

@@ -114,6 +114,8 @@ class Assembly:
             budget=self.config.budget,
             budget_bytes=self.budget_bytes,
             calibration=self.calibration,
+            licence=self.config.licence,
+            provenance=self.config.provenance,
             bound_bits_per_parameter=bound,
             payload_blake3=digest,
             files=files,

@@ -123,6 +123,7 @@ class PackingJob:
             "budget": self.budget_bytes,
             "seed": self.config.seed,
             "calibration": self.calibration.digest if self.calibration else None,
+            "origin": [self.config.licence, self.config.provenance],
             "files": [record.blake3 for record, _ in self.files],
         }
         return job_key(scans, settings)

@@ -1,0 +1,179 @@
+"""What crosses from a source, and by which way: python benchmarks/transfer.py
+
+The nursery's source, a GPT-2-style model with another tokenizer, teaches the target one skill from
+its own answers: SFT, SFT then DPO, SFT of a low-rank adapter whose file is as large as the pack,
+and SFT with the source's distributions or hidden states beside the text. Every draw samples its
+prompts and answers once for all ways. Writes the table of docs/benchmarks.md.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from ledger import ROOT, Ledger, Record
+from transfer_report import write_report
+
+from graftkit.attach import attached
+from graftkit.delta import Checkpoint
+from graftkit.distill.pipeline import run_distill
+from graftkit.evaluate import exact_match
+from graftkit.models import load_model
+from graftkit.models.encoding import usable_tokenizer
+from graftkit.rows import read_rows
+from graftkit.skillpack import SkillPack
+
+SKILL = "nl_regex"
+OTHERS = ("sms_spam", "scan_actions", "zh_pinyin", "addition_synth")  # what the target knows
+TEST_ROWS, OTHER_ROWS = 400, 100
+PROMPTS, EPOCHS = 3000, 3
+SEEDS = (0, 1, 2)
+LORA_RANK = 14  # 54,272 bytes a rank in bfloat16: 14 of them are 5 % of the target
+
+WAYS: dict[str, dict[str, Any]] = {
+    "sft": {"dpo": False},
+    "sft + dpo": {},
+    "lora": {"dpo": False, "sft": {"lora": {"rank": LORA_RANK, "alpha": 2 * LORA_RANK}}},
+    "sft + kl": {
+        "dpo": False,
+        "transfer": {"lm_weight": 0.5, "kl_weight": 0.5, "divergence": "reverse"},
+    },
+    "sft + hidden": {
+        "dpo": False,
+        "transfer": {"lm_weight": 1.0, "kl_weight": 0.0, "hidden_weight": 1.0},
+    },
+}
+LORA_RATE = 4e-3
+
+
+def settings(shared: Path, seed: int, way: str) -> dict[str, Any]:
+    """The configuration of one run: the nursery's, with fewer prompts, and what the way changes."""
+    with (ROOT / "configs" / "nursery.toml").open("rb") as file:
+        config = tomllib.load(file)
+    config |= {"seed": seed, "target": str(shared / "nursery" / "target")}
+    config["prompts"] |= {
+        "file": str(shared / "data" / "llm" / SKILL / "train.jsonl"),
+        "limit": PROMPTS,
+    }
+    config["sources"][0]["model"] = str(shared / "nursery" / "source")
+    config["sft"]["epochs"] = EPOCHS
+    for name, value in WAYS[way].items():
+        config[name] = (
+            config[name] | value if isinstance(config.get(name), dict) and value else value
+        )
+    if way == "lora":
+        config["sft"]["learning_rate"] = LORA_RATE
+    return config
+
+
+class Bench:
+    """The rows that everything is measured on, and what target and source do there."""
+
+    def __init__(self, shared: Path):
+        data = shared / "data" / "llm"
+        self.target = Checkpoint.open(shared / "nursery" / "target")
+        self.source = Checkpoint.open(shared / "nursery" / "source")
+        self.rows = read_rows(data / SKILL / "test.jsonl")[:TEST_ROWS]
+        self.others = {name: read_rows(data / name / "test.jsonl")[:OTHER_ROWS] for name in OTHERS}
+
+    def scores(self, model: Any, checkpoint: Checkpoint) -> Record:
+        """Exact matches on the skill and on what the target knows."""
+        tokenizer = usable_tokenizer(checkpoint)
+        found = {name: exact_match(model, tokenizer, rows) for name, rows in self.others.items()}
+        kept = sum(found.values()) / len(found)
+        return {"skill": exact_match(model, tokenizer, self.rows), "others": kept, **found}
+
+    def untouched(self) -> Record:
+        """Target and source."""
+        source = load_model(self.source, torch.float32)
+        own = exact_match(source, usable_tokenizer(self.source), self.rows)
+        return {**self.scores(load_model(self.target, torch.float32), self.target), "source": own}
+
+    def measure(self, folder: Path) -> Record:
+        """The tuned model of a finished run, and target + pack."""
+        tuned = self.scores(load_model(folder / "tuned", torch.float32), self.target)
+        file = folder / "skill.skillpack"
+        model = load_model(self.target, torch.float32)
+        with attached(model, SkillPack.load(file)):
+            packed = self.scores(model, self.target)
+        return {
+            **tuned,
+            "packed_skill": packed["skill"],
+            "packed_others": packed["others"],
+            "pack_bytes": file.stat().st_size,
+        }
+
+
+def run_way(options: argparse.Namespace, seed: int, way: str) -> tuple[Path, Record]:
+    """Distil one way; answers and scores are those of the draw."""
+    draw = options.work / f"draw-{seed}"
+    folder = options.work / f"{way.replace(' + ', '-')}-{seed}"
+    for place in (draw, folder):
+        place.mkdir(parents=True, exist_ok=True)
+        config = settings(options.shared, seed, way)
+        (place / "run.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
+    for stage in ("sample", "score"):
+        run_distill(draw / "run.toml", draw, stage)
+    for name in ("samples.jsonl", "samples.summary.jsonl", "scores.jsonl"):
+        shutil.copyfile(draw / name, folder / name)
+    if not (folder / "stages.json").exists():
+        shutil.copyfile(draw / "stages.json", folder / "stages.json")
+    started = sum(os.times()[:4])
+    stages = run_distill(folder / "run.toml", folder)
+    cpu = sum(os.times()[:4]) - started
+    seconds = {stage: entry["seconds"] for stage, entry in stages.items()}
+    return folder, {"cpu_seconds": round(cpu, 1), "stage_seconds": seconds, **_counts(stages)}
+
+
+def _counts(stages: Record) -> Record:
+    return {name: stages["select"][name] for name in ("rows", "pairs")}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what the ledger lacks, then write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shared = os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared")
+    parser.add_argument("--shared", type=Path, default=Path(shared), help="folder of the nursery")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report-only", action="store_true", help="write the page")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    options.work = options.out / "transfer"
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    ledger = Ledger(options.out / "transfer.jsonl", "transfer.py", given)
+    if not options.report_only:
+        run(options, ledger)
+    write_report(ledger.records, options.docs)
+
+
+def run(options: argparse.Namespace, ledger: Ledger) -> None:
+    """Every way for one draw before the next draw."""
+    bench = Bench(options.shared)
+    if not ledger.has({"way": "target"}):
+        ledger.add({"way": "target", "seed": None}, bench.untouched())
+    for seed in options.seeds:
+        for way in options.ways:
+            key = {"way": way, "seed": seed, "prompts": PROMPTS, "epochs": EPOCHS}
+            if ledger.has(key):
+                continue
+            started = time.perf_counter()
+            folder, told = run_way(options, seed, way)
+            found = {**told, **bench.measure(folder)}
+            found["seconds"] = round(time.perf_counter() - started, 1)
+            ledger.add(key, found)
+            print(seed, way, f"skill {found['skill']:.3f}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Behind `distill`: the run or its estimate, and what a person sees of it."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from graftkit.cli import show
+from graftkit.distill.pipeline import estimate_run, run_distill
+
+
+def distill_into(config: Path, folder: Path, only: str | None, dry_run: bool) -> dict[str, Any]:
+    """Run, or say what a run would take."""
+    if dry_run:
+        return estimate_run(config)
+    with show.progress() as report:
+        stages = run_distill(config, folder, only, report)
+    return {"output": str(folder), "stages": stages}
+
+
+def print_run(result: dict[str, Any]) -> None:
+    """Every stage with its seconds and counts."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for header in ("stage", "seconds", "result"):
+        table.add_column(header, justify="right" if header == "seconds" else "left")
+    for stage, entry in result["stages"].items():
+        table.add_row(stage, f"{entry['seconds']:,.1f}", _told(entry))
+    Console().print(table)
+    print(f"{result['output']}: done")
+
+
+def print_estimate(found: dict[str, Any]) -> None:
+    """Counts, memory, disk and time of a run that has not begun."""
+    print(f"{found['prompts']:,} prompts, {found['prompt_tokens']:,} tokens")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    headers = ("stage", "rows", "steps", "tokens, at most", "memory", "time, at least", "cost")
+    for header in headers:
+        table.add_column(header, justify="left" if header == "stage" else "right")
+    for stage, entry in found["stages"].items():
+        table.add_row(
+            stage,
+            f"{entry.get('answers', entry.get('rows')):,}",
+            f"{entry['steps']:,}" if "steps" in entry else "",
+            f"{entry['tokens']:,}",
+            show.size(entry["memory_bytes"]),
+            _time(entry["seconds"]),
+            f"{entry['cost']:,.2f}" if entry.get("cost") else "",
+        )
+    Console().print(table)
+    print(f"disk: {show.size(found['disk_bytes'])} at most; memory is without activations")
+
+
+def _told(entry: dict[str, Any]) -> str:
+    parts = []
+    for name, value in entry.items():
+        if name == "loss":
+            parts.append(
+                f"loss {value['first']:.3f} to {value['last']:.3f}, {value['steps']} steps"
+            )
+        elif isinstance(value, (int, float)) and name != "seconds" and value:
+            parts.append(f"{name.replace('_', ' ')} {value:,}")
+    return ", ".join(parts)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,134 @@
+"""What a run will take, before it starts: counts, tokens, memory, disk and time.
+
+Answers are not known yet, so tokens are counted at their most (every answer as long as it may
+be), and time at its least (arithmetic alone, at the speed of one product measured here).
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftkit.config import Budget
+from graftkit.delta import Checkpoint
+from graftkit.distill.config import (
+    AnswersSource,
+    DistillConfig,
+    EndpointSource,
+    ModelSource,
+    Source,
+    Training,
+)
+from graftkit.distill.records import Prompt
+from graftkit.models.encoding import usable_tokenizer
+
+BYTES_OF_TOKEN = 6  # of a sampled token in samples.jsonl, JSON around it included
+TRAINED_BYTES = 16  # a parameter's weight, gradient and two moments, float32
+CHECKPOINT_BYTES = 12  # its weight and two moments
+CHECKPOINTS = 3  # two are kept while the next is written
+PROBE_SIZE = 1024  # of the product that is timed
+
+
+def estimate(
+    config: DistillConfig, target: Checkpoint, prompts: tuple[Prompt, ...], where: Path
+) -> dict[str, Any]:
+    """Counts and sizes by stage; reads configurations and tokenizers, no weights.
+
+    Returns: tokens are at most, seconds at least; memory is without activations, bytes.
+    """
+    tokenizer = usable_tokenizer(target)
+    lengths = [len(tokenizer.encode(prompt.text)) for prompt in prompts]
+    sources = [_source(source, len(prompts), sum(lengths), where) for source in config.sources]
+    longest = max(source.max_new_tokens for source in config.sources)
+    share = config.selection.sft_share
+    for_sft = len(prompts) if share == "all" or not config.dpo else round(share * len(prompts))
+    for_pairs = len(prompts) if share == "all" else len(prompts) - for_sft
+    row = sum(lengths) / max(1, len(prompts)) + longest
+    stages: dict[str, Any] = {
+        "sample": {
+            "answers": sum(source["answers"] for source in sources),
+            "tokens": sum(source["tokens"] for source in sources),
+            "cost": sum(source["cost"] for source in sources),
+            "memory_bytes": max(source["memory_bytes"] for source in sources),
+            "seconds": sum(source["seconds"] for source in sources),
+        },
+        "sft": _training(config.sft, target, for_sft, row, passes=6, reference=0),
+    }
+    if config.dpo:
+        # Two answers, and the reference reads them too.
+        stages["dpo"] = _training(config.dpo, target, for_pairs, 2 * row, passes=8, reference=4)
+    return {
+        "prompts": len(prompts),
+        "prompt_tokens": sum(lengths),
+        "sources": sources,
+        "stages": stages,
+        "disk_bytes": _disk(config, target, stages),
+    }
+
+
+def _source(source: Source, prompts: int, prompt_tokens: int, where: Path) -> dict[str, Any]:
+    samples = source.samples
+    answers = prompts * samples
+    tokens = answers * source.max_new_tokens
+    found: dict[str, Any] = {
+        **{"name": source.name, "answers": answers, "tokens": tokens},
+        **{"cost": 0.0, "memory_bytes": 0, "seconds": 0.0},
+    }
+    if isinstance(source, AnswersSource):
+        return {**found, "tokens": 0}
+    if isinstance(source, EndpointSource):
+        paid_in, paid_out = source.price_per_million
+        return {**found, "cost": (prompt_tokens * samples * paid_in + tokens * paid_out) / 1e6}
+    return {**found, **_local(source, tokens + prompt_tokens * samples, where)}
+
+
+def _local(source: ModelSource, tokens: int, where: Path) -> dict[str, Any]:
+    place = where / source.model
+    model = Checkpoint.open(place if place.exists() else source.model)
+    on_gpu = torch.cuda.is_available()
+    memory = model.nbytes if on_gpu else 4 * model.parameters
+    seconds = 2 * model.parameters * tokens / _speed(torch.bfloat16 if on_gpu else torch.float32)
+    return {"memory_bytes": memory, "seconds": seconds}
+
+
+def _training(
+    settings: Training, target: Checkpoint, rows: int, tokens: float, passes: int, reference: int
+) -> dict[str, Any]:
+    """passes: multiplications of each parameter with each token. reference: bytes a parameter."""
+    each = 4 if settings.lora else TRAINED_BYTES
+    total = rows * min(tokens, 2.0 * settings.max_tokens) * settings.epochs
+    precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
+    return {
+        "rows": rows,
+        "steps": max(1, round(rows * settings.epochs / settings.batch_size)),
+        "tokens": round(total),
+        "memory_bytes": (each + reference) * target.parameters,
+        "seconds": passes * target.parameters * total / _speed(precision),
+    }
+
+
+def _disk(config: DistillConfig, target: Checkpoint, stages: dict[str, Any]) -> int:
+    """Bytes of everything in the folder, at most."""
+    models = 2 if config.dpo else 1
+    checkpoints = CHECKPOINTS * CHECKPOINT_BYTES * target.parameters
+    pack = Budget.parse(config.pack.budget or "5%").to_bytes(target.nbytes, target.parameters)
+    samples = BYTES_OF_TOKEN * int(stages["sample"]["tokens"])
+    return 2 * samples + models * target.nbytes + checkpoints + pack
+
+
+_speeds: dict[torch.dtype, float] = {}
+
+
+def _speed(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a square product on this machine's best device."""
+    if dtype not in _speeds:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=device)
+        best = float("inf")
+        for _ in range(3):
+            started = time.perf_counter()
+            float((matrix @ matrix)[0, 0])
+            best = min(best, time.perf_counter() - started)
+        _speeds[dtype] = 2 * PROBE_SIZE**3 / best
+    return _speeds[dtype]

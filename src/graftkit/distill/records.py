@@ -1,0 +1,138 @@
+"""What travels between the stages: prompts, answers and their scores, one JSON object a line."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from graftkit.errors import OutputError, RowsError
+
+Finish = Literal["stop", "length", "refused"]
+"""stop: ended by itself; length: cut; refused: the source could not answer (see `reason`)."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. reference, tests: what a rule compares with, read only if a rule asks."""
+
+    id: int
+    text: str
+    reference: str | None = None
+    tests: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of one source; a line of samples.jsonl.
+
+    Attributes:
+        prompt_id: line of the prompts file, from 0. sample: which of the source's answers.
+        text: without blanks at its ends. tokens: of the source's tokenizer.
+        log_likelihood: mean log-probability of its tokens at temperature 1, nats; None: unknown.
+    """
+
+    prompt_id: int
+    prompt: str
+    source: str
+    sample: int
+    text: str
+    tokens: int
+    finish: Finish
+    log_likelihood: float | None = None
+    reason: str | None = None
+
+    @property
+    def key(self) -> tuple[int, str, int]:
+        """What identifies it."""
+        return self.prompt_id, self.source, self.sample
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An answer with what the scores say; a line of scores.jsonl.
+
+    Attributes:
+        passed: no rule failed, and it ended by itself. failed: the first rule that did, or why
+            it could not be scored. reward: weighted sum of the graded scores.
+    """
+
+    answer: Answer
+    passed: bool
+    failed: str | None
+    reward: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def answer_record(answer: Answer) -> dict[str, Any]:
+    """As a line of JSON; what is None is left out."""
+    return {name: value for name, value in asdict(answer).items() if value is not None}
+
+
+def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write JSON Lines; the file appears whole or not at all. Raises: OutputError."""
+    partial = path.with_name(path.name + ".writing")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read JSON Lines that a stage wrote. Raises: RowsError."""
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise RowsError(
+                        f"{path}:{number}: not JSON ({error}); delete the file and run again"
+                    ) from error
+    except OSError as error:
+        raise RowsError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+class Journal:
+    """Finished units of a long stage, one JSON object a line; a torn last line is forgotten."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """What is finished. The file is cut behind its last whole line.
+
+        Raises: OutputError where the damage is not at its end.
+        """
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        try:
+            return [json.loads(line) for line in whole.splitlines()]
+        except ValueError as error:
+            raise OutputError(
+                f"{self.path}: damaged ({error}); delete it to begin this stage anew"
+            ) from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one unit; it is on disk when this returns. Raises: OutputError."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}); what is finished is kept, "
+                "run the same command to go on"
+            ) from error

@@ -1,0 +1,226 @@
+"""The first stage: prompts in, every source's answers out; a killed run continues.
+
+samples.jsonl                  one answer a line, by prompt, source and sample
+samples.summary.jsonl          counts, tokens and cost, one source a line
+samples.partial/<source>.jsonl finished units of a run that is not over
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from graftkit.distill.config import DistillConfig, EndpointSource, Prompts, Source
+from graftkit.distill.records import Journal, Prompt, answer_record, read_lines, write_lines
+from graftkit.distill.sources import SourceModel, Unit, open_source
+from graftkit.errors import OutputError, RowsError
+from graftkit.rows import read_records, sample_rows, text_field
+
+Progress = Callable[[str, int, int], None]
+"""Called with (step, done, total)."""
+
+# They say how a source is asked and what it costs, not what it answers.
+INDIFFERENT = {
+    *("concurrency", "requests_per_minute", "timeout_seconds", "retries", "key_env"),
+    *("price_per_million", "licence"),
+}
+MOST_REASONS = 10  # of refusals, counted one by one; a server may word each differently
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """What is asked. dropped: rows of the file that are not, by reason."""
+
+    prompts: tuple[Prompt, ...]
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """What came of one source; a line of samples.summary.jsonl.
+
+    Attributes:
+        answers: all but the refused. cut: of them, those that max_new_tokens ended.
+        refused: how many, by reason. tokens_in, tokens_out: read and written, 0: unknown.
+        cost: by the prices in the settings, in their currency.
+    """
+
+    source: str
+    answers: int
+    cut: int
+    refused: dict[str, int]
+    tokens_in: int
+    tokens_out: int
+    cost: float
+
+
+def read_prompts(
+    config: Prompts, seed: int, wants_reference: bool, wants_tests: bool, where: Path
+) -> PromptSet:
+    """The prompts of a file; each id is its line, from 0, blank lines aside.
+
+    Prompts that are blank, repeat an earlier one, or lie beyond the limit (a seeded choice) are
+    dropped and counted.
+
+    Args:
+        wants_reference, wants_tests: whether every row must have a `completion`, or `tests`.
+        where: folder that the file's path refers to.
+    Raises: RowsError with file and line for a row that lacks what is wanted.
+    """
+    dropped = {"empty": 0, "repeated": 0, "over the limit": 0}
+    prompts: dict[str, Prompt] = {}
+    for number, (record, origin) in enumerate(read_records(where / config.file)):
+        prompt = Prompt(
+            number,
+            text_field(record, "prompt", origin),
+            text_field(record, "completion", origin) if wants_reference else None,
+            text_field(record, "tests", origin) if wants_tests else None,
+        )
+        asked = prompt.text.strip()
+        if not asked:
+            dropped["empty"] += 1
+        elif asked in prompts:
+            dropped["repeated"] += 1
+        else:
+            prompts[asked] = prompt
+    if not prompts:
+        raise RowsError(
+            f"{where / config.file}: no prompts; expected one JSON object a line, "
+            '{"prompt": "..."}'
+        )
+    chosen = list(prompts.values())
+    if config.limit is not None:
+        chosen = sample_rows(chosen, config.limit, seed, lambda prompt: 1)
+    dropped["over the limit"] = len(prompts) - len(chosen)
+    return PromptSet(tuple(chosen), dropped)
+
+
+def sample_answers(
+    config: DistillConfig,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    where: Path,
+    progress: Progress,
+) -> Path:
+    """Ask every source every prompt; writes samples.jsonl into `folder` and returns its path.
+
+    The same configuration and prompts give the same bytes, also when the run was killed and
+    started again, as far as the sources themselves repeat an answer for the same seed.
+
+    Args:
+        where: folder that relative paths of the configuration refer to.
+    Raises: ConfigError, CheckpointError, RowsError for a source that cannot be opened; SourceError
+        when one fails on the way; OutputError.
+    """
+    partial = folder / "samples.partial"
+    records: list[dict[str, Any]] = []
+    summaries = []
+    for settings in config.sources:
+        units = _ask(settings, config.seed, prompts, partial, where, progress)
+        summaries.append(_summary(settings, units))
+        records += [answer for unit in units for answer in unit["answers"]]
+    order = {settings.name: place for place, settings in enumerate(config.sources)}
+    records.sort(key=lambda each: (each["prompt_id"], order[each["source"]], each["sample"]))
+    write_lines(folder / "samples.summary.jsonl", map(asdict, summaries))
+    path = folder / "samples.jsonl"
+    write_lines(path, records)
+    shutil.rmtree(partial, ignore_errors=True)
+    return path
+
+
+def read_summaries(folder: Path) -> tuple[SourceSummary, ...]:
+    """What `sample_answers` counted, by source. Raises: RowsError."""
+    return tuple(SourceSummary(**line) for line in read_lines(folder / "samples.summary.jsonl"))
+
+
+def _ask(
+    settings: Source,
+    seed: int,
+    prompts: Sequence[Prompt],
+    partial: Path,
+    where: Path,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Finished units of one source, in their order; what its journal lacks is asked for."""
+    source = open_source(settings, seed, where)
+    journal = Journal(partial / f"{settings.name}.jsonl")
+    units = dict(enumerate(source.units(prompts)))
+    finished = _finished(journal, _digest(settings, seed, source, units.values()))
+    step, total = f"sample {settings.name}", sum(map(len, units.values()))
+    done = sum(len(units[number]) for number in finished)
+    progress(step, done, total)
+    todo = {number: unit for number, unit in units.items() if number not in finished}
+    with closing(source.answer(todo)) as replies:
+        for number, reply in replies:
+            finished[number] = {
+                "unit": number,
+                "tokens_in": reply.tokens_in,
+                "tokens_out": reply.tokens_out,
+                "answers": [answer_record(answer) for answer in reply.answers],
+            }
+            journal.append(finished[number])
+            done += len(units[number])
+            progress(step, done, total)
+    return [finished[number] for number in units]
+
+
+def _digest(settings: Source, seed: int, source: SourceModel, units: Iterable[Unit]) -> str:
+    """Of everything that decides a source's answers."""
+    decisive = {
+        "settings": settings.model_dump(exclude=INDIFFERENT),
+        "identity": source.identity,
+        "seed": seed,
+        "units": [
+            (unit.samples, [(prompt.id, prompt.text) for prompt in unit.prompts]) for unit in units
+        ],
+    }
+    return blake3(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def _finished(journal: Journal, digest: str) -> dict[int, dict[str, Any]]:
+    """Units of a journal by number; a new journal begins with the digest.
+
+    Raises: OutputError for answers to something else, which may have been dear.
+    """
+    records = journal.read()
+    if not records:
+        journal.append({"digest": digest})
+        return {}
+    if records[0] != {"digest": digest}:
+        raise OutputError(
+            f"{journal.path}: unfinished answers of other settings, prompts or seed; restore "
+            "those and run again, or delete the file to begin anew"
+        )
+    return {record["unit"]: record for record in records[1:]}
+
+
+def _summary(settings: Source, units: Sequence[dict[str, Any]]) -> SourceSummary:
+    answers = [answer for unit in units for answer in unit["answers"]]
+    finishes = Counter(answer["finish"] for answer in answers)
+    tokens_in, tokens_out = (
+        sum(unit[key] for unit in units) for key in ("tokens_in", "tokens_out")
+    )
+    prices = settings.price_per_million if isinstance(settings, EndpointSource) else (0.0, 0.0)
+    return SourceSummary(
+        settings.name,
+        answers=finishes["stop"] + finishes["length"],
+        cut=finishes["length"],
+        refused=_reasons(answer["reason"] for answer in answers if "reason" in answer),
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
+        cost=(tokens_in * prices[0] + tokens_out * prices[1]) / 1e6,
+    )
+
+
+def _reasons(reasons: Iterable[str]) -> dict[str, int]:
+    """The commonest reasons with their counts, and the others together."""
+    counts = Counter(reasons)
+    most = dict(counts.most_common(MOST_REASONS))
+    others = counts.total() - sum(most.values())
+    return {**most, "other reasons": others} if others else most

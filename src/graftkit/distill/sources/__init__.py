@@ -1,0 +1,102 @@
+"""Sources: who answers the prompts.
+
+local      a causal language model, run here
+endpoint   a model behind an OpenAI-compatible endpoint
+answers    a file of answers that are there already
+"""
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from blake3 import blake3
+
+from graftkit.distill.config import AnswersSource, EndpointSource, Source
+from graftkit.distill.records import Answer, Prompt
+from graftkit.errors import ConfigError
+
+__all__ = ["Replies", "Reply", "SourceModel", "Unit", "derive_seed", "open_source", "refused"]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Work that is finished, and kept, as a whole: these samples of these prompts."""
+
+    prompts: tuple[Prompt, ...]
+    samples: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts) * len(self.samples)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one unit.
+
+    Attributes:
+        tokens_in, tokens_out: read and written, prompts once for each answer; 0: nobody counted.
+    """
+
+    answers: tuple[Answer, ...]
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+Replies = Generator[tuple[int, Reply], None, None]
+"""Finished units by number, in any order; close it to leave early."""
+
+
+class SourceModel(Protocol):
+    """Who answers; every kind of source is one of these."""
+
+    @property
+    def identity(self) -> str:
+        """What decides the answers and is not in the settings, such as a file's digest."""
+
+    def units(self, prompts: Sequence[Prompt]) -> list[Unit]:
+        """The whole work in pieces; the same for the same prompts and settings."""
+
+    def answer(self, units: Mapping[int, Unit]) -> Replies:
+        """Work on units by number; each comes back when it is finished.
+
+        The answers of a unit depend on its number, not on which others are asked for.
+        Raises: SourceError or CheckpointError when the source fails as a whole. What one prompt
+            does wrong is a refused answer.
+        """
+
+
+def open_source(settings: Source, seed: int, where: Path) -> SourceModel:
+    """The source of one `[[sources]]` table; relative paths refer to `where`.
+
+    Raises: ConfigError for a missing key or library; CheckpointError for a model that cannot be
+        used; RowsError for a file that cannot.
+    """
+    if isinstance(settings, AnswersSource):
+        from graftkit.distill.sources.answers import AnswersFile
+
+        return AnswersFile(settings, where)
+    if isinstance(settings, EndpointSource):
+        try:
+            from graftkit.distill.sources.endpoint import EndpointModel
+        except ImportError as error:
+            raise ConfigError(
+                f"source {settings.name}: the openai client is missing ({error}); "
+                "pip install 'graftkit[distill]'"
+            ) from error
+        return EndpointModel(settings, seed)
+    from graftkit.distill.sources.local import LocalModel
+
+    return LocalModel(settings, seed, where)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed from 0 to 2³¹ − 1 for one draw among many; any other parts give another."""
+    digest = blake3(json.dumps(parts).encode()).digest(length=4)
+    return int.from_bytes(digest, "little") & 0x7FFF_FFFF
+
+
+def refused(prompt: Prompt, source: str, sample: int, reason: str) -> Answer:
+    """An answer that there is none, and why."""
+    return Answer(prompt.id, prompt.text, source, sample, "", 0, "refused", reason=reason)

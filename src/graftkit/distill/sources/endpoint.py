@@ -1,0 +1,285 @@
+"""A model behind an OpenAI-compatible endpoint: one request an answer, retried with patience."""
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from itertools import islice
+from typing import Any
+
+import openai
+
+from graftkit.distill.config import EndpointSource
+from graftkit.distill.records import Answer, Finish, Prompt
+from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
+from graftkit.errors import ConfigError, SourceError
+
+FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.5, 60.0  # before a further attempt; it doubles
+MOST_ASKED_SECONDS = 900.0  # a server that asks for a longer wait ends the run
+REASON_CHARACTERS = 300  # of a server's message
+UNSUITABLE = (400, 413, 422)  # the server does not want this one prompt
+PASSING = (408, 409, 425, 429)  # another attempt may succeed, as with 500 and above
+GO_ON = "what is finished is kept; run the same command to go on"
+
+
+class EndpointModel:
+    """Answers of a served model; each has a seed of its own, where the server heeds seeds.
+
+    Raises: ConfigError for a key that is not in the environment, or a URL without http.
+    """
+
+    identity = ""
+
+    def __init__(self, settings: EndpointSource, seed: int):
+        self.settings, self.seed = settings, seed
+        self._client = Client(settings)
+
+    def units(self, prompts: Sequence[Prompt]) -> list[Unit]:
+        """One request each. At temperature 0 one sample says all."""
+        samples = self.settings.samples if self.settings.temperature > 0 else 1
+        return [Unit((prompt,), (sample,)) for prompt in prompts for sample in range(samples)]
+
+    def answer(self, units: Mapping[int, Unit]) -> Replies:
+        """`concurrency` requests at once; those under way when one fails still come back.
+
+        Raises: SourceError when the endpoint refuses the key or the model, or stays silent.
+        """
+        todo, pending = iter(units.items()), dict[Future[Reply], int]()
+        failure: BaseException | None = None
+        stopped = threading.Event()
+        pool = ThreadPoolExecutor(self.settings.concurrency)
+        try:
+            while True:
+                room = 0 if failure else self.settings.concurrency - len(pending)
+                for number, unit in islice(todo, room):
+                    pending[pool.submit(self._reply, unit, stopped)] = number
+                if not pending:
+                    break
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    number, error = pending.pop(future), future.exception()
+                    if error is None:
+                        yield number, future.result()
+                    else:
+                        stopped.set()
+                        failure = failure or error
+        finally:
+            # Also where the caller leaves, as by Ctrl-C: what is under way ends, nothing begins.
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+        if failure is not None:
+            raise failure
+
+    def _reply(self, unit: Unit, stopped: threading.Event) -> Reply:
+        (prompt,), (sample,) = unit.prompts, unit.samples
+        completion = self._client.complete(self._body(prompt, sample), stopped)
+        name, text = self.settings.name, completion.text
+        finishes: dict[str | None, Finish] = {"stop": "stop", "length": "length"}
+        finish = finishes.get(completion.finish)
+        if text is None or finish is None:
+            reason = completion.reason or f"no text (finish_reason {completion.finish})"
+            answer = refused(prompt, name, sample, reason)
+        else:
+            tokens = completion.tokens_out
+            answer = Answer(prompt.id, prompt.text, name, sample, text.strip(), tokens, finish)
+        return Reply((answer,), completion.tokens_in, completion.tokens_out)
+
+    def _body(self, prompt: Prompt, sample: int) -> dict[str, Any]:
+        settings = self.settings
+        body: dict[str, Any] = {
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "max_tokens": settings.max_new_tokens,
+            "seed": derive_seed(self.seed, settings.name, prompt.id, sample),
+        }
+        if settings.repetition_penalty != 1:
+            # Not in OpenAI's interface: vLLM and its like read it, others would refuse it.
+            body["extra_body"] = {"repetition_penalty": settings.repetition_penalty}
+        if settings.chat:
+            return {"messages": [{"role": "user", "content": prompt.text}], **body}
+        return {"prompt": prompt.text, **body}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server says to one request.
+
+    Attributes:
+        text: None where there is none. finish: its finish_reason. reason: why it gives no text.
+        tokens_in, tokens_out: of prompt and completion, 0 where the server does not count.
+    """
+
+    text: str | None
+    finish: str | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+    reason: str | None = None
+
+
+class Client:
+    """Requests to one endpoint, from several threads; attempts that may succeed later are repeated.
+
+    Raises: ConfigError for a key that is not in the environment, or a URL without http.
+    """
+
+    def __init__(self, settings: EndpointSource):
+        if not settings.url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"source {settings.name}: url is {settings.url!r}; expected a base URL such as "
+                "http://localhost:8000/v1"
+            )
+        self.settings = settings
+        self._key = _key(settings)
+        self._pace = Pace(settings.requests_per_minute)
+        client: Any = openai.OpenAI(
+            base_url=settings.url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=settings.timeout_seconds,
+        )
+        completions = client.chat.completions if settings.chat else client.completions
+        self._create = completions.with_raw_response.create
+
+    def complete(self, body: dict[str, Any], stopped: threading.Event) -> Completion:
+        """One completion; where the server does not want this prompt, its reason.
+
+        Args:
+            body: the request without the model. stopped: set from outside, it ends the waiting.
+        Raises: SourceError for a wrong key or model, or when the last attempt fails too.
+        """
+        attempt = 0
+        while True:
+            _pause(self._pace.turn(), stopped)
+            try:
+                response = self._create(model=self.settings.model, **body)
+                completion = _completion(response.http_response.content)
+                if completion is not None:
+                    return completion
+                found, asked = "the answer holds no completion", 0.0
+            except openai.APIStatusError as error:
+                if error.status_code in UNSUITABLE:
+                    return Completion(None, reason=self._shown(_said(error)))
+                if error.status_code not in PASSING and error.status_code < 500:
+                    raise self._refused(error) from error
+                found, asked = self._shown(_said(error)), _retry_after(error.response.headers)
+            except openai.APITimeoutError:
+                found, asked = f"no answer within {self.settings.timeout_seconds:g} s", 0.0
+            except openai.APIConnectionError as error:
+                found, asked = self._shown(str(error.__cause__ or error)), 0.0
+            attempt += 1
+            if attempt > self.settings.retries or asked > MOST_ASKED_SECONDS:
+                patience = f", and it asks to wait {asked:.0f} s" if asked else ""
+                raise SourceError(
+                    f"{self.settings.url}: {found} (attempt {attempt}{patience}); see that the "
+                    f"server runs there, {GO_ON}"
+                )
+            _pause(max(asked, _back_off(attempt)), stopped)
+
+    def _refused(self, error: openai.APIStatusError) -> SourceError:
+        if error.status_code in (401, 403):
+            key = self.settings.key_env
+            advice = f"check the key in {key}" if key else "name its variable in key_env"
+        else:
+            advice = f"expected an OpenAI-compatible server with a model {self.settings.model!r}"
+        return SourceError(f"{self.settings.url}: {self._shown(_said(error))}; {advice}; {GO_ON}")
+
+    def _shown(self, message: str) -> str:
+        """A server's words in one line, without the key, which some servers repeat."""
+        line = " ".join(_readable(message).split())
+        return (line.replace(self._key, "***") if self._key else line)[:REASON_CHARACTERS]
+
+
+class Pace:
+    """Turns that lie evenly in a minute; without a limit every turn is now."""
+
+    def __init__(self, per_minute: int | None):
+        self._gap = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def turn(self) -> float:
+        """Take the next turn. Returns: seconds until it comes."""
+        with self._lock:
+            now = time.monotonic()
+            turn = max(now, self._next)
+            self._next = turn + self._gap
+        return turn - now
+
+
+def _key(settings: EndpointSource) -> str | None:
+    if settings.key_env is None:
+        return None
+    key = os.environ.get(settings.key_env, "").strip()
+    if not key or not (key.isascii() and key.isprintable()):
+        found = "characters that no key has in" if key else "no"
+        raise ConfigError(
+            f"source {settings.name}: the environment has {found} {settings.key_env}; set it to "
+            f"the API key for {settings.url}"
+        )
+    return key
+
+
+def _completion(content: bytes) -> Completion | None:
+    """What a response says, None where it is no completion."""
+    try:
+        response = json.loads(content)
+        choice, usage = response["choices"][0], response.get("usage") or {}
+        message = choice.get("message") or {"content": choice.get("text")}
+        text, refusal, finish = message["content"], message.get("refusal"), choice["finish_reason"]
+        counts = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(text, str | None) or not isinstance(finish, str | None):
+        return None
+    return Completion(
+        None if text is None else _readable(text),
+        finish,
+        *counts,
+        reason=_readable(str(refusal)) if refusal else None,
+    )
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """Status and message of a server; what has no message as it is."""
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return f"{error.status_code} {said or error.body or ''}"
+
+
+def _count(tokens: Any) -> int:
+    return tokens if isinstance(tokens, int) and tokens > 0 else 0
+
+
+def _readable(text: str) -> str:
+    """With U+FFFD for halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks to wait (RFC 9110, 10.2.3); 0 where it does not."""
+    value = headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        asked: datetime = parsedate_to_datetime(value)
+        return max(0.0, (asked - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _back_off(attempt: int) -> float:
+    """Seconds before attempt `attempt` + 1; random, so that many clients do not come at once."""
+    longest = min(MOST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(attempt - 1, 30))
+    return longest * random.uniform(0.5, 1)
+
+
+def _pause(seconds: float, stopped: threading.Event) -> None:
+    """Wait. Raises: SourceError when it is stopped, which ends the attempts of this thread."""
+    if stopped.wait(seconds):
+        raise SourceError(f"stopped; {GO_ON}")

@@ -1,0 +1,61 @@
+"""Which stages of a folder are done, and whether what they were made from is still the same."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from graftkit.errors import OutputError
+
+FILE = "stages.json"
+
+
+class StageBook:
+    """stages.json: by stage, the key it was made for, its seconds and counts."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / FILE
+        self.entries: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            try:
+                self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise OutputError(
+                    f"{self.path}: not JSON ({error}); delete it to redo every stage"
+                ) from error
+
+    def done(self, stage: str, key: str, outputs: Iterable[Path]) -> bool:
+        """Whether the stage was finished for this key and its outputs are there."""
+        entry = self.entries.get(stage)
+        same = entry is not None and entry["key"] == key
+        return same and all(path.exists() for path in outputs)
+
+    def stale(self, stage: str, key: str) -> bool:
+        """Whether the stage was finished for another key."""
+        entry = self.entries.get(stage)
+        return entry is not None and entry["key"] != key
+
+    def finish(self, stage: str, key: str, seconds: float, result: dict[str, Any]) -> None:
+        """Note a finished stage. Raises: OutputError."""
+        self.entries[stage] = {"key": key, "seconds": round(seconds, 2), **result}
+        partial = self.path.with_name(FILE + ".writing")
+        try:
+            partial.write_text(json.dumps(self.entries, indent=1), encoding="utf-8")
+            os.replace(partial, self.path)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+def key_of(*parts: Any) -> str:
+    """A digest of settings, digests and keys."""
+    return blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest(length=16)
+
+
+def digest_of(path: Path) -> str:
+    """A digest of a file's bytes; of nothing where there is no file."""
+    if not path.is_file():
+        return ""
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest(length=16)

@@ -1,0 +1,253 @@
+"""The work of each stage: what it reads from the folder, and what it writes there.
+
+Every function returns counts for the book of stages.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftkit.delta import Checkpoint
+from graftkit.distill import card as cards
+from graftkit.distill.config import Graded
+from graftkit.distill.launch import is_main
+from graftkit.distill.records import Scored, read_lines, write_lines
+from graftkit.distill.sampling import read_summaries, sample_answers
+from graftkit.distill.scoring import read_scored, score_answers
+from graftkit.distill.selection import Pair, Selected
+from graftkit.distill.selection import select as select_answers
+from graftkit.distill.template import Template
+from graftkit.distill.workspace import Workspace
+from graftkit.errors import SelectionError
+from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.loading import empty_model, load_model
+from graftkit.rows import Row, read_rows
+
+
+def sample(space: Workspace) -> dict[str, Any]:
+    """Ask the sources."""
+    prompts = space.prompts.prompts
+    sample_answers(space.config, prompts, space.folder, space.where, space.progress)
+    found = read_summaries(space.folder)
+    return {
+        "answers": sum(one.answers for one in found),
+        "refused": sum(sum(one.refused.values()) for one in found),
+        "tokens_out": sum(one.tokens_out for one in found),
+        "cost": sum(one.cost for one in found),
+    }
+
+
+def score(space: Workspace) -> dict[str, Any]:
+    """Judge the answers."""
+    prompts = space.prompts.prompts
+    score_answers(space.config, prompts, space.folder, space.where, space.progress)
+    passed = sum(one.passed for one in read_scored(space.folder))
+    return {"passed": passed}
+
+
+def select(space: Workspace) -> dict[str, Any]:
+    """Choose rows and pairs; Raises: SelectionError where none are left."""
+    scored, config = read_scored(space.folder), space.config
+    template = space.template
+    graded = any(isinstance(score, Graded) for score in config.scores)
+    settings = config.selection
+    if config.dpo is None:
+        settings = settings.model_copy(update={"sft_share": 1.0})
+    chosen = select_answers(scored, settings, graded, config.seed, template.fits)
+    _check_enough(chosen, config.dpo is not None)
+    rows = [_row_record(one, template) for one in chosen.rows]
+    card = cards.make_card(config, space.prompts, scored, chosen)
+    if config.dpo:
+        pairs = [_pair_record(pair, template) for pair in chosen.pairs]
+        write_lines(space.folder / "pairs.jsonl", pairs)
+    (space.folder / "data_card.md").write_text(cards.data_card(card), encoding="utf-8")
+    write_lines(space.folder / "data_card.json", [card])
+    write_lines(space.folder / "sft.jsonl", rows)
+    return {"rows": len(chosen.rows), "pairs": len(chosen.pairs)}
+
+
+def probe(space: Workspace) -> dict[str, Any]:
+    """Let the sources read the rows and keep what they expect."""
+    from graftkit.distill.collecting import collect_distributions
+
+    assert space.config.transfer is not None
+    rows, tokenizer, aligned, tokens = _asked_rows(space), usable_tokenizer(space.target), 0, 0
+    for source in space.probed:
+        file = space.distributions(source)
+        file.parent.mkdir(exist_ok=True)
+        checkpoint = Checkpoint.open(space.reference(source.model))
+        model, own = load_model(checkpoint, torch.float32), usable_tokenizer(checkpoint)
+        report = partial(space.progress, f"probe {source.name}")
+        transfer = space.config.transfer
+        found = collect_distributions(source, model, own, tokenizer, rows, transfer, file, report)
+        aligned, tokens = aligned + found.aligned, tokens + found.tokens
+    return {"aligned": aligned, "tokens": tokens}
+
+
+def _guide(space: Workspace) -> Any:
+    """What SFT is guided by, None without explicit transfer."""
+    from graftkit.distill.distributions import Distributions
+    from graftkit.distill.guided import Guide
+    from graftkit.distill.hidden import HiddenSource
+
+    transfer = space.config.transfer
+    if transfer is None:
+        return None
+    files = [Distributions(space.distributions(source)) for source in space.probed]
+    hidden = None
+    if transfer.hidden_weight:
+        source = space.models[0]
+        checkpoint = Checkpoint.open(space.reference(source.model))
+        layers = empty_model(space.target).config.get_text_config().num_hidden_layers
+        hidden = HiddenSource(
+            source,
+            load_model(checkpoint, torch.float32),
+            usable_tokenizer(checkpoint),
+            usable_tokenizer(space.target),
+            layers,
+        )
+    return Guide(transfer, files, hidden, _asked_rows(space))
+
+
+def _asked_rows(space: Workspace) -> list[Row]:
+    """The SFT rows with their prompts as the sources were asked."""
+    lines = read_lines(space.folder / "sft.jsonl")
+    return [Row(line.get("asked", line["prompt"]), line["completion"]) for line in lines]
+
+
+def sft(space: Workspace) -> dict[str, Any]:
+    """Train the target on the rows."""
+    from graftkit.distill.training import train_rows
+
+    log = train_rows(
+        space.target,
+        read_rows(space.folder / "sft.jsonl"),
+        space.config.sft,
+        space.config.seed,
+        space.after_sft,
+        partial(space.progress, "sft"),
+        _guide(space),
+    )
+    return _logged(space, "sft", log)
+
+
+def dpo(space: Workspace) -> dict[str, Any]:
+    """Train the model after SFT on the pairs."""
+    from graftkit.distill.training import train_pairs
+
+    assert space.config.dpo is not None
+    log = train_pairs(
+        space.target,
+        Checkpoint.open(space.after_sft),
+        list(read_lines(space.folder / "pairs.jsonl")),
+        space.config.dpo,
+        space.config.seed,
+        space.folder / "tuned",
+        partial(space.progress, "dpo"),
+    )
+    return _logged(space, "dpo", log)
+
+
+def pack(space: Workspace) -> dict[str, Any]:
+    """Compress what was learned, and write the model card."""
+    from graftkit.packing import pack_delta
+
+    config, settings = space.config, space.config.pack
+    card = next(read_lines(space.folder / "data_card.json"))
+    rows = list(read_lines(space.folder / "sft.jsonl"))[: settings.calibration_rows]
+    calibration = space.folder / "calibration.jsonl"
+    write_lines(calibration, rows)
+    work = space.folder / "skill.partial"
+    packed = pack_delta(
+        space.target.path,
+        space.folder / "tuned",
+        budget=settings.budget,
+        recipe=settings.recipe,
+        calibration=calibration if rows and settings.recipe != "lossless" else None,
+        seed=config.seed,
+        train_steps=settings.train_steps,
+        licence=cards.licence(config),
+        provenance=cards.provenance(config, card),
+        work_dir=work,
+        progress=lambda step, done, total: space.progress(f"pack: {step}", done, total),
+    )
+    file = space.folder / "skill.skillpack"
+    packed.save(file)
+    shutil.rmtree(work, ignore_errors=True)
+    stages = ("sft", "dpo") if config.dpo else ("sft",)
+    curves = {stage: _ends(list(read_lines(_log_file(space, stage)))) for stage in stages}
+    readme = cards.model_card(config, card, curves)
+    (space.folder / "README.md").write_text(readme, encoding="utf-8")
+    return {"pack_bytes": file.stat().st_size, "file": str(file)}
+
+
+def _logged(space: Workspace, stage: str, log: list[dict[str, float]]) -> dict[str, Any]:
+    """Keep the loss curve; say where it began and ended."""
+    if is_main():
+        write_lines(_log_file(space, stage), log)
+    return {"loss": _ends(log)}
+
+
+def _log_file(space: Workspace, stage: str) -> Path:
+    return space.folder / f"{stage}_log.jsonl"
+
+
+def _ends(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    steps = max((int(entry["step"]) for entry in log if "step" in entry), default=0)
+    return {"first": losses[0], "last": losses[-1], "steps": steps}
+
+
+def _check_enough(chosen: Selected, wants_pairs: bool) -> None:
+    if not chosen.rows:
+        raise SelectionError(
+            f"no answer is left for SFT ({_told(chosen.dropped_rows)}); look at scores.jsonl, and "
+            "loosen the rules or take a better source"
+        )
+    if wants_pairs and not chosen.pairs:
+        raise SelectionError(
+            f"no pair is left for DPO ({_told(chosen.dropped_pairs)}); widen selection.gap, draw "
+            "more samples, or set dpo = false"
+        )
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason}: {count:,}" for reason, count in counts.items()) or "no prompts"
+
+
+def _row_record(one: Scored, template: Template) -> dict[str, Any]:
+    row = template.row(one.answer.prompt, one.answer.text)
+    record: dict[str, Any] = {"prompt": row.prompt, "completion": row.completion}
+    if row.prompt != one.answer.prompt:
+        record["asked"] = one.answer.prompt
+    origin = {"prompt_id": one.answer.prompt_id, "source": one.answer.source}
+    return record | origin | {"reward": one.reward}
+
+
+def _pair_record(pair: Pair, template: Template) -> dict[str, Any]:
+    answer = pair.chosen.answer
+    chosen = template.row(answer.prompt, answer.text)
+    record: dict[str, Any] = {
+        "prompt": chosen.prompt,
+        "chosen": chosen.completion,
+        "rejected": template.row(answer.prompt, pair.rejected.answer.text).completion,
+    }
+    if pair.own is not None:
+        record["chosen_target"] = template.row(answer.prompt, pair.own.answer.text).completion
+    rewards = {"chosen_reward": pair.chosen.reward, "rejected_reward": pair.rejected.reward}
+    return record | {"prompt_id": answer.prompt_id, "source": answer.source} | rewards
+
+
+WORK: Mapping[str, Callable[[Workspace], dict[str, Any]]] = {
+    "sample": sample,
+    "score": score,
+    "select": select,
+    "probe": probe,
+    "sft": sft,
+    "dpo": dpo,
+    "pack": pack,
+}

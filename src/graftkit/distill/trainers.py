@@ -1,0 +1,108 @@
+"""TRL's trainers where they need a word from us: ready tokens, two learning rates, WRPO."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from graftkit.rows import pad_batch
+
+
+class _TwoRates:
+    """AdamW whose embeddings and head learn at a share of the others' rate."""
+
+    def __init__(self, *arguments: Any, embedding_rate: float = 1.0, **options: Any):
+        self.embedding_rate = embedding_rate
+        super().__init__(*arguments, **options)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As the trainer makes it; split in two where the rates differ."""
+        optimizer = super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
+        if self.embedding_rate != 1.0:
+            slow = {id(parameter) for parameter in _embeddings(self.model)}  # type: ignore[attr-defined]
+            for group in list(optimizer.param_groups):
+                rest = [p for p in group["params"] if id(p) not in slow]
+                taken = [p for p in group["params"] if id(p) in slow]
+                if taken:
+                    group["params"] = rest
+                    rate = group["lr"] * self.embedding_rate
+                    optimizer.add_param_group({**group, "params": taken, "lr": rate})
+        return optimizer
+
+
+def _embeddings(model: nn.Module) -> list[nn.Parameter]:
+    """Input embedding and output head, once where they are tied."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
+    found = [module.weight for module in modules if module is not None]
+    return list(dict.fromkeys(found))
+
+
+class RowTrainer(_TwoRates, SFTTrainer):  # type: ignore[misc]
+    """SFT on rows that are tokens already."""
+
+
+class PairTrainer(_TwoRates, DPOTrainer):  # type: ignore[misc]
+    """DPO on pairs that are tokens already."""
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        # TRL tokenizes prompt + answer in one go, which may merge tokens across the border.
+        return dataset
+
+
+class WrpoTrainer(PairTrainer):
+    """Weighted-reward preference optimisation (arXiv 2412.03187)."""
+
+    def __init__(self, *arguments: Any, alpha: float, **options: Any):
+        self.alpha = alpha
+        super().__init__(*arguments, **options)
+        self.data_collator: Any = _Triples(pad_token_id=self._tokenizer.pad_token_id)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool) -> Any:
+        """−log σ(β (α s_c + (1 − α) s_t − s_r)); α rises linearly from 0."""
+        scores = self._log_probs(model, inputs) - self._reference(model, inputs)
+        chosen, own, rejected = scores.chunk(3)
+        alpha = self.alpha * self.state.global_step / max(1, self.state.max_steps)
+        margin = alpha * chosen + (1 - alpha) * own - rejected
+        loss = -logsigmoid(self.beta * margin).mean()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["rewards/margins"].append((self.beta * margin).mean().item())
+        return (loss, None) if return_outputs else loss
+
+    @torch.no_grad()
+    def _reference(self, model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        if self.ref_model is not None:
+            return self._log_probs(self.ref_model, inputs)
+        with self.accelerator.unwrap_model(model).disable_adapter():
+            return self._log_probs(model, inputs)
+
+    @staticmethod
+    def _log_probs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+        """log π(y|x), one for each row of the batch."""
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+        found = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        per_row: Tensor = found.log_probs.sum(dim=1)
+        return per_row
+
+
+class _Triples(DataCollatorForPreference):  # type: ignore[misc]
+    """Chosen, target's own and rejected answers, one block each."""
+
+    def torch_call(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Batch of 3 n rows."""
+        keys = ("chosen_ids", "chosen_target_ids", "rejected_ids")
+        rows = [(e["prompt_ids"], e[key]) for key in keys for e in examples]
+        ids, mask = pad_batch([[*prompt, *answer] for prompt, answer in rows], self.pad_token_id)
+        prompts = torch.tensor([len(prompt) for prompt, _ in rows])
+        positions = torch.arange(ids.shape[1])
+        answers = (positions >= prompts[:, None]) & mask.bool()
+        return {"input_ids": ids, "attention_mask": mask, "completion_mask": answers.long()}

@@ -1,0 +1,63 @@
+"""A live model's weights, written as the checkpoint they were loaded from."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint
+from graftkit.errors import CheckpointError, OutputError
+from graftkit.models.views import checkpoint_views, find_view, is_ignored
+from graftkit.sharded import write_checkpoint
+
+
+class CheckpointWriter:
+    """Writes weights of a model with the names, layouts, dtypes and side files of `origin`.
+
+    Args:
+        model: loaded from `origin`; only its names and shapes are looked at, so that it may be
+            sharded or wrapped afterwards.
+    """
+
+    def __init__(self, model: Any, origin: Checkpoint):
+        self.model, self.origin, self.views = model, origin, checkpoint_views(model)
+
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Write a folder; it appears whole or not at all, and takes the place of an older one.
+
+        Args:
+            state: parameters and buffers by the model's own names, whole.
+        Raises: CheckpointError where a tensor on disk is put together from several; OutputError.
+        """
+        partial = folder.with_name(folder.name + ".writing")
+        shutil.rmtree(partial, ignore_errors=True)
+        names, files = sorted(self.origin.tensors), self.origin.side_files()
+        try:
+            write_checkpoint(partial, names, lambda n: self._tensor(n, state), files, _nothing)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _tensor(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        view = find_view(self.model, self.views, name)
+        dtype = self.origin.tensors[name].dtype
+        if view is None:
+            if not is_ignored(self.model, name):
+                raise CheckpointError(
+                    f"{self.origin.path}: {name} is no part of one parameter of "
+                    f"{type(self.model).__name__}, so what it learned cannot be written; save the "
+                    "model with a current transformers first"
+                )
+            return self.origin.read(name)
+        tensor = view.tensor(state[view.parameter]).cpu()
+        return tensor.to(DTYPES[dtype]) if dtype in FLOAT_DTYPES else self.origin.read(name)
+
+
+def _nothing(done: int) -> None:
+    pass

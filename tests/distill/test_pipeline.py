@@ -1,0 +1,232 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from distill.tiny import tiny_llama, write_jsonl
+
+from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
+from graftkit.distill.reading import read_config
+from graftkit.errors import ConfigError, RowsError, SelectionError
+from graftkit.skillpack import SkillPack
+
+WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+CONFIG = """
+target = "target"
+[prompts]
+file = "prompts.jsonl"
+[[sources]]
+kind = "answers"
+name = "book"
+file = "answers.jsonl"
+samples = 3
+licence = "CC0-1.0"
+[[scores]]
+kind = "agreement"
+[selection]
+gap = [0.1, 1.0]
+sft_share = "all"
+[sft]
+epochs = 2
+learning_rate = 1e-2
+batch_size = 4
+precision = "float32"
+[dpo]
+learning_rate = 1e-3
+batch_size = 4
+precision = "float32"
+[pack]
+recipe = "lossless"
+"""
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("model") / "target")
+
+
+@pytest.fixture
+def place(tmp_path, target) -> Path:
+    """A configuration with everything that it names."""
+    shutil.copytree(target, tmp_path / "target")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"say {word}:"} for word in WORDS])
+    answers = [
+        {"prompt": f"say {word}:", "completion": text}
+        for word in WORDS
+        for text in (f" {word}!", f" {word}!", " no")
+    ]
+    write_jsonl(tmp_path / "answers.jsonl", answers)
+    (tmp_path / "run.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def run(place: Path, only: str | None = None, out: str = "out"):
+    done = []
+    result = run_distill(place / "run.toml", place / out, only, lambda step, *_: done.append(step))
+    return result, done
+
+
+def change(place: Path, old: str, new: str) -> None:
+    text = (place / "run.toml").read_text()
+    assert old in text
+    (place / "run.toml").write_text(text.replace(old, new))
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_run_ends_with_everything_that_it_promises(place):
+    result, _ = run(place)
+    out = place / "out"
+    assert list(result) == ["sample", "score", "select", "sft", "dpo", "pack"]
+    assert len(lines(out / "samples.jsonl")) == 24
+    rows, pairs = lines(out / "sft.jsonl"), lines(out / "pairs.jsonl")
+    assert [row["completion"] for row in rows] == [f" {word}!" for word in WORDS]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [
+        (f" {word}!", " no") for word in WORDS
+    ]
+    pack = SkillPack.load(out / "skill.skillpack")
+    assert pack.manifest.licence == "CC0-1.0"
+    assert "8 rows" in pack.manifest.provenance["sft"]
+    assert pack.manifest.provenance["source book"] == "answers.jsonl"
+    assert (out / "skill.skillpack").stat().st_size == result["pack"]["pack_bytes"]
+    assert "8 pairs" in (out / "README.md").read_text()
+    assert "CC0-1.0" in (out / "data_card.md").read_text()
+    assert lines(out / "dpo_log.jsonl")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_what_is_done_is_not_done_again(place):
+    run(place)
+    before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}
+    again, steps = run(place)
+    assert steps == ["sample", "score", "select", "sft", "dpo", "pack"]
+    assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")} == before
+    assert list(again) == ["sample", "score", "select", "sft", "dpo", "pack"]
+
+
+def test_a_stage_is_done_again_when_its_settings_change_and_so_are_those_after_it(place):
+    run(place)
+    sft = (place / "out" / "sft" / "model.safetensors").read_bytes()
+    pack = (place / "out" / "skill.skillpack").read_bytes()
+    change(place, "learning_rate = 1e-3", "learning_rate = 2e-2")
+    run(place)
+    assert (place / "out" / "sft" / "model.safetensors").read_bytes() == sft
+    assert (place / "out" / "skill.skillpack").read_bytes() != pack
+
+
+def test_edited_scores_change_what_is_trained_on(place):
+    run(place, "sample")
+    run(place, "score")
+    scores = lines(place / "out" / "scores.jsonl")
+    for score in scores:
+        score["passed"] = score["prompt_id"] < 4
+    write_jsonl(place / "out" / "scores.jsonl", scores)
+    run(place, "select")
+    assert len(lines(place / "out" / "sft.jsonl")) == 4
+
+
+def test_answers_are_never_thrown_away_without_being_asked(place):
+    run(place, "sample")
+    change(place, "samples = 3", "samples = 2")
+    with pytest.raises(ConfigError, match="sampled with other sources, prompts or seed; delete it"):
+        run(place)
+    assert len(lines(place / "out" / "samples.jsonl")) == 24
+
+
+def test_one_stage_alone_needs_those_before_it(place):
+    with pytest.raises(ConfigError, match=r"sft.jsonl: missing, and stage sft needs it"):
+        run(place, "sft")
+    with pytest.raises(ConfigError, match="stage 'train' is none of sample, score"):
+        run(place, "train")
+
+
+def test_without_preference_optimisation_sft_writes_the_tuned_model(place):
+    change(place, '[dpo]\nlearning_rate = 1e-3\nbatch_size = 4\nprecision = "float32"\n', "")
+    change(place, 'target = "target"', 'target = "target"\ndpo = false')
+    result, _ = run(place)
+    assert list(result) == ["sample", "score", "select", "sft", "pack"]
+    assert (place / "out" / "tuned" / "model.safetensors").exists()
+    assert not (place / "out" / "pairs.jsonl").exists()
+
+
+def test_the_references_of_a_prompts_file_are_not_read_by_scores_without_reference(place):
+    run(place, out="without")
+    rows = [{"prompt": f"say {word}:", "completion": [7]} for word in WORDS]
+    write_jsonl(place / "prompts.jsonl", rows)
+    run(place, out="with")
+    for name in (
+        "samples.jsonl",
+        "scores.jsonl",
+        "sft.jsonl",
+        "pairs.jsonl",
+        "tuned/model.safetensors",
+    ):
+        assert (place / "with" / name).read_bytes() == (place / "without" / name).read_bytes()
+
+
+def test_a_source_whose_every_answer_fails_is_one_line_and_nothing_is_lost(place):
+    change(place, 'kind = "agreement"', 'kind = "exact"')
+    change(place, "gap = [0.1, 1.0]", 'pairs = "checked"')
+    write_jsonl(
+        place / "prompts.jsonl", [{"prompt": f"say {w}:", "completion": " x"} for w in WORDS]
+    )
+    with pytest.raises(SelectionError, match="no answer is left for SFT") as error:
+        run(place)
+    assert "exact" in str(error.value)
+    assert len(lines(place / "out" / "scores.jsonl")) == 24
+
+
+def test_a_window_without_pairs_names_the_reasons(place):
+    change(place, "gap = [0.1, 1.0]", "gap = [0.9, 1.0]")
+    with pytest.raises(SelectionError, match=r"no pair is left for DPO \(gap too small: 8\)"):
+        run(place)
+
+
+def test_a_rule_needs_its_reference(place):
+    change(place, 'kind = "agreement"', 'kind = "number"')
+    with pytest.raises(RowsError, match=r'prompts\.jsonl:1: key "completion" is missing'):
+        run(place)
+
+
+def test_rows_longer_than_the_target_reads_are_dropped_and_counted(place):
+    answers = lines(place / "answers.jsonl")
+    answers[0]["completion"] = answers[1]["completion"] = " one!" * 40
+    write_jsonl(place / "answers.jsonl", answers)
+    for stage in ("sample", "score", "select"):
+        run(place, stage)
+    card = lines(place / "out" / "data_card.json")[0]
+    assert card["sft"]["rows"] == 8
+    assert lines(place / "out" / "sft.jsonl")[0]["completion"] == " no"
+
+
+def test_a_dry_run_counts_and_writes_nothing(place):
+    before = sorted(path.name for path in place.iterdir())
+    found = estimate_run(place / "run.toml")
+    assert found["prompts"] == 8
+    assert found["stages"]["sample"]["answers"] == 24
+    assert found["stages"]["sft"]["steps"] == 4
+    assert found["stages"]["dpo"]["memory_bytes"] > found["stages"]["sft"]["memory_bytes"]
+    assert found["disk_bytes"] > 0
+    assert sorted(path.name for path in place.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda f: f.stem
+)
+def test_every_shipped_configuration_is_understood(file):
+    config = read_config(file)
+    assert stages_of(config)[0] == "sample"
+    if file.stem == "nursery":
+        return
+    assert config.prompts.chat
+    expected = {"llama-3.1-8b": (5e-6, 8e-7, 10.0), "qwen-2.5-7b": (2e-6, 3e-7, 0.01)}
+    if file.stem in expected:
+        rates = (config.sft.learning_rate, config.dpo.learning_rate, config.dpo.beta)
+        assert rates == expected[file.stem]
+
+
+def test_a_launcher_shares_the_trainings_only(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="only sft and dpo share their work"):
+        run(place)
