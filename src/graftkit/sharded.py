@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +24,7 @@ def write_checkpoint(
     Args:
         tensor: gives a tensor by name; called once for each. files: contents by file name.
         step_done: called with the number of tensors taken so far.
+    Raises: OSError.
     """
     folder.mkdir(parents=True)
     shard: dict[str, Tensor] = {}
@@ -44,7 +46,10 @@ def write_checkpoint(
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], index: int) -> list[str]:
-    save_file(tensors, folder / f"shard-{index}", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / f"shard-{index}", metadata={"format": "pt"})
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
     return list(tensors)
 
 

@@ -1,5 +1,11 @@
 import json
+import os
+import re
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,9 +13,11 @@ from distill.tiny import tiny_llama, write_jsonl
 
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
 from graftkit.distill.reading import read_config
+from graftkit.distill.stages import only_run
 from graftkit.errors import ConfigError, RowsError, SelectionError
 from graftkit.skillpack import SkillPack
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 CONFIG = """
 target = "target"
@@ -211,9 +219,7 @@ def test_a_dry_run_counts_and_writes_nothing(place):
     assert sorted(path.name for path in place.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[2] / "configs").glob("*.toml")), ids=lambda f: f.stem
-)
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda f: f.stem)
 def test_every_shipped_configuration_is_understood(file):
     config = read_config(file)
     assert stages_of(config)[0] == "sample"
@@ -226,7 +232,72 @@ def test_every_shipped_configuration_is_understood(file):
         assert rates == expected[file.stem]
 
 
+def test_mixed_pairs_are_trained_with_weighted_rewards(place):
+    own = [{"prompt": f"say {w}:", "completion": f" {c}"} for w in WORDS for c in (w, "no", "no")]
+    write_jsonl(place / "own.jsonl", own)
+    mine = '[[sources]]\nkind = "answers"\nname = "me"\nfile = "own.jsonl"\n'
+    change(place, "[[scores]]", mine + "[[scores]]")
+    change(place, "gap = [0.1, 1.0]", 'gap = [-1, 1]\npairs = "mixed"\ntarget_source = "me"')
+    change(place, "[dpo]", '[dpo]\nloss = "wrpo"\nbeta = 0.1')
+    run(place)
+    pair = lines(place / "out" / "pairs.jsonl")[0]
+    assert (pair["chosen"], pair["chosen_target"], pair["rejected"]) == (" one!", " no", " one")
+    assert lines(place / "out" / "dpo_log.jsonl")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(place):
+    with only_run(place), pytest.raises(ConfigError, match="another run is at work here"):
+        run(place, out=".")
+
+
+def test_missing_libraries_are_named_with_what_to_install(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "graftkit.distill.training", None)
+    with pytest.raises(ConfigError, match=r"pip install 'graftkit\[distill\]'"):
+        run(place)
+    assert (place / "out" / "sft.jsonl").exists()
+
+
 def test_a_launcher_shares_the_trainings_only(place, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="only sft and dpo share their work"):
         run(place)
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(place):
+    def no_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    command = [sys.executable, "-m", "graftkit", "distill", "run.toml", "-o", "out", "--json"]
+    full = subprocess.run(command, cwd=place, capture_output=True, text=True, preexec_fn=no_room)
+    assert full.returncode == 1
+    assert re.fullmatch(r"graftkit: .*cannot be written.*go on\n", full.stderr)
+    assert (place / "out" / "sft.jsonl").exists()
+    assert not (place / "out" / "sft").exists()
+    again = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
+    assert list(json.loads(again.stdout)["stages"]) == [
+        *("sample", "score", "select", "sft", "dpo", "pack")
+    ]
+
+
+def test_two_processes_train_what_one_does(place):
+    change(place, "[sft]", "[sft]\nmicro_batch_size = 2")
+    for stage in ("sample", "score", "select"):
+        run(place, stage)
+    shutil.copytree(place / "out", place / "alone")
+    run(place, "sft", out="alone")
+    launch = [
+        "accelerate",
+        "launch",
+        "--config_file",
+        str(CONFIGS / "accelerate" / "two-cpus.yaml"),
+    ]
+    command = [*launch, "-m", "graftkit", "distill", "run.toml", "-o", "out", "--only", "sft"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(
+        command, cwd=place, env=os.environ | {"PATH": path}, check=True, capture_output=True
+    )
+    alone, together = (lines(place / out / "sft_log.jsonl") for out in ("alone", "out"))
+    assert len(together) == len(alone)
+    for one, two in zip(alone[:-1], together[:-1], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.02)

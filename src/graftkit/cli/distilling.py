@@ -34,7 +34,7 @@ def print_estimate(found: dict[str, Any]) -> None:
     """Counts, memory, disk and time of a run that has not begun."""
     print(f"{found['prompts']:,} prompts, {found['prompt_tokens']:,} tokens")
     table = Table(box=None, header_style="bold", pad_edge=False)
-    headers = ("stage", "rows", "steps", "tokens, at most", "memory", "time, at least", "cost")
+    headers = ("stage", "rows", "steps", "tokens", "memory", "time", "cost")
     for header in headers:
         table.add_column(header, justify="left" if header == "stage" else "right")
     for stage, entry in found["stages"].items():
@@ -48,7 +48,10 @@ def print_estimate(found: dict[str, Any]) -> None:
             f"{entry['cost']:,.2f}" if entry.get("cost") else "",
         )
     Console().print(table)
-    print(f"disk: {show.size(found['disk_bytes'])} at most; memory is without activations")
+    print(
+        f"disk: {show.size(found['disk_bytes'])}. Tokens, time, cost and disk are those of answers "
+        "of full length; time is arithmetic alone, memory without activations"
+    )
 
 
 def _told(entry: dict[str, Any]) -> str:

@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from graftkit.config import VERSION
 from graftkit.distill.config import DistillConfig, ModelSource, Source
 from graftkit.distill.records import Scored
-from graftkit.distill.sampling import PromptSet
+from graftkit.distill.sampling import PromptSet, SourceSummary
 from graftkit.distill.selection import Selected
 
 Card = dict[str, Any]
@@ -16,12 +17,17 @@ Card = dict[str, Any]
 
 
 def make_card(
-    config: DistillConfig, prompts: PromptSet, scored: Sequence[Scored], chosen: Selected
+    config: DistillConfig,
+    prompts: PromptSet,
+    sampled: Sequence[SourceSummary],
+    scored: Sequence[Scored],
+    chosen: Selected,
 ) -> Card:
     """Counts of everything from prompts to pairs, and the settings behind them."""
     answers = {
-        source.name: _answer_counts([s for s in scored if s.answer.source == source.name])
-        for source in config.sources
+        one.source: asdict(one)
+        | _answer_counts([s for s in scored if s.answer.source == one.source])
+        for one in sampled
     }
     return {
         "seed": config.seed,
@@ -86,12 +92,16 @@ def data_card(card: Card) -> str:
         _dropped("Prompts left out", prompts["dropped"]),
         "## Answers",
         _table(
-            ("source", "answers", "passed", "mean reward", "tokens"),
+            ("source", "answers", "passed", "mean reward", "tokens read", "tokens written", "cost"),
             [
-                (name, a["answers"], a["passed"], f"{a['mean_reward']:.3f}", a["tokens"])
+                (
+                    *(name, a["answers"], a["passed"], f"{a['mean_reward']:.3f}"),
+                    *(a["tokens_in"], a["tokens_out"], f"{a['cost']:.2f}"),
+                )
                 for name, a in card["answers"].items()
             ],
         ),
+        *(_dropped(f"{name}: refused", a["refused"]) for name, a in card["answers"].items()),
         *(_dropped(f"{name}: did not pass", a["failed"]) for name, a in card["answers"].items()),
         "## Rows for SFT",
         f"{sft['rows']:,} rows.",
@@ -137,10 +147,8 @@ def _answer_counts(scored: Sequence[Scored]) -> dict[str, Any]:
     passed = [one for one in scored if one.passed]
     rewards = [one.reward for one in passed]
     return {
-        "answers": len(scored),
         "passed": len(passed),
         "mean_reward": sum(rewards) / len(rewards) if rewards else 0.0,
-        "tokens": sum(one.answer.tokens for one in scored),
         "failed": dict(Counter(one.failed for one in scored if one.failed)),
     }
 

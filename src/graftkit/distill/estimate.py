@@ -1,7 +1,8 @@
 """What a run will take, before it starts: counts, tokens, memory, disk and time.
 
-Answers are not known yet, so tokens are counted at their most (every answer as long as it may
-be), and time at its least (arithmetic alone, at the speed of one product measured here).
+Answers are not known yet: every one counts as long as it may be. Time is that of the arithmetic
+for so many tokens, at the speed of one product measured here; shorter answers take less, small
+models and slow disks more.
 """
 
 import time
@@ -35,7 +36,7 @@ def estimate(
 ) -> dict[str, Any]:
     """Counts and sizes by stage; reads configurations and tokenizers, no weights.
 
-    Returns: tokens are at most, seconds at least; memory is without activations, bytes.
+    Returns: tokens and seconds for answers of full length; memory without activations, bytes.
     """
     tokenizer = usable_tokenizer(target)
     lengths = [len(tokenizer.encode(prompt.text)) for prompt in prompts]

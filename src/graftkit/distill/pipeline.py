@@ -22,10 +22,10 @@ from graftkit.distill.config import DistillConfig
 from graftkit.distill.estimate import estimate
 from graftkit.distill.launch import is_main, processes
 from graftkit.distill.reading import read_config
-from graftkit.distill.stages import StageBook, digest_of, key_of
+from graftkit.distill.stages import StageBook, digest_of, key_of, only_run
 from graftkit.distill.steps import WORK
 from graftkit.distill.workspace import Progress, Workspace
-from graftkit.errors import ConfigError
+from graftkit.errors import ConfigError, OutputError
 
 
 def run_distill(
@@ -53,9 +53,10 @@ def run_distill(
             f"{processes()} processes were launched, but only sft and dpo share their work; run "
             "the other stages without a launcher, and these with --only"
         )
-    book = StageBook(space.folder)
-    for stage in stages if only is None else (only,):
-        _do(stage, space, book)
+    with only_run(space.folder):
+        book = StageBook(space.folder)
+        for stage in stages if only is None else (only,):
+            _do(stage, space, book)
     return book.entries
 
 
@@ -95,7 +96,13 @@ def _do(stage: str, space: Workspace, book: StageBook) -> None:
             "again, or choose another folder"
         )
     started = time.perf_counter()
-    result = WORK[stage](space)
+    try:
+        result = WORK[stage](space)
+    except OSError as error:
+        raise OutputError(
+            f"{space.folder}: stage {stage} cannot go on ({error}); free some space and run the "
+            "same command again"
+        ) from error
     if is_main():
         book.finish(stage, key, time.perf_counter() - started, result)
 

@@ -1,14 +1,17 @@
 """Which stages of a folder are done, and whether what they were made from is still the same."""
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from graftkit.errors import OutputError
+from graftkit.distill.launch import is_main
+from graftkit.errors import ConfigError, OutputError
 
 FILE = "stages.json"
 
@@ -47,6 +50,26 @@ class StageBook:
             os.replace(partial, self.path)
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder; the processes of one launch are one run.
+
+    The lock is the system's: it ends with its process, however that ends.
+    Raises: ConfigError where another run is at work.
+    """
+    if not is_main():
+        yield
+        return
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: another run is at work here; wait for it, or choose another folder"
+            ) from error
+        yield
 
 
 def key_of(*parts: Any) -> str:

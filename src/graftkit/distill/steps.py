@@ -6,6 +6,7 @@ Every function returns counts for the book of stages.
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from graftkit.distill.selection import Pair, Selected
 from graftkit.distill.selection import select as select_answers
 from graftkit.distill.template import Template
 from graftkit.distill.workspace import Workspace
-from graftkit.errors import SelectionError
+from graftkit.errors import ConfigError, SelectionError
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model
 from graftkit.rows import Row, read_rows
@@ -60,7 +61,7 @@ def select(space: Workspace) -> dict[str, Any]:
     chosen = select_answers(scored, settings, graded, config.seed, template.fits)
     _check_enough(chosen, config.dpo is not None)
     rows = [_row_record(one, template) for one in chosen.rows]
-    card = cards.make_card(config, space.prompts, scored, chosen)
+    card = cards.make_card(config, space.prompts, read_summaries(space.folder), scored, chosen)
     if config.dpo:
         pairs = [_pair_record(pair, template) for pair in chosen.pairs]
         write_lines(space.folder / "pairs.jsonl", pairs)
@@ -121,9 +122,7 @@ def _asked_rows(space: Workspace) -> list[Row]:
 
 def sft(space: Workspace) -> dict[str, Any]:
     """Train the target on the rows."""
-    from graftkit.distill.training import train_rows
-
-    log = train_rows(
+    log = _training().train_rows(
         space.target,
         read_rows(space.folder / "sft.jsonl"),
         space.config.sft,
@@ -137,10 +136,8 @@ def sft(space: Workspace) -> dict[str, Any]:
 
 def dpo(space: Workspace) -> dict[str, Any]:
     """Train the model after SFT on the pairs."""
-    from graftkit.distill.training import train_pairs
-
     assert space.config.dpo is not None
-    log = train_pairs(
+    log = _training().train_pairs(
         space.target,
         Checkpoint.open(space.after_sft),
         list(read_lines(space.folder / "pairs.jsonl")),
@@ -183,6 +180,16 @@ def pack(space: Workspace) -> dict[str, Any]:
     readme = cards.model_card(config, card, curves)
     (space.folder / "README.md").write_text(readme, encoding="utf-8")
     return {"pack_bytes": file.stat().st_size, "file": str(file)}
+
+
+def _training() -> Any:
+    """The module that trains. Raises: ConfigError where its libraries are missing."""
+    try:
+        return import_module("graftkit.distill.training")
+    except ImportError as error:
+        raise ConfigError(
+            f"training needs TRL and its companions ({error}); pip install 'graftkit[distill]'"
+        ) from error
 
 
 def _logged(space: Workspace, stage: str, log: list[dict[str, float]]) -> dict[str, Any]:

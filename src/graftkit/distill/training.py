@@ -6,7 +6,8 @@ weights. The reference of DPO is an argument, never inferred: the directory afte
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from blake3 import blake3
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, SFTConfig
@@ -23,7 +25,7 @@ from graftkit.distill.config import Dpo, Sft, Training
 from graftkit.distill.guided import Guide, GuidedTrainer
 from graftkit.distill.launch import is_main, processes
 from graftkit.distill.trainers import PairTrainer, RowTrainer, WrpoTrainer
-from graftkit.errors import ConfigError
+from graftkit.errors import ConfigError, OutputError
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model, quiet
 from graftkit.models.saving import CheckpointWriter
@@ -184,7 +186,8 @@ class _Stage:
             )
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
-            trainer.train(resume_from_checkpoint=last_checkpoint(self.partial))
+            with _plain_full_disk(self.partial):
+                trainer.train(resume_from_checkpoint=last_checkpoint(self.partial))
         state = self._state(trainer)
         if is_main():
             writer.write(state, self.folder)
@@ -225,6 +228,21 @@ class _Report(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Tell how far it is."""
         self.progress(state.global_step, state.max_steps)
+
+
+@contextmanager
+def _plain_full_disk(folder: Path) -> Iterator[None]:
+    """OutputError for a checkpoint that cannot be written, in whose words ever it is said."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise OutputError(
+            f"{folder}: a checkpoint cannot be written ({reason}); free some space and run the "
+            "same command to go on"
+        ) from error
 
 
 def last_checkpoint(folder: Path) -> str | None:
