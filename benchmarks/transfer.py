@@ -33,7 +33,8 @@ from graftkit.skillpack import SkillPack
 SKILL = "nl_regex"
 OTHERS = ("sms_spam", "scan_actions", "zh_pinyin", "addition_synth")  # what the target knows
 TEST_ROWS, OTHER_ROWS = 400, 100
-PROMPTS, EPOCHS = 3000, 3
+PROMPTS, EPOCHS = 1500, 3
+CODE_STEPS = 100  # of the pack
 SEEDS = (0, 1, 2)
 LORA_RANK = 14  # 54,272 bytes a rank in bfloat16: 14 of them are 5 % of the target
 
@@ -64,6 +65,7 @@ def settings(shared: Path, seed: int, way: str) -> dict[str, Any]:
     }
     config["sources"][0]["model"] = str(shared / "nursery" / "source")
     config["sft"]["epochs"] = EPOCHS
+    config["pack"]["train_steps"] = CODE_STEPS
     for name, value in WAYS[way].items():
         config[name] = (
             config[name] | value if isinstance(config.get(name), dict) and value else value

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, RowsError
 from graftkit.models import tensor_roles
 from graftkit.models.encoding import EncodedRow
-from graftkit.packing import student, train
+from graftkit.packing import resume, student, train
+from graftkit.packing.job import WorkFolder
 from graftkit.packing.student import Student
 from graftkit.packing.train import Exchange, Plan, Trained, train_codes
 from graftkit.rows import Row
@@ -69,10 +71,13 @@ def trained(
     rows: list[Row] = ROWS,
     room: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    work: WorkFolder | None = None,
 ) -> Trained:
     factors = case[2] if factors is None else factors
     plan = Plan(0, steps, nbytes(stored(factors)) if room is None else room)
-    return train_codes(case[0], case[1], factors, rows, plan, progress)
+    with TemporaryDirectory() as folder:
+        kept = work or WorkFolder(Path(folder))
+        return train_codes(case[0], case[1], factors, rows, plan, kept, progress)
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +224,35 @@ def test_rows_without_completion_and_unknown_modules_are_refused(llama: Case) ->
         trained(llama, lost)
     with pytest.raises(RowsError, match="no row has a token"):
         trained(llama, rows=[])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_training_that_is_killed_goes_on_to_the_same_payloads(llama, tmp_path, monkeypatch):
+    whole = trained(llama, steps=40)
+    monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
+    work, computed = WorkFolder(tmp_path), []
+
+    def killed_at(step: int) -> Callable[[int, int], None]:
+        def report(done: int, total: int) -> None:
+            if done == step:
+                raise Killed
+
+        return report
+
+    for step in (7, 31):
+        with pytest.raises(Killed):
+            trained(llama, steps=40, work=work, progress=killed_at(step))
+        assert work.read_json("training.json")["step"] == step
+    accumulate = train._Distillation.accumulate
+    monkeypatch.setattr(
+        train._Distillation,
+        "accumulate",
+        lambda self, rows: computed.append(rows) or accumulate(self, rows),
+    )
+    again = trained(llama, steps=40, work=work)
+    assert len(computed) == 40 - 31
+    assert again.payloads == whole.payloads
+    assert list(tmp_path.iterdir()) == []

@@ -44,6 +44,7 @@ def correct_codes(
             {module: pack.coded_factors(name) for name, module in modules.items()},
             rows,
             plan,
+            work,
             progress,
         )
         work.remove_folder("packed")

@@ -40,6 +40,8 @@ from graftkit.models.encoding import (
     usable_tokenizer,
 )
 from graftkit.models.loading import load_model, stream_model
+from graftkit.packing.job import WorkFolder
+from graftkit.packing.resume import TrainingState
 from graftkit.packing.student import Student
 from graftkit.rows import Row, pad_batch
 
@@ -88,6 +90,7 @@ def train_codes(
     factors: Mapping[str, CodedFactors],
     rows: Sequence[Row],
     plan: Plan,
+    work: WorkFolder,
     progress: Progress | None = None,
 ) -> Trained:
     """Train `factors` so that the packed model answers as the tuned one.
@@ -98,6 +101,7 @@ def train_codes(
     Args:
         packed: the target with every delta merged except those of `factors`, which are by module.
         teacher: the tuned model. rows: a seeded choice of them is used.
+        work: keeps unfinished training; the same call goes on there.
     Raises: CheckpointError for a missing module or tokenizer; RowsError.
     """
     report = progress or (lambda done, total: None)
@@ -114,7 +118,7 @@ def train_codes(
         learned, held = _split([row for row in encoded if pupil.count([row])])
         before = after = pupil.divergence(held)
         if learned and student.latents:
-            _train(pupil, learned, plan, max(before, 1e-12), report)
+            _train(pupil, learned, plan, max(before, 1e-12), work, report)
             if student.fit(plan.room):
                 after = pupil.divergence(held)
     if after < before:
@@ -215,6 +219,7 @@ def _train(
     rows: Sequence[EncodedRow],
     plan: Plan,
     before: float,
+    work: WorkFolder,
     report: Progress,
 ) -> None:
     """Adam over shuffled batches; the rates rise for a few steps and fall with a cosine.
@@ -230,17 +235,25 @@ def _train(
     generator = random.Random(plan.seed)
     exchange, batches = Exchange(rows, generator), _endless_batches(rows, generator)
     price = _Price(before / (8 * plan.room), plan.room)
+    state, done = TrainingState(work, optimizer), 0
+    if (known := state.load()) is not None:
+        done, price.factor = known
     for step in range(steps):
         report(step, steps)
+        drawn = [exchange(row) for row in next(batches)]
+        if step < done:
+            continue  # drawn all the same, so that the next draws are those of an unbroken run
         rise, fall = (step + 1) / WARM_UP_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
             group["lr"] = group["share"] * highest * min(1.0, rise) * fall
         optimizer.zero_grad()
-        pupil.accumulate([exchange(row) for row in next(batches)])
+        pupil.accumulate(drawn)
         if step % PRICE_STEPS == 0:
             price.follow(student.nbytes())
         student.add_rate(price.nats_per_bit)
         optimizer.step()
+        state.save(step + 1, price.factor)
+    state.finish()
     report(steps, steps)
 
 
