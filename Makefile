@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(RUN)/graftkit demo --out demo-out
 
 test: $(STAMP)
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n auto --dist loadfile
 
 lint: $(STAMP)
 	$(RUN)/ruff format --check .

@@ -13,7 +13,7 @@ from distill.tiny import tiny_llama, write_jsonl
 
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
 from graftkit.distill.reading import read_config
-from graftkit.distill.stages import only_run
+from graftkit.distill.stages import StageBook, only_run
 from graftkit.errors import ConfigError, RowsError, SelectionError
 from graftkit.skillpack import SkillPack
 
@@ -140,6 +140,25 @@ def test_answers_are_never_thrown_away_without_being_asked(place):
     with pytest.raises(ConfigError, match="sampled with other sources, prompts or seed; delete it"):
         run(place)
     assert len(lines(place / "out" / "samples.jsonl")) == 24
+
+
+def test_answers_of_somebody_else_are_not_written_over(place):
+    (place / "out").mkdir()
+    (place / "out" / "samples.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="was sampled with other sources"):
+        run(place)
+    assert (place / "out" / "samples.jsonl").read_text() == "{}\n"
+
+
+def test_a_run_killed_behind_its_last_answer_does_not_ask_again(place, monkeypatch):
+    monkeypatch.setattr(StageBook, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(place, "sample")
+    monkeypatch.undo()
+    before = (place / "out" / "samples.jsonl").stat().st_mtime_ns
+    result, _ = run(place, "sample")
+    assert result["sample"]["answers"] == 24
+    assert (place / "out" / "samples.jsonl").stat().st_mtime_ns == before
 
 
 def test_one_stage_alone_needs_those_before_it(place):

@@ -90,11 +90,8 @@ def _do(stage: str, space: Workspace, book: StageBook) -> None:
     if book.done(stage, key, outputs):
         space.progress(stage, 1, 1)
         return
-    if stage == "sample" and outputs[0].exists() and book.stale(stage, key):
-        raise ConfigError(
-            f"{outputs[0]} was sampled with other sources, prompts or seed; delete it to sample "
-            "again, or choose another folder"
-        )
+    if stage == "sample":
+        _check_samples(outputs[0], key, book)
     started = time.perf_counter()
     try:
         result = WORK[stage](space)
@@ -105,6 +102,17 @@ def _do(stage: str, space: Workspace, book: StageBook) -> None:
         ) from error
     if is_main():
         book.finish(stage, key, time.perf_counter() - started, result)
+
+
+def _check_samples(file: Path, key: str, book: StageBook) -> None:
+    """Raises: ConfigError where sampling would write over answers that may have cost money."""
+    if not file.exists():
+        book.begin("sample", key)
+    elif book.begun("sample") != key:
+        raise ConfigError(
+            f"{file} was sampled with other sources, prompts or seed; delete it to sample again, "
+            "or choose another folder"
+        )
 
 
 def _outputs(stage: str, space: Workspace) -> list[Path]:

@@ -32,18 +32,23 @@ class StageBook:
 
     def done(self, stage: str, key: str, outputs: Iterable[Path]) -> bool:
         """Whether the stage was finished for this key and its outputs are there."""
-        entry = self.entries.get(stage)
-        same = entry is not None and entry["key"] == key
+        same = self.entries.get(stage, {}).get("key") == key
         return same and all(path.exists() for path in outputs)
 
-    def stale(self, stage: str, key: str) -> bool:
-        """Whether the stage was finished for another key."""
-        entry = self.entries.get(stage)
-        return entry is not None and entry["key"] != key
+    def begun(self, stage: str) -> str | None:
+        """The key that a stage was begun for and not finished."""
+        return self.entries.get(stage, {}).get("begun")
+
+    def begin(self, stage: str, key: str) -> None:
+        """Note that a stage begins. Raises: OutputError."""
+        self._write(stage, {"begun": key})
 
     def finish(self, stage: str, key: str, seconds: float, result: dict[str, Any]) -> None:
         """Note a finished stage. Raises: OutputError."""
-        self.entries[stage] = {"key": key, "seconds": round(seconds, 2), **result}
+        self._write(stage, {"key": key, "seconds": round(seconds, 2), **result})
+
+    def _write(self, stage: str, entry: dict[str, Any]) -> None:
+        self.entries[stage] = entry
         partial = self.path.with_name(FILE + ".writing")
         try:
             partial.write_text(json.dumps(self.entries, indent=1), encoding="utf-8")

@@ -32,7 +32,9 @@ from graftkit.rows import Row, read_rows
 def sample(space: Workspace) -> dict[str, Any]:
     """Ask the sources."""
     prompts = space.prompts.prompts
-    sample_answers(space.config, prompts, space.folder, space.where, space.progress)
+    # There already where a run was killed between its last answer and the book of stages.
+    if not (space.folder / "samples.jsonl").exists():
+        sample_answers(space.config, prompts, space.folder, space.where, space.progress)
     found = read_summaries(space.folder)
     return {
         "answers": sum(one.answers for one in found),

@@ -186,6 +186,8 @@ class _Stage:
             )
             for callback in (PrinterCallback, ProgressCallback):
                 trainer.remove_callback(callback)
+            # Nobody looks for checkpoints before the main process has thrown away those of others.
+            trainer.accelerator.wait_for_everyone()
             with _plain_full_disk(self.partial):
                 trainer.train(resume_from_checkpoint=last_checkpoint(self.partial))
         state = self._state(trainer)
@@ -246,13 +248,14 @@ def _plain_full_disk(folder: Path) -> Iterator[None]:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; those that were not are deleted."""
+    """The newest checkpoint that was written to its end; the main process deletes the others."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda c: int(c.name.rpartition("-")[2]))
     for checkpoint in reversed(found):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            shutil.rmtree(checkpoint)
+            if is_main():
+                shutil.rmtree(checkpoint, ignore_errors=True)
             continue
         return str(checkpoint)
     return None
