@@ -16,6 +16,7 @@ from graftkit.compress.coded import (
     load_factors,
     store_factors,
 )
+from graftkit.compress.codes import LARGEST_CODE
 from graftkit.compress.feedback import cholesky, feedback_codes, round_codes
 from graftkit.compress.lowrank import eigenbasis, leading_rows
 from graftkit.compress.rates import bits_per_unit, coding_bits, coding_error
@@ -171,3 +172,19 @@ def test_units_are_dear_where_a_row_and_a_column_are_quiet():
     assert price[1, 0] < price[1, 1]
     assert price.min() > 0
     assert torch.isfinite(bits_per_unit(torch.zeros(2, 3))).all()
+
+
+def test_a_component_louder_than_codes_can_say_leaves_the_others_as_fine_as_they_were():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(60, 4, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(40, 4, generator=generator))[0].T
+    loud, quiet = 1e3 * left[:, :1] @ right[:1], left[:, 1:] @ right[1:]
+    delta = (loud + quiet).float()
+    rows = (left.T.double() @ (loud + quiet).double()).float()
+    coded = encode_factors(delta, rows, None, 1e-3)
+    assert max(int(coded.left.abs().max()), int(coded.right.abs().max())) <= LARGEST_CODE
+    found, wanted = (part.double() for part in (coded.factors()[0] @ coded.factors()[1], delta))
+    beside = torch.eye(60).double() - left[:, :1].double() @ left[:, :1].T.double()
+    error = (beside @ (found - wanted)).norm() / quiet.norm()
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+    assert error < 0.3  # cut off, the loud one alone would leave a hundred times the quiet ones

@@ -27,6 +27,7 @@ _LENGTH = struct.Struct("<I")
 _UNIFORM_STEPS = 1
 """Flag: one step for all input columns."""
 _STEP_RANGE = 120
+_LOUDEST = 0.9 * LARGEST_CODE  # error feedback may add to a code
 _SMALLEST_SCALE = 6.2e-5  # smallest normal float16: relative to the loudest component
 
 
@@ -79,7 +80,7 @@ def encode_factors(
     lower = None if covariance is None else cholesky(covariance)
     base, octaves = column_steps(level, lower, delta.shape[1])
     steps = _steps(base, octaves)
-    codes = feedback_codes(rows, steps, lower).clamp_(-LARGEST_CODE, LARGEST_CODE)
+    codes = feedback_codes(_quiet(rows, steps), steps, lower).clamp_(-LARGEST_CODE, LARGEST_CODE)
     codes = codes[codes.any(dim=1)]
     right = codes * steps
     if len(right) == 0:
@@ -88,10 +89,20 @@ def encode_factors(
     weighted = right if covariance is None else right @ covariance
     gram = (weighted @ right.T).double()
     wanted = _refit(weighted, gram) @ delta.T
-    stored, peak = _stored_scales(level / gram.diagonal().sqrt())
+    finest = wanted.abs().amax(dim=1).double() / _LOUDEST
+    stored, peak = _stored_scales(torch.maximum(level / gram.diagonal().sqrt(), finest))
     left = round_codes(wanted.div_((stored.double() * peak).float()[:, None]))
     left.clamp_(-LARGEST_CODE, LARGEST_CODE)
     return CodedFactors(left.T.int(), stored.float() * peak, codes.int(), base, octaves)
+
+
+def _quiet(rows: Tensor, steps: Tensor) -> Tensor:
+    """Rows, those whose largest code no payload could hold divided by what makes it fit.
+
+    The refit of U takes the divisor back: the row has a coarser step, a 30,000th of its peak.
+    """
+    peaks = (rows / steps).abs().amax(dim=1, keepdim=True)
+    return rows / (peaks / _LOUDEST).clamp(min=1.0)
 
 
 def store_factors(coded: CodedFactors) -> bytes:

@@ -27,7 +27,7 @@ UNTRAINED = 2.0
 FACTORS_BYTES, FACTORS_ERROR = 0.88, 0.75
 """What coded factors took of a Gaussian's bytes and error on the nursery: their entries have
 heavier tails, and the refit of U takes back a part of what V lost."""
-_LARGEST = LARGEST_CODE / 4  # steps in the loudest component, whose entries are not all alike
+_LARGEST = LARGEST_CODE / 4  # code of a typical entry; what is louder has coarser steps
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ def multiplier(level: float) -> float:
 
 
 def finest(facts: MatrixFacts) -> float:
-    """The lowest level of use to a tensor: a finer step would cut its largest codes off."""
-    return math.sqrt(facts.weight * float(facts.energies[0]) / facts.count) / _LARGEST
+    """The lowest level of use to a tensor: the loudest component's codes fill their range."""
+    loudest = math.sqrt(facts.weight * float(facts.energies[0]) / facts.count)
+    return loudest / math.sqrt(min(facts.shape)) / _LARGEST
 
 
 def choices(facts: MatrixFacts, level: float, servable: bool = False) -> list[Choice]:
