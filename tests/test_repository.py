@@ -87,10 +87,11 @@ def test_the_paper_map_names_functions_and_tests_that_exist() -> None:
 def test_the_commands_in_the_readme_exist() -> None:
     from graftkit.cli import app
 
-    known = {command.name or command.callback.__name__ for command in app.registered_commands}
+    named = [command.name or command.callback.__name__ for command in app.registered_commands]
+    known = {name.replace("_", "-") for name in named}
     readme = (ROOT / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", readme, re.DOTALL))
-    used = set(re.findall(r"^graftkit (\w+)", blocks, re.MULTILINE))
-    used |= set(re.findall(r"`graftkit (\w+)", readme))
+    used = set(re.findall(r"^graftkit ([\w-]+)", blocks, re.MULTILINE))
+    used |= set(re.findall(r"`graftkit ([\w-]+)", readme))
     assert used
     assert used <= known

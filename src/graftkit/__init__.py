@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from graftkit.distill.pipeline import run_distill
     from graftkit.evaluate import Comparison, compare
     from graftkit.fuse import merge_packs
+    from graftkit.fuse.packing import fuse_packs
+    from graftkit.fuse.search import search_weights
+    from graftkit.interop import export_lora, import_lora
     from graftkit.packing import pack_delta
     from graftkit.skillpack import SkillPack
 
@@ -34,6 +37,10 @@ _PUBLIC = {
     "Comparison": "graftkit.evaluate",
     "DistillConfig": "graftkit.distill.config",
     "run_distill": "graftkit.distill.pipeline",
+    "fuse_packs": "graftkit.fuse.packing",
+    "search_weights": "graftkit.fuse.search",
+    "import_lora": "graftkit.interop",
+    "export_lora": "graftkit.interop",
 }
 
 __all__ = [
@@ -46,9 +53,13 @@ __all__ = [
     "attached",
     "compare",
     "detach",
+    "export_lora",
+    "fuse_packs",
+    "import_lora",
     "merge_packs",
     "pack_delta",
     "run_distill",
+    "search_weights",
 ]
 
 

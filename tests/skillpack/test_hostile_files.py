@@ -520,6 +520,7 @@ def test_a_manifest_is_accepted_or_refused_by_the_rule_it_breaks(tmp_path, versi
             id="a digest of all payloads",
         ),
         pytest.param("unknown_codec", edit_record(FIRST, codec="hybrid"), id="codec hybrid"),
+        pytest.param("unknown_codec", edit_record(FIRST, codec="factors"), id="codec factors"),
         pytest.param("payload_digest", edit_record(FIRST, payload_blake3="0" * 16), id="digest"),
     ],
 )
@@ -570,6 +571,7 @@ def unsealed(**changes):
         ),
         pytest.param("invalid_manifest", edit_record(FIRST, blake3="0" * 32), id="a long digest"),
         pytest.param("invalid_manifest", edit_record(NORM, codec="hybrid"), id="a hybrid vector"),
+        pytest.param("invalid_manifest", edit_record(NORM, codec="factors"), id="factored vector"),
         pytest.param(
             "invalid_manifest",
             lambda forgery: forgery.manifest.pop("payload_blake3"),

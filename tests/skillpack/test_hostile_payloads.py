@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from skillpack.forge import FOLDERS, PACKS, ROOT, Forgery, target_of
 
+from graftkit.compress import factors
 from graftkit.compress.codes import decode_codes, encode_codes
 from graftkit.delta import Checkpoint
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
@@ -205,6 +206,80 @@ def test_weights_that_leave_the_range_of_their_dtype_are_refused_by_every_door(t
             read("h.0.mlp.weight", target)
 
 
+# ------------------------------------------------------------------------ plain factors
+
+PLAIN = factors.store(
+    factors.Factors(torch.full((24, 2), 0.01), torch.ones(2, 20, dtype=torch.bfloat16), 0.5)
+)
+
+
+def decode_plain(folder, payload, name=LOWRANK):
+    """What a payload of codec `factors` makes of a tensor, by every door."""
+    forgery = Forgery()
+    forgery.record(name)["codec"] = "factors"
+    forgery.set_payload(name, payload)
+    pack = forgery.open(folder)
+    target = target_of(pack.record(name))
+    pack.describe(name)
+    pack.delta(name, target)
+    return pack.decode(name, target)
+
+
+@pytest.mark.parametrize(
+    ("refused", "change"),
+    [
+        pytest.param(False, lambda p: p, id="as they are"),
+        pytest.param(True, lambda p: p[:11], id="without their header"),
+        pytest.param(True, lambda p: p[:12], id="without numbers"),
+        pytest.param(True, lambda p: p[:-1], id="cut"),
+        pytest.param(True, lambda p: p + b"\0", id="and a byte"),
+        pytest.param(True, put(0, b"\0"), id="of no dtype"),
+        pytest.param(True, put(1, b"\x04"), id="of an unknown dtype"),
+        pytest.param(True, put(0, b"\x02"), id="of a narrower dtype"),
+        pytest.param(True, put(2, b"\0\0"), id="of rank 0"),
+        pytest.param(True, put(2, b"\xff\xff"), id="of rank 65535"),
+        pytest.param(True, put(4, struct.pack("<d", np.nan)), id="scale NaN"),
+        pytest.param(True, put(4, struct.pack("<d", np.inf)), id="scale infinite"),
+        pytest.param(True, put(4, struct.pack("<d", 1e300)), id="scale beyond float32"),
+        pytest.param(True, put(12, FLOAT_NAN), id="B NaN"),
+        pytest.param(True, put(len(PLAIN) - 2, b"\x80\x7f"), id="A infinite"),
+    ],
+)
+def test_plain_factors_decode_or_are_refused_naming_their_tensor(tmp_path, refused, change):
+    if not refused:
+        assert decode_plain(tmp_path, change(PLAIN)).isfinite().all()
+        return
+    with pytest.raises(CorruptPackError, match=f"tensor {LOWRANK}: ") as refusal:
+        decode_plain(tmp_path, change(PLAIN))
+    assert refusal.value.fault.value == "invalid_payload"
+
+
+def test_plain_factors_of_a_stack_are_one_payload_for_each_matrix(tmp_path):
+    parts = [
+        factors.store(factors.Factors(torch.full((12, 1), value), torch.ones(1, 16), 2.0))
+        for value in (0.25, 0.5)
+    ]
+    target = target_of(SkillPack.load(PACKS[2]).record(STACK))
+    moved = decode_plain(tmp_path, b"".join(parts), STACK).float() - target.float()
+    for matrix, value in zip(moved, (0.5, 1.0), strict=True):
+        torch.testing.assert_close(matrix, torch.full((12, 16), value), rtol=0, atol=0.01)
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(at=st.integers(0, len(PLAIN) - 1), value=st.integers(0, 255), noise=st.binary(max_size=9))
+def test_garbled_plain_factors_give_a_finite_tensor_or_a_refusal(tmp_path, at, value, noise):
+    payload = bytearray(PLAIN)
+    payload[at] = value
+    try:
+        decoded = decode_plain(tmp_path, noise + bytes(payload)[len(noise) :])
+    except CorruptPackError as refusal:
+        assert LOWRANK in str(refusal)  # noqa: PT017
+        return
+    assert decoded.isfinite().all()
+
+
 GARBLED = [DENSE, LOWRANK, STACK, BITMAP, LISTS, EXACT, GROWN]
 GARBLED += [FACTORS, ENTRIES, HYBRID, STEPS, NOTHING, CODED_STACK, MULTIPLIED]
 
@@ -259,6 +334,8 @@ for codec, payload, shape, layout in (
     ("dense", b"\\xff", (2**40, 1, 1), "stack"),
     ("lowrank", struct.pack("<BBHff", 0, 1, 999, 1, 1) + b"\\1" * 3000, (2**20, 2**20), "matrix"),
     ("hybrid", struct.pack("<BI", 0, 2**31) + b"\\1" * 99, (2**20, 2**20), "matrix"),
+    ("factors", struct.pack("<BBHd", 1, 1, 65535, 1) + b"\\1" * 99, (2**20, 2**20), "matrix"),
+    ("factors", struct.pack("<BBHd", 1, 1, 1, 1) * 4, (2**30, 2, 2), "stack"),
 ):
     for act in (decode_delta, describe_payload):
         try:

@@ -4,7 +4,7 @@ Heavy libraries are imported inside the commands, so that `graftkit --help` is q
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,7 +22,30 @@ app = typer.Typer(
 Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")]
 Tuned = Annotated[str, typer.Argument(help="Tuned model: a directory or Hub id[@revision].")]
 PackFile = Annotated[Path, typer.Argument(help="A .skillpack file.")]
+PackFiles = Annotated[list[Path], typer.Argument(help="One or more packs of this target.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+# How packs are mixed; `merge` and `fuse` take the same options.
+Weights = Annotated[
+    str | None, typer.Option(help="One weight per pack, such as 1,0.5. Default all 1.")
+]
+MergeMethod = Annotated[
+    str,
+    typer.Option(help="linear, task_arithmetic, ties, dare, dare_ties, sce or pcb."),
+]
+Lambda = Annotated[
+    float | None, typer.Option("--lambda", help="Multiplies the merged delta. Default 1.")
+]
+Density = Annotated[float | None, typer.Option(help="Share of entries kept: ties 0.2, dare_* 0.5.")]
+Select = Annotated[
+    float | None, typer.Option(help="sce: share of varying entries that sets weights. Default 0.1.")
+]
+Ratio = Annotated[float | None, typer.Option(help="pcb: share of entries that wins. Default 0.1.")]
+DrawSeed = Annotated[int | None, typer.Option(help="dare_*: seed of the draw. Default 0.")]
+Search = Annotated[
+    Path | None, typer.Option(help="rows.jsonl: search the weights that answer it best.")
+]
+Evaluations = Annotated[int | None, typer.Option(help="Mixtures a search tries. Default 60.")]
 
 
 def _version(value: bool) -> None:
@@ -167,21 +190,73 @@ def compare(
 @app.command()
 def merge(
     target: Target,
-    files: Annotated[list[Path], typer.Argument(help="One or more packs of this target.")],
+    files: PackFiles,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
-    weights: Annotated[
-        str | None, typer.Option(help="One weight per pack, such as 1,0.5. Default all 1.")
-    ] = None,
+    weights: Weights = None,
+    method: MergeMethod = "task_arithmetic",
+    scaling: Lambda = None,
+    density: Density = None,
+    select: Select = None,
+    ratio: Ratio = None,
+    seed: DrawSeed = None,
+    search: Search = None,
+    evaluations: Evaluations = None,
     json_output: Json = False,
 ) -> None:
     """Write target + packs as an ordinary Hugging Face checkpoint."""
-    from graftkit.cli.packing import parse_weights
-    from graftkit.fuse import merge_packs
+    from graftkit.cli.fusing import merge_files, mixing, print_merged
 
-    with show.progress() as report:
-        merge_packs(target, files, output, parse_weights(weights), report)
-    result: dict[str, Any] = {"output": str(output), "packs": [str(file) for file in files]}
-    show.json_or(json_output, result, lambda: show.merged(output, len(files)))
+    settings = {"scaling": scaling, "density": density, "select": select, "ratio": ratio}
+    choice = mixing(method, weights, seed=seed, **settings)
+    result = merge_files(target, files, output, choice, search, evaluations)
+    show.json_or(json_output, result, lambda: print_merged(result))
+
+
+@app.command()
+def fuse(
+    target: Target,
+    files: PackFiles,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .skillpack to write.")],
+    weights: Weights = None,
+    method: MergeMethod = "task_arithmetic",
+    scaling: Lambda = None,
+    density: Density = None,
+    select: Select = None,
+    ratio: Ratio = None,
+    seed: DrawSeed = None,
+    search: Search = None,
+    evaluations: Evaluations = None,
+    budget: Annotated[str | None, typer.Option(help="Largest file, as in pack.")] = None,
+    recipe: Annotated[str, typer.Option(help="auto, graftllm or lossless.")] = "auto",
+    calibration: Annotated[
+        Path | None, typer.Option(help="rows.jsonl of the packs' tasks; without it, data-free.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Make one pack of several packs of one target."""
+    from graftkit.cli.fusing import fuse_files, mixing, print_fused
+
+    settings = {"scaling": scaling, "density": density, "select": select, "ratio": ratio}
+    choice = mixing(method, weights, seed=seed, **settings)
+    packing = {"budget": budget, "recipe": recipe, "calibration": calibration}
+    result = fuse_files(target, files, output, choice, search, evaluations, **packing)
+    show.json_or(json_output, result, lambda: print_fused(result))
+
+
+@app.command()
+def interference(
+    target: Target,
+    files: Annotated[list[Path], typer.Argument(help="Two or more packs of this target.")],
+    figure: Annotated[
+        Path | None, typer.Option(help="A PNG to draw (needs the extra report).")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Do packs get in each other's way? Cosine, sign conflicts and overlap of every pair."""
+    from graftkit.cli.fusing import interference_of, print_interference
+
+    result = interference_of(target, files, figure)
+    show.json_or(json_output, result, lambda: print_interference(result))
 
 
 @app.command()
@@ -224,3 +299,39 @@ def distill(
 
     result = distill_into(config, output, only, dry_run)
     show.json_or(json_output, result, lambda: (print_estimate if dry_run else print_run)(result))
+
+
+@app.command()
+def import_lora(
+    target: Target,
+    adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA directory of this target.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The .skillpack to write.")],
+    json_output: Json = False,
+) -> None:
+    """Turn a LoRA adapter into a pack, every A and B word for word."""
+    from graftkit.cli.interop import import_adapter, print_import
+
+    result = import_adapter(target, adapter, output)
+    show.json_or(json_output, result, lambda: print_import(result))
+
+
+@app.command()
+def export(
+    file: PackFile,
+    target: Annotated[str, typer.Option("--target", help="The target it was made for.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")],
+    format_: Annotated[str, typer.Option("--format", help="peft, a LoRA adapter.")] = "peft",
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Rank. Default: the smallest of 8 to 256 that keeps 99 % of the energy."),
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="rows.jsonl to measure the loss on, as KL per token.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Write a pack as a LoRA adapter that PEFT and vLLM load, and say what that loses."""
+    from graftkit.cli.interop import export_adapter, print_export
+
+    result = export_adapter(file, target, output, format_, rank, rows)
+    show.json_or(json_output, result, lambda: print_export(result))

@@ -173,6 +173,8 @@ def _detail(tensor: dict[str, Any]) -> str:
         return f"{tensor['kept']:,} kept, {tensor['positions']}"
     if tensor.get("coded"):
         return f"rank {tensor['rank']}, coded" if tensor["rank"] is not None else "coded"
+    if "dtypes" in tensor:
+        return f"rank {tensor['rank']}, {', '.join(tensor['dtypes'])}"
     return f"{tensor['bits']} bits" if "bits" in tensor else ""
 
 

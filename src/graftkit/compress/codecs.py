@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graftkit.compress import coded, dense, lowrank, sparse
+from graftkit.compress import coded, dense, factors, lowrank, sparse
 from graftkit.errors import CorruptPackError
 
 Layout = Literal["matrix", "transposed", "stack", "stack_transposed"]
@@ -182,8 +182,8 @@ def decode_rows(codec: str, payload: memoryview, shape: Shape) -> coded.Rows:
         return coded.decode_hybrid(payload, shape)
     if codec == "dense" and _is_coded(payload):
         return coded.decode_entries(payload, shape)
-    if codec == "lowrank":
-        left, right = decode_factors(payload, shape)
+    if codec in ("lowrank", "factors"):
+        left, right = decode_factors(payload, shape, codec)
         return lambda rows: left[rows] @ right
     if codec == "zero":
         whole = torch.zeros(shape)
@@ -199,12 +199,16 @@ def row_blocks(shape: Shape) -> Iterator[slice]:
         yield slice(start, min(start + rows, shape[0]))
 
 
-def decode_factors(payload: memoryview, shape: Shape) -> tuple[Tensor, Tensor]:
-    """left (m, r) and right (r, n) of a `lowrank` payload, float32. Raises: CorruptPackError."""
+def decode_factors(
+    payload: memoryview, shape: Shape, codec: str = "lowrank"
+) -> tuple[Tensor, Tensor]:
+    """left (m, r) and right (r, n) of `lowrank` or `factors`, float32. Raises: CorruptPackError."""
+    if codec == "factors":
+        return factors.load(payload, shape).scaled()
     if _is_coded(payload):
         return coded.load_factors(payload, shape).factors()
-    factors = lowrank.decode(payload, shape)
-    return factors.left, factors.right
+    decoded = lowrank.decode(payload, shape)
+    return decoded.left, decoded.right
 
 
 def _is_coded(payload: memoryview) -> bool:
@@ -281,6 +285,7 @@ def describe_payload(
         return coded.describe(codec, part, matrix)
     describers = {
         "lowrank": lowrank.describe,
+        "factors": factors.describe,
         "dense": dense.describe,
         "sparse": sparse.describe,
     }

@@ -21,6 +21,8 @@ from graftkit.compress.codecs import (
     matrix_shape,
 )
 from graftkit.compress.coded import CodedFactors, load_factors
+from graftkit.compress.factors import Factors
+from graftkit.compress.factors import load as load_plain_factors
 from graftkit.delta import DTYPES, Checkpoint, check_digest
 from graftkit.errors import CorruptPackError, GraftError, PackMismatchError
 from graftkit.skillpack.container import (
@@ -159,12 +161,25 @@ class SkillPack:
         None where the tensor is not one low-rank matrix.
         """
         record = self.record(name)
-        if record.codec != "lowrank" or record.layout.startswith("stack") or record.appended_bytes:
+        factored = record.codec in ("lowrank", "factors")
+        if not factored or record.layout.startswith("stack") or record.appended_bytes:
             return None
         _, shape = matrix_shape(self._common_shape(record), record.layout)
         with _naming(record):
-            left, right = decode_factors(self._parts(record)[0], shape)
+            left, right = decode_factors(self._parts(record)[0], shape, record.codec)
             return _finite(left), _finite(right)
+
+    def plain_factors(self, name: str) -> Factors | None:
+        """The factors of codec `factors` as they are stored, None for any other codec.
+
+        Raises: CorruptPackError.
+        """
+        record = self.record(name)
+        if record.codec != "factors" or record.layout.startswith("stack"):
+            return None
+        _, shape = matrix_shape(self._common_shape(record), record.layout)
+        with _naming(record):
+            return load_plain_factors(self._parts(record)[0], shape)
 
     def coded_factors(self, name: str) -> CodedFactors:
         """The codes of a tensor that is one entropy-coded low-rank matrix.

@@ -24,7 +24,7 @@ Extent = Annotated[int, Field(ge=0, le=MAX_NUMEL)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Kind = Literal["attention", "mlp", "embedding", "head", "norm", "bias", "router", "other"]
-Codec = Literal["zero", "exact", "sparse", "lowrank", "dense", "hybrid"]
+Codec = Literal["zero", "exact", "sparse", "lowrank", "dense", "hybrid", "factors"]
 CodecV1 = Literal["zero", "exact", "sparse", "lowrank", "dense"]
 
 

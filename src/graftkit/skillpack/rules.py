@@ -198,7 +198,7 @@ def _layout_problem(record: Record) -> str | None:
     empty = 0 in record.shape or 0 in record.result_shape
     if record.layout.startswith("stack") and (len(shape) != 3 or empty):
         return f"layout {record.layout} needs three extents, found {shape}"
-    if record.codec in ("sparse", "lowrank", "dense", "hybrid") and (len(shape) < 2 or empty):
+    if record.codec not in ("zero", "exact") and (len(shape) < 2 or empty):
         return f"codec {record.codec} needs a matrix, found {shape}"
     if record.layout == "transposed" and len(shape) != 2:
         return f"layout transposed needs two extents, found {shape}"

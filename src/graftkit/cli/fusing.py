@@ -1,0 +1,173 @@
+"""Behind `merge`, `fuse` and `interference`: files, settings and numbers, and what is shown."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from graftkit.cli import show
+from graftkit.cli.packing import parse_weights
+from graftkit.errors import ConfigError, OutputError
+from graftkit.fuse.heatmap import draw_interference
+from graftkit.fuse.interference import Pair, measure_interference
+from graftkit.fuse.merging import merge_packs
+from graftkit.fuse.methods import check_weights, find_method
+from graftkit.fuse.packing import fuse_packs
+from graftkit.fuse.search import EVALUATIONS, search_weights
+from graftkit.rows import read_rows
+from graftkit.skillpack.summary import pack_summary
+
+
+def merge_files(
+    target: str,
+    files: list[Path],
+    output: Path,
+    choice: dict[str, Any],
+    search: Path | None,
+    evaluations: int | None,
+) -> dict[str, Any]:
+    """Merge into a folder; `choice` is what `mixing` gives."""
+    with show.progress() as report:
+        found = _searched(target, files, choice, search, evaluations, report)
+        merge_packs(target, files, output, progress=report, **choice)
+    return _result(output, files, choice) | found
+
+
+def fuse_files(
+    target: str,
+    files: list[Path],
+    output: Path,
+    choice: dict[str, Any],
+    search: Path | None,
+    evaluations: int | None,
+    **packing: Any,
+) -> dict[str, Any]:
+    """Fuse into one pack; `choice` is what `mixing` gives, `packing` goes to `pack_delta`."""
+    with show.progress() as report:
+        found = _searched(target, files, choice, search, evaluations, report)
+        pack = fuse_packs(target, files, output, progress=report, **choice, **packing)
+    summary = pack_summary(pack) | {"pack_bytes": output.stat().st_size}
+    return _result(output, files, choice) | found | summary
+
+
+def mixing(method: str, weights: str | None, **settings: Any) -> dict[str, Any]:
+    """Method, weights and settings as `merge_packs` takes them; options not given are left out."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {"method": method, "weights": parse_weights(weights), "settings": given}
+
+
+def interference_of(target: str, files: list[Path], figure: Path | None) -> dict[str, Any]:
+    """Every pair of packs, by tensor, by kind and together; draws the figure where it is asked."""
+    names = _labels(files)
+    if figure is not None and not figure.parent.is_dir():
+        raise OutputError(f"{figure}: there is no folder {figure.parent}; make it first")
+    with show.progress() as report:
+        pairs = measure_interference(target, files, report)
+    if figure is not None:
+        draw_interference(pairs, names, figure)
+    return {
+        "packs": [str(file) for file in files],
+        "figure": None if figure is None else str(figure),
+        "pairs": [_numbers(pair, names) for pair in pairs],
+    }
+
+
+def print_merged(result: dict[str, Any]) -> None:
+    """After `merge`."""
+    _print_search(result)
+    show.merged(Path(result["output"]), len(result["packs"]))
+
+
+def print_fused(result: dict[str, Any]) -> None:
+    """After `fuse`."""
+    _print_search(result)
+    print(
+        f"{result['output']}: {len(result['packs'])} packs in one, "
+        f"{show.size(result['pack_bytes'])}, {100 * result['ratio']:.2f} % of the target"
+    )
+
+
+def print_interference(result: dict[str, Any]) -> None:
+    """One line per pair, and one per kind of module below it."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    headers = ("packs", "modules", "cosine", "sign conflicts", "weighted", "top 10 % shared")
+    for header in headers:
+        table.add_column(header, justify="left" if header in headers[:2] else "right")
+    for pair in result["pairs"]:
+        table.add_row(" and ".join(pair["packs"]), "all", *_cells(pair["total"]))
+        for kind, numbers in pair["kinds"].items():
+            table.add_row("", kind, *_cells(numbers))
+    Console().print(table)
+    if result["figure"] is not None:
+        print(f"{result['figure']}: every tensor of every pair")
+
+
+def _searched(
+    target: str,
+    files: list[Path],
+    choice: dict[str, Any],
+    rows: Path | None,
+    evaluations: int | None,
+    report: show.Report,
+) -> dict[str, Any]:
+    """Put the best weights for the rows into `choice`; without rows nothing is searched."""
+    if rows is None and evaluations is not None:
+        raise ConfigError("--evaluations counts the tries of a search; name its rows with --search")
+    if rows is None:
+        return {}
+    found = search_weights(
+        target,
+        files,
+        read_rows(rows),
+        progress=report,
+        evaluations=EVALUATIONS if evaluations is None else evaluations,
+        **choice,
+    )
+    choice["weights"] = list(found.weights)
+    choice["settings"] = choice["settings"] | {"scaling": found.scaling}
+    losses = {"loss": found.loss, "loss_given": found.loss_given, "loss_target": found.loss_target}
+    return {"search": losses | {"evaluations": found.evaluations, "rows": str(rows)}}
+
+
+def _result(output: Path, files: list[Path], choice: dict[str, Any]) -> dict[str, Any]:
+    method = find_method(choice["method"], choice["settings"])
+    return {
+        "output": str(output),
+        "packs": [str(file) for file in files],
+        "method": choice["method"],
+        "weights": check_weights(method, choice["weights"], len(files)),
+        "settings": method.model_dump(),
+    }
+
+
+def _print_search(result: dict[str, Any]) -> None:
+    if "search" not in result:
+        return
+    search, settings = result["search"], result["settings"]
+    weights = ", ".join(f"{weight:.3f}" for weight in result["weights"])
+    print(
+        f"weights {weights}, lambda {settings['scaling']:.3f}: {search['loss']:.4f} nats per token "
+        f"on the rows ({search['loss_given']:.4f} where the search began, "
+        f"{search['loss_target']:.4f} with the target alone; {search['evaluations']} tries)"
+    )
+
+
+def _labels(files: list[Path]) -> list[str]:
+    """File names without their ending; whole paths where two are called alike."""
+    counts = Counter(file.stem for file in files)
+    return [file.stem if counts[file.stem] == 1 else str(file) for file in files]
+
+
+def _numbers(pair: Pair, names: list[str]) -> dict[str, Any]:
+    return {
+        "packs": [names[pair.first], names[pair.second]],
+        "total": pair.total.numbers(),
+        "kinds": {kind: found.numbers() for kind, found in pair.by_kind().items()},
+        "tensors": {name: found.numbers() for name, found in pair.tensors.items()},
+    }
+
+
+def _cells(numbers: dict[str, float | None]) -> list[str]:
+    return ["–" if value is None else f"{value:.3f}" for value in numbers.values()]

@@ -1,0 +1,15 @@
+"""Fuse: packs added up for good.
+
+rules         what several deltas of one tensor become, pure maths
+methods       the rules by name, with their settings
+merging       target + packs as a checkpoint, tensor by tensor
+packing       packs as one pack
+search        weights of least loss on rows
+families      a shared part and a small private part for each skill, pure maths
+family        the same over whole packs, with its bytes
+interference  how packs get in each other's way, and its picture
+"""
+
+from graftkit.fuse.merging import merge_packs
+
+__all__ = ["merge_packs"]

@@ -1,0 +1,158 @@
+"""Do packs get in each other's way? Every pair of packs, tensor by tensor.
+
+Numbers are kept as sums, so that tensors add up to kinds and to whole packs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graftkit.compress.sparse import largest_entries
+from graftkit.delta import Checkpoint
+from graftkit.errors import ConfigError
+from graftkit.fuse.merging import Progress, open_mixture
+from graftkit.skillpack import SkillPack
+
+TOP_SHARE = 0.1
+"""Share of a tensor's entries that count as its largest; unrelated packs share as much of them."""
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Sums over the entries a, b of two deltas; `x + y` are those of both tensors together."""
+
+    dot: float = 0.0
+    """Σ a b."""
+    squares_a: float = 0.0
+    """Σ a²."""
+    squares_b: float = 0.0
+    """Σ b²."""
+    both: int = 0
+    """Entries that both packs change."""
+    conflicts: int = 0
+    """Of these, entries that they change in opposite directions."""
+    magnitude: float = 0.0
+    """Σ |a b|."""
+    top: int = 0
+    """Entries in the smaller of both sets of largest entries."""
+    shared_top: int = 0
+    """Entries in both sets."""
+
+    def __add__(self, other: "Interference") -> "Interference":
+        names = [field.name for field in fields(self)]
+        return Interference(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    @property
+    def cosine(self) -> float | None:
+        """Σ a b / √(Σ a² Σ b²), -1 to 1; None where a pack changes nothing."""
+        return _ratio(self.dot, (self.squares_a * self.squares_b) ** 0.5)
+
+    @property
+    def sign_conflicts(self) -> float | None:
+        """Share of the entries that both change which they change in opposite directions."""
+        return _ratio(self.conflicts, self.both)
+
+    @property
+    def weighted_conflicts(self) -> float | None:
+        """The same with each entry counted |a b| times; 1/2 is what unrelated packs have."""
+        return _ratio((self.magnitude - self.dot) / 2, self.magnitude)
+
+    @property
+    def top_overlap(self) -> float | None:
+        """Share of the largest entries that both have; 0.1 is what unrelated packs have."""
+        return _ratio(self.shared_top, self.top)
+
+    def numbers(self) -> dict[str, float | None]:
+        """The four measures by name."""
+        return {
+            "cosine": self.cosine,
+            "sign_conflicts": self.sign_conflicts,
+            "weighted_conflicts": self.weighted_conflicts,
+            "top_overlap": self.top_overlap,
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two packs and how they get along, by tensor.
+
+    Attributes:
+        first, second: the packs' indices. tensors: by name, only those that either changes.
+        kinds: module kind of each of these.
+    """
+
+    first: int
+    second: int
+    tensors: dict[str, Interference]
+    kinds: Mapping[str, str]
+
+    @property
+    def total(self) -> Interference:
+        """Over all tensors."""
+        return sum(self.tensors.values(), Interference())
+
+    def by_kind(self) -> dict[str, Interference]:
+        """Over the tensors of each module kind."""
+        sums: dict[str, Interference] = {}
+        for name, found in self.tensors.items():
+            kind = self.kinds[name]
+            sums[kind] = sums.get(kind, Interference()) + found
+        return dict(sorted(sums.items()))
+
+
+def compare_deltas(a: Tensor, b: Tensor) -> Interference:
+    """The sums for two deltas of one tensor, float32, one shape."""
+    product = a.double() * b.double()
+    tops = [_top(delta) for delta in (a, b)]
+    return Interference(
+        dot=float(product.sum()),
+        squares_a=float(a.double().square().sum()),
+        squares_b=float(b.double().square().sum()),
+        both=int(product.count_nonzero()),
+        conflicts=int((product < 0).sum()),
+        magnitude=float(product.abs().sum()),
+        top=int(min(top.sum() for top in tops)),
+        shared_top=int((tops[0] & tops[1]).sum()),
+    )
+
+
+def measure_interference(
+    target: str | Path | Checkpoint,
+    packs: Sequence[str | Path | SkillPack],
+    progress: Progress | None = None,
+) -> list[Pair]:
+    """Every pair of packs of one target; one tensor of every pack is in memory at a time.
+
+    Raises: PackMismatchError for a pack of another target, or one that changes shapes, adds
+        tensors or changes the tokenizer; ConfigError for fewer than two packs.
+    """
+    if len(packs) < 2:
+        raise ConfigError(f"{len(packs)} pack has nobody to compare with; name at least two")
+    mixture = open_mixture(target, list(packs), None, "task_arithmetic", None)
+    mixture.check_addable()
+    opened = mixture.packs
+    kinds = {record.name: record.kind for record in opened[0].manifest.tensors}
+    pairs = [Pair(i, j, {}, kinds) for i, j in combinations(range(len(opened)), 2)]
+    names = list(filter(mixture.changes, mixture.names))
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress("comparing packs", done, len(names))
+        before = mixture.target.read(name)
+        deltas = [pack.delta(name, before) for pack in opened]
+        for pair in pairs:
+            pair.tensors[name] = compare_deltas(deltas[pair.first], deltas[pair.second])
+    return pairs
+
+
+def _top(delta: Tensor) -> Tensor:
+    """Flat mask of the largest entries; those that are zero do not count."""
+    mask = largest_entries(delta, max(1, int(TOP_SHARE * delta.numel())))
+    return torch.from_numpy(mask) & (delta.reshape(-1) != 0)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,224 @@
+"""Packs added to a target for good: an ordinary checkpoint comes out.
+
+    θ = θ_target + λ · rule(δ_1 … δ_T; w_1 … w_T)        (GraftLLM eq. 10 and 11: the rule is a sum)
+
+One pack that the rule leaves as it is is decoded, so that a lossless pack gives the tuned bytes
+back.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from torch import Tensor
+
+from graftkit.delta import Checkpoint
+from graftkit.errors import ConfigError, OutputError, PackMismatchError
+from graftkit.fuse.methods import Method, check_weights, find_method
+from graftkit.packing.job import MemoryGate
+from graftkit.sharded import write_checkpoint
+from graftkit.skillpack import SkillPack
+from graftkit.threads import in_threads
+
+Progress = Callable[[str, int, int], None]
+Packs = str | Path | SkillPack | Sequence[str | Path | SkillPack]
+
+# What decides the meaning of token ids: two packs that differ in it cannot be one model.
+_TOKENIZER_FILES = {
+    "tokenizer.json",
+    "tokenizer.model",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+}
+
+
+def merge_packs(
+    target: str | Path | Checkpoint,
+    packs: Packs,
+    output_dir: str | Path,
+    weights: Sequence[float] | None = None,
+    progress: Progress | None = None,
+    method: str = "task_arithmetic",
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write target + λ · merged deltas as a Hugging Face directory.
+
+    Tensor by tensor: the peak of memory is a shard of the result, and the largest tensor's delta in
+    float32 for every pack (ties and dare: with a copy). The packs' order does not matter.
+
+    Args:
+        target: the target of all packs. packs: one or more.
+        output_dir: a new or empty folder; it appears whole or not at all.
+        weights: one per pack, default 1 each; a pack of weight 0 takes no part.
+        method: a name of `graftkit.fuse.methods.METHODS`. settings: values of its fields, such as
+            {"density": 0.2, "scaling": 0.5}.
+    Returns: output_dir.
+    Raises: PackMismatchError when a pack is of another target, or the packs cannot be merged;
+        ConfigError for wrong weights or settings; OutputError; nothing is written in any of these
+        cases.
+    """
+    mixture = open_mixture(target, packs, weights, method, settings)
+    return write_mixture(mixture, Path(output_dir), progress)
+
+
+def open_mixture(
+    target: str | Path | Checkpoint,
+    packs: Packs,
+    weights: Sequence[float] | None,
+    method: str,
+    settings: Mapping[str, Any] | None,
+) -> "Mixture":
+    """Everything that a merge needs, checked. Raises: as `merge_packs`."""
+    rule = find_method(method, settings or {})
+    several = packs if isinstance(packs, (list, tuple)) else [packs]
+    checked = check_weights(rule, weights, len(several))
+    checkpoint = target if isinstance(target, Checkpoint) else Checkpoint.open(target)
+    opened = [p if isinstance(p, SkillPack) else SkillPack.load(p) for p in several]  # type: ignore[arg-type]
+    mixture = Mixture(checkpoint, opened, checked, rule)
+    for pack in opened:
+        pack.check_target(checkpoint.read, set(checkpoint.tensors), str(checkpoint.path))
+    return mixture
+
+
+class Mixture:
+    """Packs of one target with their weights and a method: the merged tensors, one at a time."""
+
+    def __init__(
+        self, target: Checkpoint, packs: list[SkillPack], weights: list[float], method: Method
+    ):
+        self.target, self.packs, self.weights, self.method = target, packs, weights, method
+        # Sums are rounded in this order, whatever the order in which packs were named.
+        takes_part = [
+            (pack_digest(pack), weight, pack)
+            for pack, weight in zip(packs, weights, strict=True)
+            if weight != 0 and method.scaling != 0
+        ]
+        self._parts = sorted(takes_part, key=lambda part: part[:2])
+        self._kept = packs[0] if len(packs) == 1 and method.keeps(weights[0]) else None
+        if self._kept is None:
+            self.check_addable()
+
+    def reweighted(self, weights: Sequence[float], scaling: float) -> "Mixture":
+        """The same packs and method with other weights and another λ."""
+        method = self.method.model_copy(update={"scaling": scaling})
+        return Mixture(self.target, self.packs, list(weights), method)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors of the result."""
+        return sorted({record.name for pack in self.packs for record in pack.manifest.tensors})
+
+    def changes(self, name: str) -> bool:
+        """Whether any pack changes this tensor."""
+        return any(pack.record(name).codec != "zero" for pack in self.packs)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the result, in the dtype that the target (or a pack kept as it is) has."""
+        if self._kept is not None:
+            return self._kept.rebuild(name, self.target.read)
+        before = self.target.read(name)
+        if not self._parts or not self.changes(name):
+            return before
+        deltas = [pack.delta(name, before) for _, _, pack in self._parts]
+        weights = [weight for _, weight, _ in self._parts]
+        keys = [f"{digest}/{name}" for digest, _, _ in self._parts]
+        merged = self.method.merge(deltas, weights, keys)
+        result = before.float().add_(merged, alpha=self.method.scaling).to(before.dtype)
+        if not result.isfinite().all():
+            raise ConfigError(
+                f"{name}: weights {self.weights} and lambda {self.method.scaling:g} give values "
+                f"that {before.dtype} does not hold; use smaller ones"
+            )
+        return result
+
+    def side_files(self) -> dict[str, bytes]:
+        """The target's side files, and those that all packs that take part change alike."""
+        packs = [pack for _, _, pack in self._parts]
+        files = self.target.side_files()
+        if not packs:
+            return files
+        changed = packs[0].side_files(self.target)
+        return files | {name: changed[name] for name in _changed_alike(packs)}
+
+    def check_addable(self) -> None:
+        """Raises: PackMismatchError for packs whose deltas cannot be weighted or summed."""
+        alike = _changed_alike(self.packs)
+        for pack in self.packs:
+            tuned = pack.manifest.tuned.name
+            for record in pack.manifest.tensors:
+                if record.tuned_shape is not None or record.base is not None:
+                    raise PackMismatchError(
+                        f"{record.name}: the pack of {tuned} changes its shape or adds it, which "
+                        "cannot be weighted or summed; merge it alone"
+                    )
+            for file in pack.manifest.files:
+                if file.name in _TOKENIZER_FILES - alike:
+                    raise PackMismatchError(
+                        f"{file.name}: the pack of {tuned} changes the tokenizer and another does "
+                        "not change it alike, so their token ids differ; merge it alone"
+                    )
+
+
+def _changed_alike(packs: Sequence[SkillPack]) -> set[str]:
+    """Names of the side files that every pack changes to the same content."""
+    changes = [{(file.name, file.blake3) for file in pack.manifest.files} for pack in packs]
+    return {name for name, _ in set.intersection(*changes)}
+
+
+def pack_digest(pack: SkillPack) -> str:
+    """One digest of the whole pack: the manifest holds the digests of everything else."""
+    return blake3(pack.manifest.to_json().encode()).hexdigest()
+
+
+def write_mixture(mixture: Mixture, output: Path, progress: Progress | None) -> Path:
+    """Write all tensors and files of a mixture into a folder, whole or not at all.
+
+    Raises: OutputError.
+    """
+    written = _fresh_sibling(output)
+    try:
+        _write(mixture, written, progress or (lambda step, done, total: None))
+        if output.is_dir():
+            output.rmdir()
+        written.rename(output)
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another place"
+        ) from error
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+    return output
+
+
+def _write(mixture: Mixture, folder: Path, progress: Progress) -> None:
+    """Tensors in shards, then the index and the side files."""
+    names = mixture.names
+    gate = MemoryGate(max(info.numel for info in mixture.target.tensors.values()))
+
+    def merged(name: str) -> Tensor:
+        info = mixture.target.tensors.get(name)
+        with gate.hold(info.numel if info else 0):
+            return mixture.tensor(name)
+
+    results = in_threads(merged, names)
+    step_done = partial(_report, progress, len(names))
+    files = mixture.side_files()
+    write_checkpoint(folder, names, lambda name: next(results), files, step_done)
+
+
+def _report(progress: Progress, total: int, done: int) -> None:
+    progress("merging", done, total)
+
+
+def _fresh_sibling(output: Path) -> Path:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output}: exists and is not an empty folder; choose another name")
+    partial = output.with_name(f".{output.name}.merging")
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial

@@ -1,0 +1,198 @@
+"""Weights of packs, searched without derivatives for the least cross-entropy of given rows.
+
+    min over w (and λ) of  mean −log p(token | target + λ rule(Δ; w))  over the completions' tokens
+
+The idea is LoRAHub's (arXiv 2307.13269), on whole deltas and with any merge rule. The search is
+direct: random directions, a step that grows with success and shrinks without (probabilistic
+descent, Gratton et al. 2015).
+"""
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from graftkit.attach.check import LiveTarget
+from graftkit.errors import CheckpointError, ConfigError, RowsError
+from graftkit.fuse.merging import Mixture, Packs, Progress, open_mixture
+from graftkit.models.encoding import (
+    LOGITS_BYTES,
+    EncodedRow,
+    encode_rows,
+    pad_id,
+    scored_tokens,
+    usable_tokenizer,
+    vocabulary_size,
+)
+from graftkit.models.loading import load_model
+from graftkit.rows import Row, batches_by_length, pad_batch
+from graftkit.threads import in_threads
+
+EVALUATIONS = 60
+"""Mixtures that a search tries unless told otherwise."""
+MAX_WEIGHT = 2.0
+"""Largest weight, and largest λ, that a search tries; the smallest is 0."""
+_FIRST_STEP, _SMALLEST_STEP = 0.25, 0.01
+_GROWTH, _SHRINKAGE = 1.5, 0.6
+_BATCH_TOKENS = 2_048  # padded tokens of one pass
+
+
+@dataclass(frozen=True)
+class FoundWeights:
+    """What a search found; losses are nats per completion token on the given rows."""
+
+    weights: tuple[float, ...]
+    """One per pack, in the packs' order."""
+    scaling: float
+    """λ."""
+    loss: float
+    """Of the target with these weights."""
+    loss_given: float
+    """Of the weights that the search began with."""
+    loss_target: float
+    """Of the target alone."""
+    evaluations: int
+    """Mixtures tried."""
+
+
+def search_weights(
+    target: str | Path,
+    packs: Packs,
+    rows: Sequence[Row],
+    weights: Sequence[float] | None = None,
+    progress: Progress | None = None,
+    method: str = "task_arithmetic",
+    settings: Mapping[str, Any] | None = None,
+    evaluations: int = EVALUATIONS,
+    seed: int = 0,
+) -> FoundWeights:
+    """The weights (and, where a rule averages, λ) of least cross-entropy on rows.
+
+    In memory are the target, in float32, and of the packs the tensors in work, decoded anew for
+    every mixture. The same call gives the same weights on the same machine; their loss is never
+    above that of the weights it began with, which are the given ones cut to 0..2.
+
+    Args:
+        target, packs, weights, method, settings: as in `merge_packs`; the search begins there.
+        rows: what the merged model is to answer. Not those it is measured on later.
+        evaluations: mixtures to try, at least 2. seed: of the directions tried.
+    Raises: as `merge_packs`; RowsError for rows that do not fit; ConfigError for a target that
+        does not predict tokens, or too few evaluations.
+    """
+    if evaluations < 2:
+        raise ConfigError(f"evaluations is {evaluations}; a search needs at least 2")
+    mixture = open_mixture(target, packs, weights, method, settings)
+    loss_of = LiveLoss(mixture, rows)
+    loss_target = loss_of.measure()
+    averages = mixture.method.averages
+    given = np.array([*mixture.weights, *([mixture.method.scaling] if averages else [])])
+    tried: list[float] = []
+
+    def loss(point: np.ndarray) -> float:
+        chosen, scaling = _split(mixture, point)
+        tried.append(loss_of(chosen, scaling))
+        if progress is not None:
+            progress("searching weights", len(tried), evaluations)
+        return tried[-1]
+
+    point, least = minimize(loss, np.clip(given, 0, MAX_WEIGHT), evaluations, seed)
+    chosen, scaling = _split(mixture, point)
+    return FoundWeights(tuple(chosen), scaling, least, tried[0], loss_target, len(tried))
+
+
+def minimize(
+    loss: Callable[[np.ndarray], float], start: np.ndarray, evaluations: int, seed: int
+) -> tuple[np.ndarray, float]:
+    """A point of the box 0..MAX_WEIGHT with a loss of at most that of `start`, and that loss.
+
+    Tries ±step along random orthogonal directions; a step that lowers the loss is taken and the
+    next is longer, a round of directions without one makes it shorter. Ends after `evaluations`
+    calls of `loss`, or when the step is below 0.01.
+    """
+    generator = np.random.default_rng(seed)
+    best, least = start, loss(start)
+    left, step = evaluations - 1, _FIRST_STEP
+    while left > 0 and step >= _SMALLEST_STEP:
+        directions = np.linalg.qr(generator.standard_normal((start.size, start.size)))[0]
+        improved = False
+        for direction in directions:
+            for sign in (1, -1):
+                point = np.clip(best + sign * step * direction, 0, MAX_WEIGHT)
+                if left == 0 or np.array_equal(point, best):
+                    continue
+                left -= 1
+                found = loss(point)
+                if found < least:
+                    best, least, improved = point, found, True
+                    break
+        step *= _GROWTH if improved else _SHRINKAGE
+    return best, least
+
+
+class LiveLoss:
+    """Cross-entropy of rows under a live target whose weights are mixed anew for every call."""
+
+    def __init__(self, mixture: Mixture, rows: Sequence[Row]):
+        mixture.check_addable()
+        self._mixture = mixture
+        self._model: Any = load_model(mixture.target, torch.float32)
+        where = str(mixture.target.path)
+        if not self._model.can_generate():
+            raise ConfigError(f"{where}: {type(self._model).__name__} does not predict next tokens")
+        self._live = LiveTarget(self._model)
+        self._tokenizer = usable_tokenizer(mixture.target)
+        self._rows = encode_rows(self._tokenizer, rows, sys.maxsize, 0, self._model, where)
+        if not any(len(row) > max(row.start, 1) for row in self._rows):
+            raise RowsError("no row has a completion; a search of weights scores completions")
+        self._names = [name for name in mixture.names if mixture.changes(name)]
+
+    def __call__(self, weights: Sequence[float], scaling: float) -> float:
+        """Nats per completion token of the target with this mixture."""
+        mixture = self._mixture.reweighted(weights, scaling)
+        # As a merge writes them: rounded to the checkpoint's dtype.
+        merged = in_threads(mixture.tensor, self._names)
+        with torch.no_grad():
+            for name, tensor in zip(self._names, merged, strict=True):
+                view = self._live.find(name)
+                if view is not None:
+                    self._live.live(view).copy_(tensor)
+        return self.measure()
+
+    def measure(self) -> float:
+        """Nats per completion token of the model as it stands."""
+        tokens = min(_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary_size(self._model)))
+        total, count = 0.0, 0
+        for batch in batches_by_length([len(row) for row in self._rows], tokens):
+            found, scored = self._batch([self._rows[index] for index in batch])
+            total, count = total + found, count + scored
+        if not math.isfinite(total):
+            raise CheckpointError("the logits are not finite on the rows; check weights and packs")
+        return total / count
+
+    @torch.no_grad()
+    def _batch(self, rows: Sequence[EncodedRow]) -> tuple[float, int]:
+        ids, mask = pad_batch([row.ids for row in rows], pad_id(self._tokenizer))
+        scored = scored_tokens(self._model, rows, mask)
+        if not scored.any():
+            return 0.0, 0
+        options = {}
+        if "use_cache" in signature(self._model.forward).parameters:
+            options["use_cache"] = False
+        logits = self._model(input_ids=ids, attention_mask=mask, **options).logits
+        wanted = ids[:, 1:][scored[:, :-1]]
+        loss = torch.nn.functional.cross_entropy(logits[scored].float(), wanted, reduction="sum")
+        return float(loss), len(wanted)
+
+
+def _split(mixture: Mixture, point: np.ndarray) -> tuple[list[float], float]:
+    """Weights and λ of a point of the search."""
+    values = [float(value) for value in point]
+    if mixture.method.averages:
+        return values[:-1], values[-1]
+    return values, mixture.method.scaling

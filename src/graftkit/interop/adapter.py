@@ -1,0 +1,247 @@
+"""A PEFT LoRA directory: settings from adapter_config.json, tensors from adapter_model.safetensors.
+
+Only plain LoRA is read: W + scale · B A, whole tensors trained beside it, and nothing that a
+setting could change about that. What is not known to be harmless is refused.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graftkit.compress.factors import MAX_RANK, Factors
+from graftkit.delta import FLOAT_DTYPES, Checkpoint, TensorInfo
+from graftkit.errors import CheckpointError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+
+# Settings that do not change what a trained adapter computes, or that are read below.
+_KNOWN = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode", "runtime_config"),
+    *(
+        "base_model_name_or_path",
+        "revision",
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+    ),
+    *("target_parameters", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
+    *("init_lora_weights", "ensure_weight_tying", "megatron_config", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+    "qalora_group_size",
+}
+# The other ways to start an adapter change the weights beside it (PiSSA, OLoRA, CorDA, LoftQ, ...).
+_HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_INSTEAD = "merge the adapter with PEFT (merge_and_unload), save the model, and pack that"
+
+# A, B of a linear layer; of an embedding, B and A transposed: (r, rows) and (columns, r).
+_LINEAR = (".lora_A.weight", ".lora_B.weight")
+_EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+
+_Positive = Annotated[int, Field(ge=1, le=MAX_RANK)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class LoraSettings(BaseModel):
+    """What decides the scale of every module."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    r: _Positive
+    """Rank, where rank_pattern has no other."""
+    lora_alpha: _Number
+    """Alpha, where alpha_pattern has no other."""
+    use_rslora: bool | None = False
+    """Scale alpha / √r in place of alpha / r."""
+    rank_pattern: dict[str, _Positive] | None = None
+    """Ranks by module name or regular expression."""
+    alpha_pattern: dict[str, _Number] | None = None
+    """Alphas by module name or regular expression."""
+    base_model_name_or_path: str | None = None
+    """Model that the adapter was trained on."""
+    task_type: str | None = None
+    """Task that PEFT loads the adapter for."""
+
+    target_parameters: list[str] | None = None
+    """Ends of the names of parameters that have factors of their own."""
+
+    def rank(self, module: str) -> int:
+        """Rank of a module, or of a parameter of `target_parameters` by its full name."""
+        return int(_by_pattern(self.rank_pattern, self._key(module), self.r))
+
+    def scale(self, module: str) -> float:
+        """α / r, or α / √r (rsLoRA, arXiv 2312.03732)."""
+        rank = self.rank(module)
+        alpha = _by_pattern(self.alpha_pattern, self._key(module), self.lora_alpha)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def _key(self, module: str) -> str:
+        """What PEFT matches patterns with: the parameter where it was named, else the module."""
+        weight = f"{module}.weight"
+        named = any(f".{weight}".endswith(f".{end}") for end in self.target_parameters or ())
+        return weight if named else module
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter; nothing is read but its headers.
+
+    weights: its tensors by their own names. modules: for every module with factors, the names of B
+    and A, and whether they are those of an embedding. whole: name of the parameter in the model to
+    the adapter's tensor that takes its place. digest: BLAKE3 of the weight file.
+    """
+
+    path: Path
+    settings: LoraSettings
+    weights: Checkpoint
+    modules: dict[str, tuple[str, str, bool]]
+    whole: dict[str, str]
+    digest: str
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open a directory. Raises: CheckpointError for anything but a plain LoRA."""
+        path = Path(folder)
+        settings = _read_settings(path / CONFIG)
+        weights = _open_weights(path)
+        modules, whole = _sort_keys(weights)
+        digest = blake3().update_mmap(path / WEIGHTS).hexdigest()
+        return cls(path, settings, weights, modules, whole, digest)
+
+    def matrices(self, module: str) -> tuple[Tensor, Tensor]:
+        """B (out, r) and A (r, in) of a module, as they are.
+
+        Raises: CheckpointError where they are no two matrices of finite numbers that multiply.
+        """
+        left_name, right_name, embedding = self.modules[module]
+        left, right = self.read(left_name), self.read(right_name)
+        if embedding:
+            left, right = right.T, left.T
+        if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+            raise CheckpointError(
+                f"{self.path}: {module} has B {list(left.shape)} and A {list(right.shape)}, "
+                "expected (out, r) and (r, in); save the adapter again"
+            )
+        return left.contiguous(), right.contiguous()
+
+    def factors(self, module: str, left: Tensor, right: Tensor) -> Factors:
+        """B, A and the scale of a module. Raises: CheckpointError for another rank."""
+        rank = self.settings.rank(module)
+        if right.shape[0] != rank:
+            raise CheckpointError(
+                f"{self.path}: {module} has factors of rank {right.shape[0]}, but {CONFIG} makes "
+                f"it {rank}; save the adapter again"
+            )
+        return Factors(left, right, self.settings.scale(module))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises: CheckpointError where a number is NaN or infinite."""
+        tensor = self.weights.read(name)
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{self.path}: {name} holds NaN or infinite numbers; train the adapter again"
+            )
+        return tensor
+
+
+def _by_pattern(pattern: dict[str, Any] | None, module: str, default: float) -> float:
+    """PEFT's rule: the first key that the whole name, or what follows one of its dots, matches."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return float(value)
+    return default
+
+
+def _read_settings(file: Path) -> LoraSettings:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as JSON ({error}); expected the directory of a PEFT adapter "
+            f"with {CONFIG} and {WEIGHTS}"
+        ) from error
+    if not isinstance(raw, dict) or str(raw.get("peft_type")).upper() != "LORA":
+        kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
+        raise CheckpointError(f"{file}: peft_type is {kind}; only LORA is read; {_INSTEAD}")
+    for key, value in raw.items():
+        if key not in _KNOWN and value:
+            raise CheckpointError(
+                f"{file}: {key} is set, but only plain LoRA (W + scale B A) is read; {_INSTEAD}"
+            )
+    start = raw.get("init_lora_weights")
+    if start not in _HARMLESS_INITS:
+        raise CheckpointError(
+            f"{file}: init_lora_weights is {start!r}, which changes the weights beside the "
+            "adapter; save it with path_initial_model_for_weight_conversion first"
+        )
+    try:
+        settings = LoraSettings.model_validate(raw)
+        for key in (*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())):
+            re.compile(key)
+    except (ValidationError, re.error) as error:
+        reason = error.errors()[0] if isinstance(error, ValidationError) else {"msg": str(error)}
+        place = ".".join(map(str, reason.get("loc", ("a pattern",))))
+        raise CheckpointError(
+            f"{file}: {place}: {reason['msg']}; save the adapter again"
+        ) from error
+    return settings
+
+
+def _open_weights(folder: Path) -> Checkpoint:
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder}: no {WEIGHTS} here; an adapter saved as a pickle can run code and is not "
+            "read, save it again with safe_serialization=True"
+        )
+    try:
+        with safe_open(file, framework="pt") as handle:
+            parts = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            tensors = {
+                name: TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), file)
+                for name, part in parts.items()
+            }
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file}: not a complete safetensors file ({error}); fetch it again"
+        ) from error
+    for info in tensors.values():
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{file}: {info.name} is {info.dtype}; expected one of {', '.join(FLOAT_DTYPES)}"
+            )
+    return Checkpoint(folder, folder.resolve().name, None, dict(sorted(tensors.items())))
+
+
+def _sort_keys(weights: Checkpoint) -> tuple[dict[str, tuple[str, str, bool]], dict[str, str]]:
+    """Modules with factors, and whole tensors."""
+    modules: dict[str, tuple[str, str, bool]] = {}
+    whole = {}
+    for key in weights.tensors:
+        name = key.removeprefix(KEY_PREFIX)
+        kinds = [pair for pair in (_LINEAR, _EMBEDDING) if name.endswith(pair)]
+        if kinds:
+            [(right, left)] = kinds
+            stem = key.removesuffix(right).removesuffix(left)
+            if not {stem + left, stem + right} <= weights.tensors.keys():
+                raise CheckpointError(f"{weights.path}: {key} has no counterpart; fetch it again")
+            module = stem.removeprefix(KEY_PREFIX)
+            modules[module] = (stem + left, stem + right, kinds[0] is _EMBEDDING)
+        elif ".lora_" in name:
+            raise CheckpointError(
+                f"{weights.path}: {key} is no part of a plain LoRA (W + scale B A); {_INSTEAD}"
+            )
+        else:
+            whole[name.replace(".base_layer.", ".")] = key
+    if not modules and not whole:
+        raise CheckpointError(f"{weights.path}: {WEIGHTS} holds no tensors; save the adapter again")
+    return modules, whole

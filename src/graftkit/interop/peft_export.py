@@ -1,0 +1,307 @@
+"""A pack becomes a LoRA adapter that PEFT and vLLM load, with a measure of what that loses."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graftkit.attach import attached
+from graftkit.compress.codecs import Layout, matrices
+from graftkit.delta import DTYPES, Checkpoint
+from graftkit.errors import ConfigError, OutputError
+from graftkit.evaluate import TokenFidelity, token_fidelity
+from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
+from graftkit.interop.peft_import import Progress, read_lora
+from graftkit.interop.truncation import (
+    Components,
+    pad_rank,
+    smallest_rank,
+    truncate,
+    truncate_factors,
+)
+from graftkit.models.architecture import ModuleKind, tensor_roles
+from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.loading import empty_model, load_model
+from graftkit.rows import Row
+from graftkit.skillpack import SkillPack
+from graftkit.skillpack.manifest import Record
+
+RANKS = (8, 16, 32, 64, 128, 256)
+"""Ranks that are tried where none is asked for: those that serving engines are built for."""
+ENERGY = 0.99
+"""Share of the linear deltas' energy that the default rank keeps."""
+
+
+@dataclass(frozen=True)
+class ExportedModule:
+    """One linear layer of the adapter."""
+
+    name: str
+    """Tensor name in the checkpoint."""
+    module: str
+    """Live module."""
+    own_factors: bool
+    """The pack's own factors, not the result of a truncation."""
+    relative_error: float
+    """‖δ − B A‖ / ‖δ‖ (Frobenius), of B and A as they are stored."""
+    energy_share: float
+    """‖δ‖² over that of the whole pack."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """One tensor whose delta a LoRA cannot carry."""
+
+    name: str
+    """Tensor name in the checkpoint."""
+    kind: str
+    """Module kind."""
+    energy_share: float
+    """‖δ‖² over that of the whole pack."""
+
+
+@dataclass(frozen=True)
+class LoraExport:
+    """An adapter on disk and what it lost."""
+
+    output: str
+    """Its directory."""
+    rank: int
+    """Rank of every module."""
+    adapter_bytes: int
+    """Bytes of the weight file."""
+    modules: tuple[ExportedModule, ...]
+    """Layers that it changes."""
+    left_out: tuple[LeftOut, ...]
+    """What it cannot carry."""
+    relative_error: float
+    """‖δ − B A‖ / ‖δ‖ over the layers that it changes."""
+    relative_error_overall: float
+    """The same over all tensors of the pack; what is left out counts in full."""
+    fidelity: TokenFidelity | None
+    """Distance of target + LoRA from target + pack; None without rows."""
+
+
+def export_lora(
+    pack: str | Path | SkillPack,
+    target: str | Path | Checkpoint,
+    directory: str | Path,
+    rank: int | None = None,
+    rows: Sequence[Row] | None = None,
+    progress: Progress | None = None,
+) -> LoraExport:
+    """Write the linear deltas of a pack as a PEFT LoRA adapter of one rank, α = r.
+
+    Every nn.Linear and Conv1D but the output head gets the best approximation of its delta of that
+    rank in the Frobenius norm; factors that the pack itself keeps go out as they are where their
+    rank allows it, with the scale in B (in float32 where B's dtype cannot hold that).
+
+    Args:
+        directory: a new or empty folder; it appears whole or not at all.
+        rank: default the pack's own where it holds nothing but a LoRA's factors, else the smallest
+            of 8, 16, 32, 64, 128, 256 that keeps 99 % of the linear deltas' energy (else 256).
+        rows: measures KL(target + pack || target + LoRA) per token on them, both in float32.
+    Raises: PackMismatchError for another target; ConfigError where nothing can be exported or the
+        rank is no rank; CorruptPackError; RowsError; OutputError. Nothing is written then.
+    Source: Eckart–Young; LoRA (arXiv 2106.09685) 4.1.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank is {rank}; it must be at least 1")
+    opened = pack if isinstance(pack, SkillPack) else SkillPack.load(pack)
+    checkpoint = target if isinstance(target, Checkpoint) else Checkpoint.open(target)
+    opened.check_target(checkpoint.read, set(checkpoint.tensors), str(checkpoint.path))
+    report = progress or (lambda step, done, total: None)
+    job = _Export(opened, checkpoint, rank)
+    with _fresh_folder(Path(directory).resolve()) as folder:
+        result = job.write(folder, str(directory), report)
+        if rows is None:
+            return result
+        return _measured(result, opened, checkpoint, folder, rows, report)
+
+
+class _Export:
+    """One pack on its way into an adapter."""
+
+    def __init__(self, pack: SkillPack, target: Checkpoint, rank: int | None):
+        self.pack, self.target, self.asked = pack, target, rank
+        self.roles = tensor_roles(target)
+        changed = [r for r in pack.manifest.tensors if r.codec != "zero" or r.appended_bytes]
+        self.linear = [record for record in changed if self._is_carried(record)]
+        self.rest = [record for record in changed if not self._is_carried(record)]
+        if not self.linear:
+            raise ConfigError(
+                f"the pack of {pack.manifest.tuned.name} changes no linear layer, and a LoRA "
+                "carries nothing else; use graftkit merge"
+            )
+
+    def write(self, folder: Path, output: str, progress: Progress) -> LoraExport:
+        """Fill the folder."""
+        steps = len(self.linear) + len(self.rest)
+        components: dict[str, Components] = {}
+        for done, record in enumerate(self.linear):
+            progress("factoring", done, steps)
+            components[record.name] = self._components(record)
+        energies = {name: float(part.energies.double().sum()) for name, part in components.items()}
+        for done, record in enumerate(self.rest, start=len(self.linear)):
+            progress("factoring", done, steps)
+            energies[record.name] = float(self._delta(record).double().square().sum())
+        progress("factoring", steps, steps)
+        total = sum(energies.values()) or 1.0
+        rank = self._rank(list(components.values()))
+        tensors: dict[str, Tensor] = {}
+        modules = []
+        for record in self.linear:
+            own, left, right = self._factors(record, components.pop(record.name), rank)
+            role = self.roles[record.name]
+            tensors[f"{KEY_PREFIX}{role.module}.lora_A.weight"] = right.contiguous()
+            tensors[f"{KEY_PREFIX}{role.module}.lora_B.weight"] = left.contiguous()
+            error = math.sqrt(self._lost(record, left, right) / (energies[record.name] or 1.0))
+            share = energies[record.name] / total
+            modules.append(ExportedModule(record.name, role.module, own, error, share))
+        _save(folder, tensors, self._config(rank))
+        lost = sum(part.relative_error**2 * part.energy_share for part in modules)
+        carried = sum(part.energy_share for part in modules)
+        left_out = [LeftOut(r.name, r.kind, energies[r.name] / total) for r in self.rest]
+        return LoraExport(
+            output=output,
+            rank=rank,
+            adapter_bytes=(folder / WEIGHTS).stat().st_size,
+            modules=tuple(modules),
+            left_out=tuple(left_out),
+            relative_error=math.sqrt(lost / (carried or 1.0)),
+            relative_error_overall=math.sqrt(lost + sum(part.energy_share for part in left_out)),
+            fidelity=None,
+        )
+
+    def _is_carried(self, record: Record) -> bool:
+        role = self.roles.get(record.name)
+        plain = record.base is None and record.tuned_shape is None
+        return plain and role is not None and role.linear and role.kind is not ModuleKind.HEAD
+
+    def _delta(self, record: Record) -> Tensor:
+        """The delta of one tensor in its stored shape, float32."""
+        if record.target_name is not None:
+            return self.pack.delta(record.name, self.target.read(record.target_name))
+        zeros = torch.zeros(record.shape, dtype=DTYPES[record.dtype])
+        return self.pack.delta(record.name, zeros)
+
+    def _matrix(self, record: Record) -> Tensor:
+        """The delta of a linear layer, (out, in)."""
+        layout: Layout = "transposed" if self.roles[record.name].transposed else "matrix"
+        [matrix] = matrices(self._delta(record), layout)
+        return matrix
+
+    def _components(self, record: Record) -> Components:
+        rank = self.asked or RANKS[-1]
+        factors = self.pack.factors(record.name)
+        if factors is not None:
+            return truncate_factors(*factors, rank)
+        return truncate(self._matrix(record), rank)
+
+    def _rank(self, components: Sequence[Components]) -> int:
+        if self.asked is not None:
+            return self.asked
+        own = [self.pack.plain_factors(record.name) for record in self.linear]
+        ranks = [factors.right.shape[0] for factors in own if factors is not None]
+        if len(ranks) == len(own):
+            return max(ranks)
+        return smallest_rank([part.energies for part in components], RANKS, ENERGY)
+
+    def _factors(self, record: Record, found: Components, rank: int) -> tuple[bool, Tensor, Tensor]:
+        """Whether they are the pack's own, then B and A of one layer as they are stored."""
+        plain = self.pack.plain_factors(record.name)
+        if plain is not None and plain.right.shape[0] <= rank:
+            scaled, _ = plain.scaled()
+            left = scaled.to(plain.left.dtype)
+            exact = torch.equal(left.float(), scaled)
+            return True, *pad_rank(left if exact else scaled, plain.right, rank)
+        factors = self.pack.factors(record.name)
+        own = factors is not None and factors[1].shape[0] <= rank
+        left, right = factors if factors and own else (found.left[:, :rank], found.right[:rank])
+        dtype = DTYPES[record.dtype]
+        return own, *pad_rank(left.to(dtype), right.to(dtype), rank)
+
+    def _lost(self, record: Record, left: Tensor, right: Tensor) -> float:
+        """‖δ − B A‖²."""
+        error = torch.addmm(self._matrix(record), left.float(), right.float(), alpha=-1)
+        return float(error.double().square().sum())
+
+    def _config(self, rank: int) -> dict[str, Any]:
+        modules = sorted(self.roles[record.name].module for record in self.linear)
+        generates = empty_model(self.target).can_generate()
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM" if generates else None,
+            "base_model_name_or_path": self.target.name,
+            "revision": self.target.revision,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "fan_in_fan_out": any(self.roles[r.name].transposed for r in self.linear),
+            "init_lora_weights": True,
+            "target_modules": modules,
+            "modules_to_save": None,
+        }
+
+
+def _measured(
+    result: LoraExport,
+    pack: SkillPack,
+    target: Checkpoint,
+    folder: Path,
+    rows: Sequence[Row],
+    progress: Progress,
+) -> LoraExport:
+    """The result with the distance of target + LoRA, read back from disk, from target + pack."""
+    lora = read_lora(target, folder, progress)
+    tokenizer = usable_tokenizer(target)
+    packed, approximate = (load_model(target, torch.float32) for _ in range(2))
+    with attached(packed, pack), attached(approximate, lora):
+        step = partial(progress, "comparing")
+        fidelity = token_fidelity(packed, approximate, tokenizer, rows, step)
+    return replace(result, fidelity=fidelity)
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _fresh_folder(output: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `output` when the block ends well, and vanishes otherwise.
+
+    Raises: OutputError.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output}: exists and is not an empty folder; choose another name")
+    partial_folder = output.with_name(f".{output.name}.exporting")
+    shutil.rmtree(partial_folder, ignore_errors=True)
+    try:
+        partial_folder.mkdir(parents=True)
+        yield partial_folder
+        if output.is_dir():
+            output.rmdir()
+        partial_folder.rename(output)
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another place"
+        ) from error
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)

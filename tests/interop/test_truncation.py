@@ -1,0 +1,66 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graftkit.interop.truncation import pad_rank, smallest_rank, truncate, truncate_factors
+
+
+def gaussian(rows, columns, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def least_error(delta, rank):
+    """Eckart–Young: the energy of the components that are left out."""
+    return float(torch.linalg.svdvals(delta.double())[rank:].square().sum().sqrt())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 24), st.integers(2, 24), st.integers(1, 30), st.integers(1, 30), st.integers()
+)
+def test_no_other_factors_of_a_rank_come_closer(rows, columns, own, rank, seed):
+    left, right = gaussian(rows, own, seed % 1000), gaussian(own, columns, seed % 997)
+    delta = left @ right
+    for found in (truncate(delta, rank), truncate_factors(left, right, rank)):
+        assert found.left.shape[1] == found.right.shape[0] <= rank
+        error = float((delta - found.left @ found.right).norm())
+        assert error <= least_error(delta, rank) * 1.001 + 1e-4 * float(delta.norm())
+        energy = torch.linalg.svdvals(delta).square()
+        size = min(len(energy), len(found.energies))
+        torch.testing.assert_close(
+            found.energies[:size], energy[:size], rtol=1e-3, atol=1e-4 * float(energy[0])
+        )
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
+def test_both_factors_of_a_component_are_equally_loud_and_the_loudest_comes_first(shape):
+    for found in (
+        truncate(gaussian(*shape), 5),
+        truncate_factors(gaussian(20, 8), gaussian(8, 6), 5),
+    ):
+        loudness = found.right.norm(dim=1)
+        torch.testing.assert_close(found.left.norm(dim=0), loudness, rtol=1e-3, atol=1e-6)
+        assert torch.equal(loudness, loudness.sort(descending=True).values)
+
+
+def test_a_delta_of_zero_has_factors_of_zero():
+    found = truncate(torch.zeros(6, 4), 3)
+    assert not (found.left @ found.right).any()
+    found = truncate_factors(torch.zeros(6, 2), gaussian(2, 4), 3)
+    assert not (found.left @ found.right).any()
+
+
+def test_the_smallest_rank_counts_the_energy_of_all_matrices_together():
+    energies = [torch.tensor([90.0, 4.0, 3.0]), torch.tensor([2.0, 1.0])]
+    assert smallest_rank(energies, (1, 2, 3), 0.92) == 1
+    assert smallest_rank(energies, (1, 2, 3), 0.93) == 2
+    assert smallest_rank(energies, (1, 2, 3), 1.0) == 3
+    assert smallest_rank(energies, (1, 2), 1.0) == 2
+
+
+def test_padding_adds_components_that_change_nothing():
+    left, right = gaussian(5, 2).bfloat16(), gaussian(2, 4)
+    wide, tall = pad_rank(left, right, 6)
+    assert (wide.shape, tall.shape, wide.dtype) == ((5, 6), (6, 4), torch.bfloat16)
+    assert torch.equal(wide.float() @ tall, left.float() @ right)
