@@ -30,10 +30,10 @@ from graftkit.models.encoding import usable_tokenizer
 from graftkit.rows import read_rows
 from graftkit.skillpack import SkillPack
 
-SKILL = "nl_regex"
+SKILL = "clinc150_intent"
 OTHERS = ("sms_spam", "scan_actions", "zh_pinyin", "addition_synth")  # what the target knows
 TEST_ROWS, OTHER_ROWS = 400, 100
-PROMPTS, EPOCHS = 1500, 3
+PROMPTS, EPOCHS = 4000, 3
 CODE_STEPS = 100  # of the pack
 SEEDS = (0, 1, 2)
 LORA_RANK = 14  # 54,272 bytes a rank in bfloat16: 14 of them are 5 % of the target
