@@ -104,6 +104,14 @@ def test_a_run_ends_with_everything_that_it_promises(place):
     assert lines(out / "dpo_log.jsonl")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_the_model_card_does_not_tell_where_a_local_target_lies(place):
+    change(place, 'target = "target"', f'target = "{place / "target"}"')
+    run(place)
+    card = (place / "out" / "README.md").read_text()
+    assert 'base_model: "target"' in card
+    assert str(place) not in card
+
+
 def test_what_is_done_is_not_done_again(place):
     run(place)
     before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}

@@ -119,7 +119,8 @@ def data_card(card: Card) -> str:
 
 def model_card(config: DistillConfig, card: Card, losses: Mapping[str, Card]) -> str:
     """The README of the tuned model and its pack, with front matter for the Hub."""
-    front = ["---", f"base_model: {_yaml(config.target)}", "library_name: transformers"]
+    target = _public(config.target)
+    front = ["---", f"base_model: {_yaml(target)}", "library_name: transformers"]
     found = licence(config)
     front += [f"license_name: {_yaml(found)}", "license: other"] if found else []
     front += ["tags: [graftkit, sft" + (", dpo]" if config.dpo else "]"), "---"]
@@ -130,8 +131,8 @@ def model_card(config: DistillConfig, card: Card, losses: Mapping[str, Card]) ->
         for stage, loss in losses.items()
     ]
     body = [
-        f"# A skill for {Path(config.target).name}",
-        f"`{config.target}` trained on answers of {_names(config)}. The delta is "
+        f"# A skill for {Path(target).name}",
+        f"`{target}` trained on answers of {_names(config)}. The delta is "
         "`skill.skillpack`; the whole model is `tuned/`.",
         "## Where it comes from",
         "\n".join(lines),
@@ -187,6 +188,11 @@ def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _public(reference: str) -> str:
+    """A Hub id as it is; of a local directory the name, for its path is nobody's business."""
+    return Path(reference).name if reference.startswith((".", "/", "~")) else reference
 
 
 def _yaml(text: str | None) -> str:
