@@ -1,15 +1,51 @@
 """Write a Hugging Face directory tensor by tensor, never more than a shard in memory."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graftkit.errors import OutputError
+
 SHARD_BYTES = 2 * 10**9
 """Tensors are collected up to this size before a file is written: the peak of memory."""
+
+
+@contextmanager
+def fresh_folder(output: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `output` when the block ends well, and vanishes otherwise.
+
+    The block makes it. Raises: OutputError.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputError(f"{output}: exists and is not an empty folder; choose another name")
+    partial = output.with_name(f".{output.name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        if output.is_dir():
+            output.rmdir()
+        partial.rename(output)
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another place"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one safetensors file. Raises: OSError, also where safetensors calls it otherwise."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(str(error)) from error
 
 
 def write_checkpoint(
@@ -46,10 +82,7 @@ def write_checkpoint(
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], index: int) -> list[str]:
-    try:
-        save_file(tensors, folder / f"shard-{index}", metadata={"format": "pt"})
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(str(error)) from error
+    save_tensors(tensors, folder / f"shard-{index}")
     return list(tensors)
 
 

@@ -3,11 +3,17 @@
 Every sentence under a field is its documentation. Paths in the file are relative to the file.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graftkit.config import TRAIN_STEPS, Recipe
+
+
+def located(reference: str, where: Path) -> str:
+    """A directory beside the configuration, which lies in `where`, or a Hub id as it stands."""
+    return str(where / reference) if (where / reference).exists() else reference
 
 
 class Settings(BaseModel):
@@ -58,10 +64,9 @@ class ModelSource(Sampling):
     """Tokens in work at once, prompts and answers together. Decides the draws: keep it."""
 
 
-class EndpointSource(Sampling):
-    """A model behind an OpenAI-compatible endpoint."""
+class Endpoint(Settings):
+    """A model behind an OpenAI-compatible endpoint, and how it is asked."""
 
-    kind: Literal["endpoint"]
     url: str
     """Base URL, such as http://localhost:8000/v1."""
     model: str
@@ -70,12 +75,18 @@ class EndpointSource(Sampling):
     """Environment variable that holds the API key; the key itself is never written."""
     concurrency: int = Field(default=8, ge=1, le=1024)
     """Requests in flight."""
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    """Most requests a minute."""
     timeout_seconds: float = Field(default=120, gt=0)
     """Longest wait for one answer."""
     retries: int = Field(default=8, ge=0)
     """Further attempts of a request, each after a longer wait."""
+
+
+class EndpointSource(Sampling, Endpoint):
+    """Answers of a served model."""
+
+    kind: Literal["endpoint"]
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Most requests a minute."""
     price_per_million: tuple[float, float] = (0.0, 0.0)
     """Price of a million prompt tokens and of a million completion tokens, any currency."""
 
@@ -144,24 +155,12 @@ class RewardScore(Graded):
     """Tokens in one pass."""
 
 
-class JudgeScore(Graded):
+class JudgeScore(Graded, Endpoint):
     """A judge behind an endpoint, asked for a grade from 0 to 10 (here divided by ten)."""
 
     kind: Literal["judge"]
-    url: str
-    """Base URL of an OpenAI-compatible endpoint."""
-    model: str
-    """The endpoint's name for the model."""
-    key_env: str | None = None
-    """Environment variable that holds the API key."""
     instruction: str = "Grade the answer for being correct, helpful and clear."
     """What the judge should look at."""
-    concurrency: int = Field(default=8, ge=1, le=1024)
-    """Requests in flight."""
-    timeout_seconds: float = Field(default=120, gt=0)
-    """Longest wait for one grade."""
-    retries: int = Field(default=8, ge=0)
-    """Further attempts of a request."""
 
 
 class AgreementScore(Graded):

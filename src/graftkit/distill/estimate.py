@@ -20,6 +20,7 @@ from graftkit.distill.config import (
     ModelSource,
     Source,
     Training,
+    located,
 )
 from graftkit.distill.records import Prompt
 from graftkit.models.encoding import usable_tokenizer
@@ -85,8 +86,7 @@ def _source(source: Source, prompts: int, prompt_tokens: int, where: Path) -> di
 
 
 def _local(source: ModelSource, tokens: int, where: Path) -> dict[str, Any]:
-    place = where / source.model
-    model = Checkpoint.open(place if place.exists() else source.model)
+    model = Checkpoint.open(located(source.model, where))
     on_gpu = torch.cuda.is_available()
     memory = model.nbytes if on_gpu else 4 * model.parameters
     seconds = 2 * model.parameters * tokens / _speed(torch.bfloat16 if on_gpu else torch.float32)

@@ -147,27 +147,30 @@ def _inputs(stage: str, space: Workspace) -> list[Path]:
 
 def _key(stage: str, space: Workspace) -> str:
     """What decides the stage's outputs: settings, and the files and stages it is made from."""
-    config, files = space.config, _digests(space)
+    config = space.config
     said = config.model_dump(mode="json")
-    prompts = [said["prompts"], digest_of(space.where / config.prompts.file)]
-    sources = [space.source_identity(source) for source in config.sources]
-    target = space.target_identity()
+
+    def file(name: str) -> str:
+        return digest_of(space.folder / f"{name}.jsonl")
+
+    def prompts() -> list[Any]:
+        return [said["prompts"], digest_of(space.where / config.prompts.file)]
+
+    def sources() -> list[Any]:
+        return [space.source_identity(source) for source in config.sources]
+
+    target = space.target_identity
     parts: Callable[[], list[Any]] = {
-        "sample": lambda: [prompts, sources, config.seed],
-        "score": lambda: [said["scores"], prompts, files["samples"]],
+        "sample": lambda: [prompts(), sources(), config.seed],
+        "score": lambda: [said["scores"], prompts(), file("samples")],
         "select": lambda: [
             *(said["selection"], said["sft"]["max_tokens"], config.dpo is None, config.seed),
-            *(config.dpo and config.dpo.max_tokens, config.prompts.chat, target),
-            *(files["samples"], files["scores"]),
+            *(config.dpo and config.dpo.max_tokens, config.prompts.chat, target()),
+            *(file("samples"), file("scores")),
         ],
-        "probe": lambda: [said["transfer"], files["sft"], sources, target],
-        "sft": lambda: [said["sft"], said["transfer"], files["sft"], target, config.seed],
-        "dpo": lambda: [said["dpo"], files["pairs"], _key("sft", space)],
-        "pack": lambda: [said["pack"], files["sft"], _key("dpo" if config.dpo else "sft", space)],
+        "probe": lambda: [said["transfer"], file("sft"), sources(), target()],
+        "sft": lambda: [said["sft"], said["transfer"], file("sft"), target(), config.seed],
+        "dpo": lambda: [said["dpo"], file("pairs"), _key("sft", space)],
+        "pack": lambda: [said["pack"], file("sft"), _key("dpo" if config.dpo else "sft", space)],
     }[stage]
     return key_of(stage, parts())
-
-
-def _digests(space: Workspace) -> dict[str, str]:
-    names = ("samples", "scores", "sft", "pairs")
-    return {name: digest_of(space.folder / f"{name}.jsonl") for name in names}

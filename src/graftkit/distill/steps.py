@@ -14,7 +14,7 @@ import torch
 
 from graftkit.delta import Checkpoint
 from graftkit.distill import card as cards
-from graftkit.distill.config import Graded
+from graftkit.distill.config import Graded, located
 from graftkit.distill.launch import is_main
 from graftkit.distill.records import Scored, read_lines, write_lines
 from graftkit.distill.sampling import read_summaries, sample_answers
@@ -82,7 +82,7 @@ def probe(space: Workspace) -> dict[str, Any]:
     for source in space.probed:
         file = space.distributions(source)
         file.parent.mkdir(exist_ok=True)
-        checkpoint = Checkpoint.open(space.reference(source.model))
+        checkpoint = Checkpoint.open(located(source.model, space.where))
         model, own = load_model(checkpoint, torch.float32), usable_tokenizer(checkpoint)
         report = partial(space.progress, f"probe {source.name}")
         transfer = space.config.transfer
@@ -104,7 +104,7 @@ def _guide(space: Workspace) -> Any:
     hidden = None
     if transfer.hidden_weight:
         source = space.models[0]
-        checkpoint = Checkpoint.open(space.reference(source.model))
+        checkpoint = Checkpoint.open(located(source.model, space.where))
         layers = empty_model(space.target).config.get_text_config().num_hidden_layers
         hidden = HiddenSource(
             source,

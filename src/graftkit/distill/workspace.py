@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.delta import Checkpoint
-from graftkit.distill.config import DistillConfig, ModelSource, Source
+from graftkit.distill.config import DistillConfig, ModelSource, Source, located
 from graftkit.distill.sampling import INDIFFERENT, PromptSet, read_prompts
 from graftkit.distill.scoring import wants
 from graftkit.distill.stages import digest_of
@@ -44,7 +44,7 @@ class Workspace:
     @cached_property
     def target(self) -> Checkpoint:
         """The model that learns."""
-        return Checkpoint.open(self.reference(self.config.target))
+        return Checkpoint.open(located(self.config.target, self.where))
 
     @cached_property
     def template(self) -> Template:
@@ -73,10 +73,6 @@ class Workspace:
     def distributions(self, source: ModelSource) -> Path:
         """What a source expects in the SFT rows."""
         return self.folder / "distributions" / f"{source.name}.safetensors"
-
-    def reference(self, text: str) -> str:
-        """A directory beside the configuration, or a Hub id as it stands."""
-        return str(self.where / text) if (self.where / text).exists() else text
 
     def target_identity(self) -> list[Any]:
         """What tells one target from another without reading its weights."""

@@ -6,7 +6,6 @@ One pack that the rule leaves as it is is decoded, so that a lossless pack gives
 back.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,10 @@ from blake3 import blake3
 from torch import Tensor
 
 from graftkit.delta import Checkpoint
-from graftkit.errors import ConfigError, OutputError, PackMismatchError
+from graftkit.errors import ConfigError, PackMismatchError
 from graftkit.fuse.methods import Method, check_weights, find_method
 from graftkit.packing.job import MemoryGate
-from graftkit.sharded import write_checkpoint
+from graftkit.sharded import fresh_folder, write_checkpoint
 from graftkit.skillpack import SkillPack
 from graftkit.threads import in_threads
 
@@ -180,19 +179,8 @@ def write_mixture(mixture: Mixture, output: Path, progress: Progress | None) -> 
 
     Raises: OutputError.
     """
-    written = _fresh_sibling(output)
-    try:
+    with fresh_folder(output) as written:
         _write(mixture, written, progress or (lambda step, done, total: None))
-        if output.is_dir():
-            output.rmdir()
-        written.rename(output)
-    except OSError as error:
-        raise OutputError(
-            f"{output}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another place"
-        ) from error
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
     return output
 
 
@@ -214,11 +202,3 @@ def _write(mixture: Mixture, folder: Path, progress: Progress) -> None:
 
 def _report(progress: Progress, total: int, done: int) -> None:
     progress("merging", done, total)
-
-
-def _fresh_sibling(output: Path) -> Path:
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: exists and is not an empty folder; choose another name")
-    partial = output.with_name(f".{output.name}.merging")
-    shutil.rmtree(partial, ignore_errors=True)
-    return partial

@@ -4,6 +4,7 @@
 """
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -19,7 +20,7 @@ LARGEST = 1e6
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class Method(BaseModel):
+class Method(BaseModel, ABC):
     """A merge rule and its settings; weights are those of the packs that take part."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -30,11 +31,11 @@ class Method(BaseModel):
     scaling: Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)] = 1.0
     """λ: the merged delta is multiplied by it; 0 gives the target."""
 
+    @abstractmethod
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
         """The rule itself, without λ, for one tensor; `keys` name each pack's tensor."""
-        raise NotImplementedError
 
     def keeps(self, weight: float) -> bool:
         """Whether one pack of this weight is merged as it is."""

@@ -2,23 +2,19 @@
 
 import json
 import math
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from graftkit.attach import attached
 from graftkit.compress.codecs import Layout, matrices
 from graftkit.delta import DTYPES, Checkpoint
-from graftkit.errors import ConfigError, OutputError
+from graftkit.errors import ConfigError
 from graftkit.evaluate import TokenFidelity, token_fidelity
 from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from graftkit.interop.peft_import import Progress, read_lora
@@ -33,6 +29,7 @@ from graftkit.models.architecture import ModuleKind, tensor_roles
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model
 from graftkit.rows import Row
+from graftkit.sharded import fresh_folder, save_tensors
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import Record
 
@@ -122,7 +119,8 @@ def export_lora(
     opened.check_target(checkpoint.read, set(checkpoint.tensors), str(checkpoint.path))
     report = progress or (lambda step, done, total: None)
     job = _Export(opened, checkpoint, rank)
-    with _fresh_folder(Path(directory).resolve()) as folder:
+    with fresh_folder(Path(directory).resolve()) as folder:
+        folder.mkdir(parents=True)
         result = job.write(folder, str(directory), report)
         if rows is None:
             return result
@@ -275,33 +273,5 @@ def _measured(
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    try:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(str(error)) from error
+    save_tensors(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _fresh_folder(output: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `output` when the block ends well, and vanishes otherwise.
-
-    Raises: OutputError.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: exists and is not an empty folder; choose another name")
-    partial_folder = output.with_name(f".{output.name}.exporting")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    try:
-        partial_folder.mkdir(parents=True)
-        yield partial_folder
-        if output.is_dir():
-            output.rmdir()
-        partial_folder.rename(output)
-    except OSError as error:
-        raise OutputError(
-            f"{output}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another place"
-        ) from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from graftkit.distill.config import EndpointSource, JudgeScore
+from graftkit.distill.config import Endpoint, EndpointSource, JudgeScore
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.scores import Verdict, finished
 from graftkit.distill.sources import Unit, open_source
@@ -52,12 +52,7 @@ class Judge:
         endpoint = EndpointSource(
             kind="endpoint",
             name="judge",
-            url=settings.url,
-            model=settings.model,
-            key_env=settings.key_env,
-            concurrency=settings.concurrency,
-            timeout_seconds=settings.timeout_seconds,
-            retries=settings.retries,
+            **{field: getattr(settings, field) for field in Endpoint.model_fields},
             temperature=0,
             top_p=1,
             max_new_tokens=LONGEST_GRADE_TOKENS,

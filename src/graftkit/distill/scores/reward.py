@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 
 from graftkit.delta import Checkpoint
-from graftkit.distill.config import RewardScore
+from graftkit.distill.config import RewardScore, located
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.scores import Verdict, finished
 from graftkit.errors import CheckpointError, ConfigError
@@ -36,8 +36,7 @@ class RewardModel:
 
     def __init__(self, settings: RewardScore, where: Path):
         self.settings = settings
-        local = where / settings.model
-        self._checkpoint = Checkpoint.open(local if local.is_dir() else settings.model)
+        self._checkpoint = Checkpoint.open(located(settings.model, where))
         self._tokenizer = usable_tokenizer(self._checkpoint)
         shape: Any = empty_model(self._checkpoint)
         _check_labels(shape, settings.model)

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from graftkit.delta import Checkpoint
-from graftkit.distill.config import ModelSource
+from graftkit.distill.config import ModelSource, located
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
 from graftkit.errors import CheckpointError, SourceError
@@ -44,8 +44,7 @@ class LocalModel:
 
     def __init__(self, settings: ModelSource, seed: int, where: Path):
         self.settings, self.seed = settings, seed
-        local = where / settings.model
-        self._checkpoint = Checkpoint.open(local if local.is_dir() else settings.model)
+        self._checkpoint = Checkpoint.open(located(settings.model, where))
         self.identity = f"{self._checkpoint.revision} {self._checkpoint.nbytes}"
         self.tokenizer = usable_tokenizer(self._checkpoint)
         shape: Any = empty_model(self._checkpoint)
