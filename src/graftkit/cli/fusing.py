@@ -11,9 +11,10 @@ from graftkit.cli import show
 from graftkit.cli.packing import parse_weights
 from graftkit.errors import ConfigError, OutputError
 from graftkit.fuse.heatmap import draw_interference
+from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
 from graftkit.fuse.interference import Pair, measure_interference
 from graftkit.fuse.merging import merge_packs
-from graftkit.fuse.methods import check_weights, find_method
+from graftkit.fuse.methods import IN_TURN, check_weights, find_method
 from graftkit.fuse.packing import fuse_packs
 from graftkit.fuse.search import EVALUATIONS, search_weights
 from graftkit.rows import read_rows
@@ -31,7 +32,8 @@ def merge_files(
     """Merge into a folder; `choice` is what `mixing` gives."""
     with show.progress() as report:
         found = _searched(target, files, choice, search, evaluations, report)
-        merge_packs(target, files, output, progress=report, **choice)
+        merge = merge_in_turn if choice["method"] in IN_TURN else merge_packs
+        merge(target, files, output, progress=report, **choice)
     return _result(output, files, choice) | found
 
 
@@ -47,15 +49,35 @@ def fuse_files(
     """Fuse into one pack; `choice` is what `mixing` gives, `packing` goes to `pack_delta`."""
     with show.progress() as report:
         found = _searched(target, files, choice, search, evaluations, report)
-        pack = fuse_packs(target, files, output, progress=report, **choice, **packing)
+        fuse = fuse_in_turn if choice["method"] in IN_TURN else fuse_packs
+        pack = fuse(target, files, output, progress=report, **choice, **packing)
     summary = pack_summary(pack) | {"pack_bytes": output.stat().st_size}
     return _result(output, files, choice) | found | summary
 
 
-def mixing(method: str, weights: str | None, **settings: Any) -> dict[str, Any]:
-    """Method, weights and settings as `merge_packs` takes them; options not given are left out."""
+def mixing(
+    method: str,
+    weights: str | None,
+    state: Path | None,
+    task_rows: list[Path] | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """The method and what it takes, as `merge_packs` or `merge_in_turn` want it.
+
+    Settings that are None were not given. Raises: ConfigError for options of another method;
+    RowsError.
+    """
     given = {name: value for name, value in settings.items() if value is not None}
-    return {"method": method, "weights": parse_weights(weights), "settings": given}
+    if method not in IN_TURN:
+        if state is not None or task_rows:
+            raise ConfigError(f"--state and --rows go with {' and '.join(IN_TURN)}, not {method}")
+        return {"method": method, "weights": parse_weights(weights), "settings": given}
+    if weights is not None or given:
+        raise ConfigError(
+            f"{method} takes packs in turn, without weights or settings; leave them out"
+        )
+    rows = [read_rows(file) for file in task_rows] if task_rows else None
+    return {"method": method, "state": state, "rows": rows}
 
 
 def interference_of(target: str, files: list[Path], figure: Path | None) -> dict[str, Any]:
@@ -83,8 +105,10 @@ def print_merged(result: dict[str, Any]) -> None:
 def print_fused(result: dict[str, Any]) -> None:
     """After `fuse`."""
     _print_search(result)
+    count = len(result["packs"])
+    made = f"{count} packs in one" if result.get("state") is None else f"{count} more in one pack"
     print(
-        f"{result['output']}: {len(result['packs'])} packs in one, "
+        f"{result['output']}: {made}, "
         f"{show.size(result['pack_bytes'])}, {100 * result['ratio']:.2f} % of the target"
     )
 
@@ -117,6 +141,8 @@ def _searched(
         raise ConfigError("--evaluations counts the tries of a search; name its rows with --search")
     if rows is None:
         return {}
+    if choice["method"] in IN_TURN:
+        raise ConfigError(f"{choice['method']} has no weights to search; leave out --search")
     found = search_weights(
         target,
         files,
@@ -132,11 +158,15 @@ def _searched(
 
 
 def _result(output: Path, files: list[Path], choice: dict[str, Any]) -> dict[str, Any]:
-    method = find_method(choice["method"], choice["settings"])
-    return {
+    told = {
         "output": str(output),
         "packs": [str(file) for file in files],
         "method": choice["method"],
+    }
+    if choice["method"] in IN_TURN:
+        return told | {"state": None if choice["state"] is None else str(choice["state"])}
+    method = find_method(choice["method"], choice["settings"])
+    return told | {
         "weights": check_weights(method, choice["weights"], len(files)),
         "settings": method.model_dump(),
     }

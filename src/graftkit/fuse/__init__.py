@@ -5,6 +5,8 @@ methods       the rules by name, with their settings
 merging       target + packs as a checkpoint, tensor by tensor
 packing       packs as one pack
 search        weights of least loss on rows
+in_turn       one pack after another, with a memory: opcm and kif on running, memory its file
+importance    how much each tensor of a pack matters on rows
 families      a shared part and a small private part for each skill, pure maths
 family        the same over whole packs, with its bytes
 interference  how packs get in each other's way, and its picture

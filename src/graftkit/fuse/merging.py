@@ -6,10 +6,10 @@ One pack that the rule leaves as it is is decoded, so that a lossless pack gives
 back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from blake3 import blake3
 from torch import Tensor
@@ -84,6 +84,22 @@ def open_mixture(
     return mixture
 
 
+class Merged(Protocol):
+    """A merged checkpoint that is written tensor by tensor."""
+
+    target: Checkpoint
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors of the result."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the result."""
+
+    def side_files(self) -> dict[str, bytes]:
+        """Contents of its side files by name."""
+
+
 class Mixture:
     """Packs of one target with their weights and a method: the merged tensors, one at a time."""
 
@@ -148,19 +164,28 @@ class Mixture:
         """Raises: PackMismatchError for packs whose deltas cannot be weighted or summed."""
         alike = _changed_alike(self.packs)
         for pack in self.packs:
-            tuned = pack.manifest.tuned.name
-            for record in pack.manifest.tensors:
-                if record.tuned_shape is not None or record.base is not None:
-                    raise PackMismatchError(
-                        f"{record.name}: the pack of {tuned} changes its shape or adds it, which "
-                        "cannot be weighted or summed; merge it alone"
-                    )
-            for file in pack.manifest.files:
-                if file.name in _TOKENIZER_FILES - alike:
-                    raise PackMismatchError(
-                        f"{file.name}: the pack of {tuned} changes the tokenizer and another does "
-                        "not change it alike, so their token ids differ; merge it alone"
-                    )
+            check_shapes(pack)
+            check_token_ids(pack, {file.name for file in pack.manifest.files} - alike)
+
+
+def check_shapes(pack: SkillPack) -> None:
+    """Raises: PackMismatchError for a pack that changes shapes or adds tensors."""
+    for record in pack.manifest.tensors:
+        if record.tuned_shape is not None or record.base is not None:
+            raise PackMismatchError(
+                f"{record.name}: the pack of {pack.manifest.tuned.name} changes its shape or adds "
+                "it, which cannot be weighted or summed; merge it alone"
+            )
+
+
+def check_token_ids(pack: SkillPack, unlike: Iterable[str]) -> None:
+    """Raises: PackMismatchError where one of the files that packs change differently, or not at
+    all, is the tokenizer's."""
+    for name in sorted(_TOKENIZER_FILES.intersection(unlike)):
+        raise PackMismatchError(
+            f"{name}: the pack of {pack.manifest.tuned.name} changes the tokenizer otherwise than "
+            "another, or not at all, so their token ids differ; merge it alone"
+        )
 
 
 def _changed_alike(packs: Sequence[SkillPack]) -> set[str]:
@@ -174,7 +199,7 @@ def pack_digest(pack: SkillPack) -> str:
     return blake3(pack.manifest.to_json().encode()).hexdigest()
 
 
-def write_mixture(mixture: Mixture, output: Path, progress: Progress | None) -> Path:
+def write_mixture(mixture: Merged, output: Path, progress: Progress | None) -> Path:
     """Write all tensors and files of a mixture into a folder, whole or not at all.
 
     Raises: OutputError.
@@ -184,7 +209,7 @@ def write_mixture(mixture: Mixture, output: Path, progress: Progress | None) -> 
     return output
 
 
-def _write(mixture: Mixture, folder: Path, progress: Progress) -> None:
+def _write(mixture: Merged, folder: Path, progress: Progress) -> None:
     """Tensors in shards, then the index and the side files."""
     names = mixture.names
     gate = MemoryGate(max(info.numel for info in mixture.target.tensors.values()))

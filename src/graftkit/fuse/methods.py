@@ -167,6 +167,8 @@ METHODS: dict[str, type[Method]] = {
     "pcb": Pcb,
 }
 """Every merge method by its name."""
+IN_TURN = ("opcm", "kif")
+"""Methods that take packs one after another and keep a memory (`graftkit.fuse.in_turn`)."""
 
 
 def find_method(name: str, settings: Mapping[str, Any]) -> Method:
@@ -174,10 +176,15 @@ def find_method(name: str, settings: Mapping[str, Any]) -> Method:
 
     Raises: ConfigError for an unknown name or setting, with the nearest, or a value out of range.
     """
-    if name not in METHODS:
+    if name in IN_TURN:
         raise ConfigError(
-            f"method {name!r} is unknown{_nearest(name, list(METHODS))}; "
-            f"choose one of {', '.join(METHODS)}"
+            f"{name} takes packs in turn, without weights or settings; use merge_in_turn or "
+            "fuse_in_turn"
+        )
+    if name not in METHODS:
+        known = [*METHODS, *IN_TURN]
+        raise ConfigError(
+            f"method {name!r} is unknown{_nearest(name, known)}; choose one of {', '.join(known)}"
         )
     kind = METHODS[name]
     known = list(kind.model_fields)

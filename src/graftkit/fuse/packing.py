@@ -8,6 +8,7 @@ from typing import Any
 
 from graftkit.errors import OutputError
 from graftkit.fuse.merging import (
+    Merged,
     Mixture,
     Packs,
     Progress,
@@ -43,19 +44,45 @@ def fuse_packs(
     Returns: the pack.
     Raises: as `merge_packs` and `pack_delta`; nothing is written in any of these cases.
     """
-    output = Path(file)
+    output = check_output(Path(file))
+    mixture = open_mixture(target, packs, weights, method, settings)
+    name = f"{method}-of-{len(mixture.packs)}-packs"
+    licences = [pack.manifest.licence for pack in mixture.packs]
+    provenance = _provenance(mixture, method)
+    return pack_merged(target, mixture, output, name, licences, provenance, progress, **packing)
+
+
+def check_output(output: Path) -> Path:
+    """A file that a pack may be written to. Raises: OutputError, before any work is done."""
     if output.is_dir() or not output.parent.is_dir():
         raise OutputError(f"{output}: name a .skillpack file in a folder that exists")
-    mixture = open_mixture(target, packs, weights, method, settings)
+    return output
+
+
+def pack_merged(
+    target: str | Path,
+    merged: Merged,
+    output: Path,
+    name: str,
+    licences: Sequence[str | None],
+    provenance: Mapping[str, str],
+    progress: Progress | None,
+    **packing: Any,
+) -> SkillPack:
+    """Write a merged checkpoint as one pack; the checkpoint is on disk meanwhile.
+
+    Args:
+        name: of the tuned model in the manifest. licences: of everything that went in.
+        packing: further arguments of `pack_delta`.
+    Raises: as `pack_delta`.
+    """
     with _sibling_folder(output) as folder:
-        # The folder's name is the tuned model's name in the manifest.
-        merged = folder / f"{method}-of-{len(mixture.packs)}-packs"
-        write_mixture(mixture, merged, progress)
+        write_mixture(merged, folder / name, progress)
         fused = pack_delta(
             target,
-            merged,
-            licence=_licence(mixture.packs),
-            provenance=_provenance(mixture, method),
+            folder / name,
+            licence=_joined(licences),
+            provenance=provenance,
             progress=progress,
             **packing,
         )
@@ -83,9 +110,9 @@ def _provenance(mixture: Mixture, method: str) -> dict[str, str]:
     return told
 
 
-def _licence(packs: Sequence[SkillPack]) -> str | None:
+def _joined(licences: Sequence[str | None]) -> str | None:
     """All licences together hold for what was made of all packs (SPDX: AND)."""
-    names = sorted({pack.manifest.licence or "" for pack in packs})
+    names = sorted({licence or "" for licence in licences})
     if not all(names):
         return None
     return " AND ".join(f"({n})" if " " in n and len(names) > 1 else n for n in names)

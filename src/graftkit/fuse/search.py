@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from graftkit.attach.check import LiveTarget
+from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.fuse.merging import Mixture, Packs, Progress, open_mixture
 from graftkit.models.encoding import (
@@ -141,15 +143,11 @@ class LiveLoss:
     def __init__(self, mixture: Mixture, rows: Sequence[Row]):
         mixture.check_addable()
         self._mixture = mixture
-        self._model: Any = load_model(mixture.target, torch.float32)
+        self._model: Any = answering_model(mixture.target)
         where = str(mixture.target.path)
-        if not self._model.can_generate():
-            raise ConfigError(f"{where}: {type(self._model).__name__} does not predict next tokens")
         self._live = LiveTarget(self._model)
         self._tokenizer = usable_tokenizer(mixture.target)
         self._rows = encode_rows(self._tokenizer, rows, sys.maxsize, 0, self._model, where)
-        if not any(len(row) > max(row.start, 1) for row in self._rows):
-            raise RowsError("no row has a completion; a search of weights scores completions")
         self._names = [name for name in mixture.names if mixture.changes(name)]
 
     def __call__(self, weights: Sequence[float], scaling: float) -> float:
@@ -164,30 +162,48 @@ class LiveLoss:
                     self._live.live(view).copy_(tensor)
         return self.measure()
 
+    @torch.no_grad()
     def measure(self) -> float:
         """Nats per completion token of the model as it stands."""
-        tokens = min(_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary_size(self._model)))
         total, count = 0.0, 0
-        for batch in batches_by_length([len(row) for row in self._rows], tokens):
-            found, scored = self._batch([self._rows[index] for index in batch])
-            total, count = total + found, count + scored
+        for batch in loss_batches(self._model, self._rows):
+            rows = [self._rows[index] for index in batch]
+            found, scored = summed_loss(self._model, rows, pad_id(self._tokenizer))
+            total, count = total + float(found), count + scored
         if not math.isfinite(total):
             raise CheckpointError("the logits are not finite on the rows; check weights and packs")
         return total / count
 
-    @torch.no_grad()
-    def _batch(self, rows: Sequence[EncodedRow]) -> tuple[float, int]:
-        ids, mask = pad_batch([row.ids for row in rows], pad_id(self._tokenizer))
-        scored = scored_tokens(self._model, rows, mask)
-        if not scored.any():
-            return 0.0, 0
-        options = {}
-        if "use_cache" in signature(self._model.forward).parameters:
-            options["use_cache"] = False
-        logits = self._model(input_ids=ids, attention_mask=mask, **options).logits
-        wanted = ids[:, 1:][scored[:, :-1]]
-        loss = torch.nn.functional.cross_entropy(logits[scored].float(), wanted, reduction="sum")
-        return float(loss), len(wanted)
+
+def answering_model(target: Checkpoint) -> Any:
+    """The target in float32. Raises: CheckpointError; ConfigError if it predicts no tokens."""
+    model: Any = load_model(target, torch.float32)
+    if not model.can_generate():
+        raise ConfigError(f"{target.path}: {type(model).__name__} does not predict next tokens")
+    return model
+
+
+def loss_batches(model: Any, rows: Sequence[EncodedRow]) -> list[list[int]]:
+    """Rows of one pass each, by index. Raises: RowsError where nothing can be scored."""
+    if not any(len(row) > max(row.start, 1) for row in rows):
+        raise RowsError("no row has a completion, and only completions are scored; add some")
+    tokens = min(_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary_size(model)))
+    return batches_by_length([len(row) for row in rows], tokens)
+
+
+def summed_loss(model: Any, rows: Sequence[EncodedRow], pad: int) -> tuple[Tensor, int]:
+    """Σ −log p over the completions' tokens of one batch, nats, and how many there are."""
+    ids, mask = pad_batch([row.ids for row in rows], pad)
+    scored = scored_tokens(model, rows, mask)
+    if not scored.any():
+        return torch.zeros(()), 0
+    options = {}
+    if "use_cache" in signature(model.forward).parameters:
+        options["use_cache"] = False
+    logits = model(input_ids=ids, attention_mask=mask, **options).logits
+    wanted = ids[:, 1:][scored[:, :-1]]
+    loss = torch.nn.functional.cross_entropy(logits[scored].float(), wanted, reduction="sum")
+    return loss, len(wanted)
 
 
 def _split(mixture: Mixture, point: np.ndarray) -> tuple[list[float], float]:
