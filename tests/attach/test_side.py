@@ -7,7 +7,8 @@ from tiny_models import build, inputs, make_pair
 from torch import nn
 
 from graftkit.attach import attached
-from graftkit.attach.routing import Routing, put, take
+from graftkit.attach.mixtures import choose_rows
+from graftkit.attach.routing import put, take
 from graftkit.attach.side import SidePaths, _refuse_unreachable, _sees_rows
 from graftkit.attach.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.errors import AttachError
@@ -166,14 +167,24 @@ def test_every_form_of_an_update_computes_the_same_matrix():
 
 
 def test_entries_belong_to_rows_in_runs_of_equal_length():
-    routing = Routing(2)
-    routing.choose([1, None, 1])
-    ((pack, entries),) = routing.groups(6, torch.device("cpu"))
-    assert (pack, entries.tolist()) == (1, [0, 1, 4, 5])
-    routing.choose([None, 0, 0])
-    assert routing.groups(3, torch.device("cpu")) == [(0, slice(1, 3))]
+    cpu = torch.device("cpu")
+    rows = choose_rows([0, 1], [None, 1, None, 1])
+    shares = rows.shares("any", 8, cpu)
+    assert [(share.pack, share.weight) for share in shares] == [(1, 1.0)]
+    assert shares[0].entries.tolist() == [2, 3, 6, 7]
+    assert dict(rows.groups(4, cpu))[0].tolist() == [0, 2]
+    (share,) = choose_rows([0, 1], [None, 0, 0]).shares("any", 3, cpu)
+    assert share.entries == slice(1, 3)
     with pytest.raises(AttachError, match="5 entries for 3 rows"):
-        routing.groups(5, torch.device("cpu"))
+        choose_rows([0], [None, 0, 0]).shares("any", 5, cpu)
+
+
+def test_rows_with_other_weights_of_one_pack_share_its_product():
+    rows = choose_rows([0, 1], [{0: 0.5, 1: 0.25}, None, 0, {0: 0.5}])
+    first, second = rows.shares("any", 8, torch.device("cpu"))
+    assert first.entries.tolist() == [0, 1, 4, 5, 6, 7]
+    assert first.scale(torch.ones(6, 2))[:, 0].tolist() == [0.5, 0.5, 1, 1, 0.5, 0.5]
+    assert (second.entries, second.weight) == (slice(0, 2), 0.25)
 
 
 def test_only_tensors_of_the_batch_are_cut_and_filled():

@@ -102,9 +102,13 @@ class Forgery:
         sizes = {name: len(payload) for name, payload in self.payloads.items()}
         if self.version == 1:
             return list(sizes.items())
-        files = [(name, size) for name, size in sizes.items() if name.startswith("file:")]
-        together = sum(sizes.values()) - sum(size for _, size in files)
-        return [("tensors", together), *files] if together else files
+        rest = [
+            (name, size)
+            for name, size in sizes.items()
+            if name.startswith("file:") or name == "router"
+        ]
+        together = sum(sizes.values()) - sum(size for _, size in rest)
+        return [("tensors", together), *rest] if together else rest
 
     def build(self, header=None):
         """The bytes of the file; `header`: an object or JSON text in place of the right one."""

@@ -3,11 +3,13 @@
 check     is this model the target, and where does each tensor belong
 merged    one pack in the model's own parameters, originals kept
 side      packs beside the model, chosen row by row of a batch
+modules   what packs do in one module
 updates   one matrix of a delta at run time: factors, rows or dense
-routing   which entries of a batch use which pack
+mixtures  what every row of a batch uses: the target, a pack, a weighted sum
+routing   the choice for the batch that runs
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -15,12 +17,12 @@ from transformers import PreTrainedModel
 
 from graftkit.attach.check import LiveTarget, check_packs
 from graftkit.attach.merged import MergedWeights
-from graftkit.attach.routing import Routing
+from graftkit.attach.mixtures import Choice, Gate, choose_rows
 from graftkit.attach.side import SidePaths
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
 
-__all__ = ["Attachment", "Mode", "attach", "attached", "detach"]
+__all__ = ["Attachment", "Choice", "Gate", "Mode", "attach", "attached", "bare", "detach"]
 
 Mode = Literal["merged", "side"]
 
@@ -32,32 +34,75 @@ class Attachment:
     """Packs in use on a model, until `detach`.
 
     Attributes:
-        packs: in the order of their indices in `route`.
+        packs: by their index in `route`.
         mode: "merged" or "side".
     """
 
-    def __init__(
-        self, model: PreTrainedModel, packs: tuple[SkillPack, ...], mode: Mode, target: LiveTarget
-    ):
+    def __init__(self, model: PreTrainedModel, packs: Sequence[SkillPack], mode: Mode):
         self.model = model
-        self.packs = packs
+        self.packs: dict[int, SkillPack] = {}
         self.mode = mode
-        self._routing = Routing(len(packs))
+        self._target = LiveTarget(model)
+        self._next = 0
+        check_packs(self._target, packs)
         self._applied: MergedWeights | SidePaths = (
-            MergedWeights(target, packs[0])
-            if mode == "merged"
-            else SidePaths(target, packs, self._routing)
+            MergedWeights(self._target, packs[0]) if mode == "merged" else SidePaths(self._target)
         )
 
-    def route(self, rows: Sequence[int | None]) -> None:
-        """Choose the pack of every row of the next batches; None leaves a row to the target.
+    def add(self, pack: SkillPack) -> int:
+        """Load one more pack beside the model; the rows routed so far stay as they are.
 
-        A batch may hold each row k times in a row, as beam search makes it.
+        The target is not read again where an earlier pack was of the same one.
+        Returns: the pack's index, one that no pack had before.
+        Raises: AttachError in merged mode, or as `attach`; all is then as before.
+        """
+        paths = self._side_paths()
+        check_packs(self._target, [pack])
+        paths.add(self._next, pack)
+        self.packs[self._next] = pack
+        self._next += 1
+        return self._next - 1
+
+    def drop(self, index: int) -> None:
+        """Forget a pack and free its memory. Rows that use it have to be routed again.
+
         Raises: AttachError in merged mode, or for an index without a pack.
         """
-        if self.mode == "merged":
-            raise AttachError('a merged pack serves every row; attach with mode="side" to route')
-        self._routing.choose(rows)
+        paths = self._side_paths()
+        self._check_index(index)
+        paths.drop(index)
+        del self.packs[index]
+
+    def nbytes(self, index: int) -> int:
+        """Bytes that a pack takes in memory. Raises: AttachError as `drop`."""
+        paths = self._side_paths()
+        self._check_index(index)
+        return paths.nbytes(index)
+
+    def route(
+        self,
+        rows: Sequence[Choice],
+        modules: Mapping[str, Sequence[Choice]] | None = None,
+        gate: Gate | None = None,
+    ) -> None:
+        """Choose the packs of every row of the next batches.
+
+        A row uses the target (None, or no weight but 0), one pack (its index), or a mixture
+
+            W + Σ_i w_i ΔW_i          (an index → weight mapping; every tensor alike)
+
+        A batch may hold each row k times in a row, as beam search makes it.
+
+        Args:
+            modules: choices of their own for linear modules and embeddings, by name. All others,
+                norms among them, follow `rows`.
+            gate: weighs the packs for every token instead, in the modules that it knows and the
+                rows that use any pack.
+        Raises: AttachError in merged mode, or for an index without a pack.
+        """
+        paths = self._side_paths("a merged pack serves every row")
+        paths.check_modules(modules or {})
+        paths.routing.rows = choose_rows(self.packs, rows, modules, gate)
 
     def detach(self) -> None:
         """Leave the model as it was before, bit for bit; a second call does nothing."""
@@ -65,13 +110,31 @@ class Attachment:
         if getattr(self.model, _MARK, None) is self:
             delattr(self.model, _MARK)
 
-    def _apply(self) -> None:
+    def _apply(self, packs: Sequence[SkillPack]) -> None:
         try:
             self._applied.apply()
+            setattr(self.model, _MARK, self)
+            if self.mode == "merged":
+                self.packs = dict(enumerate(packs))
+            else:
+                for pack in packs:
+                    self.add(pack)
+                if len(packs) < 2:
+                    self.route([0 if packs else None])
         except BaseException:
-            self._applied.undo()
+            self.detach()
             raise
-        setattr(self.model, _MARK, self)
+
+    def _side_paths(self, why: str = "the packs of a merged attachment are fixed") -> SidePaths:
+        if not isinstance(self._applied, SidePaths):
+            raise AttachError(f'{why}; attach with mode="side"')
+        if getattr(self.model, _MARK, None) is not self:
+            raise AttachError("this attachment was detached; attach the packs again")
+        return self._applied
+
+    def _check_index(self, index: int) -> None:
+        if index not in self.packs:
+            raise AttachError(f"no pack {index!r} is attached; it may have been dropped before")
 
 
 def attach(
@@ -81,7 +144,8 @@ def attach(
 
     "merged" copies one pack's tuned tensors into the model: full speed, one pack for every row.
     "side" leaves the target's bytes alone and adds each pack's part to the activations: any number
-    of packs, each row of a batch its own.
+    of packs, none included, each row of a batch its own. One pack serves every row until others
+    are routed; none leaves them to the target; several wait for `route`.
 
     Raises: PackMismatchError when the model is not the target of every pack, CorruptPackError for
         a damaged pack, AttachError for what cannot be attached in this way. The model is then
@@ -92,17 +156,15 @@ def attach(
         raise AttachError(f'mode is {mode!r}; expected "merged" or "side"')
     if getattr(model, _MARK, None) is not None:
         raise AttachError("the model has packs attached already; detach them first")
-    if not chosen:
-        raise AttachError("no pack was given; pass one SkillPack or several")
+    if mode == "merged" and not chosen:
+        raise AttachError('no pack was given; pass one SkillPack, or attach with mode="side"')
     if mode == "merged" and len(chosen) > 1:
         raise AttachError(
             f'{len(chosen)} packs cannot share the weights; attach with mode="side", or merge them '
             "into one checkpoint"
         )
-    target = LiveTarget(model)
-    check_packs(target, chosen)
-    attachment = Attachment(model, chosen, mode, target)
-    attachment._apply()
+    attachment = Attachment(model, chosen, mode)
+    attachment._apply(chosen)
     return attachment
 
 
@@ -124,3 +186,18 @@ def attached(
         yield attachment
     finally:
         attachment.detach()
+
+
+@contextmanager
+def bare(model: PreTrainedModel) -> Iterator[None]:
+    """The target alone for the length of a block, whatever packs are attached beside it.
+
+    Raises: AttachError for a pack that is merged into the weights.
+    """
+    attachment = getattr(model, _MARK, None)
+    if attachment is None:
+        yield
+        return
+    paths = attachment._side_paths("a merged pack hides the target")
+    with paths.routing.using(choose_rows((), [None])):
+        yield

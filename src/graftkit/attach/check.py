@@ -44,6 +44,8 @@ class LiveTarget:
         self.name = type(model).__name__
         self.views = checkpoint_views(model)
         self.state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+        self.verified: set[tuple[str, str, tuple[int, ...], str]] = set()
+        """Name, dtype, shape and digest of tensors that were found to be as a pack expects them."""
         for name, value in self.state.items():
             if value.is_meta:
                 raise AttachError(
@@ -96,13 +98,15 @@ class LiveTarget:
 def check_packs(target: LiveTarget, packs: Sequence[SkillPack]) -> None:
     """Refuse the model unless it is the target of every pack; each tensor is read once.
 
+    What was verified is remembered with the target: any number of packs of one target, checked
+    together or one after another, read it once.
+
     Raises: PackMismatchError naming the first tensor that is missing or differs.
     """
-    verified: dict[str, tuple[str, tuple[int, ...], str]] = {}
     for pack in packs:
         for record in pack.manifest.tensors:
             expected = (record.dtype, record.shape, record.blake3)
-            if record.base is not None or verified.get(record.name) == expected:
+            if record.base is not None or (record.name, *expected) in target.verified:
                 continue
             view = target.find(record.name)
             if view is None and is_ignored(target.model, record.name):
@@ -118,7 +122,7 @@ def check_packs(target: LiveTarget, packs: Sequence[SkillPack]) -> None:
                     f"for {list(record.shape)}; use {pack.manifest.target.name}"
                 )
             check_digest(record.name, target.read(view, record.dtype), expected, target.name)
-            verified[record.name] = expected
+            target.verified.add((record.name, *expected))
 
 
 def find_changes(target: LiveTarget, pack: SkillPack) -> list[Change]:

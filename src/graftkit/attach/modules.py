@@ -1,7 +1,7 @@
 """How one module serves rows of several packs: by addition to its output, or by running again."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graftkit.attach.routing import Entries, Routing, first_tensor, put, take
+from graftkit.attach.mixtures import Entries, Mixture, Share
+from graftkit.attach.routing import Routing, first_tensor, put, take
 from graftkit.attach.updates import Update
 from graftkit.errors import AttachError
 from graftkit.models.views import View
@@ -45,91 +46,125 @@ class ModulePath(ABC):
         self.module = module
         self.routing = routing
         self._sees_rows = sees_rows
+        self._handles: list[RemovableHandle] = []
+
+    def hook(self) -> None:
+        """Install the hooks on the module, once."""
+        if not self._handles:
+            self._handles = self._install()
+
+    def unhook(self) -> None:
+        """Remove the hooks."""
+        while self._handles:
+            self._handles.pop().remove()
 
     @abstractmethod
-    def hook(self) -> list[RemovableHandle]:
-        """Install the hooks on the module."""
+    def values(self, pack: int) -> list[Update | Tensor]:
+        """Everything kept in memory for a pack."""
 
-    def groups(self, tensor: Tensor) -> list[tuple[int, Entries]]:
-        """(pack, entries) along dimension 0 of a tensor that the module sees or gives.
+    @abstractmethod
+    def drop(self, pack: int) -> bool:
+        """Forget a pack; returns whether any other pack is left."""
 
-        Raises: AttachError where rows of several packs meet in a module that does not keep them
-            apart.
+    @abstractmethod
+    def _install(self) -> list[RemovableHandle]:
+        """Register the hooks."""
+
+    def shares(self, inputs: Tensor, output: Tensor) -> list[Share]:
+        """The packs' shares in an output, along dimension 0. Raises: AttachError as `check`."""
+        rows = self.routing.rows
+        if not rows.is_uniform:
+            self.check()
+        weights = None if rows.gate is None else rows.gate.weigh(self.name, inputs)
+        if weights is None:
+            return rows.shares(self.name, output.shape[0], output.device)
+        return rows.gated(weights, output.device)
+
+    def check(self) -> None:
+        """Refuse rows that choose differently where the module does not keep them apart.
+
+        Raises: AttachError.
         """
-        if self.routing.is_uniform:
-            pack = self.routing.rows[0]
-            return [] if pack is None else [(pack, slice(None))]
         if not self._sees_rows:
             raise AttachError(
                 f"{self.name} does not see the rows of a batch one by one; "
                 "run the rows of each pack in a batch of their own"
             )
-        return self.routing.groups(tensor.shape[0], tensor.device)
 
     def spread(self, tensor: Tensor) -> Tensor:
         """An output that stands for the whole batch, such as positions, once for each row."""
-        if tensor.shape[0] == 1 and self.routing.batch > 1 and not self.routing.is_uniform:
+        if tensor.shape[0] == 1 and self.routing.batch > 1 and not self.routing.rows.is_uniform:
             return tensor.expand(self.routing.batch, *tensor.shape[1:]).clone()
         return tensor
 
 
-class LinearPath(ModulePath):
-    """y += x ΔWᵀ + Δb on a Linear or Conv1D."""
+class AddedPath(ModulePath):
+    """A module to whose output the packs' parts are added, by one forward hook."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.weights: dict[int, Update] = {}
         self.biases: dict[int, Tensor] = {}
 
-    def hook(self) -> list[RemovableHandle]:
-        """One forward hook, before those of others."""
-        hook = self.module.register_forward_hook(self._add, prepend=True, with_kwargs=True)
-        return [hook]
+    def values(self, pack: int) -> list[Update | Tensor]:
+        """The pack's update and bias."""
+        kept: tuple[Mapping[int, Update | Tensor], ...] = (self.weights, self.biases)
+        return [values[pack] for values in kept if pack in values]
+
+    def drop(self, pack: int) -> bool:
+        """Forget the pack's update and bias."""
+        self.weights.pop(pack, None)
+        self.biases.pop(pack, None)
+        return bool(self.weights or self.biases)
+
+    def _install(self) -> list[RemovableHandle]:
+        # Before the hooks of others, which may want to see the tuned output.
+        return [self.module.register_forward_hook(self._add, prepend=True, with_kwargs=True)]
+
+    @abstractmethod
+    def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        """The output with the parts of all packs in use."""
+
+
+class LinearPath(AddedPath):
+    """y += Σ_i w_i (x ΔW_iᵀ + Δb_i) on a Linear or Conv1D."""
 
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = first_tensor([args, kwargs])
         assert x is not None
-        for pack, entries in self.groups(output):
+        for share in self.shares(x, output):
             part = None
-            if pack in self.weights:
-                part = self.weights[pack].project(x[entries])
-            if pack in self.biases:
-                bias = self.biases[pack]
-                part = bias.expand_as(output[entries]) if part is None else part.add_(bias)
+            if share.pack in self.weights:
+                part = self.weights[share.pack].project(x[share.entries])
+            if share.pack in self.biases:
+                bias = self.biases[share.pack]
+                part = bias.expand_as(output[share.entries]) if part is None else part.add_(bias)
             if part is not None:
-                _accumulate(output, entries, part)
+                _accumulate(output, share, part)
         return output
 
 
-class EmbeddingPath(ModulePath):
-    """y += ΔW[ids] on an Embedding."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.weights: dict[int, Update] = {}
-
-    def hook(self) -> list[RemovableHandle]:
-        """One forward hook, before those of others."""
-        hook = self.module.register_forward_hook(self._add, prepend=True, with_kwargs=True)
-        return [hook]
+class EmbeddingPath(AddedPath):
+    """y += Σ_i w_i ΔW_i[ids] on an Embedding."""
 
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         ids = first_tensor([args, kwargs])
         assert ids is not None
         output, ids = self.spread(output), self.spread(ids)
-        for pack, entries in self.groups(output):
-            if pack in self.weights:
-                _accumulate(output, entries, self.weights[pack].look_up(ids[entries]))
+        for share in self.shares(ids, output):
+            if share.pack in self.weights:
+                part = self.weights[share.pack].look_up(ids[share.entries])
+                _accumulate(output, share, part)
         return output
 
 
 class RerunPath(ModulePath):
-    """Any other module: tuned parameters stand in for the target's while it runs.
+    """Any other module: θ + Σ_i w_i (θ_i - θ) stands in for the target's θ while it runs.
 
-    Where all rows use one pack they do so during the module's own forward pass. Otherwise the
-    target's pass serves the rows without a pack, and the module runs again for each pack on its
-    rows. Cached keys and values are then those of the first pass: they come out of the module's
-    children, which serve every row with its own pack already.
+    Where all rows choose alike it does so during the module's own forward pass. Otherwise the
+    target's pass serves the rows without a pack, and the module runs again for each kind of row on
+    its entries. Cached keys and values are then those of the first pass: they come out of the
+    module's children, which serve every row with its own packs already.
     """
 
     def __init__(self, *args: Any):
@@ -142,9 +177,18 @@ class RerunPath(ModulePath):
         """Take up one tuned tensor of a pack."""
         self._parts.setdefault(pack, {}).setdefault(attribute, []).append(part)
 
-    def hook(self) -> list[RemovableHandle]:
-        """Hooks around the forward pass; the second runs after an exception too."""
+    def values(self, pack: int) -> list[Update | Tensor]:
+        """The pack's tuned tensors."""
+        return [part.value for parts in self._parts.get(pack, {}).values() for part in parts]
+
+    def drop(self, pack: int) -> bool:
+        """Forget the pack's tuned tensors."""
+        self._parts.pop(pack, None)
+        return bool(self._parts)
+
+    def _install(self) -> list[RemovableHandle]:
         before = self.module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        # After an exception too: the target's tensors have to come back.
         after = self.module.register_forward_hook(
             self._leave, prepend=True, with_kwargs=True, always_call=True
         )
@@ -153,10 +197,9 @@ class RerunPath(ModulePath):
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         taps: list[_CacheTap] = []
         originals: dict[str, Tensor] = {}
-        if self.routing.is_uniform:
-            pack = self.routing.rows[0]
-            if pack in self._parts:
-                originals = self._swap(self._tuned(pack))
+        rows = self.routing.rows
+        if rows.is_uniform:
+            originals = self._swap(self._tuned(rows.kinds[0]))
         else:
             args, kwargs = _tap_caches(args, taps), _tap_caches(kwargs, taps)
         self._originals.append(originals)
@@ -170,37 +213,56 @@ class RerunPath(ModulePath):
         self._swap(self._originals.pop())
         taps = self._taps.pop()
         x = first_tensor([args, kwargs])
-        if x is None or output is None or self.routing.is_uniform:
+        rows = self.routing.rows
+        if x is None or output is None or rows.is_uniform:
             return output
-        entering = self.groups(x) if x.shape[0] > 1 else []
-        inputs = dict(entering)
-        for pack in sorted({row for row in self.routing.rows if row in self._parts}):
-            entries = inputs.get(pack, slice(None))
-            part = self._run(pack, args, kwargs, x.shape[0], entries)
-            output = put(output, part, partial(self._place, pack))
+        self.check()
+        inputs = dict(rows.groups(x.shape[0], x.device)) if x.shape[0] > 1 else {}
+        for kind in sorted(set(rows.kinds)):
+            if self._mixture(kind):
+                entries = inputs.get(kind, slice(None))
+                part = self._run(kind, args, kwargs, x.shape[0], entries)
+                output = put(output, part, partial(self._place, kind))
         for tap in taps:
             tap.replay = None
         return output
 
-    def _run(self, pack: int, args: Any, kwargs: Any, length: int, entries: Entries) -> Any:
-        """The module's output for one pack's entries, without the hooks of this module."""
+    def _run(self, kind: int, args: Any, kwargs: Any, length: int, entries: Entries) -> Any:
+        """The module's output for the entries of one kind, without the hooks of this module."""
         args, kwargs = take(args, length, entries), take(kwargs, length, entries)
         for tap in _taps_in([args, kwargs]):
             tap.start_replay(length, entries)
-        originals = self._swap(self._tuned(pack))
+        originals = self._swap(self._tuned(kind))
         try:
-            with self.routing.only(pack):
+            with self.routing.using(self.routing.rows.only(kind)):
                 return self.module.forward(*args, **kwargs)
         finally:
             self._swap(originals)
 
-    def _place(self, pack: int, whole: Tensor) -> tuple[Tensor, Entries]:
+    def _place(self, kind: int, whole: Tensor) -> tuple[Tensor, Entries]:
         copy = self.spread(whole)
         copy = copy.clone() if copy is whole else copy
-        return copy, dict(self.groups(copy))[pack]
+        return copy, dict(self.routing.rows.groups(copy.shape[0], copy.device))[kind]
 
-    def _tuned(self, pack: int) -> dict[str, Tensor]:
-        """The pack's parameters of this module, made of the target's where only a part changed."""
+    def _mixture(self, kind: int) -> Mixture:
+        """What a kind uses of the packs that change this module."""
+        mixture = self.routing.rows.mixture(self.name, kind)
+        return tuple((pack, weight) for pack, weight in mixture if pack in self._parts)
+
+    def _tuned(self, kind: int) -> dict[str, Tensor]:
+        """The parameters that a kind's mixture makes of the target's; those it changes."""
+        mixture = self._mixture(kind)
+        if len(mixture) == 1 and mixture[0][1] == 1:
+            return self._of_pack(mixture[0][0])
+        sums: dict[str, Tensor] = {}
+        for pack, weight in mixture:
+            for attribute, tuned in self._of_pack(pack).items():
+                own = getattr(self.module, attribute).detach().float()
+                sums[attribute] = sums.get(attribute, own) + weight * (tuned.float() - own)
+        return {name: sums[name].to(getattr(self.module, name).dtype) for name in sums}
+
+    def _of_pack(self, pack: int) -> dict[str, Tensor]:
+        """One pack's parameters, made of the target's where only a part changed."""
         tuned = {}
         for attribute, parts in self._parts[pack].items():
             first = parts[0]
@@ -272,10 +334,10 @@ def _taps_in(values: list[Any]) -> list[_CacheTap]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, _CacheTap)]
 
 
-def _accumulate(output: Tensor, entries: Entries, part: Tensor) -> None:
-    """output[entries] += part, in place: the output belongs to nobody else yet."""
-    part = part.to(output.dtype)
-    if isinstance(entries, slice):
-        output[entries] += part
+def _accumulate(output: Tensor, share: Share, part: Tensor) -> None:
+    """output[entries] += weight · part, in place: the output belongs to nobody else yet."""
+    part = share.scale(part).to(output.dtype)
+    if isinstance(share.entries, slice):
+        output[share.entries] += part
     else:
-        output.index_add_(0, entries, part)
+        output.index_add_(0, share.entries, part)

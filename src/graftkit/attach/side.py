@@ -5,7 +5,7 @@ module runs again, with the tuned parameter in place, on the rows that use the p
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from graftkit.attach.check import Change, LiveTarget, find_changes
-from graftkit.attach.modules import EmbeddingPath, LinearPath, ModulePath, RerunPath, TunedPart
+from graftkit.attach.modules import (
+    AddedPath,
+    EmbeddingPath,
+    LinearPath,
+    ModulePath,
+    RerunPath,
+    TunedPart,
+)
 from graftkit.attach.routing import Routing, first_tensor
 from graftkit.attach.updates import Update, make_update
 from graftkit.errors import AttachError
@@ -29,24 +36,20 @@ _BATCHES = ("input_ids", "inputs_embeds", "attention_mask")
 
 
 class SidePaths:
-    """The hooks of several packs on one model; `undo` removes them."""
+    """The hooks of packs on one model; `undo` removes them.
 
-    def __init__(self, target: LiveTarget, packs: Sequence[SkillPack], routing: Routing):
+    Attributes:
+        routing: what the rows of the next batches use.
+    """
+
+    def __init__(self, target: LiveTarget):
+        self.routing = Routing()
         self._target = target
-        self._packs = packs
-        self._routing = routing
         self._paths: dict[str, ModulePath] = {}
         self._handles: list[RemovableHandle] = []
 
     def apply(self) -> None:
-        """Decode every changed tensor and hook its modules. Raises: AttachError."""
-        with torch.no_grad():
-            for index, pack in enumerate(self._packs):
-                for change in find_changes(self._target, pack):
-                    if change.changed:
-                        self._add(index, pack, change)
-        for path in self._paths.values():
-            self._handles += path.hook()
+        """Begin to watch the batches of the model."""
         for module in {self._target.model, self._target.model.base_model}:
             self._handles.append(
                 module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
@@ -56,13 +59,53 @@ class SidePaths:
         """Remove all hooks; a second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
+        for path in self._paths.values():
+            path.unhook()
         self._paths.clear()
+
+    def add(self, index: int, pack: SkillPack) -> None:
+        """Decode every changed tensor of a checked pack and hook its modules.
+
+        Raises: AttachError, CorruptPackError; nothing of the pack is then left.
+        """
+        try:
+            with torch.no_grad():
+                for change in find_changes(self._target, pack):
+                    if change.changed:
+                        self._add(index, pack, change)
+            for path in self._paths.values():
+                path.hook()
+        except BaseException:
+            self.drop(index)
+            raise
+
+    def drop(self, index: int) -> None:
+        """Forget a pack, and unhook the modules that no other one changes."""
+        self.routing.drop(index)
+        for name, path in list(self._paths.items()):
+            if not path.drop(index):
+                path.unhook()
+                del self._paths[name]
+
+    def nbytes(self, index: int) -> int:
+        """Bytes that a pack takes in memory; what tied modules share counts once."""
+        kept = [value for path in self._paths.values() for value in path.values(index)]
+        return sum({id(value): value.nbytes for value in kept}.values())
+
+    def check_modules(self, names: Iterable[str]) -> None:
+        """Refuse names of modules that no pack changes. Raises: AttachError."""
+        for name in names:
+            if name not in self._paths:
+                raise AttachError(
+                    f"no attached pack changes a module {name!r} of {self._target.name}; "
+                    "leave it out of the choice"
+                )
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = [kwargs.get(name) for name in _BATCHES]
         batch = first_tensor([args, named, kwargs])
         if batch is not None:
-            self._routing.begin(batch.shape[0])
+            self.routing.begin(batch.shape[0])
 
     def _add(self, index: int, pack: SkillPack, change: Change) -> None:
         record = change.record
@@ -71,16 +114,19 @@ class SidePaths:
                 f"{record.name} has {record.tuned_shape[0]} rows in the tuned model and "
                 f'{record.shape[0]} in the target; attach with mode="merged"'
             )
+        update: Update | None = None
         for slot in change.slots:
             name, _, attribute = slot.rpartition(".")
             path = self._path(name)
             if isinstance(path, RerunPath):
                 path.add(index, attribute, self._tuned_part(pack, change))
             elif attribute == "weight":
-                assert isinstance(path, (LinearPath, EmbeddingPath))
-                path.weights[index] = self._update(pack, change, slot, path.weights.get(index))
+                assert isinstance(path, AddedPath)
+                # Slots of one change are one tied parameter, and share the memory of its update.
+                update = update or self._update(pack, change, slot, path.weights.get(index))
+                path.weights[index] = update
             else:
-                assert isinstance(path, LinearPath)
+                assert isinstance(path, AddedPath)
                 path.biases[index] = self._moved(pack, change, slot).to(self._live(slot))
 
     def _path(self, name: str) -> ModulePath:
@@ -93,7 +139,7 @@ class SidePaths:
                 kind = LinearPath
             elif isinstance(module, nn.Embedding) and _is_plain(module) and not module.max_norm:
                 kind = EmbeddingPath
-            self._paths[name] = kind(name, module, self._routing, _sees_rows(module, ancestors))
+            self._paths[name] = kind(name, module, self.routing, _sees_rows(module, ancestors))
         return self._paths[name]
 
     def _update(self, pack: SkillPack, change: Change, slot: str, before: Update | None) -> Update:
@@ -135,6 +181,25 @@ class SidePaths:
 
     def _live(self, slot: str) -> Tensor:
         return self._target.state[slot]
+
+
+def linear_updates(
+    target: LiveTarget, pack: SkillPack, wanted: Callable[[str], bool]
+) -> dict[str, Update]:
+    """ΔW of the linear modules whose names are wanted, of a checked pack; nothing is hooked.
+
+    Raises: AttachError, CorruptPackError.
+    """
+    paths = SidePaths(target)
+    with torch.no_grad():
+        for change in find_changes(target, pack):
+            if change.changed and any(wanted(slot.rpartition(".")[0]) for slot in change.slots):
+                paths._add(0, pack, change)
+    return {
+        name: path.weights[0]
+        for name, path in paths._paths.items()
+        if isinstance(path, LinearPath) and 0 in path.weights and wanted(name)
+    }
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from graftkit.distill.workspace import Workspace
 from graftkit.errors import ConfigError, SelectionError
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model
+from graftkit.route.key import MIN_PROMPTS
 from graftkit.rows import Row, read_rows
 
 
@@ -157,7 +158,8 @@ def pack(space: Workspace) -> dict[str, Any]:
 
     config, settings = space.config, space.config.pack
     card = next(read_lines(space.folder / "data_card.json"))
-    rows = list(read_lines(space.folder / "sft.jsonl"))[: settings.calibration_rows]
+    learned = list(read_lines(space.folder / "sft.jsonl"))
+    rows = learned[: settings.calibration_rows]
     calibration = space.folder / "calibration.jsonl"
     write_lines(calibration, rows)
     work = space.folder / "skill.partial"
@@ -167,6 +169,7 @@ def pack(space: Workspace) -> dict[str, Any]:
         budget=settings.budget,
         recipe=settings.recipe,
         calibration=calibration if rows and settings.recipe != "lossless" else None,
+        prompts=_router_prompts(learned),
         seed=config.seed,
         train_steps=settings.train_steps,
         licence=cards.licence(config),
@@ -182,6 +185,12 @@ def pack(space: Workspace) -> dict[str, Any]:
     readme = cards.model_card(config, card, curves)
     (space.folder / "README.md").write_text(readme, encoding="utf-8")
     return {"pack_bytes": file.stat().st_size, "file": str(file)}
+
+
+def _router_prompts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Different prompts that the skill was learned from; none where they are too few for a key."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows if row["prompt"].strip()))
+    return prompts if len(prompts) >= MIN_PROMPTS else []
 
 
 def _training() -> Any:

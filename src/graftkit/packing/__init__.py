@@ -5,7 +5,7 @@ stopped; tensors are read in pairs, and never more of them than fit beside the l
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +17,6 @@ from graftkit.packing.measure import Calibration, Progress
 from graftkit.packing.run import PackingJob
 from graftkit.rows import read_rows, rows_digest
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.container import file_entry
 
 
 def pack_delta(
@@ -27,6 +26,7 @@ def pack_delta(
     budget: str | None = None,
     recipe: str = "auto",
     calibration: str | Path | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
     seed: int = 0,
     workers: int | None = None,
     servable: bool = False,
@@ -43,7 +43,9 @@ def pack_delta(
         budget: largest file: 5%, 12MB or 1.0bpp; default 5% (lossless: none).
         recipe: auto, graftllm or lossless.
         calibration: rows.jsonl on which activations are measured; None compresses data-free.
-        seed: picks the calibration rows where there are more than are used.
+        prompts: 20 or more prompts of the skill, or a rows.jsonl with them: the pack then carries
+            a key by which a router finds it, counted in the budget.
+        seed: picks the calibration rows and the prompts where there are more than are used.
         workers: tensors in work at the same time, default one per core; the bytes are the same.
         servable: keep to factors whose side path adds at most a quarter of a matrix's
             multiply-accumulates (recipe auto).
@@ -67,7 +69,8 @@ def pack_delta(
     ).model_copy(update={"licence": licence, "provenance": dict(provenance or {})})
     rows = None if calibration is None else _calibration(Path(calibration))
     report = progress or (lambda step, done, total: None)
-    job = PackingJob(Checkpoint.open(target), Checkpoint.open(tuned), config, rows, report)
+    asked = _prompts(prompts)
+    job = PackingJob(Checkpoint.open(target), Checkpoint.open(tuned), config, rows, asked, report)
     scans = job.scan()
     if work_dir is None:
         with TemporaryDirectory(prefix="graftkit-") as folder:
@@ -79,6 +82,12 @@ def _calibration(file: Path) -> Calibration:
     return Calibration(read_rows(file), file.name, rows_digest(file))
 
 
+def _prompts(prompts: str | Path | Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(prompts, str | Path):
+        return tuple(row.prompt for row in read_rows(prompts))
+    return tuple(prompts or ())
+
+
 def _run(job: PackingJob, scans: list, work: WorkFolder) -> SkillPack:  # type: ignore[type-arg]
     try:
         work.open(job.key(scans))
@@ -88,7 +97,7 @@ def _run(job: PackingJob, scans: list, work: WorkFolder) -> SkillPack:  # type: 
         work.remove()
         raise
     payloads = {name: mapped_file(work.path / file) for name, file in files.items()}
-    payloads |= {file_entry(r.name): memoryview(content) for r, content in job.files if content}
+    payloads |= {n: memoryview(content) for n, content in job.assembly.others().items()}
     return SkillPack(manifest, _ordered(payloads, manifest.payload_order))
 
 

@@ -12,8 +12,10 @@ from graftkit.packing.encode import draft_record
 from graftkit.packing.job import WorkFolder
 from graftkit.packing.measure import Scan
 from graftkit.packing.pairs import Pair
+from graftkit.route.key import RouterKey
 from graftkit.skillpack.container import build_header, file_entry, payloads_digest
 from graftkit.skillpack.manifest import (
+    ROUTER_ENTRY,
     CalibrationInfo,
     FileRecord,
     Manifest,
@@ -38,7 +40,7 @@ class Stored:
 @dataclass(frozen=True)
 class Assembly:
     """One pack around its payloads. budget_bytes: largest file allowed. files: side files with
-    their payloads."""
+    their payloads. router: the key by which prompts find the pack."""
 
     target: Checkpoint
     tuned: Checkpoint
@@ -48,6 +50,7 @@ class Assembly:
     scans: Sequence[Scan]
     files: Sequence[tuple[FileRecord, bytes]]
     calibration: CalibrationInfo | None
+    router: RouterKey | None
     work: WorkFolder
 
     def room_for_lossy(
@@ -81,26 +84,31 @@ class Assembly:
             for i in lossy
         }
         records = [drafts[i] if i in drafts else stored[i].record for i in range(len(pairs))]
-        sizes = {pairs[i].name: longest for i in lossy} | self._file_sizes()
+        sizes = {pairs[i].name: longest for i in lossy} | self._other_sizes()
         sizes |= {pairs[i].name: part.nbytes for i, part in stored.items()}
         header = build_header(self._manifest(records, 0.0001234, "0" * 64), sizes)
         fixed = len(header) + sum(part.nbytes for part in stored.values())
-        return fixed + sum(map(len, appended.values())) + sum(self._file_sizes().values())
+        return fixed + sum(map(len, appended.values())) + sum(self._other_sizes().values())
 
     def _payloads(self, stored: Mapping[int, Stored]) -> Iterator[bytes]:
         """What follows the header of the file."""
         for i in sorted(stored):
             if stored[i].nbytes:
                 yield self.work.read(stored[i].file) or b""
-        yield from (payload for _, payload in self.files if payload)
+        yield from self.others().values()
 
     def finished(self, stored: Mapping[int, Stored], bound: float | None) -> Manifest:
         """The manifest of all tensors as they are stored."""
         digest = payloads_digest(self._payloads(stored))
         return self._manifest([stored[i].record for i in sorted(stored)], bound, digest)
 
-    def _file_sizes(self) -> dict[str, int]:
-        return {file_entry(record.name): len(payload) for record, payload in self.files}
+    def others(self) -> dict[str, bytes]:
+        """What is stored behind the tensors, by payload name, in the order of the file."""
+        others = {file_entry(record.name): payload for record, payload in self.files if payload}
+        return others if self.router is None else others | {ROUTER_ENTRY: self.router.to_bytes()}
+
+    def _other_sizes(self) -> dict[str, int]:
+        return {name: len(payload) for name, payload in self.others().items()}
 
     def _manifest(
         self, records: Sequence[TensorRecord], bound: float | None, digest: str | None
@@ -118,6 +126,7 @@ class Assembly:
             provenance=self.config.provenance,
             bound_bits_per_parameter=bound,
             payload_blake3=digest,
+            router=None if self.router is None else self.router.info,
             files=files,
             tensors=tuple(records),
         )
@@ -125,7 +134,7 @@ class Assembly:
     def check_size(self, manifest: Manifest, stored: Mapping[int, Stored]) -> None:
         """A lossless pack may still be larger than a budget that was asked for."""
         sizes = {self.pairs[i].name: part.nbytes for i, part in stored.items()}
-        sizes |= self._file_sizes()
+        sizes |= self._other_sizes()
         total = len(build_header(manifest, sizes)) + sum(sizes.values())
         if self.budget_bytes is not None and total > self.budget_bytes:
             raise BudgetError(

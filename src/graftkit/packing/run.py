@@ -14,6 +14,8 @@ from graftkit.compress.codecs import Precision, matrix_shape
 from graftkit.config import PackConfig
 from graftkit.delta import Checkpoint
 from graftkit.models.architecture import ModuleKind, tied_names
+from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.loading import stream_model
 from graftkit.packing.assemble import GENERATOR, Assembly, Stored
 from graftkit.packing.correct import correct_codes
 from graftkit.packing.encode import (
@@ -43,6 +45,8 @@ from graftkit.packing.measure import (
 from graftkit.packing.pairs import Pair, match_tensors
 from graftkit.packing.recipes import plan_graftllm
 from graftkit.packing.train import Plan
+from graftkit.route.centroid import fit_key
+from graftkit.route.key import RouterKey
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.files import changed_files
 from graftkit.skillpack.manifest import (
@@ -63,10 +67,11 @@ class PackingJob:
         tuned: Checkpoint,
         config: PackConfig,
         calibration: Calibration | None,
+        prompts: Sequence[str],
         progress: Progress,
     ):
         self.target, self.tuned, self.config = target, tuned, config
-        self.calibration, self.progress = calibration, progress
+        self.calibration, self.prompts, self.progress = calibration, prompts, progress
         self.pairs = match_tensors(target, tuned)
         self.files = changed_files(target, tuned)
         self.tied_owners = set(tied_names(tuned).values())
@@ -96,6 +101,7 @@ class PackingJob:
             scans,
             self.files,
             info,
+            self._router_key(),
             work,
         )
         indices = range(len(self.pairs))
@@ -123,6 +129,7 @@ class PackingJob:
             "budget": self.budget_bytes,
             "seed": self.config.seed,
             "calibration": self.calibration.digest if self.calibration else None,
+            "prompts": list(self.prompts),
             "origin": [self.config.licence, self.config.provenance],
             "files": [record.blake3 for record, _ in self.files],
         }
@@ -157,6 +164,18 @@ class PackingJob:
         weighing = self.config.recipe == "auto"
         seed, folder = self.config.seed, self.work.path
         return watch(self.tuned, self.calibration, modules, seed, folder, weighing, self.progress)
+
+    def _router_key(self) -> RouterKey | None:
+        """The key of the prompts, fitted on the target; None where there are no prompts."""
+        if not self.prompts:
+            return None
+        self.progress("router key", 0, 1)
+        model = stream_model(self.target, self.work.path / "offload")
+        tokenizer = usable_tokenizer(self.target)
+        key = fit_key(model, tokenizer, self.prompts, seed=self.config.seed)
+        self.work.remove_folder("offload")
+        self.progress("router key", 1, 1)
+        return key
 
     @contextmanager
     def _states(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:

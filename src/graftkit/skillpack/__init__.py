@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from blake3 import blake3
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
@@ -24,15 +25,23 @@ from graftkit.compress.coded import CodedFactors, load_factors
 from graftkit.compress.factors import Factors
 from graftkit.compress.factors import load as load_plain_factors
 from graftkit.delta import DTYPES, Checkpoint, check_digest
-from graftkit.errors import CorruptPackError, GraftError, PackMismatchError
+from graftkit.errors import ConfigError, CorruptPackError, GraftError, PackMismatchError
 from graftkit.skillpack.container import (
     build_header,
     file_entry,
+    payloads_digest,
     read_container,
     write_container,
 )
 from graftkit.skillpack.files import decode_file
-from graftkit.skillpack.manifest import AnyManifest, FileRecord, Record
+from graftkit.skillpack.manifest import (
+    ROUTER_ENTRY,
+    AnyManifest,
+    FileRecord,
+    Manifest,
+    Record,
+    RouterInfo,
+)
 from graftkit.skillpack.words import decode_exact
 
 PACK_FILE_NAME = "skill.skillpack"
@@ -77,7 +86,7 @@ class SkillPack:
     ) -> str:
         """Upload to a Hub model repository, made if it is missing. Returns the commit's address."""
         api = HfApi()
-        content = self._header() + b"".join(self._payloads[n] for n in self.manifest.payload_order)
+        content = b"".join(self._parts_of_file())
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_file(
@@ -96,6 +105,14 @@ class SkillPack:
     def pack_bytes(self) -> int:
         """Bytes of the file."""
         return len(self._header()) + sum(map(len, self._payloads.values()))
+
+    @property
+    def digest(self) -> str:
+        """BLAKE3 of the file, 64 digits."""
+        hasher = blake3()
+        for part in self._parts_of_file():
+            hasher.update(part)
+        return hasher.hexdigest()
 
     def payload(self, name: str) -> memoryview:
         """Raw payload of a tensor; empty where nothing is stored."""
@@ -199,6 +216,38 @@ class SkillPack:
             for record in self.manifest.files
         }
 
+    @property
+    def router_key(self) -> tuple[RouterInfo, memoryview] | None:
+        """Description and bytes of the key by which prompts find this pack, None where it has none.
+
+        `graftkit.route.key.RouterKey.from_bytes` reads them.
+        """
+        manifest = self.manifest
+        if not isinstance(manifest, Manifest) or manifest.router is None:
+            return None
+        return manifest.router, self._payloads[ROUTER_ENTRY]
+
+    def with_router_key(self, info: RouterInfo, content: bytes) -> Self:
+        """The same pack with this key in place of its own.
+
+        Raises: ConfigError for a pack of format version 1, or a target whose tensor takes the name
+            of the key's payload; CorruptPackError for bytes that the description does not fit.
+        """
+        manifest = self.manifest
+        if not isinstance(manifest, Manifest) or ROUTER_ENTRY in self._records:
+            raise ConfigError(
+                f"a pack of format version 1, or with a tensor named {ROUTER_ENTRY}, takes no "
+                "router key; pack the models again"
+            )
+        if len(content) != info.nbytes:
+            raise CorruptPackError(
+                f"a router key of {len(content)} bytes, its description says {info.nbytes}"
+            )
+        manifest = manifest.model_copy(update={"router": info})
+        payloads = {**self._payloads, ROUTER_ENTRY: memoryview(content)}
+        digest = payloads_digest(payloads[name] for name in manifest.payload_order)
+        return type(self)(manifest.model_copy(update={"payload_blake3": digest}), payloads)
+
     def check_target(
         self, read: Callable[[str], Tensor], names: set[str], where: str, digests: bool = True
     ) -> None:
@@ -238,6 +287,10 @@ class SkillPack:
 
     def _header(self) -> bytes:
         return build_header(self.manifest, {n: len(p) for n, p in self._payloads.items()})
+
+    def _parts_of_file(self) -> Iterator[bytes | memoryview]:
+        yield self._header()
+        yield from (self._payloads[name] for name in self.manifest.payload_order)
 
     def _parts(self, record: Record) -> tuple[memoryview, memoryview]:
         payload = self.payload(record.name)

@@ -21,6 +21,7 @@ from graftkit.errors import (
 from graftkit.skillpack.manifest import (
     FILE_PREFIX,
     FORMAT_VERSION,
+    ROUTER_ENTRY,
     AnyManifest,
     Manifest,
     TensorRecordV1,
@@ -73,7 +74,7 @@ def _entries(manifest: AnyManifest, sizes: Mapping[str, int]) -> list[tuple[str,
         return [(name, sizes[name]) for name in manifest.payload_order]
     together = sum(sizes[name] for name in manifest.stored_tensors)
     entries = [(TENSORS_ENTRY, together)] if together else []
-    return entries + [(name, sizes[name]) for name in manifest.stored_files]
+    return entries + [(name, sizes[name]) for name in manifest.stored_rest]
 
 
 @contextmanager
@@ -202,12 +203,19 @@ def _payloads_of_one_entry(
 ) -> dict[str, memoryview]:
     sizes = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
     together = sum(sizes.values())
-    order = ((TENSORS_ENTRY,) if together else ()) + manifest.stored_files
+    order = ((TENSORS_ENTRY,) if together else ()) + manifest.stored_rest
     payloads = _cut_entries(order, header, data)
     tensors = payloads.pop(TENSORS_ENTRY, memoryview(b""))
     if len(tensors) != together:
         raise CorruptPackError(
             f"entry {TENSORS_ENTRY!r} has {len(tensors)} bytes, the records say {together}",
+            PackFault.INVALID_OFFSETS,
+        )
+    key = payloads.get(ROUTER_ENTRY, memoryview(b""))
+    if manifest.router is not None and len(key) != manifest.router.nbytes:
+        raise CorruptPackError(
+            f"entry {ROUTER_ENTRY!r} has {len(key)} bytes, its description says "
+            f"{manifest.router.nbytes}",
             PackFault.INVALID_OFFSETS,
         )
     if payloads_digest([data] if len(data) else []) != manifest.payload_blake3:

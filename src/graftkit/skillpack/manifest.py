@@ -12,6 +12,8 @@ from graftkit.delta import TENSOR_DIGEST_HEX
 FORMAT_VERSION: Literal[2] = 2
 """What this package writes; it reads every version up to this one."""
 FILE_PREFIX = "file:"
+ROUTER_ENTRY = "router"
+"""Name of the payload that holds the router key."""
 MAX_NUMEL = 2**40
 
 _MAX_FILE_BYTES = 2**30
@@ -99,6 +101,28 @@ class FileRecord(Part):
     """Trailing bytes shared with the target's file."""
     target_blake3: Digest | None = None
     """Digest of the target's file where bytes are shared."""
+
+
+class RouterInfo(Part):
+    """The key by which a router finds the pack for a prompt."""
+
+    layer: Annotated[int, Field(ge=1, le=65_535)]
+    """Layers of the target (or encoder) behind which a prompt's states are pooled."""
+    width: Annotated[int, Field(ge=1, le=65_535)]
+    """Numbers in a pooled state."""
+    components: Annotated[int, Field(ge=0, le=255)]
+    """Directions kept in which the prompts differ."""
+    prompts: Count
+    """Prompts that the key was fitted on."""
+    blake3: Digest
+    """Digest of these prompts."""
+    encoder: str | None = None
+    """Name of the sentence encoder that gave the states; absent for the target itself."""
+
+    @property
+    def nbytes(self) -> int:
+        """Length of the payload (docs/skillpack-format.md, 3.8)."""
+        return 4 + 2 * self.width + self.components * (4 + self.width)
 
 
 class Record(Part):
@@ -250,7 +274,12 @@ class AnyManifest(Part):
     @property
     def payload_order(self) -> tuple[str, ...]:
         """Names of all payloads, in the order of the file."""
-        return self.stored_tensors + self.stored_files
+        return self.stored_tensors + self.stored_rest
+
+    @property
+    def stored_rest(self) -> tuple[str, ...]:
+        """Names of the payloads behind those of tensors, in the order of the file."""
+        return self.stored_files
 
 
 class Manifest(AnyManifest):
@@ -260,8 +289,15 @@ class Manifest(AnyManifest):
     """Version of the format."""
     payload_blake3: Digest | None = None
     """Digest of all payloads, one behind the other; absent where nothing is stored."""
+    router: RouterInfo | None = None
+    """The key by which prompts find the pack; absent where it has none."""
     tensors: tuple[TensorRecord, ...]
     """One record per tensor, in the order of their names."""
+
+    @property
+    def stored_rest(self) -> tuple[str, ...]:
+        """Names of the payloads behind those of tensors, in the order of the file."""
+        return self.stored_files + ((ROUTER_ENTRY,) if self.router is not None else ())
 
 
 class ManifestV1(AnyManifest):

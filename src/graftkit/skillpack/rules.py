@@ -13,6 +13,7 @@ from graftkit.skillpack.manifest import (
     FILE_PREFIX,
     FORMAT_VERSION,
     MAX_NUMEL,
+    ROUTER_ENTRY,
     AnyManifest,
     Codec,
     CodecV1,
@@ -87,6 +88,7 @@ def _check_names(manifest: AnyManifest) -> None:
         )
     bad = [name for name in names if name.startswith(FILE_PREFIX) or not name]
     bad += [record.name for record in manifest.files if record.name not in SIDE_FILES]
+    bad += [name for name in names if name == ROUTER_ENTRY and name in manifest.stored_rest]
     if bad:
         raise CorruptPackError(f"name {bad[0]!r} is not allowed", PackFault.INVALID_NAME)
     files = [record.name for record in manifest.files]

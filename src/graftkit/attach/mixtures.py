@@ -1,0 +1,212 @@
+"""What every row of a batch uses: the target, one pack, or a weighted sum of packs' deltas."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from graftkit.errors import AttachError
+
+Choice = int | None | Mapping[int, float]
+"""Of one row: a pack, the plain target, or weights of packs."""
+
+Mixture = tuple[tuple[int, float], ...]
+"""The same in one form: (pack, weight) in the order of packs, no weight 0; () is the target."""
+
+Entries = slice | Tensor
+"""Entries along dimension 0: one range, or their indices."""
+
+
+class Gate(Protocol):
+    """Weighs packs anew for every token."""
+
+    def weigh(self, module: str, inputs: Tensor) -> Mapping[int, Tensor] | None:
+        """Each pack's weight for each token that a module reads.
+
+        Args:
+            module: its name in the model.
+            inputs: (..., in) of a linear module, token ids (...) of an embedding.
+        Returns: by pack, tensors (...); None to leave the module to the row's own choice.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """A pack's share in some entries: y[entries] += weight · part.
+
+    Attributes:
+        weight: one for all entries, or a tensor whose dimensions are the leading ones of the part.
+    """
+
+    pack: int
+    entries: Entries
+    weight: float | Tensor
+
+    def scale(self, part: Tensor) -> Tensor:
+        """weight · part; the part itself at weight 1."""
+        if isinstance(self.weight, Tensor):
+            return part * self.weight.reshape(*self.weight.shape, *[1] * _more(part, self.weight))
+        return part if self.weight == 1 else part * self.weight
+
+
+class Rows:
+    """The choice of every row, in every module.
+
+    Rows that choose alike in all modules are of one kind. A module sees as many entries along
+    dimension 0 as there are rows, or k times as many: each row owns k consecutive ones (tokens of
+    flattened batches, beams).
+
+    Args:
+        kinds: of each row.
+        mixtures: of each kind, under the name of a module, and under "" for all other modules.
+        gate: replaces the weights of rows that use any pack, in the modules it knows.
+    """
+
+    def __init__(
+        self,
+        kinds: tuple[int, ...],
+        mixtures: Mapping[str, Sequence[Mixture]],
+        gate: Gate | None = None,
+    ):
+        self.kinds = kinds
+        self.gate = gate
+        self.is_uniform = len(set(kinds)) == 1
+        self._mixtures = mixtures
+        self._groups: dict[tuple[int, torch.device], list[tuple[int, Entries]]] = {}
+        self._shares: dict[tuple[str, int, torch.device], list[Share]] = {}
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    def mixture(self, module: str, kind: int) -> Mixture:
+        """What a kind uses in a module."""
+        return self._mixtures.get(module, self._mixtures[""])[kind]
+
+    def uses(self, pack: int) -> bool:
+        """Whether any row uses a pack anywhere."""
+        return any(pack == used for kind in self._mixtures.values() for m in kind for used, _ in m)
+
+    def only(self, kind: int) -> "Rows":
+        """One row of this kind, for running a module again on the entries of its rows."""
+        return Rows((kind,), self._mixtures, self.gate)
+
+    def groups(self, length: int, device: torch.device) -> list[tuple[int, Entries]]:
+        """(kind, its entries) for every kind, of a tensor with `length` entries.
+
+        Raises: AttachError when they cannot be dealt out to the rows evenly.
+        """
+        key = (length, device)
+        if key not in self._groups:
+            self._groups[key] = [
+                (kind, self._entries([k == kind for k in self.kinds], length, device))
+                for kind in sorted(set(self.kinds))
+            ]
+        return self._groups[key]
+
+    def shares(self, module: str, length: int, device: torch.device) -> list[Share]:
+        """The packs' shares in a tensor of a module with `length` entries. Raises: as `groups`."""
+        key = (module if module in self._mixtures else "", length, device)
+        if key not in self._shares:
+            weights = [dict(self.mixture(module, kind)) for kind in self.kinds]
+            packs = sorted({pack for row in weights for pack in row})
+            self._shares[key] = [
+                self._share(pack, [row.get(pack, 0.0) for row in weights], length, device)
+                for pack in packs
+            ]
+        return self._shares[key]
+
+    def gated(self, weights: Mapping[int, Tensor], device: torch.device) -> list[Share]:
+        """Shares by the gate's weights; rows of the plain target have none. Raises: as `groups`."""
+        served = [bool(self.mixture("", kind)) for kind in self.kinds]
+        if not any(served):
+            return []
+        shares = []
+        for pack, weight in weights.items():
+            entries = self._entries(served, weight.shape[0], device)
+            shares.append(Share(pack, entries, weight[entries]))
+        return shares
+
+    def _share(self, pack: int, weights: list[float], length: int, device: torch.device) -> Share:
+        entries = self._entries([bool(weight) for weight in weights], length, device)
+        used = [weight for weight in weights if weight]
+        if len(set(used)) == 1:
+            return Share(pack, entries, used[0])
+        repeated = torch.tensor(used, device=device).repeat_interleave(length // len(self))
+        return Share(pack, entries, repeated)
+
+    def _entries(self, rows: list[bool], length: int, device: torch.device) -> Entries:
+        """The entries of the rows that are marked, at least one."""
+        if all(rows):
+            return slice(None)
+        if length % len(rows):
+            raise AttachError(
+                f"a module sees {length} entries for {len(rows)} rows; route every row of the batch"
+            )
+        repeat = length // len(rows)
+        marked = [row for row, is_marked in enumerate(rows) if is_marked]
+        if marked[-1] - marked[0] + 1 == len(marked):
+            return slice(marked[0] * repeat, (marked[-1] + 1) * repeat)
+        places = [row * repeat + place for row in marked for place in range(repeat)]
+        return torch.tensor(places, device=device)
+
+
+def choose_rows(
+    packs: Iterable[int],
+    rows: Sequence[Choice],
+    modules: Mapping[str, Sequence[Choice]] | None = None,
+    gate: Gate | None = None,
+) -> Rows:
+    """Check a choice of packs and put it in one form.
+
+    Args:
+        packs: those attached. rows, modules, gate: as in `Attachment.route`.
+    Raises: AttachError for an empty list, a pack that is not attached, a weight that is not finite,
+        or a module with another number of rows.
+    """
+    if not rows:
+        raise AttachError("no rows to route; pass one pack, None or weights for each row")
+    known = set(packs)
+    columns = {"": rows, **(modules or {})}
+    for name, column in columns.items():
+        if len(column) != len(rows):
+            raise AttachError(
+                f"{len(rows)} rows are routed, but {len(column)} in {name}; route every row there"
+            )
+    mixed = [[_mixture(choice, known) for choice in column] for column in columns.values()]
+    choices = list(zip(*mixed, strict=True))
+    kinds = list(dict.fromkeys(choices))
+    by_module = zip(*kinds, strict=True)
+    return Rows(
+        tuple(kinds.index(choice) for choice in choices),
+        dict(zip(columns, by_module, strict=True)),
+        gate,
+    )
+
+
+def _mixture(choice: Choice, known: set[int]) -> Mixture:
+    if choice is None:
+        return ()
+    weights = choice if isinstance(choice, Mapping) else {choice: 1.0}
+    for pack, weight in weights.items():
+        if type(pack) is not int or pack not in known:
+            raise AttachError(
+                f"a row is routed to pack {pack!r}, which is not attached; expected None or "
+                f"{_listed(known)}"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+            raise AttachError(f"pack {pack} has weight {weight!r}; expected a finite number")
+    return tuple(sorted((pack, float(weight)) for pack, weight in weights.items() if weight))
+
+
+def _listed(known: set[int]) -> str:
+    shown = [str(pack) for pack in sorted(known)]
+    return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "nothing else"
+
+
+def _more(part: Tensor, weight: Tensor) -> int:
+    return part.dim() - weight.dim()

@@ -1,0 +1,261 @@
+"""A trained router, as GraftLLM's: a small feed-forward net on the target's hidden states.
+
+    log p(class | h) = log-softmax(W_2 relu(W_1 (h - m) / s + b_1) + b_2)
+
+A class for every pack and one for the target. A row's label is the pack of the lowest loss on its
+completion, or the target unless that pack wins by a margin; the rows must be held out, for a pack
+that has seen a row knows its answer. The net knows its packs by digest: when one comes, goes or
+changes, it has to be trained again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from graftkit.attach import attached
+from graftkit.errors import ConfigError, RowsError
+from graftkit.models.encoding import (
+    LOGITS_BYTES,
+    MICRO_BATCH_TOKENS,
+    context_length,
+    one_thread,
+    pad_id,
+    vocabulary_size,
+)
+from graftkit.route import TARGET, Route
+from graftkit.route.pooling import Reader, pooled_states, state_width
+from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
+from graftkit.skillpack import SkillPack
+from graftkit.skillpack.container import replaced_file
+
+Labels = Literal["loss", "task"]
+
+MARGIN = 0.5
+"""Nats per token by which a pack must beat the target on a row."""
+HIDDEN = 64
+"""Width of the net's hidden layer."""
+STEPS, LEARNING_RATE, WEIGHT_DECAY = 200, 0.01, 0.01
+_TENSORS = ("center", "scale", "weight_1", "bias_1", "weight_2", "bias_2")
+
+
+class _Description(BaseModel):
+    """What the file says beside its tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    format: Literal["graftkit classifier 1"] = "graftkit classifier 1"
+    layer: int = Field(ge=1)
+    packs: dict[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Classifier:
+    """A trained net.
+
+    Attributes:
+        layer: of the target, behind which the states are pooled.
+        packs: digests by name, in the order of the classes; the first class is the target.
+        tensors: center and scale (width,), weight_1 (hidden, width), bias_1, weight_2
+            (classes, hidden), bias_2; float32.
+    """
+
+    layer: int
+    packs: dict[str, str]
+    tensors: dict[str, Tensor]
+
+    def log_odds(self, state: Tensor) -> Tensor:
+        """log p(pack) - log p(target) of a state (width,), (packs,)."""
+        logits = _logits(self.tensors, state)
+        return logits[1:] - logits[0]
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all. Raises: OutputError."""
+        told = _Description(layer=self.layer, packs=self.packs).model_dump_json()
+        with replaced_file(Path(path)) as partial:
+            save_file(self.tensors, partial, metadata={"classifier": told})
+
+    @classmethod
+    def load(cls, path: str | Path, packs: Mapping[str, str]) -> Self:
+        """Read the file. `packs`: digests by name of the packs there are now.
+
+        Raises: ConfigError where the file is damaged, or was trained for other packs.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                # Copies, for where a mapped tensor lies would change the last bit of a sum.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            told = _Description.model_validate_json(metadata.get("classifier", ""))
+        except (OSError, SafetensorError, ValidationError) as error:
+            raise ConfigError(f"{path}: no router of graftkit; train it again") from error
+        _check_tensors(tensors, 1 + len(told.packs), path)
+        _check_packs(told.packs, packs, path)
+        return cls(told.layer, told.packs, tensors)
+
+
+def train_classifier(
+    model: Any,
+    tokenizer: Any,
+    packs: Mapping[str, SkillPack],
+    rows: Mapping[str, Sequence[Row]],
+    *,
+    labels: Labels = "loss",
+    seed: int = 0,
+) -> Classifier:
+    """Train a router for these packs.
+
+    Args:
+        model, tokenizer: the target, nothing attached.
+        rows: held-out rows by the name of the pack they are meant for; under "target", rows of no
+            skill, without which the net could not tell them.
+        labels: "loss", what answers a row best; "task", the name that it stands under.
+        seed: of the first weights; the same call gives the same net.
+    Raises: ConfigError for rows of a pack that is not there; RowsError where the
+            target has no row.
+    """
+    unknown = sorted(rows.keys() - packs.keys() - {TARGET})
+    if unknown:
+        raise ConfigError(f"rows are given for {unknown[0]}, but no pack is called so")
+    every = [row for some in rows.values() for row in some]
+    named = [name for name, some in rows.items() for _ in some]
+    found = label_rows(model, tokenizer, packs, every) if labels == "loss" else named
+    if TARGET not in found:
+        raise RowsError(
+            "no row is best left to the target; give rows of no skill under the name target, or "
+            "the router would send every prompt to some pack"
+        )
+    layer = Reader(model, tokenizer).layer
+    classes = [TARGET, *packs]
+    with one_thread():
+        prompts = [row.prompt for row in every]
+        states = pooled_states(model, tokenizer, prompts, layer, MICRO_BATCH_TOKENS)
+        tensors = _train(states, [classes.index(name) for name in found], len(classes), seed)
+    return Classifier(layer, {name: pack.digest for name, pack in packs.items()}, tensors)
+
+
+def label_rows(
+    model: Any, tokenizer: Any, packs: Mapping[str, SkillPack], rows: Sequence[Row]
+) -> list[str]:
+    """The pack of the lowest loss on each row's completion, or the target.
+
+    The target keeps a row unless a pack's loss is lower by MARGIN nats per token.
+    Raises: RowsError for a row beyond the model's context; PackMismatchError, AttachError.
+    """
+    names = [TARGET, *packs]
+    losses = [completion_losses(model, tokenizer, rows) - MARGIN]
+    for pack in packs.values():
+        with attached(model, pack):
+            losses.append(completion_losses(model, tokenizer, rows))
+    return [names[best] for best in torch.stack(losses).argmin(dim=0).tolist()]
+
+
+def completion_losses(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor:
+    """Mean -log p of the tokens of each row's completion, EOS included, (rows,) float32."""
+    encoded = [encode_row(tokenizer, row, context_length(model)) for row in rows]
+    for row, (span, start) in zip(rows, encoded, strict=True):
+        if not 0 < start < len(span):
+            raise RowsError(f"{row.origin}: needs a prompt and a completion to learn a route from")
+    losses = torch.zeros(len(rows))
+    tokens = min(MICRO_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary_size(model)))
+    with torch.no_grad():
+        for batch in batches_by_length([len(ids) for ids, _ in encoded], tokens):
+            ids, mask = pad_batch([encoded[index][0] for index in batch], pad_id(tokenizer))
+            output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
+            surprise = nn.functional.cross_entropy(
+                output.logits[:, :-1].float().transpose(1, 2).cpu(), ids[:, 1:], reduction="none"
+            )
+            for place, index in enumerate(batch):
+                span, start = encoded[index]
+                losses[index] = surprise[place, start - 1 : len(span) - 1].mean()
+    return losses
+
+
+class ClassifierRouter:
+    """Routes each prompt to the pack that the net finds most likely, or to the target.
+
+    A pack's score is its log-odds against the target.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, classifier: Classifier):
+        """Use a trained net on its target. Raises: ConfigError for a net of another width."""
+        width = state_width(model)
+        if len(classifier.tensors["center"]) != width:
+            raise ConfigError(
+                f"the classifier was trained on states of width {len(classifier.tensors['center'])}"
+                f", the target's have {width}; train it again"
+            )
+        self._model, self._tokenizer, self._classifier = model, tokenizer, classifier
+
+    def route(self, prompts: Sequence[str]) -> list[Route]:
+        """One route for each prompt; one without tokens has no scores. Raises: CheckpointError."""
+        states = pooled_states(self._model, self._tokenizer, prompts, self._classifier.layer)
+        return [self._choose(state) if state.any() else Route({}, {}) for state in states]
+
+    def _choose(self, state: Tensor) -> Route:
+        odds = self._classifier.log_odds(state).tolist()
+        scores = dict(zip(self._classifier.packs, odds, strict=True))
+        best = max(scores, key=scores.__getitem__, default=TARGET)
+        return Route({best: 1.0} if scores and scores[best] > 0 else {}, scores)
+
+
+def _logits(tensors: Mapping[str, Tensor], states: Tensor) -> Tensor:
+    """Logits (.., classes) of states (.., width)."""
+    inputs = (states - tensors["center"]) / tensors["scale"]
+    inner = nn.functional.linear(inputs, tensors["weight_1"], tensors["bias_1"]).relu()
+    logits: Tensor = nn.functional.linear(inner, tensors["weight_2"], tensors["bias_2"])
+    return logits
+
+
+def _train(states: Tensor, labels: Sequence[int], classes: int, seed: int) -> dict[str, Tensor]:
+    """Tensors of a net that gives each state (rows, width) its label."""
+    generator = torch.Generator().manual_seed(seed)
+    width, goal = states.shape[1], torch.tensor(labels)
+
+    def layer(size: int, inputs: int) -> Tensor:
+        weight: Tensor = torch.randn(size, inputs, generator=generator) * (2 / inputs) ** 0.5
+        return weight.requires_grad_()
+
+    spread = states.std(dim=0)
+    tensors = {
+        "center": states.mean(dim=0),
+        "scale": spread + spread.mean() + torch.finfo(spread.dtype).tiny,
+        "weight_1": layer(HIDDEN, width),
+        "bias_1": torch.zeros(HIDDEN, requires_grad=True),
+        "weight_2": layer(classes, HIDDEN),
+        "bias_2": torch.zeros(classes, requires_grad=True),
+    }
+    trained = [tensor for tensor in tensors.values() if tensor.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        torch.autograd.backward(nn.functional.cross_entropy(_logits(tensors, states), goal))
+        optimizer.step()
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], classes: int, path: str | Path) -> None:
+    width = tensors["center"].numel() if "center" in tensors else 0
+    shapes = ((width,), (width,), (HIDDEN, width), (HIDDEN,), (classes, HIDDEN), (classes,))
+    wanted = dict(zip(_TENSORS, shapes, strict=True))
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    finite = all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in tensors.values())
+    if found != wanted or not width or not finite or not bool((tensors["scale"] > 0).all()):
+        raise ConfigError(f"{path}: the tensors of the router are damaged; train it again")
+
+
+def _check_packs(known: Mapping[str, str], found: Mapping[str, str], path: str | Path) -> None:
+    changed = sorted(
+        name for name in known.keys() | found.keys() if known.get(name) != found.get(name)
+    )
+    if changed:
+        raise ConfigError(
+            f"{path}: the router was trained for other packs ({changed[0]} is new, gone or "
+            "changed); train it again"
+        )

@@ -1,0 +1,185 @@
+"""What a pack carries so that prompts find it: an ellipsoid around the states of its prompts.
+
+    d²(h) = Σ_k (v_k·(h − μ))² / λ_k + (‖h − μ‖² − Σ_k (v_k·(h − μ))²) / λ_0
+
+μ is the mean state, v_k the directions in which the states differ most, λ_k their variances, λ_0
+that of any other direction: the Mahalanobis distance of a probabilistic PCA (Tipping & Bishop 1999,
+section 3.2), with all variances scaled so that the border of what a pack accepts lies at d² = 1.
+The border is set by prompts held out. Of the packs that accept a prompt, the one fits best that
+would give it the highest density, so that a narrow skill wins inside a broad one:
+
+    score(h) = −(d²(h) + (1/w) Σ_j log λ_j) / 2        w directions j, all but r of them with λ_0
+
+w times that is, up to a constant, the log-density of a Gaussian with variances λ / w, whose typical
+states lie at the border. All of it needs the pack's own prompts and the target only, and compares
+between packs.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graftkit.errors import CorruptPackError, RowsError
+from graftkit.models.encoding import one_thread
+from graftkit.skillpack import SkillPack
+from graftkit.skillpack.manifest import RouterInfo
+
+MIN_PROMPTS, MAX_PROMPTS = 20, 200
+"""Different prompts that a key is fitted on, at least and at most."""
+COMPONENTS = 8
+"""Directions kept."""
+SHRINKAGE = 0.3
+"""Share of the mean variance mixed into every variance: a few prompts say little of most."""
+FOLDS = 5
+ACCEPTED = 0.95
+"""Quantile of the held-out distances that is the unit of the border."""
+REACH = 1.5
+"""Squared distance of the border in that unit. Chosen on training rows (docs/adr/0012)."""
+ENCODER_REACH = 1.0
+"""The same for states of a sentence encoder, among which all text lies closer together."""
+_DTYPES = ("<f4", "<f2", "i1")  # of variances, mean and directions, in the order of the payload
+
+
+@dataclass(frozen=True, eq=False)
+class RouterKey:
+    """One pack's key, as precise as its bytes.
+
+    Attributes:
+        info: layer, width, prompts: what the manifest says of it.
+        mean: μ, (width,) float16. directions: v_k times any length, (components, width) int8.
+        variances: λ_0, λ_1, …, (components + 1,) float32.
+    """
+
+    info: RouterInfo
+    mean: Tensor
+    directions: Tensor
+    variances: Tensor
+
+    @classmethod
+    def fit(cls, states: Tensor, layer: int, blake3: str, encoder: str | None = None) -> Self:
+        """The key of prompts.
+
+        Args:
+            states: of the prompts behind `layer`, (prompts, width), unit scale or near it.
+            blake3: digest of the prompts. encoder: name of the model, None for the target.
+        Raises: RowsError for fewer than MIN_PROMPTS states, or states that are all alike.
+        """
+        if len(states) < MIN_PROMPTS:
+            raise RowsError(
+                f"{len(states)} different prompts found; a router key needs at least {MIN_PROMPTS}"
+            )
+        with one_thread():
+            states = states.double()
+            mean, directions, variances = _ellipsoid(states)
+            variances = variances * (_held_out(states) * (ENCODER_REACH if encoder else REACH))
+        if not variances.isfinite().all() or not variances.min() > 0:
+            raise RowsError("the prompts are all alike to the target; give prompts that differ")
+        info = RouterInfo(
+            layer=layer,
+            width=states.shape[1],
+            components=len(directions),
+            prompts=len(states),
+            blake3=blake3,
+            encoder=encoder,
+        )
+        largest = directions.abs().amax(dim=1, keepdim=True)
+        codes = (directions / largest * 127).round().to(torch.int8).contiguous()
+        return cls(info, mean.half(), codes, variances.float())
+
+    @classmethod
+    def of(cls, pack: SkillPack) -> Self | None:
+        """The key that a pack carries, None where it has none. Raises: CorruptPackError."""
+        stored = pack.router_key
+        return None if stored is None else cls.from_bytes(*stored)
+
+    def into(self, pack: SkillPack) -> SkillPack:
+        """The pack with this key in place of its own. Raises: ConfigError as `with_router_key`."""
+        return pack.with_router_key(self.info, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The payload (docs/skillpack-format.md, 3.8)."""
+        parts = (self.variances, self.mean, self.directions)
+        return b"".join(
+            part.numpy().astype(dtype).tobytes() for part, dtype in zip(parts, _DTYPES, strict=True)
+        )
+
+    @classmethod
+    def from_bytes(cls, info: RouterInfo, content: bytes | memoryview) -> Self:
+        """Read a payload. Raises: CorruptPackError for a wrong length, NaN or a scale of zero."""
+        if len(content) != info.nbytes:
+            raise CorruptPackError(
+                f"the router key has {len(content)} bytes, its description says {info.nbytes}"
+            )
+        count, width = info.components, info.width
+        variances, rest = _cut(content, _DTYPES[0], (count + 1,))
+        mean, rest = _cut(rest, _DTYPES[1], (width,))
+        directions, _ = _cut(rest, _DTYPES[2], (count, width))
+        scaled = bool((variances > 0).all()) and bool(directions.any(dim=1).all())
+        if not scaled or not variances.isfinite().all() or not mean.isfinite().all():
+            raise CorruptPackError("the router key holds a number that is no scale, or not finite")
+        return cls(info, mean, directions, variances)
+
+    def distance(self, state: Tensor) -> float:
+        """d² of a state (width,): the pack accepts it up to 1."""
+        moved = state.double() - self.mean.double()
+        return float(_distances(moved[None], self._axes, self.variances.double()))
+
+    def score(self, distance: float) -> float:
+        """How well a state at this d² fits the pack, to be compared with other packs."""
+        return -(distance + self._log_volume) / 2
+
+    @cached_property
+    def _axes(self) -> Tensor:
+        return nn.functional.normalize(self.directions.double(), dim=1)
+
+    @cached_property
+    def _log_volume(self) -> float:
+        logs, width = self.variances.double().log(), self.info.width
+        return float((logs[1:].sum() + (width - self.info.components) * logs[0]) / width)
+
+
+def _ellipsoid(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (width,), directions (r, width) and variances (r + 1,), λ_0 first; float64.
+
+    λ = (1 - SHRINKAGE) · observed + SHRINKAGE · mean variance of all directions
+    """
+    count, width = states.shape
+    mean = states.mean(dim=0)
+    _, singular, directions = torch.linalg.svd(states - mean, full_matrices=False)
+    observed = singular.square() / (count - 1)
+    kept = min(COMPONENTS, count - 2, width - 1)
+    rest = observed[kept:].sum() / (width - kept)
+    variances = torch.cat([rest[None], observed[:kept]])
+    typical = observed.sum() / width
+    return mean, directions[:kept], torch.lerp(variances, typical, SHRINKAGE)
+
+
+def _distances(moved: Tensor, directions: Tensor, variances: Tensor) -> Tensor:
+    """d² of h - μ (n, width): (n,)."""
+    along = (moved @ directions.T).square()
+    rest = (moved.square().sum(dim=1) - along.sum(dim=1)).clamp_min(0)
+    return (along / variances[1:]).sum(dim=1) + rest / variances[0]
+
+
+def _held_out(states: Tensor) -> Tensor:
+    """The ACCEPTED quantile of the distances of prompts to a key that did not see them."""
+    fold = torch.arange(len(states)) % FOLDS
+    distances = []
+    for number in range(FOLDS):
+        mean, directions, variances = _ellipsoid(states[fold != number])
+        distances.append(_distances(states[fold == number] - mean, directions, variances))
+    return torch.cat(distances).quantile(ACCEPTED)
+
+
+def _cut(
+    content: bytes | memoryview, dtype: str, shape: tuple[int, ...]
+) -> tuple[Tensor, bytes | memoryview]:
+    """The first tensor of the bytes, and what follows it."""
+    count = math.prod(shape)
+    numbers = np.frombuffer(content, dtype, count).astype(np.dtype(dtype).newbyteorder("="))
+    return torch.from_numpy(numbers).reshape(shape), content[numbers.nbytes :]
