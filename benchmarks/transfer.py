@@ -127,11 +127,20 @@ def run_way(options: argparse.Namespace, seed: int, way: str) -> tuple[Path, Rec
         shutil.copyfile(draw / name, folder / name)
     if not (folder / "stages.json").exists():
         shutil.copyfile(draw / "stages.json", folder / "stages.json")
+        _take_sft(options.work / f"sft-{seed}", folder, way)
     started = sum(os.times()[:4])
     stages = run_distill(folder / "run.toml", folder)
     cpu = sum(os.times()[:4]) - started
     seconds = {stage: entry["seconds"] for stage, entry in stages.items()}
     return folder, {"cpu_seconds": round(cpu, 1), "stage_seconds": seconds, **_counts(stages)}
+
+
+def _take_sft(done: Path, folder: Path, way: str) -> None:
+    """What DPO starts from is what the way `sft` ended with, where that was run before."""
+    if way == "sft + dpo" and (done / "skill.skillpack").exists():
+        shutil.copytree(done / "tuned", folder / "sft", dirs_exist_ok=True)
+        for name in ("sft_log.jsonl", "stages.json"):
+            shutil.copyfile(done / name, folder / name)
 
 
 def _counts(stages: Record) -> Record:

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from graftkit.distill.pipeline import run_distill
     from graftkit.evaluate import Comparison, compare
     from graftkit.fuse import merge_packs
+    from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
     from graftkit.fuse.packing import fuse_packs
     from graftkit.fuse.search import search_weights
     from graftkit.interop import export_lora, import_lora
+    from graftkit.library import Library
     from graftkit.packing import pack_delta
     from graftkit.skillpack import SkillPack
 
@@ -39,6 +41,9 @@ _PUBLIC = {
     "run_distill": "graftkit.distill.pipeline",
     "fuse_packs": "graftkit.fuse.packing",
     "search_weights": "graftkit.fuse.search",
+    "merge_in_turn": "graftkit.fuse.in_turn",
+    "fuse_in_turn": "graftkit.fuse.in_turn",
+    "Library": "graftkit.library",
     "import_lora": "graftkit.interop",
     "export_lora": "graftkit.interop",
 }
@@ -47,6 +52,7 @@ __all__ = [
     "Attachment",
     "Comparison",
     "DistillConfig",
+    "Library",
     "SkillPack",
     "__version__",
     "attach",
@@ -54,8 +60,10 @@ __all__ = [
     "compare",
     "detach",
     "export_lora",
+    "fuse_in_turn",
     "fuse_packs",
     "import_lora",
+    "merge_in_turn",
     "merge_packs",
     "pack_delta",
     "run_distill",

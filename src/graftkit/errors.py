@@ -13,6 +13,7 @@ GraftError
 ├── BudgetError              no plan fits the byte budget
 ├── SourceError              a source, judge or reward model does not answer
 ├── SelectionError           no answers are left to train on
+├── LibraryError             a library's folder is damaged, or holds no such pack
 └── OutputError              the result cannot be written where it was asked for
 """
 
@@ -92,6 +93,10 @@ class SourceError(GraftError):
 
 class SelectionError(GraftError):
     """No answers are left to train on."""
+
+
+class LibraryError(GraftError):
+    """A library's folder is damaged, or holds no such pack."""
 
 
 class OutputError(GraftError):

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from graftkit.cli import library as library_commands
 from graftkit.cli import show
 from graftkit.config import VERSION
 
@@ -18,6 +19,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(library_commands.app, name="library")
 
 Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")]
 Tuned = Annotated[str, typer.Argument(help="Tuned model: a directory or Hub id[@revision].")]
@@ -31,7 +34,9 @@ Weights = Annotated[
 ]
 MergeMethod = Annotated[
     str,
-    typer.Option(help="linear, task_arithmetic, ties, dare, dare_ties, sce or pcb."),
+    typer.Option(
+        help="linear, task_arithmetic, ties, dare, dare_ties, sce, pcb; in turn: opcm, kif."
+    ),
 ]
 Lambda = Annotated[
     float | None, typer.Option("--lambda", help="Multiplies the merged delta. Default 1.")
@@ -46,6 +51,13 @@ Search = Annotated[
     Path | None, typer.Option(help="rows.jsonl: search the weights that answer it best.")
 ]
 Evaluations = Annotated[int | None, typer.Option(help="Mixtures a search tries. Default 60.")]
+State = Annotated[
+    Path | None, typer.Option(help="opcm, kif: what packs so far left behind; read and written.")
+]
+TaskRows = Annotated[
+    list[Path] | None,
+    typer.Option("--rows", help="kif: rows.jsonl of each pack's task, once for every pack."),
+]
 
 
 def _version(value: bool) -> None:
@@ -92,6 +104,10 @@ def pack(
         Path | None,
         typer.Option(help="rows.jsonl to measure activations on; without it, data-free."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="rows.jsonl whose prompts a router shall send to this pack."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Picks the calibration rows.")] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Tensors in work at once. Default: one per core.")
@@ -123,6 +139,7 @@ def pack(
         budget=budget,
         recipe=recipe,
         calibration=calibration,
+        prompts=prompts,
         seed=seed,
         workers=workers,
         servable=servable,
@@ -201,13 +218,15 @@ def merge(
     seed: DrawSeed = None,
     search: Search = None,
     evaluations: Evaluations = None,
+    state: State = None,
+    task_rows: TaskRows = None,
     json_output: Json = False,
 ) -> None:
     """Write target + packs as an ordinary Hugging Face checkpoint."""
     from graftkit.cli.fusing import merge_files, mixing, print_merged
 
     settings = {"scaling": scaling, "density": density, "select": select, "ratio": ratio}
-    choice = mixing(method, weights, seed=seed, **settings)
+    choice = mixing(method, weights, state, task_rows, seed=seed, **settings)
     result = merge_files(target, files, output, choice, search, evaluations)
     show.json_or(json_output, result, lambda: print_merged(result))
 
@@ -226,6 +245,8 @@ def fuse(
     seed: DrawSeed = None,
     search: Search = None,
     evaluations: Evaluations = None,
+    state: State = None,
+    task_rows: TaskRows = None,
     budget: Annotated[str | None, typer.Option(help="Largest file, as in pack.")] = None,
     recipe: Annotated[str, typer.Option(help="auto, graftllm or lossless.")] = "auto",
     calibration: Annotated[
@@ -237,7 +258,7 @@ def fuse(
     from graftkit.cli.fusing import fuse_files, mixing, print_fused
 
     settings = {"scaling": scaling, "density": density, "select": select, "ratio": ratio}
-    choice = mixing(method, weights, seed=seed, **settings)
+    choice = mixing(method, weights, state, task_rows, seed=seed, **settings)
     packing = {"budget": budget, "recipe": recipe, "calibration": calibration}
     result = fuse_files(target, files, output, choice, search, evaluations, **packing)
     show.json_or(json_output, result, lambda: print_fused(result))
@@ -261,19 +282,28 @@ def interference(
 
 @app.command()
 def generate(
-    target: Target,
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    target: Annotated[
+        str | None, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")
+    ] = None,
     packs: Annotated[
         list[Path] | None,
         typer.Option("--pack", help="A pack to attach; give several to hear each answer."),
+    ] = None,
+    library: Annotated[
+        Path | None, typer.Option(help="A library's folder, in place of TARGET and --pack.")
+    ] = None,
+    route: Annotated[
+        str | None,
+        typer.Option(help="One answer: auto (by router keys), a pack's name, or target."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
     json_output: Json = False,
 ) -> None:
     """Continue a prompt with the target, or with packs attached (one answer per pack)."""
-    from graftkit.cli.generating import generate_answers
+    from graftkit.cli.generating import answer_prompt
 
-    answers = generate_answers(target, packs or [], prompt, max_new_tokens)
+    answers = answer_prompt(target, packs or [], library, route, prompt, max_new_tokens)
     show.json_or(json_output, {"prompt": prompt, "answers": answers}, lambda: show.answers(answers))
 
 

@@ -1,4 +1,4 @@
-"""Behind `generate`: one answer per pack, all in one batch."""
+"""Behind `generate`: one answer per pack, all in one batch, or the answer of a routed pack."""
 
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,47 @@ import torch
 from graftkit.attach import attached
 from graftkit.delta import Checkpoint
 from graftkit.errors import AttachError, ConfigError
+from graftkit.library import Library
 from graftkit.models.encoding import pad_id, usable_tokenizer
 from graftkit.models.loading import load_model
+from graftkit.route import TARGET, Route, Router
+from graftkit.route.centroid import CentroidRouter
+from graftkit.route.fixed import FixedRouter
+from graftkit.route.key import RouterKey
 from graftkit.skillpack import SkillPack
 
 
+def answer_prompt(
+    target: str | None,
+    files: list[Path],
+    library: Path | None,
+    route: str | None,
+    prompt: str,
+    max_new_tokens: int,
+) -> list[dict[str, Any]]:
+    """Greedy answers of a library, or of a target and packs. Raises: ConfigError."""
+    if not prompt:
+        raise ConfigError("the prompt is empty; give some text to continue")
+    if library is None and target is not None:
+        return generate_answers(target, files, prompt, max_new_tokens, route)
+    if library is None or target is not None or files:
+        raise ConfigError("name a target, with or without packs, or a library")
+    answer = Library.open(library).generate(
+        prompt, route=route or "auto", max_new_tokens=max_new_tokens
+    )
+    if answer.note is not None:
+        raise ConfigError(answer.note)
+    return [{"pack": _pack_name(answer.route), "text": answer.text}]
+
+
 def generate_answers(
-    target: str, files: list[Path], prompt: str, max_new_tokens: int
+    target: str, files: list[Path], prompt: str, max_new_tokens: int, route: str | None = None
 ) -> list[dict[str, Any]]:
     """Greedy answers: of the target without packs, else one per pack, in their order.
 
-    Raises: ConfigError for an empty prompt; AttachError for a model that cannot generate.
+    Args:
+        route: "auto", a file's name without its ending, or "target": only what it chooses answers.
+    Raises: ConfigError for a route that cannot be; AttachError for a model that cannot generate.
     """
     packs = [SkillPack.load(file) for file in files]
     checkpoint = Checkpoint.open(target)
@@ -26,8 +56,9 @@ def generate_answers(
     if not model.can_generate():
         raise AttachError(f"{target}: {type(model).__name__} does not generate text")
     tokenizer = usable_tokenizer(checkpoint)
-    if not prompt:
-        raise ConfigError("the prompt is empty; give some text to continue")
+    if route is not None:
+        chosen = _chosen(model, tokenizer, files, packs, route, prompt)
+        files, packs = [files[i] for i in chosen], [packs[i] for i in chosen]
     ids = torch.tensor([tokenizer.encode(prompt)])
     count = max(1, len(packs))
     batch = ids.repeat(count, 1)
@@ -42,6 +73,28 @@ def generate_answers(
     texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     names: list[str | None] = [file.name for file in files] or [None]
     return [{"pack": name, "text": text} for name, text in zip(names, texts, strict=True)]
+
+
+def _chosen(
+    model: Any, tokenizer: Any, files: list[Path], packs: list[SkillPack], route: str, prompt: str
+) -> list[int]:
+    """The index of the pack that a route chooses; none for the target. Raises: ConfigError."""
+    names = [file.stem for file in files]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two packs are called {max(names, key=names.count)}; rename one file")
+    if route != "auto":
+        router: Router = FixedRouter(route, names)
+    else:
+        keys = {name: RouterKey.of(pack) for name, pack in zip(names, packs, strict=True)}
+        if all(key is None for key in keys.values()):
+            raise ConfigError("no pack carries a router key; pack it again with --prompts")
+        router = CentroidRouter(model, tokenizer, keys)
+    name = _pack_name(router.route([prompt])[0])
+    return [] if name is None else [names.index(name)]
+
+
+def _pack_name(route: Route) -> str | None:
+    return None if route.name == TARGET else route.name
 
 
 def _generate(

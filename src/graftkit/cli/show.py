@@ -21,8 +21,10 @@ from rich.table import Table
 Report = Callable[[str, int, int], None]
 
 
-def json_or(wanted: bool, result: dict[str, Any], otherwise: Callable[[], None]) -> None:
-    """One JSON object on stdout, or what `otherwise` prints."""
+def json_or(
+    wanted: bool, result: dict[str, Any] | list[Any], otherwise: Callable[[], None]
+) -> None:
+    """One JSON value on stdout, or what `otherwise` prints."""
     if wanted:
         print(json.dumps(result))
     else:

@@ -1,0 +1,122 @@
+"""Answers of a library: rows of different packs in one batch, in parts where memory is short."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from graftkit.evaluate import BATCH_TOKENS
+from graftkit.library.live import LiveLibrary
+from graftkit.library.memory import Mixture
+from graftkit.models.encoding import pad_id
+from graftkit.route import Route
+from graftkit.route.averaging import generate_averaged
+from graftkit.rows import batches_by_length, pad_batch
+
+Mix = Literal["deltas", "probabilities"]
+"""How several packs answer one prompt: Σ w ΔW in one pass, or Σ w p(token) over one pass each."""
+
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a library says to one prompt.
+
+    Attributes:
+        text: greedy, without special tokens.
+        route: the packs that answered; none of them is the target alone.
+        note: why nothing was generated; None where something was.
+    """
+
+    prompt: str
+    text: str
+    route: Route
+    note: str | None = None
+
+
+def unanswerable(live: LiveLibrary, ids: Sequence[int]) -> str | None:
+    """Why a prompt of these tokens cannot be continued, None where it can."""
+    if not ids:
+        return "the prompt has no tokens, and a model needs one to start from"
+    if live.context is not None and len(ids) >= live.context:
+        return f"the prompt has {len(ids)} tokens, and the target reads {live.context} in all"
+    return None
+
+
+def generate_texts(
+    live: LiveLibrary,
+    prompts: Sequence[list[int]],
+    mixtures: Sequence[Mixture],
+    mix: Mix,
+    max_new_tokens: int,
+) -> list[str]:
+    """The greedy continuation of each prompt by the packs of its row.
+
+    Args:
+        prompts: tokens, at least one each and fewer than the context. mixtures: one for each.
+        max_new_tokens: an answer also ends where the context does.
+    Raises: ConfigError where the packs of one row do not fit into memory; as `Attachment.add`.
+    """
+    texts = [""] * len(prompts)
+    limits = [_room(live, ids, max_new_tokens) for ids in prompts]
+    for part in live.memory.parts(mixtures):
+        for rows in _batches(part, prompts, limits):
+            chosen = [prompts[row] for row in rows], [mixtures[row] for row in rows]
+            found = _generate(live, *chosen, mix, limits[rows[0]])
+            for row, text in zip(rows, found, strict=True):
+                texts[row] = text
+    return texts
+
+
+def _batches(
+    part: Sequence[int], prompts: Sequence[list[int]], limits: Sequence[int]
+) -> Iterator[list[int]]:
+    """Rows of similar length; an answer must not be cut short for the sake of another row."""
+    for limit in sorted({limits[row] for row in part}):
+        alike = [row for row in part if limits[row] == limit]
+        lengths = [len(prompts[row]) + limit for row in alike]
+        for batch in batches_by_length(lengths, BATCH_TOKENS):
+            yield [alike[place] for place in batch]
+
+
+def _room(live: LiveLibrary, ids: Sequence[int], max_new_tokens: int) -> int:
+    if live.context is None:
+        return max_new_tokens
+    return min(max_new_tokens, live.context - len(ids))
+
+
+def _generate(
+    live: LiveLibrary,
+    prompts: Sequence[list[int]],
+    mixtures: Sequence[Mixture],
+    mix: Mix,
+    max_new_tokens: int,
+) -> list[str]:
+    ids, mask = pad_batch(prompts, pad_id(live.tokenizer), left=True)
+    ids, mask = ids.to(live.model.device), mask.to(live.model.device)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "pad_token_id": pad_id(live.tokenizer),
+        "eos_token_id": live.tokenizer.eos_token_id,
+    }
+    if mix == "deltas":
+        live.memory.route(mixtures)
+        output = live.model.generate(ids, attention_mask=mask, **options)
+    else:
+        shares = [_with_target(live, mixture) for mixture in mixtures]
+        output = generate_averaged(live.model, live.attachment, ids, mask, shares, **options)
+    texts: list[str] = live.tokenizer.batch_decode(
+        output[:, ids.shape[1] :], skip_special_tokens=True
+    )
+    return texts
+
+
+def _with_target(live: LiveLibrary, mixture: Mixture) -> dict[int | None, float]:
+    """Shares of 1: what the packs leave is the target's."""
+    shares: dict[int | None, float] = {
+        live.memory.index(entry): weight for entry, weight in mixture.items()
+    }
+    rest = 1 - sum(shares.values())
+    # Weights that sum to 1 but for rounding leave nothing to the target.
+    return shares | {None: rest} if rest > _ROUNDING else shares

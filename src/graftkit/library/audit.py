@@ -1,0 +1,187 @@
+"""What does a pack change, which others lean the same way, and what would stay without it?"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftkit.delta import DTYPES, Checkpoint
+from graftkit.fuse.interference import Interference, compare_deltas
+from graftkit.fuse.merging import pack_digest
+from graftkit.skillpack import SkillPack
+from graftkit.skillpack.manifest import Record
+
+Progress = Callable[[str, int, int], None]
+
+MOST_ENERGY = 0.9
+"""Share of a delta's energy that stands for most of it."""
+
+_LAYER = re.compile(r"\.(\d+)\.")
+_VOCABULARY = ("embedding", "head")
+
+
+@dataclass
+class Change:
+    """A delta, summed over the tensors of one kind or one layer."""
+
+    tensors: int = 0
+    """Tensors that the pack changes."""
+    parameters: int = 0
+    """Weights in them."""
+    moved: int = 0
+    """Of these, weights whose value changes."""
+    energy: float = 0.0
+    """Σ δ²."""
+    target_energy: float = 0.0
+    """Σ w² of the target's weights in them."""
+
+    def add(self, delta: Tensor, before: Tensor) -> None:
+        """Take one more tensor in."""
+        self.tensors += 1
+        self.parameters += delta.numel()
+        self.moved += int(delta.count_nonzero())
+        self.energy += float(delta.double().square().sum())
+        self.target_energy += float(before.double().square().sum())
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖δ‖ / ‖w‖; None where the target's weights are all zero."""
+        return (self.energy / self.target_energy) ** 0.5 if self.target_energy else None
+
+    def numbers(self, energy: float) -> dict[str, Any]:
+        """By name; `energy` is that of the whole pack."""
+        return {
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "moved": self.moved,
+            "energy_share": self.energy / energy if energy else 0.0,
+            "relative_norm": self.relative_norm,
+        }
+
+
+@dataclass
+class Lean:
+    """How far another pack goes the same way."""
+
+    kinds: dict[str, Interference] = field(default_factory=dict)
+    """By module kind."""
+    contains: bool = False
+    """Whether it was fused from the audited pack, as its provenance says."""
+
+    @property
+    def total(self) -> Interference:
+        """Over all tensors of the target."""
+        return sum(self.kinds.values(), Interference())
+
+    def numbers(self) -> dict[str, Any]:
+        """By name."""
+        return {
+            "cosine": self.total.cosine,
+            "top_overlap": self.total.top_overlap,
+            "kinds": {kind: sums.cosine for kind, sums in sorted(self.kinds.items())},
+            "contains": self.contains,
+        }
+
+
+@dataclass
+class Audit:
+    """Everything that a pack's file and its target tell of it."""
+
+    kinds: dict[str, Change] = field(default_factory=dict)
+    """By module kind."""
+    layers: dict[str, Change] = field(default_factory=dict)
+    """By number in the tensor's name, "" for tensors outside of layers."""
+    vocabulary: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of embedding and head: `rows` in all, those that are `moved`, and the fewest that hold `most`
+    of the energy, MOST_ENERGY of it."""
+    files: list[str] = field(default_factory=list)
+    """Side files of the target that the tuned model changed; a library does not use them."""
+    omitted: list[str] = field(default_factory=list)
+    """Changes of the tuned model that the pack leaves out."""
+    leans: dict[str, Lean] = field(default_factory=dict)
+    """Other packs by label."""
+
+    @property
+    def energy(self) -> float:
+        """‖δ‖² over all tensors."""
+        return sum(change.energy for change in self.kinds.values())
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything by name, for `--json` and tables."""
+        kinds = sorted(self.kinds.items())
+        layers = sorted(self.layers.items(), key=lambda item: int(item[0] or -1))
+        return {
+            "kinds": {kind: change.numbers(self.energy) for kind, change in kinds},
+            "layers": {layer: change.numbers(self.energy) for layer, change in layers},
+            "vocabulary": self.vocabulary,
+            "files": self.files,
+            "omitted": self.omitted,
+            "leans": {label: lean.numbers() for label, lean in self.leans.items()},
+        }
+
+
+def audit_pack(
+    target: Checkpoint,
+    pack: SkillPack,
+    others: Mapping[str, SkillPack],
+    progress: Progress | None = None,
+) -> Audit:
+    """Decode a pack once, tensor by tensor, and every other one beside it.
+
+    Args:
+        others: by label; they and the pack must be of this target.
+    Raises: CheckpointError, CorruptPackError.
+    """
+    tell = progress or (lambda step, done, total: None)
+    found = Audit(
+        files=[record.name for record in pack.manifest.files],
+        omitted=[part.name for part in pack.manifest.omitted],
+        leans={label: Lean(contains=_contains(other, pack)) for label, other in others.items()},
+    )
+    records = pack.manifest.tensors
+    for done, record in enumerate(records):
+        tell("comparing", done, len(records))
+        before = _before(target, record)
+        delta = pack.delta(record.name, before)
+        if record.codec != "zero":
+            _note(found, record.name, record.kind, delta, before)
+        if record.base is not None:
+            continue  # added; the others have nothing there
+        for label, lean in found.leans.items():
+            other = others[label]
+            if record.codec != "zero" or other.record(record.name).codec != "zero":
+                sums = compare_deltas(delta, other.delta(record.name, before))
+                lean.kinds[record.kind] = lean.kinds.get(record.kind, Interference()) + sums
+    return found
+
+
+def _before(target: Checkpoint, record: Record) -> Tensor:
+    """The target's tensor that a record is coded against; zeros where it is against nothing."""
+    if record.target_name is None:
+        return torch.zeros(record.shape, dtype=DTYPES[record.dtype])
+    return target.read(record.target_name)
+
+
+def _note(found: Audit, name: str, kind: str, delta: Tensor, before: Tensor) -> None:
+    layer = _LAYER.search(name)
+    found.kinds.setdefault(kind, Change()).add(delta, before)
+    found.layers.setdefault(layer[1] if layer else "", Change()).add(delta, before)
+    if kind in _VOCABULARY and delta.dim() == 2:
+        found.vocabulary[name] = _rows(delta)
+
+
+def _rows(delta: Tensor) -> dict[str, int]:
+    """How many of the rows (out, in) count."""
+    energy = delta.double().square().sum(dim=1)
+    held = energy.sort(descending=True).values.cumsum(dim=0)
+    fewer = int((held < MOST_ENERGY * energy.sum()).sum())
+    moved = int(energy.count_nonzero())
+    return {"rows": len(energy), "moved": moved, "most": min(fewer + 1, moved)}
+
+
+def _contains(other: SkillPack, pack: SkillPack) -> bool:
+    """Whether `graftkit fuse` made the other of this one."""
+    return any(pack_digest(pack)[:16] in told for told in other.manifest.provenance.values())
