@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check lint install clean
+.PHONY: demo test test-slow check lint install clean
 
 install: $(STAMP)
 
@@ -22,13 +22,16 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(RUN)/python -m pytest -n auto --dist loadfile
 
+test-slow: $(STAMP)
+	$(RUN)/python -m pytest -n auto --dist loadfile -m slow
+
 lint: $(STAMP)
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
 
-check: lint test
+check: lint test test-slow
 
 clean:
 	rm -rf $(VENV) demo-out

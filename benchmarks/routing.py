@@ -109,7 +109,7 @@ class Bench:
             names = routes(library, router, formed(rows, form))
             right[skill] = names.count(skill) / len(names)
             rejected[skill] = names.count(TARGET) / len(names)
-            wrong[skill] = 1 - right[skill] - rejected[skill]
+            wrong[skill] = sum(name not in (skill, TARGET) for name in names) / len(names)
         accepted = {
             name: 1 - routes(library, router, formed(rows, form)).count(TARGET) / len(rows)
             for name, rows in self.foreign.items()

@@ -10,6 +10,17 @@ import torch
 torch.set_num_threads(1)
 
 
+SLOW_FIXTURES = {"demo", "run_size", "quick_run", "records"}
+"""What takes half a minute to make: the tests that look at it are slow ones."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder with the nursery and data; tests that need it skip in a clone that lacks it."""

@@ -339,6 +339,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_pack_goes_on_where_it_stopped(shared: Path, tmp_path: Path) -> None:
     nursery, output = shared / "nursery", tmp_path / "x.skillpack"
     pair = (nursery / "target", nursery / "clinc150_intent")

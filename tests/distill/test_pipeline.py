@@ -290,6 +290,7 @@ def test_a_launcher_shares_the_trainings_only(place, monkeypatch):
         run(place)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(place):
     def no_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
@@ -307,6 +308,7 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(place):
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(place):
     change(place, "[sft]", "[sft]\nmicro_batch_size = 2")
     for stage in ("sample", "score", "select"):

@@ -142,6 +142,7 @@ def _run(stage: str, target: Checkpoint, folder: Path, stop: int) -> int:
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_killed_training_ends_in_the_same_bytes(target, tmp_path, stage):
     assert _run(stage, target, tmp_path / "whole", -1) == 0

@@ -42,6 +42,7 @@ def recovered(shared: Path) -> Recovered:
     return score
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "least"), [("10%", 0.97), ("5%", 0.90)])
 def test_the_papers_recipe_keeps_skills_whose_embedding_hardly_moved(
     recovered: Recovered, budget: str, least: float
@@ -69,12 +70,14 @@ def divergences(shared: Path, skill: str, recipes: list[tuple[str, str]]) -> lis
     return found
 
 
+@pytest.mark.slow
 def test_doubling_the_budget_never_increases_the_divergence(shared: Path) -> None:
     budgets = ("1%", "2%", "4%", "8%", "16%")
     found = divergences(shared, "inflect_spa", [("auto", budget) for budget in budgets])
     assert found == sorted(found, reverse=True)
 
 
+@pytest.mark.slow
 def test_auto_diverges_less_than_the_papers_recipe_at_twice_its_bytes(shared: Path) -> None:
     recipes = [("graftllm", "10%"), ("auto", "5%")]
     graftllm, auto = divergences(shared, "clinc150_intent", recipes)
@@ -103,6 +106,7 @@ print(peak_rss_bytes())
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_within_a_gigabyte_and_six_of_the_largest_tensor(shared: Path) -> None:
     nursery = shared / "nursery"
     command = [sys.executable, "-c", _MEMORY, nursery / "target", nursery / "clinc150_intent"]

@@ -8,7 +8,7 @@ from attach.packs import empty_pack, exact_pack, low_rank_pack
 from attach.test_attach import bytes_of, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CAUSAL, make_pair, save_tokenizer
+from tiny_models import make_pair, save_tokenizer
 
 from graftkit.attach import attached
 from graftkit.attach.updates import make_update
@@ -119,8 +119,8 @@ def test_neutral_deviations_are_never_zero():
     assert (spread.mean, spread.row_std) == (2.0, 1.0)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
-def test_every_decoder_writes_neutral_text_of_its_own(tmp_path, architecture):
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt_oss", "mixtral"])
+def test_a_decoder_writes_neutral_text_of_its_own(tmp_path, architecture):
     target, _ = make_pair(tmp_path, architecture, torch.float32)
     model = load_model(target)
     tokens = neutral_tokens(model)

@@ -6,6 +6,7 @@ centroid    the pack whose key a prompt fits best, or the target
 classifier  a small trained net; labels are the packs of lowest loss
 fixed       by name
 spectral    from the packs' weights alone
+responses   how strongly packs' deltas answer what a target's modules read
 averaging   several packs for one prompt, by their next-token distributions
 """
 
