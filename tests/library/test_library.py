@@ -192,7 +192,7 @@ class _Always:
         ({"router": "oracle"}, "router 'oracle' is unknown; choose one of centroid"),
         ({"top_k": 0}, "top_k is 0"),
         ({"router": "spectral", "top_k": 2}, "chooses one pack, asked are 2"),
-        ({"router": "classifier"}, "train it again"),
+        ({"router": "classifier"}, "no classifier here yet"),
     ],
 )
 def test_options_that_cannot_be_are_refused(library, options, message):

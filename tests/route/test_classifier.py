@@ -160,16 +160,17 @@ def test_a_net_of_other_packs_is_refused(case, tmp_path):
             Classifier.load(file, digests)
 
 
-@pytest.mark.parametrize(
-    "damage", ["missing", "text", "cut", "shape", "nan", "metadata", "surplus"]
-)
+def test_a_router_that_was_never_trained_is_missed_by_name(case, tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.safetensors: no classifier here yet"):
+        Classifier.load(tmp_path / "nothing.safetensors", case.digests)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "shape", "nan", "metadata", "surplus"])
 def test_a_damaged_file_is_refused(case, tmp_path, damage):
     file = tmp_path / "classifier.safetensors"
     case.train().save(file)
     tensors, content = load_file(file), file.read_bytes()
-    if damage == "missing":
-        file.unlink()
-    elif damage == "text":
+    if damage == "text":
         file.write_bytes(b"not a file of tensors")
     elif damage == "cut":
         file.write_bytes(content[:-8])

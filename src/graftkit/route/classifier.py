@@ -85,8 +85,12 @@ class Classifier:
     def load(cls, path: str | Path, packs: Mapping[str, str]) -> Self:
         """Read the file. `packs`: digests by name of the packs there are now.
 
-        Raises: ConfigError where the file is damaged, or was trained for other packs.
+        Raises: ConfigError where the file is missing, damaged, or was trained for other packs.
         """
+        if not Path(path).exists():
+            raise ConfigError(
+                f"{path}: no classifier here yet; `graftkit library train-router` trains one"
+            )
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
