@@ -18,7 +18,7 @@ import torch
 from continual_report import write_report
 from continual_states import Size, Skills, States
 from continual_training import adapted_model
-from ledger import ROOT, Ledger, Record
+from ledger import Ledger, Record, command_line
 
 from graftkit.attach import attached
 from graftkit.evaluate import exact_match
@@ -222,16 +222,9 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shared = os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared")
-    parser.add_argument("--shared", type=Path, default=Path(shared), help="folder of the nursery")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser = command_line(__doc__)
     parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two skills, a few rows and steps")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
-    parser.add_argument("--report-only", action="store_true", help="write the page")
     options = parser.parse_args(arguments)
     options.size = QUICK if options.quick else FULL
     options.orders = QUICK_ORDERS if options.quick else ORDERS

@@ -26,7 +26,7 @@ from baselines.problem import Pair, Problem
 from baselines.protocol import UnreachableError
 from baselines.registry import LOSSLESS, LOSSY, OWN, Packer, digest, packer
 from frontier_report import write_report
-from ledger import ROOT, Ledger, Record
+from ledger import Ledger, Record, command_line
 
 from graftkit.evaluate import exact_match, token_fidelity
 from graftkit.rows import Row, read_rows
@@ -196,23 +196,14 @@ def _cpu_seconds() -> float:
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shared = os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared")
+    parser = command_line(__doc__)
     every = (*LOSSLESS, *LOSSY, *OWN)
-    parser.add_argument("--shared", type=Path, default=Path(shared), help="folder of the nursery")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--methods", nargs="+", default=every, choices=every)
     parser.add_argument("--skills", nargs="+", default=SKILLS, choices=SKILLS)
     parser.add_argument("--budgets", nargs="+", default=BUDGETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--rows", type=int, default=200, help="test rows of the skill")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one draw, three budgets")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
-    parser.add_argument(
-        "--report-only", action="store_true", help="write the page, measure nothing"
-    )
     options = parser.parse_args(arguments)
     if options.quick:
         options.seeds, options.budgets = options.seeds[:1], ("1%", "5%", "10%")

@@ -3,6 +3,7 @@
 Imports neither torch nor graftkit: the parent of a memory measurement must stay small (speed.py).
 """
 
+import argparse
 import json
 import os
 import platform
@@ -54,6 +55,21 @@ class Ledger:
         record = {**self.stamp, "date": date, **key, **values}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def command_line(page: str) -> argparse.ArgumentParser:
+    """The options that every benchmark of the nursery has; `page`: a module's docstring."""
+    parser = argparse.ArgumentParser(description=page.splitlines()[0])
+    shared = os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared")
+    parser.add_argument("--shared", type=Path, default=Path(shared), help="folder of the nursery")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
+    parser.add_argument(
+        "--report-only", action="store_true", help="write the page, measure nothing"
+    )
+    return parser
 
 
 def read_records(path: Path) -> list[Record]:

@@ -7,7 +7,6 @@ words such as "Utterance:" tell a skill at once. Writes the tables of docs/bench
 
 import argparse
 import gzip
-import os
 import random
 import shutil
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ledger import ROOT, Ledger, Record
+from ledger import Ledger, Record, command_line
 from routing_report import write_report
 
 from graftkit.library import Library
@@ -216,16 +215,9 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, then write the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shared = os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared")
-    parser.add_argument("--shared", type=Path, default=Path(shared), help="folder of the nursery")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser = command_line(__doc__)
     parser.add_argument("--rows", type=int, default=300, help="test rows of every skill")
     parser.add_argument("--foreign", type=int, default=100, help="rows of every foreign set")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
-    parser.add_argument("--report-only", action="store_true", help="write the page")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     given = sys.argv[1:] if arguments is None else list(arguments)

@@ -18,7 +18,7 @@ from typing import Any
 
 import tomli_w
 import torch
-from ledger import ROOT, Ledger, Record
+from ledger import ROOT, Ledger, Record, command_line
 from transfer_report import write_report
 
 from graftkit.attach import attached
@@ -149,20 +149,14 @@ def _counts(stages: Record) -> Record:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the ledger lacks, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    shared = os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared")
-    parser.add_argument("--shared", type=Path, default=Path(shared), help="folder of the nursery")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    parser = command_line(__doc__)
     parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report-only", action="store_true", help="write the page")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.work = options.out / "transfer"
     given = sys.argv[1:] if arguments is None else list(arguments)
-    ledger = Ledger(options.out / "transfer.jsonl", "transfer.py", given)
+    ledger = Ledger(options.out / "transfer.jsonl", "transfer.py", given, options.fresh)
     if not options.report_only:
         run(options, ledger)
     write_report(ledger.records, options.docs)

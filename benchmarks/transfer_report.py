@@ -34,7 +34,13 @@ def _untouched(line: Record) -> str:
 def _table(runs: Sequence[Record], before: Record) -> str:
     header = (
         *("way", "draws", "tuned, skill", "lowest to highest", "of the source's"),
-        *("pack keeps of the gain", "pack, KB", "others, tuned", "others, packed", "CPU s, at most"),
+        *(
+            "pack keeps of the gain",
+            "pack, KB",
+            "others, tuned",
+            "others, packed",
+            "CPU s, at most",
+        ),
     )
     ways = list(dict.fromkeys(line["way"] for line in runs))
     return table(header, [_row(way, runs, before) for way in ways])

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
-
-from graftkit.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -30,19 +29,6 @@ def pack_file(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     file = tmp_path_factory.mktemp("packs") / "x.skillpack"
     assert run("pack", *models, "-o", file, "--recipe", "lossless") == 0
     return file
-
-
-def run(*arguments: object) -> int:
-    """Exit code of one command in this process."""
-    before = sys.argv
-    sys.argv = ["graftkit", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 def copy_of(folder: Path, to: Path) -> Path:

@@ -1,6 +1,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -72,3 +73,16 @@ def save_tuned(target: Path, path: Path, seed: int) -> None:
             delta += 0.02 * left @ torch.randn(RANK, weight.shape[1], generator=generator)
         weights[name] = (weight.float() + delta).bfloat16()
     save_file(weights, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def run(capsys):
+    """Exit code, stdout and stderr of one command in this process."""
+
+    def command(*arguments):
+        capsys.readouterr()
+        code = commands.run(*arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return command

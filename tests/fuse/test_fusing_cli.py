@@ -1,11 +1,9 @@
 """`merge`, `fuse` and `interference` at the command line."""
 
 import json
-import sys
 
 import pytest
 
-from graftkit.__main__ import main
 from graftkit.delta import Checkpoint, tensor_digest
 from graftkit.fuse import merge_packs
 from graftkit.skillpack import SkillPack
@@ -25,24 +23,6 @@ def rows(tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": " b c"}\n' * 3)
     return file
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Exit code, stdout and stderr of one command in this process."""
-
-    def command(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["graftkit", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
 
 
 def digests(folder):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import build, perturb
 
-from graftkit.__main__ import main
 from graftkit.delta import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError, ConfigError, OutputError, PackMismatchError
 from graftkit.fuse import memory, merge_packs
@@ -262,24 +260,6 @@ def test_packs_that_disagree_on_the_tokenizer_are_refused_also_one_by_one(tmp_pa
     merge("a", "plain")
     with pytest.raises(PackMismatchError, match=r"vocab\.txt"):
         merge("b", "plain")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Exit code, stdout and stderr of one command in this process."""
-
-    def command(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["graftkit", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
 
 
 @pytest.fixture(scope="module")

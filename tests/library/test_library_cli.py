@@ -1,26 +1,12 @@
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 from library.conftest import NAMES, prompts_of
 
-from graftkit.__main__ import main
 from graftkit.library import Library
-
-
-def run(*arguments: object) -> int:
-    """Exit code of one command in this process."""
-    before = sys.argv
-    sys.argv = ["graftkit", *map(str, arguments)]
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture
