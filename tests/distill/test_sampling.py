@@ -268,6 +268,7 @@ sample(configuration(settings), Path(sys.argv[4]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path, tiny):
     config = configuration({"kind": "model", "model": str(tiny), "max_new_tokens": 32})
     expected = sample(config, tmp_path / "whole")

@@ -68,6 +68,7 @@ def test_the_error_quoted_is_that_of_the_trained_delta(folders):
         assert float(lost) == pytest.approx(pack.record(name).error, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["weighing", "training codes"])
 def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(folders, step, tmp_path):
     whole = packed(folders)

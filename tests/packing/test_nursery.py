@@ -51,6 +51,7 @@ def test_the_papers_recipe_keeps_skills_whose_embedding_hardly_moved(
     assert sum(kept) / len(kept) >= least
 
 
+@pytest.mark.slow
 def test_auto_keeps_a_skill_whose_tied_embedding_moved_a_lot(recovered: Recovered) -> None:
     assert recovered("cmudict_g2p", "auto", "10%") >= 0.9
 

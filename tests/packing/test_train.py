@@ -230,6 +230,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_training_that_is_killed_goes_on_to_the_same_payloads(llama, tmp_path, monkeypatch):
     whole = trained(llama, steps=40)
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
