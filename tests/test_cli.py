@@ -311,6 +311,7 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "graftkit", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     models: tuple[Path, Path], tmp_path: Path
 ) -> None:

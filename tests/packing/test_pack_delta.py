@@ -185,6 +185,7 @@ def test_no_budget_is_ever_exceeded_and_more_of_it_is_used(
         least = pack.pack_bytes
 
 
+@pytest.mark.slow
 def test_covariances_of_calibration_lower_the_error_in_the_output(
     shared: Path, tmp_path: Path
 ) -> None:
