@@ -7,7 +7,6 @@ change, graftkit's own rows at every commit.
 """
 
 import argparse
-import gzip
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from base_text import pieces
 from baselines.graftkit_packs import many_rows
 from baselines.problem import Pair, Problem
 from baselines.protocol import UnreachableError
@@ -98,11 +98,8 @@ class SkillBench:
 def base_rows(folder: Path) -> Iterator[Row]:
     """Pieces of text that no skill was trained on."""
     for name in BASE_TEXTS:
-        text = gzip.decompress((folder / name).read_bytes()).decode()
-        step = len(text) // (BASE_ROWS + 1)
-        for start in range(step, step * BASE_ROWS + 1, step):
-            piece = text[start : start + BASE_LENGTH]
-            yield Row(piece[:BASE_PROMPT], piece[BASE_PROMPT:], f"{name}:{start}")
+        for piece, origin in pieces(folder / name, BASE_ROWS, BASE_LENGTH):
+            yield Row(piece[:BASE_PROMPT], piece[BASE_PROMPT:], origin)
 
 
 def measure(

@@ -6,7 +6,6 @@ words such as "Utterance:" tell a skill at once. Writes the tables of docs/bench
 """
 
 import argparse
-import gzip
 import random
 import shutil
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from base_text import pieces
 from ledger import Ledger, Record, command_line
 from routing_report import write_report
 
@@ -68,7 +68,8 @@ class Bench:
         self.tests = {skill: self.rows(skill, "test", slice(rows)) for skill in SKILLS}
         self.foreign = {name: self.rows(name, "test", slice(foreign)) for name in FOREIGN}
         for name in BASE_TEXTS:
-            self.foreign[name.partition("-")[0]] = base_rows(self.data / "base" / name, foreign)
+            cut = pieces(self.data / "base" / name, foreign, BASE_LENGTH)
+            self.foreign[name.partition("-")[0]] = [Row(piece, "", where) for piece, where in cut]
 
     def rows(self, name: str, part: str, some: slice) -> list[Row]:
         """Rows of a data set."""
@@ -160,14 +161,6 @@ class Bench:
             "route_ms": 1000 * statistics.median(routing),
             "answer_ms": 1000 * statistics.median(answering),
         }
-
-
-def base_rows(file: Path, count: int) -> list[Row]:
-    """Pieces of a text as prompts."""
-    text = gzip.decompress(file.read_bytes()).decode()
-    step = len(text) // (count + 1)
-    starts = [step * number for number in range(1, count + 1)]
-    return [Row(text[s : s + BASE_LENGTH], "", f"{file.name}:{s}") for s in starts]
 
 
 def formed(rows: Sequence[Row], form: str) -> list[Row]:

@@ -75,6 +75,16 @@ def save_tuned(target: Path, path: Path, seed: int) -> None:
     save_file(weights, path / "model.safetensors", {"format": "pt"})
 
 
+@pytest.fixture(scope="module")
+def files(skills, tmp_path_factory):
+    """The lossy packs as files."""
+    folder = tmp_path_factory.mktemp("packs")
+    names = [folder / f"skill-{index}.skillpack" for index in range(SKILLS)]
+    for file, pack in zip(names, skills.lossy, strict=True):
+        pack.save(file)
+    return names
+
+
 @pytest.fixture
 def run(capsys):
     """Exit code, stdout and stderr of one command in this process."""

@@ -10,15 +10,6 @@ from graftkit.skillpack import SkillPack
 
 
 @pytest.fixture(scope="module")
-def files(skills, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packs")
-    names = [folder / f"skill-{index}.skillpack" for index in range(3)]
-    for file, pack in zip(names, skills.lossy, strict=True):
-        pack.save(file)
-    return names
-
-
-@pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     file.write_text('{"prompt": "a", "completion": " b c"}\n' * 3)

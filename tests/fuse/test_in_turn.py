@@ -262,15 +262,6 @@ def test_packs_that_disagree_on_the_tokenizer_are_refused_also_one_by_one(tmp_pa
         merge("b", "plain")
 
 
-@pytest.fixture(scope="module")
-def files(skills, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("packs")
-    names = [folder / f"skill-{index}.skillpack" for index in range(3)]
-    for file, pack in zip(names, skills.lossy, strict=True):
-        pack.save(file)
-    return names
-
-
 def test_the_commands_take_packs_in_turn(run, skills, files, tmp_path):
     state, file = tmp_path / "s", tmp_path / "f.skillpack"
     options = ("--method", "opcm", "--state", state)

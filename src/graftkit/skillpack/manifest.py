@@ -2,6 +2,7 @@
 
 import json
 import math
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -174,9 +175,9 @@ class Record(Part):
         return math.prod(self.result_shape)
 
     @property
+    @abstractmethod
     def has_payload(self) -> bool:
         """Whether anything is stored for this tensor."""
-        raise NotImplementedError
 
 
 class TensorRecord(Record):
