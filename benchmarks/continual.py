@@ -35,8 +35,8 @@ ORDERS: tuple[Skills, ...] = (
     ("inflect_spa", "clinc150_intent", "cmudict_g2p", "nl_regex"),
 )
 FULL = Size(
-    steps=250,
-    batch=48,
+    steps=600,
+    batch=24,
     code_steps=100,
     calibration_rows=256,
     search_rows=20,
