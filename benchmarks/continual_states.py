@@ -3,6 +3,7 @@
 A state is what a method has after learning skills in an order, named by them: a+b.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,12 +195,17 @@ class States:
         return pack
 
     def _made(self, kind: str, skills: Skills, make: Callable[[Path], Any]) -> Path:
-        """The folder of a state; made under another name first, so that it is there whole."""
+        """The folder of a state; made under a name of its own first, so that it is there whole.
+
+        Two processes may make the same state: both are the same, and the first stays.
+        """
         folder = self.work / kind / "+".join(skills)
         if not folder.exists():
-            partial = folder.with_name(folder.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
+            partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
             partial.parent.mkdir(parents=True, exist_ok=True)
             make(partial)
-            partial.rename(folder)
+            if folder.exists():
+                shutil.rmtree(partial)
+            else:
+                partial.rename(folder)
         return folder
