@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from blake3 import blake3
@@ -12,6 +13,7 @@ from graftkit.rows import (
     encode_prompt,
     encode_row,
     pad_batch,
+    read_prompts,
     read_rows,
     rows_digest,
     sample_rows,
@@ -170,3 +172,12 @@ def test_padding_goes_to_the_side_that_was_asked_and_is_masked():
     ids, mask = pad_batch([[5, 6, 7], [8]], pad_id=9, left=True)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_prompts_are_read_from_rows_without_completions_too(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"prompt": "b", "completion": " c"}\n')
+    assert read_prompts(file) == ("a", "b")
+    file.write_text("\n")
+    with pytest.raises(RowsError, match="holds no rows; expected one"):
+        read_prompts(file)

@@ -59,6 +59,17 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def read_prompts(path: str | Path) -> tuple[str, ...]:
+    """The prompts of a rows.jsonl file; rows without a completion will do.
+
+    Raises: RowsError as `read_rows`.
+    """
+    prompts = tuple(text_field(record, "prompt", origin) for record, origin in read_records(path))
+    if not prompts:
+        raise RowsError(f'{path}: the file holds no rows; expected one {{"prompt": "..."}} a line')
+    return prompts
+
+
 def read_records(path: str | Path) -> Iterator[tuple[dict[str, object], str]]:
     """The objects of a JSON Lines file, each with its place, such as rows.jsonl:12.
 

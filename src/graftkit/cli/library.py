@@ -58,8 +58,9 @@ def add(
 ) -> None:
     """Copy a pack into the library."""
     from graftkit.library import Library
+    from graftkit.rows import read_prompts
 
-    texts = None if prompts is None else _read_prompts(prompts)
+    texts = None if prompts is None else read_prompts(prompts)
     entry = Library.open(folder).add(file, name, texts, update)
     show.json_or(json_output, _entry(entry), lambda: _print_added(entry))
 
@@ -97,8 +98,10 @@ def route(
     json_output: Json = False,
 ) -> None:
     """Which pack should answer each prompt, or the target."""
+    from graftkit.rows import read_prompts
+
     library = _open_to_route(folder, router)
-    prompts = _read_prompts(rows)
+    prompts = read_prompts(rows)
     routes = library.route(prompts, router)  # type: ignore[arg-type]
     result = [{"route": found.name, "scores": found.scores} for found in routes]
     show.json_or(json_output, result, lambda: _print_routes(prompts, result))
@@ -148,6 +151,7 @@ def audit(
 ) -> None:
     """What a pack changes, which others lean the same way, and what removing it leaves."""
     from graftkit.library import Library
+    from graftkit.rows import read_prompts
 
     library = Library.open(folder)
     own = library.index.find(name)
@@ -155,7 +159,7 @@ def audit(
         result: dict[str, Any] = {"pack": _entry(own)} | library.audit(name, report).numbers()
     result["remains"] = [str(place) for place in library.remains(own.name)]
     if prove is not None:
-        result["proof"] = library.prove_removal(name, _read_prompts(prove)).numbers()
+        result["proof"] = library.prove_removal(name, read_prompts(prove)).numbers()
     show.json_or(json_output, result, lambda: _print_audit(result))
 
 
@@ -183,16 +187,6 @@ def _open_to_route(folder: Path, router: str) -> "Library":
             file=sys.stderr,
         )
     return library
-
-
-def _read_prompts(path: Path) -> list[str]:
-    from graftkit.errors import RowsError
-    from graftkit.rows import read_records, text_field
-
-    prompts = [text_field(record, "prompt", origin) for record, origin in read_records(path)]
-    if not prompts:
-        raise RowsError(f'{path}: no rows here; expected one {{"prompt": "..."}} a line')
-    return prompts
 
 
 def _read_named(named: list[str]) -> dict[str, tuple["Row", ...]]:

@@ -15,7 +15,7 @@ from graftkit.errors import GraftError
 from graftkit.packing.job import WorkFolder, mapped_file
 from graftkit.packing.measure import Calibration, Progress
 from graftkit.packing.run import PackingJob
-from graftkit.rows import read_rows, rows_digest
+from graftkit.rows import read_prompts, read_rows, rows_digest
 from graftkit.skillpack import SkillPack
 
 
@@ -84,7 +84,7 @@ def _calibration(file: Path) -> Calibration:
 
 def _prompts(prompts: str | Path | Sequence[str] | None) -> tuple[str, ...]:
     if isinstance(prompts, str | Path):
-        return tuple(row.prompt for row in read_rows(prompts))
+        return read_prompts(prompts)
     return tuple(prompts or ())
 
 
