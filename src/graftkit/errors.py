@@ -14,6 +14,10 @@ GraftError
 ├── SourceError              a source, judge or reward model does not answer
 ├── SelectionError           no answers are left to train on
 ├── LibraryError             a library's folder is damaged, or holds no such pack
+├── FamilyError              a file is not a valid family of packs
+├── ImagesError              a data set of images is empty, broken or lacks a class
+├── DonorError               a vision network cannot be read, or cannot be cut
+├── RootstockError           an ONNX file is not a rootstock
 └── OutputError              the result cannot be written where it was asked for
 """
 
@@ -97,6 +101,22 @@ class SelectionError(GraftError):
 
 class LibraryError(GraftError):
     """A library's folder is damaged, or holds no such pack."""
+
+
+class FamilyError(GraftError):
+    """A file is not a valid family of packs."""
+
+
+class ImagesError(GraftError):
+    """A data set of images is empty, broken or lacks a class."""
+
+
+class DonorError(GraftError):
+    """A vision network cannot be read, or cannot be cut."""
+
+
+class RootstockError(GraftError):
+    """An ONNX file is not a rootstock."""
 
 
 class OutputError(GraftError):

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from graftkit.cli import families as family_commands
 from graftkit.cli import library as library_commands
 from graftkit.cli import show
+from graftkit.cli import vision as vision_commands
 from graftkit.config import VERSION
 
 app = typer.Typer(
@@ -21,6 +23,8 @@ app = typer.Typer(
 )
 
 app.add_typer(library_commands.app, name="library")
+app.add_typer(family_commands.app, name="family")
+app.add_typer(vision_commands.app, name="vision")
 
 Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")]
 Tuned = Annotated[str, typer.Argument(help="Tuned model: a directory or Hub id[@revision].")]

@@ -1,0 +1,237 @@
+"""What a rootstock is compared with. Every baseline is a rootstock too: `fine_tune` trains all of
+them with one kind of head, one augmentation, the same epochs and the same seed.
+
+donor_classifier   the whole donor and a head on its last layer; fully fine-tuned
+student            a narrow MobileNetV2 of random weights; the distilled student of equal size
+random_trunk       the rootstock's own architecture without what the donor had learned
+pruned_donor       the fine-tuned donor with channels pruned down to a number of parameters
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.errors import BudgetError, ConfigError, DonorError
+from graftkit.vision.augment import seeded
+from graftkit.vision.donor import Donor, Normalization, pool
+from graftkit.vision.heads import fold_head
+from graftkit.vision.norms import exported_parameters
+from graftkit.vision.rootstock import Rootstock, Scion, grow
+
+HeadMaker = Callable[[int, int], nn.Module]
+"""A head from the numbers of features and of classes."""
+
+STUDENT_STEM, STUDENT_LAST = 32, 1280
+STUDENT_STAGES = (  # expansion, channels, blocks, stride: MobileNetV2 (arXiv 1801.04381), table 2
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+NARROWEST_STUDENT, WIDEST_STUDENT = 1 / 64, 8.0  # times the channels of the table
+BISECTIONS = 10  # leave a step of 0.6 % in width at most
+TOKEN_STD = 0.02  # of weights that belong to no layer, such as a class token; as in ViT
+
+
+def donor_classifier(
+    donor: Donor, classes: Sequence[str], head: HeadMaker = nn.Linear, seed: int = 0
+) -> Rootstock:
+    """All layers of the donor, and a head on the pooled output of the last."""
+    last = len(donor.layers) - 1
+    width = donor.channels[last]
+    with seeded(seed):
+        made = head(width, len(classes))
+    return grow(donor, Scion(last + 1, {last: tuple(range(width))}), classes, made)
+
+
+def student(
+    classes: Sequence[str], parameters: int, size: int, head: HeadMaker = nn.Linear, seed: int = 0
+) -> Rootstock:
+    """A MobileNetV2 of random weights, as wide as `parameters` allow once it is exported.
+
+    Raises: BudgetError where even the narrowest has more parameters.
+    """
+
+    def count(width: float) -> int:
+        with torch.device("meta"):  # shapes without values
+            network = _mobilenet(classes, width, size, head)
+        # A normalization's two values a channel become the bias of its convolution.
+        scales = [part.weight for part in network.modules() if isinstance(part, nn.BatchNorm2d)]
+        exported = [*network.trunk.parameters(), *fold_head(network.head).parameters()]
+        return sum(map(torch.numel, exported)) - sum(map(torch.numel, scales))
+
+    width = _widest(count, parameters, NARROWEST_STUDENT, WIDEST_STUDENT)
+    with seeded(seed):
+        return _mobilenet(classes, width, size, head).eval()
+
+
+def random_trunk(rootstock: Rootstock, seed: int = 0) -> Rootstock:
+    """A copy of the same architecture with new random weights, trunk and head (He et al. 2015)."""
+    fresh = copy.deepcopy(rootstock)
+    with seeded(seed):
+        for module in fresh.modules():
+            _initialize(module)
+    return fresh.eval()
+
+
+def pruned_donor(classifier: Rootstock, parameters: int) -> Rootstock:
+    """A copy of a `donor_classifier` with whole channels removed, to be fine-tuned again.
+
+    Torch-Pruning (DepGraph, arXiv 2301.12900): the same share of every layer's channels, those of
+    the smallest L2 norm over all weights that go with them.
+
+    Args:
+        parameters: most that are left once it is exported.
+    Raises: ConfigError where the package torch-pruning is missing; DonorError where the donor
+        cannot be pruned so; BudgetError where one channel a layer is too many.
+    """
+    pruning = _torch_pruning()
+    # The pruner leaves layers whole that would lose their last channel.
+    narrowest = (1 + 1e-6) / min(_widths(classifier))
+    kept = _widest(
+        lambda kept: exported_parameters(_pruned(classifier, kept, pruning)),
+        parameters,
+        narrowest,
+        1.0,
+    )
+    return _pruned(classifier, kept, pruning)
+
+
+def _widest(count: Callable[[float], int], parameters: int, low: float, high: float) -> float:
+    """The largest width whose network has at most `parameters`, by bisection of its logarithm."""
+    least = count(low)
+    if least > parameters:
+        raise BudgetError(
+            f"a network of at most {parameters:,} parameters is asked for, but the narrowest has "
+            f"{least:,}; allow more"
+        )
+    for _ in range(BISECTIONS):
+        width = math.sqrt(low * high)
+        if count(width) <= parameters:
+            low = width
+        else:
+            high = width
+    return low
+
+
+def _widths(classifier: Rootstock) -> list[int]:
+    """Channels of every layer that can be pruned: all with weights but the last."""
+    parts = [part for part in classifier.modules() if isinstance(part, nn.Conv2d | nn.Linear)]
+    return [part.weight.shape[0] for part in parts[:-1]]
+
+
+def _pruned(classifier: Rootstock, kept: float, pruning: ModuleType) -> Rootstock:
+    pruned = copy.deepcopy(classifier).eval().requires_grad_()
+    image = torch.zeros(1, 3, pruned.size, pruned.size)
+    last_layer = [part for part in pruned.head.modules() if isinstance(part, nn.Linear)][-1]
+    # The pruner follows gradients and slices modules it may not understand: it can raise anything.
+    try:
+        with torch.enable_grad():
+            pruning.pruner.BasePruner(
+                pruned,
+                image,
+                pruning.importance.GroupMagnitudeImportance(p=2),
+                pruning_ratio=1 - kept,
+                ignored_layers=[last_layer],
+            ).step()
+        with torch.no_grad():
+            last = _last_width(pruned, image)
+            pruned.scion = replace(pruned.scion, channels={pruned.scion.cut - 1: last})
+            pruned(image)
+    except Exception as error:
+        raise DonorError(
+            f"the donor's channels cannot be pruned ({type(error).__name__}: {error}); leave this "
+            "baseline out"
+        ) from error
+    return pruned.eval()
+
+
+def _last_width(rootstock: Rootstock, image: Tensor) -> tuple[int, ...]:
+    x = rootstock.normalization.apply(image)
+    for layer in rootstock.trunk:
+        x = layer(x)
+    return tuple(range(pool(x, rootstock.scion.poolings).shape[1]))
+
+
+def _torch_pruning() -> ModuleType:
+    try:
+        return import_module("torch_pruning")
+    except ImportError as error:
+        raise ConfigError(
+            "the pruned donor needs the package torch-pruning; pip install torch-pruning, or leave "
+            "this baseline out"
+        ) from error
+
+
+@torch.no_grad()
+def _initialize(module: nn.Module) -> None:
+    """New values for the parameters that belong to this module itself."""
+    own = list(module.parameters(recurse=False))
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif own and callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+    else:
+        for weights in own:
+            nn.init.trunc_normal_(weights, std=TOKEN_STD)
+
+
+def _mobilenet(classes: Sequence[str], width: float, size: int, head: HeadMaker) -> Rootstock:
+    def scaled(channels: int) -> int:
+        return max(1, round(width * channels))
+
+    entering = scaled(STUDENT_STEM)
+    layers: list[nn.Module] = [_convolution(3, entering, kernel=3, stride=2)]
+    for expansion, channels, blocks, stride in STUDENT_STAGES:
+        for block in range(blocks):
+            step = stride if block == 0 else 1
+            layers.append(InvertedResidual(entering, scaled(channels), expansion, step))
+            entering = scaled(channels)
+    features = scaled(STUDENT_LAST)
+    layers.append(_convolution(entering, features))
+    scion = Scion(len(layers), {len(layers) - 1: tuple(range(features))})
+    grey = Normalization((127.5,) * 3, (127.5,) * 3)
+    made = head(features, len(classes))
+    return Rootstock(scion, grey, size, classes, nn.ModuleList(layers), made)
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block: expand, filter each channel, project; added to its input if it fits."""
+
+    def __init__(self, entering: int, leaving: int, expansion: int, stride: int):
+        super().__init__()
+        inside = entering * expansion
+        expand = [_convolution(entering, inside)] if expansion > 1 else []
+        self.adds = stride == 1 and entering == leaving
+        self.layers = nn.Sequential(
+            *expand,
+            _convolution(inside, inside, kernel=3, stride=stride, groups=inside),
+            nn.Conv2d(inside, leaving, 1, bias=False),
+            nn.BatchNorm2d(leaving),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (n, entering, h, w) to (n, leaving, h / stride, w / stride)."""
+        changed: Tensor = self.layers(x)
+        return x + changed if self.adds else changed
+
+
+def _convolution(
+    entering: int, leaving: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(entering, leaving, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(leaving),
+        nn.ReLU6(),
+    )

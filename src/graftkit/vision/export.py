@@ -1,0 +1,208 @@
+"""ROOTSTOCK -> ONNX: one float32 file that holds the network, its normalization and its classes.
+
+The exporter of torch leaves notes on every node (stack traces, shapes, names of modules) that cost
+a seventh of a small file. What a runtime does not read is taken out before the file is written.
+"""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from onnx import ModelProto, NodeProto, helper
+from torch import nn
+
+from graftkit.config import VERSION
+from graftkit.errors import OutputError
+
+FORMAT = "rootstock"
+OPSET = 18  # the lowest that the exporter writes without a conversion
+CHECKED_IMAGES = 4  # random images on which the file must compute what the module computes
+TOLERANCE = (
+    1e-3  # largest difference of a logit, of the largest logit; float32 differs by some 1e-5
+)
+
+
+def export_onnx(
+    module: nn.Module, path: Path, size: int, classes: Sequence[str], donor_name: str
+) -> int:
+    """Write a network as ONNX in float32, with any number of images in a batch.
+
+    Input `image`: float32 (batch, 3, size, size), RGB 0..255. Output `logits`: float32 (batch,
+    classes). Metadata: graftkit_format, graftkit_version, classes (JSON), size, donor, precision.
+
+    Args:
+        module: maps such images to logits; it is exported as it answers in eval mode.
+    Returns: bytes of the file.
+    Raises: OutputError when the network cannot be exported, when the file would not answer as the
+        module does, or when it cannot be written.
+    """
+    path = Path(path)
+    with _in_eval_mode(module):
+        model = _trace(module, size, path)
+        strip(model)
+        describe(model, size, classes, donor_name, "float32")
+        _check(module, model, size, path)
+    return write_model(model, path)
+
+
+def describe(
+    model: ModelProto, size: int, classes: Sequence[str], donor: str, precision: str
+) -> None:
+    """Write what graftkit must know of the file into its metadata."""
+    entries = {
+        "graftkit_format": FORMAT,
+        "graftkit_version": VERSION,
+        "classes": json.dumps(list(classes), ensure_ascii=False),
+        "size": str(size),
+        "donor": donor,
+        "precision": precision,
+    }
+    helper.set_model_props(model, entries)
+
+
+def write_model(model: ModelProto, path: Path) -> int:
+    """Write a model under a temporary name, then rename it. Returns: bytes of the file.
+
+    Raises: OutputError when the disk refuses, or the model exceeds the 2 GiB of one file.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(model.SerializeToString())
+        os.replace(partial, path)
+        return path.stat().st_size
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def strip(model: ModelProto) -> None:
+    """Take out what no runtime reads: notes, inner shapes, default attributes, long names, and
+    weights and operator sets that nothing uses."""
+    graph = model.graph
+    domains = {node.domain for node in graph.node}
+    for given in [given for given in model.opset_import if given.domain not in domains]:
+        model.opset_import.remove(given)
+    for entry in (model, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        entry.ClearField("doc_string")
+        entry.ClearField("metadata_props")
+    graph.ClearField("value_info")
+    for node in graph.node:
+        node.ClearField("name")
+        kept = [given for given in node.attribute if not _is_default(node, given)]
+        node.ClearField("attribute")
+        node.attribute.extend(kept)
+    _shorten_names(graph)
+    used = {name for node in graph.node for name in node.input}
+    kept_initializers = [given for given in graph.initializer if given.name in used]
+    graph.ClearField("initializer")
+    graph.initializer.extend(kept_initializers)
+
+
+def _is_default(node: NodeProto, given: onnx.AttributeProto) -> bool:
+    if not onnx.defs.has(node.op_type, node.domain):
+        return False
+    known = onnx.defs.get_schema(node.op_type, OPSET, node.domain).attributes[given.name]
+    default: Any = known.default_value
+    value = helper.get_attribute_value(given)
+    return bool(default.type and helper.get_attribute_value(default) == value)
+
+
+def _shorten_names(graph: onnx.GraphProto) -> None:
+    """Number the values inside a graph; a name of thirty letters costs ninety bytes."""
+    short = {value.name: value.name for value in (*graph.input, *graph.output)}
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                # An empty name says that an optional input is absent.
+                names[i] = short.setdefault(name, f"{len(short):x}") if name else ""
+    for value in graph.initializer:
+        value.name = short.setdefault(value.name, f"{len(short):x}")
+
+
+def _trace(module: nn.Module, size: int, path: Path) -> ModelProto:
+    """The graph of a module. Raises: OutputError when the exporter refuses."""
+    device = next((value.device for value in module.parameters()), torch.device("cpu"))
+    # Two images, for the exporter takes a batch of one as a constant.
+    images = torch.zeros(2, 3, size, size, device=device)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                (images,),
+                dynamo=True,
+                input_names=["image"],
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                verbose=False,
+            )
+        assert program is not None
+        model: ModelProto = program.model_proto
+    except Exception as error:  # the exporter lets through whatever its parts raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OutputError(
+            f"{path}: the network cannot be written as ONNX ({reason}); use layers that "
+            "torch.onnx.export knows, and nothing that depends on the values of an image"
+        ) from error
+    return model
+
+
+def _check(module: nn.Module, model: ModelProto, size: int, path: Path) -> None:
+    """Raises: OutputError when the graph is invalid or answers otherwise than the module."""
+    images = np.random.default_rng(0).integers(0, 256, (CHECKED_IMAGES, 3, size, size))
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        session = ort.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        found = session.run(["logits"], {"image": images.astype(np.float32)})[0]
+    except Exception as error:  # onnx and onnxruntime each have their own, without a common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OutputError(f"{path}: the exported network does not run ({reason})") from error
+    device = next((value.device for value in module.parameters()), torch.device("cpu"))
+    with torch.no_grad():
+        expected = module(torch.from_numpy(images).float().to(device)).cpu().numpy()
+    difference = float(np.abs(found - expected).max())
+    if not difference <= TOLERANCE * max(1.0, float(np.abs(expected).max())):
+        raise OutputError(
+            f"{path}: the exported network answers otherwise than the trained one (logits differ "
+            f"by {difference:.3g}); this is a fault of the export, please report the network"
+        )
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter speaks of packages that are not installed and of its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,231 @@
+"""ROOTSTOCK in int8: static quantization, measured against the float32 file.
+
+The trunk computes in integers (QDQ: uint8 activations, int8 weights per channel, float32 biases).
+The head computes in float32 with weights stored in int8: features differ in range by orders of
+magnitude, and one scale for all of them names most images wrongly. Then the biases of the head
+take back the mean error of what it reads, which halves the error of the logits.
+"""
+
+import copy
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnxruntime.quantization import (
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_static,
+)
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from graftkit.errors import OutputError
+from graftkit.vision.export import strip, write_model
+
+BATCH = 16
+RANGE_IMAGES = 64  # at most, for ranges: the histograms of every activation cost seconds
+PERCENTILE = 99.99  # of an activation's values, kept; what is beyond saturates
+METHODS = (CalibrationMethod.MinMax, CalibrationMethod.Percentile)
+INTEGER_OPERATORS = ["Conv", "MatMul", "Add", "Clip", "Relu", "MaxPool", "AveragePool"]
+LEVELS = 127  # of a symmetric int8 weight
+
+
+def quantize_onnx(fp32: Path, int8: Path, calibration: np.ndarray) -> int:
+    """Write the int8 form of a file of `export_onnx`, with the same inputs, outputs and classes.
+
+    Ranges of the activations come from the calibration images, as minimum and maximum or as a
+    percentile: whichever leaves the smaller error of their logits.
+
+    Args:
+        calibration: training images, uint8 (n, 3, size, size); a few hundred.
+    Returns: bytes of the file.
+    Raises: OutputError when the network cannot be quantized or the file cannot be written.
+    """
+    try:
+        metadata = {entry.key: entry.value for entry in onnx.load(fp32).metadata_props}
+        with _quiet(), TemporaryDirectory() as folder:
+            prepared = _prepare(fp32, Path(folder))
+            expected = run(prepared, calibration)
+            candidates = [
+                _quantize(prepared, calibration, method, Path(folder)) for method in METHODS
+            ]
+            errors = [np.linalg.norm(run(each, calibration) - expected) for each in candidates]
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OutputError(
+            f"{int8}: {fp32} cannot be quantized ({reason}); use the float32 file"
+        ) from error
+    best = candidates[int(np.argmin(errors))]
+    strip(best)
+    helper.set_model_props(best, metadata | {"precision": "int8"})
+    return write_model(best, int8)
+
+
+def run(model: ModelProto, pixels: np.ndarray, output: str = "logits") -> np.ndarray:
+    """One value of a graph for every image, float32 (n, ...).
+
+    Args:
+        output: its name; it need not be an output of the graph.
+    """
+    if output not in [value.name for value in model.graph.output]:
+        model = copy.deepcopy(model)
+        model.graph.output.append(
+            helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # weights that int8 has replaced are taken out at the end
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return np.concatenate(
+        [session.run([output], images)[0] for images in iter(_Images(pixels).get_next, None)]
+    )
+
+
+class _Images:
+    """Batches of images, in the form in which onnxruntime's quantizer asks for them.
+
+    It counts batches, and takes a range of them at a time: one bounds the memory of histograms.
+    """
+
+    def __init__(self, pixels: np.ndarray):
+        self._pixels = pixels
+        self.set_range(0, len(self))
+
+    def __len__(self) -> int:
+        return -(-len(self._pixels) // BATCH)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._left = iter(range(start_index, end_index))
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        index = next(self._left, None)
+        if index is None:
+            return None
+        pixels = self._pixels[index * BATCH : (index + 1) * BATCH]
+        return {"image": pixels.astype(np.float32)}
+
+
+def _prepare(fp32: Path, folder: Path) -> ModelProto:
+    """The float32 graph, simplified, with shapes, and with a name for every node."""
+    file = folder / "prepared.onnx"
+    quant_pre_process(fp32, file, skip_symbolic_shape=True)
+    model = onnx.load(file)
+    for index, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}_{index}"
+    return model
+
+
+def _quantize(
+    prepared: ModelProto, calibration: np.ndarray, method: CalibrationMethod, folder: Path
+) -> ModelProto:
+    """Trunk in integers, head with int8 weights and corrected biases."""
+    file = folder / f"{method.name}.onnx"
+    options: dict[str, Any] = {
+        # onnxruntime quantizes a bias by itself as it loads; stored, its scales cost 8 bytes each.
+        "QuantizeBias": False,
+        "MatMulConstBOnly": True,
+        "CalibPercentile": PERCENTILE,
+        "CalibStridedMinMax": 1,
+    }
+    quantize_static(
+        copy.deepcopy(prepared),
+        file,
+        _Images(calibration[:: -(-len(calibration) // RANGE_IMAGES)]),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=INTEGER_OPERATORS,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=_float_nodes(prepared),
+        calibrate_method=method,
+        extra_options=options,
+    )
+    model = onnx.load(file)
+    for node in [node for node in model.graph.node if node.op_type == "Gemm"]:
+        _quantize_dense(model, node, prepared, calibration)
+    return model
+
+
+def _float_nodes(model: ModelProto) -> list[str]:
+    """Nodes that stay in float32: what works on features, and sums with constants.
+
+    A feature or a logit has two dimensions, (batch, features); maps and tokens have more.
+    """
+    ranks = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in (*model.graph.value_info, *model.graph.output)
+    }
+    constants = {value.name for value in model.graph.initializer}
+    return [
+        node.name
+        for node in model.graph.node
+        if ranks.get(node.output[0], 0) <= 2
+        or (node.op_type == "Add" and not constants.isdisjoint(node.input))
+    ]
+
+
+def _quantize_dense(
+    model: ModelProto, node: NodeProto, prepared: ModelProto, calibration: np.ndarray
+) -> None:
+    """Store a dense layer's weights in int8, and move its bias by the mean error of its output.
+
+        ŷ = Ŵ x̂ + b + E[y − (Ŵ x̂ + b)],  Ŵ_ij = s_j round(W_ij / s_j),  s_j = max_i |W_ij| / 127
+
+    over the calibration images, x̂ being what int8 layers before leave of x. One scale for each
+    input, as the weights of a feature are large where its values are small. Bias correction:
+    Nagel et al. (arXiv 1906.04721) 4.2, with images in place of statistics.
+    """
+    values = {value.name: value for value in model.graph.initializer}
+    if node.input[1] not in values or len(node.input) < 3 or node.input[2] not in values:
+        return  # not a dense layer with constants
+    transposed = any(given.name == "transB" and given.i for given in node.attribute)
+    inputs = 1 if transposed else 0
+    codes, scale = dense_codes(numpy_helper.to_array(values[node.input[1]]), inputs)
+    name = f"{node.name}_weight"
+    for suffix, value in (("codes", codes), ("scale", scale)):
+        model.graph.initializer.append(numpy_helper.from_array(value, f"{name}_{suffix}"))
+    position = list(model.graph.node).index(node)
+    dense = helper.make_node(
+        "DequantizeLinear", [f"{name}_codes", f"{name}_scale"], [name], axis=inputs
+    )
+    model.graph.node.insert(position, dense)
+    node = model.graph.node[position + 1]
+    node.input[1] = name
+
+    same = next(each for each in prepared.graph.node if each.name == node.name)
+    error = run(prepared, calibration, same.output[0]).mean(0)
+    error -= run(model, calibration, node.output[0]).mean(0)
+    bias = numpy_helper.to_array(values[node.input[2]]) + error
+    model.graph.initializer.append(numpy_helper.from_array(bias, f"{node.name}_bias"))
+    node.input[2] = f"{node.name}_bias"
+
+
+def dense_codes(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes of a float32 matrix, and one scale for each index along `axis`.
+
+    W ≈ scale · codes, codes between -127 and 127; a row of zeros has the scale 1.
+    """
+    largest = np.abs(weight).max(axis=1 - axis, keepdims=True)
+    scale = np.where(largest > 0, largest / LEVELS, 1).astype(np.float32)
+    return np.round(weight / scale).astype(np.int8), scale.squeeze(1 - axis)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """onnxruntime's quantizer prints its progress and logs advice; a command prints JSON."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)

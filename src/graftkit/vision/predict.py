@@ -1,0 +1,269 @@
+"""Classify images with a rootstock: onnxruntime, Pillow and NumPy, never torch."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from graftkit.errors import ConfigError, ImagesError, RootstockError
+from graftkit.vision.images.decoding import Skipped, decode_image
+from graftkit.vision.images.sources import Folder, is_image_name, read_file
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ConfigError(
+        "a rootstock runs in onnxruntime, which is missing; pip install 'graftkit[vision]'"
+    ) from error
+
+BATCH = 32
+"""Images that are classified at once."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a rootstock says of one image.
+
+    Attributes:
+        name: of the file.
+        label: the most likely class.
+        confidence: its probability, as the softmax of the logits has it.
+        scores: probabilities of all classes.
+    """
+
+    name: str
+    label: str
+    confidence: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one image: the network's percentiles and least, and the median of reading."""
+
+    p50_ms: float
+    p95_ms: float
+    min_ms: float
+    preprocessing_ms: float
+
+
+class Predictor:
+    """A rootstock.onnx, opened; `open` makes it.
+
+    Attributes:
+        classes: in the order of the logits. size: pixels of a side. bytes: of the file.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        classes: tuple[str, ...],
+        size: int,
+        path: Path,
+    ):
+        self._session = session
+        self._path = path
+        self.classes = classes
+        self.size = size
+        self.bytes = path.stat().st_size
+
+    @classmethod
+    def open(cls, path: Path, threads: int | None = None) -> "Predictor":
+        """Read a file that graftkit exported, float32 or int8.
+
+        Args:
+            threads: of one inference, default as onnxruntime chooses: one for each core.
+
+        Raises: RootstockError when the file is missing, no ONNX, or not a rootstock.
+        """
+        if not path.is_file():
+            raise RootstockError(f"{path}: no such file; name a rootstock.onnx")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # What is wrong is said by our own error.
+        options.intra_op_num_threads = threads or 0
+        try:
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's errors have no base of their own.
+            raise RootstockError(
+                f"{path}: not an ONNX file that onnxruntime can read; it may be truncated "
+                f"({_first_line(error)})"
+            ) from error
+        classes, size = _read_metadata(path, session.get_modelmeta().custom_metadata_map)
+        _check_shapes(path, session, len(classes), size)
+        return cls(session, classes, size, path)
+
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
+        """Float32 (n, classes) of uint8 pixels (n, 3, size, size).
+
+        Raises: RootstockError when the network cannot run, or gives numbers that are not finite.
+        """
+        parts = [
+            self._run(pixels[start : start + BATCH].astype(np.float32))
+            for start in range(0, len(pixels), BATCH)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
+
+    def predict(self, files: Sequence[Path]) -> list[Prediction | Skipped]:
+        """One result for each file, in order; Skipped for one that cannot be read as an image."""
+        results: list[Prediction | Skipped] = []
+        for start in range(0, len(files), BATCH):
+            results += self._predict_batch(files[start : start + BATCH])
+        return results
+
+    def measure_latency(self, file: Path, runs: int = 100) -> Latency:
+        """Time one image, over and over, after a warm-up. Raises: ImagesError if it is broken."""
+        try:
+            reading = _milliseconds(lambda: self._decode(file), runs // 5)
+            image = self._decode(file)[None].astype(np.float32)
+        except ImagesError as error:
+            raise ImagesError(f"{file}: {error}") from error
+        times = _milliseconds(lambda: self._run(image), runs)
+        p50, p95 = np.percentile(times, (50, 95))
+        return Latency(float(p50), float(p95), float(times.min()), float(np.median(reading)))
+
+    def _predict_batch(self, files: Sequence[Path]) -> list[Prediction | Skipped]:
+        decoded = [self._decode_or_skip(file) for file in files]
+        images = [pixels for pixels in decoded if isinstance(pixels, np.ndarray)]
+        answers = iter(softmax(self.logits(np.stack(images))) if images else ())
+        return [
+            self._prediction(file, next(answers)) if isinstance(found, np.ndarray) else found
+            for file, found in zip(files, decoded, strict=True)
+        ]
+
+    def _prediction(self, file: Path, scores: np.ndarray) -> Prediction:
+        best = int(scores.argmax())
+        named = {name: float(score) for name, score in zip(self.classes, scores, strict=True)}
+        return Prediction(str(file), self.classes[best], float(scores[best]), named)
+
+    def _decode(self, file: Path) -> np.ndarray:
+        return decode_image(read_file(file), self.size)
+
+    def _decode_or_skip(self, file: Path) -> np.ndarray | Skipped:
+        try:
+            return self._decode(file)
+        except ImagesError as error:
+            return Skipped(str(file), str(error))
+
+    def _run(self, images: np.ndarray) -> np.ndarray:
+        try:
+            logits: np.ndarray = self._session.run(["logits"], {"image": images})[0]
+        except Exception as error:  # onnxruntime's errors have no base of their own.
+            raise RootstockError(f"{self._path}: cannot run ({_first_line(error)})") from error
+        expected = (len(images), len(self.classes))
+        if logits.shape != expected or not np.isfinite(logits).all():
+            raise RootstockError(
+                f"{self._path}: its logits have the shape {logits.shape} or are not finite; "
+                f"expected finite numbers of the shape {expected}: export it again"
+            )
+        return logits
+
+
+def find_images(places: Sequence[Path]) -> list[Path]:
+    """Files as they are, and for each folder the images under it, sorted."""
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            found += [place / name for name in Folder(place).names() if is_image_name(name)]
+        else:
+            found.append(place)
+    return found
+
+
+class Arrivals:
+    """Images that appear in a folder, or change, once they are complete.
+
+    A file counts as complete when its size and time stay the same between two polls, so that one
+    that is still being written is not read half. What is there at first does not count.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._last = self._stamps()
+        self._known = dict(self._last)
+
+    def poll(self) -> list[Path]:
+        """Files that have become complete since the last poll, sorted."""
+        now = self._stamps()
+        fresh = [
+            file
+            for file, stamp in now.items()
+            if stamp != self._known.get(file) and stamp == self._last.get(file) and stamp[0] > 0
+        ]
+        self._known = {file: stamp for file, stamp in self._known.items() if file in now}
+        self._known |= {file: now[file] for file in fresh}
+        self._last = now
+        return fresh
+
+    def _stamps(self) -> dict[Path, tuple[int, int]]:
+        """Size and time of every image."""
+        stamps = {}
+        for file in find_images([self._folder]):
+            try:
+                status = file.stat()
+            except OSError:  # Gone since it was found.
+                continue
+            stamps[file] = (status.st_size, status.st_mtime_ns)
+        return stamps
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities, exp(z_i) / Σ_j exp(z_j), along the last axis."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: np.ndarray = powers / powers.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...], int]:
+    if metadata.get("graftkit_format") != "rootstock":
+        raise RootstockError(
+            f"{path}: an ONNX file, but no rootstock; make one with graftkit vision graft"
+        )
+    try:
+        classes, size = json.loads(metadata["classes"]), int(metadata["size"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise RootstockError(f"{path}: its classes or its size are missing or damaged") from error
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not named or len(set(classes)) < max(2, len(classes)):
+        raise RootstockError(f"{path}: its classes are not a list of two or more different names")
+    return tuple(classes), size
+
+
+def _check_shapes(
+    path: Path, session: onnxruntime.InferenceSession, classes: int, size: int
+) -> None:
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    found = [(each.name, each.type, *each.shape[1:]) for each in (*inputs, *outputs)]
+    expected = [
+        ("image", "tensor(float)", 3, size, size),
+        ("logits", "tensor(float)", classes),
+    ]
+    if found != expected or isinstance(inputs[0].shape[0], int):
+        raise RootstockError(
+            f"{path}: reads and writes {_signature(inputs)} -> {_signature(outputs)}; expected "
+            f"image (batch, 3, {size}, {size}) -> logits (batch, {classes}), both float32"
+        )
+
+
+def _signature(values: Sequence[Any]) -> str:
+    return ", ".join(f"{value.name} {value.type} {value.shape}" for value in values)
+
+
+def _milliseconds(work: Callable[[], object], runs: int) -> np.ndarray:
+    """Of each of `runs` calls, after a tenth as many to warm up."""
+    times = np.empty(runs)
+    for index in range(-(runs // 10 + 1), runs):
+        started = time.perf_counter()
+        work()
+        if index >= 0:
+            times[index] = (time.perf_counter() - started) * 1000
+    return times
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

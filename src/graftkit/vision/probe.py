@@ -1,0 +1,174 @@
+"""How well pooled features tell the classes: logistic regression on frozen features."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.neural_network import MLPClassifier
+from torch import Tensor, nn
+
+from graftkit.vision.heads import linear_head
+
+DECAYS = (0.01, 0.003, 0.001, 0.0003)
+"""λ of the penalty λ/2 ‖W‖² beside the mean cross-entropy, strongest first."""
+ITERATIONS = 300
+PENALTIES, EPOCHS = (1e-3, 1e-1, 1.0), 60
+"""Of the hidden head: alpha of scikit-learn, and passes over the training images."""
+NEVER = -30.0
+"""Logit of a class without training images."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A logistic regression on standardised features.
+
+    Attributes:
+        weight (classes, features), bias (classes,): on standardised features.
+        mean, std (features,): of the training images; a constant feature has std 1.
+        val_accuracy, val_loss: share of validation images named rightly; mean cross-entropy.
+        decay: λ, chosen on the validation images.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    std: Tensor
+    val_accuracy: float
+    val_loss: float
+    decay: float
+
+    def standardized(self, features: Tensor) -> Tensor:
+        """(n, features), each with mean 0 and variance 1 over the training images."""
+        return (features - self.mean) / self.std
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(n, features) to (n, classes)."""
+        return self.standardized(features) @ self.weight.T + self.bias
+
+    def head(self) -> nn.Linear:
+        """The same function as one linear layer on the features themselves."""
+        return linear_head(self.weight, self.bias, self.mean, self.std)
+
+
+def fit_probe(
+    train: tuple[Tensor, Tensor],
+    val: tuple[Tensor, Tensor],
+    classes: int,
+    decays: Sequence[float] = DECAYS,
+) -> Probe:
+    """The probe whose λ gives the most validation images right; the stronger λ where two tie.
+
+        min over W, b of mean cross-entropy + λ/2 ‖W‖²
+
+    Args:
+        train, val: features (n, f) float32 and labels (n,). A class may lack training images; it
+            is then never named.
+        classes: how many there are.
+    """
+    features, labels = train
+    mean, std = _moments(features)
+    scaled = ((features - mean) / std).numpy()
+    best: Probe | None = None
+    solver = LogisticRegression(max_iter=ITERATIONS, warm_start=True)
+    for decay in decays:
+        # scikit-learn weighs the sum of the losses by C and has 1/2 ‖W‖² beside it.
+        solver.C = 1 / (decay * len(labels))
+        weight, bias = _fitted(solver, scaled, labels.numpy(), classes)
+        probe = Probe(weight, bias, mean, std, 0.0, 0.0, decay)
+        accuracy, loss = _scores(probe.logits(val[0]), val[1])
+        if best is None or accuracy > best.val_accuracy:
+            best = replace(probe, val_accuracy=accuracy, val_loss=loss)
+    assert best is not None
+    return best
+
+
+def fit_hidden(
+    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], classes: int, hidden: int, seed: int
+) -> nn.Sequential:
+    """A head with one hidden layer on the features themselves, its penalty chosen on validation.
+
+    Args:
+        train, val: as for `fit_probe`. hidden: units with ReLU. seed: of the first weights.
+    """
+    features, labels = train
+    mean, std = _moments(features)
+    scaled = ((features - mean) / std).numpy()
+    best, best_loss = None, math.inf
+    for penalty in PENALTIES:
+        solver = MLPClassifier((hidden,), alpha=penalty, max_iter=EPOCHS, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            solver.fit(scaled, labels.numpy())
+        head = _hidden_layers(solver, mean, std, classes)
+        with torch.no_grad():
+            loss = float(nn.functional.cross_entropy(head(val[0]), val[1]))
+        if loss < best_loss:
+            best, best_loss = head, loss
+    assert best is not None
+    return best
+
+
+@torch.no_grad()
+def _hidden_layers(solver: MLPClassifier, mean: Tensor, std: Tensor, classes: int) -> nn.Sequential:
+    (first, second), (shift, bias) = (
+        [torch.from_numpy(part).float() for part in parts]
+        for parts in (solver.coefs_, solver.intercepts_)
+    )
+    weight, bias = _by_class(solver.classes_, second.T, bias, classes)
+    last = nn.Linear(weight.shape[1], classes)
+    last.weight.copy_(weight)
+    last.bias.copy_(bias)
+    return nn.Sequential(linear_head(first.T, shift, mean, std), nn.ReLU(), last).eval()
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = features.mean(dim=0), features.std(dim=0, unbiased=False)
+    return mean, torch.where(std > 0, std, torch.ones_like(std))
+
+
+def _fitted(
+    solver: LogisticRegression, scaled: np.ndarray, labels: np.ndarray, classes: int
+) -> tuple[Tensor, Tensor]:
+    with warnings.catch_warnings():
+        # A probe that has not wholly converged is scored on validation images like any other.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        solver.fit(scaled, labels)
+    rows, shift = (torch.from_numpy(found).float() for found in (solver.coef_, solver.intercept_))
+    return _by_class(solver.classes_, rows, shift, classes)
+
+
+def _by_class(seen: np.ndarray, rows: Tensor, shift: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Weights (classes, f) and bias (classes,) from those of the classes that were seen."""
+    if len(seen) == 2 and len(rows) == 1:  # scikit-learn keeps one row for two classes
+        rows, shift = torch.cat([-rows / 2, rows / 2]), torch.cat([-shift / 2, shift / 2])
+    weight, bias = torch.zeros(classes, rows.shape[1]), torch.full((classes,), NEVER)
+    weight[torch.from_numpy(seen)], bias[torch.from_numpy(seen)] = rows, shift
+    return weight, bias
+
+
+def _scores(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    right = (logits.argmax(dim=1) == labels).double().mean()
+    return float(right), float(nn.functional.cross_entropy(logits, labels))
+
+
+def l2_relevance(probe: Probe) -> Tensor:
+    """Norm of each standardised feature's weights over the classes, (features,): Head2Toe
+    (Evci et al. 2022, arXiv 2201.03529), eq. 4 with one feature in a group."""
+    return probe.weight.norm(dim=0)
+
+
+def taylor_relevance(probe: Probe, train: tuple[Tensor, Tensor]) -> Tensor:
+    """Mean |x ∂L/∂x| of each standardised feature over training images, (features,): the first
+    order of the loss's change when the feature is taken away (Molchanov et al. 2017, 1611.06440).
+    """
+    features, labels = train
+    scaled = probe.standardized(features)
+    error = torch.softmax(scaled @ probe.weight.T + probe.bias, dim=1)
+    error[torch.arange(len(labels)), labels] -= 1  # ∂L/∂logits of each image
+    relevance: Tensor = (scaled * (error @ probe.weight)).abs().mean(dim=0)
+    return relevance

@@ -1,0 +1,110 @@
+"""Take channels that nobody reads out of the last layer of a cut trunk."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graftkit.vision.donors.mobilenet_npz import InvertedResidual
+
+# Every output channel depends on the same input channel alone, and there are no weights.
+_PER_CHANNEL = (
+    nn.Identity,
+    nn.Dropout,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.SiLU,
+    nn.GELU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Layers after pruning, how many channels the last one lost, and why none, if none."""
+
+    layers: tuple[nn.Module, ...]
+    dropped: int
+    reason: str = ""
+
+
+class PickChannels(nn.Module):
+    """Passes on some channels of a map."""
+
+    index: Tensor
+
+    def __init__(self, kept: Sequence[int]):
+        super().__init__()
+        self.register_buffer("index", torch.tensor(kept))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of a map (n, C, H, W) the kept channels, in their order."""
+        return x.index_select(1, self.index)
+
+
+def drop_dead_channels(layers: Sequence[nn.Module], kept: Sequence[int]) -> Pruned:
+    """Leave only the `kept` output channels of the last layer, where that is simple.
+
+    The last layer is copied, the others are passed on. Its outputs are those of the kept channels,
+    in their order, so whoever reads them must count anew: kept[i] becomes i. Simple are inverted
+    residuals of the .npz MobileNetV2, and an nn.Sequential that ends in an ordinary convolution
+    with batch normalization and activation.
+
+    Args:
+        kept: output channels that are read, ascending, each once.
+    """
+    last = copy.deepcopy(layers[-1])
+    body = last.body if isinstance(last, InvertedResidual) else last
+    reason, conv, norms = _find_convolution(body)
+    if conv is None:
+        return Pruned(tuple(layers), 0, reason)
+    dropped = conv.out_channels - len(kept)
+    if not kept or dropped == 0:
+        reason = "every channel is read" if kept else "no channel is read: cut before this layer"
+        return Pruned(tuple(layers), 0, reason)
+    _keep_outputs(conv, norms, kept)
+    if isinstance(last, InvertedResidual) and last.skip is not None:
+        last.skip = PickChannels(kept)
+    return Pruned((*layers[:-1], last), dropped)
+
+
+def _find_convolution(
+    body: nn.Module,
+) -> tuple[str, nn.Conv2d | None, list[nn.BatchNorm2d]]:
+    """The last convolution of a Sequential and the normalizations behind it, or why not."""
+    norms: list[nn.BatchNorm2d] = []
+    for part in reversed(list(body.children()) if isinstance(body, nn.Sequential) else [body]):
+        if isinstance(part, nn.Conv2d):
+            if part.groups == 1:
+                return "", part, norms
+            return "its last convolution is grouped", None, []
+        if isinstance(part, nn.BatchNorm2d):
+            norms.append(part)
+        elif not isinstance(part, _PER_CHANNEL):
+            return f"it ends in {type(part).__name__}, which is not pruned", None, []
+    return "it has no convolution", None, []
+
+
+def _keep_outputs(conv: nn.Conv2d, norms: Sequence[nn.BatchNorm2d], kept: Sequence[int]) -> None:
+    index = torch.tensor(kept, device=conv.weight.device)
+    _slice(conv, ("weight", "bias"), index)
+    conv.out_channels = len(kept)
+    for norm in norms:
+        _slice(norm, ("weight", "bias", "running_mean", "running_var"), index)
+        norm.num_features = len(kept)
+
+
+def _slice(module: nn.Module, names: Sequence[str], index: Tensor) -> None:
+    for name in names:
+        value = getattr(module, name)
+        if value is not None:
+            part = value.detach()[index].clone()
+            trained = isinstance(value, nn.Parameter)
+            setattr(module, name, nn.Parameter(part, value.requires_grad) if trained else part)

@@ -1,0 +1,300 @@
+"""The page that says what a graft is worth: the verdict first, then what it was read from.
+
+One file without scripts and without anything from elsewhere. Every text of a result is escaped:
+names of classes and of files may be hostile.
+"""
+
+import base64
+import html
+import os
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from graftkit.errors import OutputError
+from graftkit.vision.report_figures import frontier, training_curves
+from graftkit.vision.verdict import judge, megabytes, percent, reference_donor
+
+Result = Mapping[str, Any]
+ABSENT = "–"
+_COSTS = ("parameters", "bytes", "macs", "p50_ms")
+
+
+def write_report(result: Result, path: Path) -> None:
+    """Draw a result as one HTML page, light or dark as the reader has it, and printable.
+
+    Args:
+        result: what `graft` returns and graft.json holds; parts that are missing are left out.
+    Raises: OutputError when the file cannot be written; an older one is then as it was.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(render_page(result), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
+            "another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def render_page(result: Result) -> str:
+    """The page as text."""
+    template = files("graftkit.vision").joinpath("report_page.html").read_text(encoding="utf-8")
+    title = f"Rootstock of {result.get('donor', 'a donor')}"
+    body = "\n".join([_verdict(result, title), *(_section(*part, result) for part in _SECTIONS)])
+    return string.Template(template).substitute(title=_text(title), body=body)
+
+
+def _verdict(result: Result, title: str) -> str:
+    found = judge(result)
+    doubt = "" if found.pays else " doubt"
+    sentences = " ".join(_text(sentence) for sentence in found.sentences)
+    return f'<h1>{_text(title)}</h1>\n<p class="verdict{doubt}">{sentences}</p>'
+
+
+def _section(title: str, draw: Callable[[Result], str], result: Result) -> str:
+    content = draw(result)
+    return f"<section>\n<h2>{title}</h2>\n{content}\n</section>" if content else ""
+
+
+def _warnings(result: Result) -> str:
+    skipped = [f"{entry['name']}: {entry['reason']}" for entry in result.get("skipped", ())]
+    note = f"<p>{len(skipped)} files could not be read:</p>" if skipped else ""
+    return _list(result.get("warnings", ())) + note + _list(skipped)
+
+
+def _headline(result: Result) -> str:
+    """Donor against rootstock, in the layout of the paper's table, and what the paper omits."""
+    name, donor = reference_donor(result)
+    rows = []
+    for label, key, show in (
+        ("parameters", "parameters", _count),
+        ("size, MB", "bytes", megabytes),
+        ("validation accuracy, %", "val_accuracy", percent),
+        ("validation loss", "val_loss", _decimals),
+        ("test accuracy, %", "test_accuracy", percent),
+        ("multiply-accumulates, M", "macs", _millions),
+        ("latency p50, ms", "p50_ms", _decimals),
+    ):
+        before, after = donor.get(key), result.get(key)
+        cut = percent(1 - after / before) if key in _COSTS and before and after else ""
+        rows.append((label, _shown(before, show), _shown(after, show), cut))
+    note = _note("MB are 10⁶ bytes of the ONNX file; latency is of one image in onnxruntime.")
+    return _table(("", name or "donor", "rootstock", "reduction, %"), rows) + note
+
+
+def _methods(result: Result) -> dict[str, Result]:
+    """Rootstock, its int8 form, and the baselines."""
+    int8 = dict(result.get("int8") or {})
+    if int8:
+        same = ("parameters", "trunk_parameters", "macs")
+        int8 |= {key: result.get(key) for key in same} | {"bytes": result.get("int8_bytes")}
+    own = {"rootstock": result} | ({"rootstock, int8": int8} if int8 else {})
+    return {**own, **result.get("baselines", {})}
+
+
+def _frontier(result: Result) -> str:
+    methods = {_printable(name): numbers for name, numbers in _methods(result).items()}
+    measured = [each for each in methods.values() if each.get("test_accuracy") is not None]
+    curve = result.get("curve", ())
+    if not measured and not curve:
+        return ""
+    note = _note("Points are test accuracies with 95 % intervals; up and to the left is better.")
+    return _figure(frontier(methods, curve), "accuracy against bytes, operations and time") + note
+
+
+def _all_methods(result: Result) -> str:
+    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "parameters": ("parameters", _count),
+        "trunk_parameters": ("of the trunk", _count),
+        "bytes": ("MB", megabytes),
+        "macs": ("MMAC", _millions),
+        "p50_ms": ("p50, ms", _decimals),
+        "val_accuracy": ("validation, %", percent),
+        "val_loss": ("validation loss", _decimals),
+        "test_accuracy": ("test, %", percent),
+        "test_interval": ("95 % interval", _interval),
+    }
+    rows = [
+        (name, *(_shown(numbers.get(key), show) for key, (_, show) in columns.items()))
+        for name, numbers in _methods(result).items()
+    ]
+    int8 = result.get("int8") or {}
+    note = ""
+    if int8.get("agreement") is not None:
+        note = _note(f"int8 names the same class as float32 on {percent(int8['agreement'])} %.")
+    return _table(("", *(label for label, _ in columns.values())), rows, own=2) + note
+
+
+def _recall(result: Result) -> str:
+    recall = result.get("recall") or {}
+    _, donor = reference_donor(result)
+    others = donor.get("recall") or {}
+    rows = [
+        (name, _shown(share, percent), _shown(others.get(name), percent), _Bar(share or 0.0))
+        for name, share in recall.items()
+    ]
+    return _table(("class", "rootstock, %", "donor, %", ""), rows) if rows else ""
+
+
+def _confusion(result: Result) -> str:
+    counts, classes = result.get("confusion"), result.get("classes", ())
+    if not counts:
+        return ""
+    head = "".join(f"<th>{_text(name)}</th>" for name in classes)
+    rows = []
+    for true, (name, row) in enumerate(zip(classes, counts, strict=True)):
+        total = max(1, sum(row))
+        cells = (
+            f'<td style="background: rgba(var(--{"strong" if true == answer else "wrong"}), '
+            f'{min(1.0, count / total):.2f})">{count or ""}</td>'
+            for answer, count in enumerate(row)
+        )
+        rows.append(f"<tr><th>{_text(name)}</th>{''.join(cells)}</tr>")
+    note = _note("Rows are the true classes, columns the answers, on the test images.")
+    return (
+        '<div class="wide"><table class="confusion"><thead><tr><th></th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{note}"
+    )
+
+
+def _scion(result: Result) -> str:
+    rows = [
+        (layer["layer"], f"{layer['kept']:,} of {layer['channels']:,}", _Bar(share))
+        for layer in result.get("scion", ())
+        for share in [layer["kept"] / max(1, layer["channels"])]
+    ]
+    note = _note("Features that the head reads, of all pooled features of the layer.")
+    return _table(("layer", "read", ""), rows) + note if rows else ""
+
+
+def _mistakes(result: Result) -> str:
+    figures = []
+    for entry in result.get("mistakes", ()):
+        image = _image(entry.get("thumbnail"), entry["name"])
+        confidence = percent(entry["confidence"])
+        figures.append(
+            f"<figure>{image}<figcaption>{_text(entry['predicted'])} ({confidence} %), but "
+            f"{_text(entry['label'])}<br>{_text(entry['name'])}</figcaption></figure>"
+        )
+    return f'<div class="mistakes">{"".join(figures)}</div>' if figures else ""
+
+
+def _training(result: Result) -> str:
+    history = result.get("history")
+    return _figure(training_curves(history), "loss and accuracy by epoch") if history else ""
+
+
+def _making(result: Result) -> str:
+    images = result.get("images") or {}
+    budget, rss = result.get("budget") or {}, result.get("peak_rss_bytes")
+    facts = {
+        "donor": result.get("donor"),
+        "method": result.get("method"),
+        "trunk": {True: "frozen", False: "fine-tuned"}.get(result.get("frozen")),  # type: ignore[arg-type]
+        "budget": budget.get("text"),
+        "images": ", ".join(f"{count:,} {split}" for split, count in images.items()),
+        "image size": f"{result['size']} × {result['size']}" if "size" in result else None,
+        "epochs": result.get("epochs"),
+        "seed": result.get("seed"),
+        "seconds": result.get("seconds"),
+        "peak memory of inference, MB": None if rss is None else f"{rss / 1e6:.0f}",
+        **(result.get("versions") or {}),
+    }
+    return _table(("", ""), [(name, str(value)) for name, value in facts.items() if value])
+
+
+_SECTIONS: tuple[tuple[str, Callable[[Result], str]], ...] = (
+    ("Donor and rootstock", _headline),
+    ("Frontier", _frontier),
+    ("All methods", _all_methods),
+    ("Recall by class", _recall),
+    ("Confusion", _confusion),
+    ("The scion", _scion),
+    ("What it gets wrong", _mistakes),
+    ("Training", _training),
+    ("What to know of the data", _warnings),
+    ("How it was made", _making),
+)
+
+
+class _Bar(float):
+    """A share between 0 and 1, drawn as a bar."""
+
+
+def _table(headers: Sequence[str], rows: Iterable[Sequence[str | _Bar]], own: int = 0) -> str:
+    """Args: own: how many of the first rows are the rootstock's."""
+    head = "".join(f"<th>{_text(header)}</th>" for header in headers)
+    lines = []
+    for index, row in enumerate(rows):
+        mark = ' class="own"' if index < own else ""
+        lines.append(f"<tr{mark}>{''.join(map(_cell, row))}</tr>")
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _cell(value: str | _Bar) -> str:
+    if isinstance(value, _Bar):
+        return f'<td class="bar"><div style="width: {100 * min(1.0, value):.1f}%"></div></td>'
+    return f"<td>{_text(value)}</td>"
+
+
+def _list(entries: Iterable[str]) -> str:
+    items = "".join(f"<li>{_text(entry)}</li>" for entry in entries)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{_text(text)}</p>'
+
+
+def _figure(source: str, description: str) -> str:
+    return f'<img class="figure" src="{source}" alt="{_text(description)}">'
+
+
+def _image(thumbnail: str | None, name: str) -> str:
+    """A JPEG in base64; anything else is left out."""
+    try:
+        jpeg = base64.b64decode(thumbnail or "", validate=True)
+    except ValueError:
+        return ""
+    source = base64.b64encode(jpeg).decode()
+    return f'<img src="data:image/jpeg;base64,{source}" alt="{_text(name)}">' if jpeg else ""
+
+
+def _text(value: str) -> str:
+    return html.escape(_printable(value))
+
+
+def _printable(value: str) -> str:
+    """Without control characters, which neither a page nor a picture may hold."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in value)
+
+
+def _shown(value: Any, show: Callable[[Any], str]) -> str:
+    return ABSENT if value is None else show(value)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _millions(value: float) -> str:
+    return f"{value / 1e6:.1f}"
+
+
+def _decimals(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _interval(value: Sequence[float]) -> str:
+    return f"{percent(value[0])} – {percent(value[1])}"

@@ -1,0 +1,117 @@
+"""What a run found, as the one dictionary that graft.json, the page and the command line read."""
+
+import base64
+import io
+import json
+import os
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from graftkit.config import VERSION
+from graftkit.errors import OutputError
+from graftkit.vision.images import ImageSet
+from graftkit.vision.int8 import quantize_onnx
+from graftkit.vision.measuring import Measured, file_latency, file_scores
+from graftkit.vision.parity import peak_rss_bytes
+from graftkit.vision.predict import Predictor
+from graftkit.vision.rootstock import Scion
+
+CALIBRATION_IMAGES = 256  # of training, for the ranges of int8
+SHOWN_MISTAKES = 24
+DROP = 0.01  # of validation accuracy by int8, above which the report warns
+
+
+def deployed(main: Measured, images: ImageSet, int8: Path) -> dict[str, Any]:
+    """Quantize the rootstock, and measure both files as they would run on a device."""
+    train = images.part("train").pixels
+    chosen = np.linspace(0, len(train) - 1, min(CALIBRATION_IMAGES, len(train))).astype(int)
+    int8_bytes = quantize_onnx(main.file, int8, train[chosen])
+    predictor = Predictor.open(int8)
+    val, test = (file_scores(predictor, images.part(split)) for split in ("val", "test"))
+    p50, p95 = file_latency(predictor, images.pixels[:1])
+    same = test.logits.argmax(dim=1) == main.test.logits.argmax(dim=1)
+    return {
+        "int8_bytes": int8_bytes,
+        "int8": {
+            "val_accuracy": val.accuracy,
+            "test_accuracy": test.accuracy,
+            "test_interval": list(test.interval),
+            "p50_ms": p50,
+            "p95_ms": p95,
+            "agreement": float(same.float().mean()),
+        },
+        "peak_rss_bytes": peak_rss_bytes(main.file),
+    }
+
+
+def doubts_of_int8(result: dict[str, Any]) -> list[str]:
+    """What a reader should know of the int8 file."""
+    drop = result["val_accuracy"] - result["int8"]["val_accuracy"]
+    if drop <= DROP:
+        return []
+    return [f"int8 names {100 * drop:.1f} % fewer validation images rightly than float32."]
+
+
+def scion_rows(scion: Scion, names: tuple[str, ...], widths: tuple[int, ...]) -> list[Any]:
+    """Of every layer that is kept: its pooled features, and how many of them the head reads."""
+    return [
+        {
+            "layer": names[index],
+            "index": index,
+            "channels": widths[index],
+            "kept": len(scion.channels.get(index, ())),
+        }
+        for index in range(scion.cut)
+    ]
+
+
+def mistakes(main: Measured, images: ImageSet) -> list[dict[str, Any]]:
+    """Test images that are named wrongly, the most confident first."""
+    part = images.part("test")
+    shares = torch.softmax(main.test.logits, dim=1)
+    confidence, answers = shares.max(dim=1)
+    wrong = np.flatnonzero(answers.numpy() != part.labels)
+    order = wrong[np.argsort(-confidence.numpy()[wrong], kind="stable")][:SHOWN_MISTAKES]
+    return [
+        {
+            "name": part.names[index],
+            "label": images.classes[part.labels[index]],
+            "predicted": images.classes[int(answers[index])],
+            "confidence": float(confidence[index]),
+            "thumbnail": _thumbnail(part.pixels[index]),
+        }
+        for index in order
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of graftkit and of what it computes with."""
+    return {"graftkit": VERSION} | {name: version(name) for name in ("torch", "onnxruntime")}
+
+
+def write_json(result: dict[str, Any], file: Path) -> None:
+    """Write a result, whole or not at all. Raises: OutputError."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise OutputError(
+            f"{file}: cannot be written ({error}); free some space or choose another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _thumbnail(pixels: np.ndarray) -> str:
+    """JPEG of an image (3, size, size), base64."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(file, "JPEG", quality=85)
+    return base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,344 @@
+"""Fine-tuning of a rootstock on images, and scores of what it answers.
+
+    loss = (1 − w) CE(smoothed labels) + w T² KL(softmax(soft / T) ‖ softmax(logits / T))
+
+AdamW, a warm-up and a cosine; the weights that are kept are a moving average. Every draw follows
+from (seed, epoch, batch) and every epoch ends with a checkpoint: a run that was killed goes on
+from its last whole epoch, to the same bits on the same machine.
+"""
+
+import json
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
+
+from graftkit.errors import ConfigError, ImagesError, OutputError
+from graftkit.vision.augment import augment, seeded
+from graftkit.vision.images import Part, Report
+from graftkit.vision.rootstock import Rootstock
+from graftkit.vision.scoring import logits_of, score
+
+STEP = "fine-tuning"  # as `report` hears it
+CHECKPOINT = "checkpoint.pt"
+WARM_UP_SHARE = 0.1  # of all steps
+
+
+class TrainingSettings(BaseModel):
+    """How a rootstock, or a baseline, is fine-tuned."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    epochs: int = Field(default=20, ge=1, le=10_000)
+    """Passes over the training images."""
+    batch: int = Field(default=64, ge=4, le=65_536)
+    """Images of a step, at most; the images are dealt out evenly."""
+    learning_rate: float = Field(default=3e-3, gt=0, lt=1)
+    """Highest rate of AdamW, reached after a tenth of the steps; the head's."""
+    trunk_share: float = Field(default=0.3, ge=0, le=1)
+    """The trunk's rate as a share of it: 1 for random weights, 0 leaves its weights alone."""
+    weight_decay: float = Field(default=0.02, ge=0, lt=1)
+    """Decoupled weight decay of matrices and kernels; norms and biases have none."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Share of a label that is spread over all classes."""
+    distillation: float = Field(default=0.5, ge=0, le=1)
+    """Weight w of the divergence from soft labels, where there are any."""
+    temperature: float = Field(default=2.0, gt=0, le=100)
+    """Temperature T of soft labels."""
+    average_epochs: float = Field(default=1.0, ge=0)
+    """Horizon of the moving average of weights, in epochs; 0 keeps the last weights."""
+    upright: bool = False
+    """Whether up matters in the images: mirrored only, not turned by 90 degrees."""
+    bfloat16: bool = True
+    """Whether convolutions and dense layers compute in bfloat16 (autocast)."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides the order of the images, their views and dropout."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass: the mean training loss, as minimised; cross-entropy and accuracy on validation."""
+
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `fine_tune` did. best: the epoch whose weights were kept, from 0."""
+
+    history: tuple[Epoch, ...]
+    best: int
+
+
+def fine_tune(
+    module: Rootstock,
+    train: Part,
+    val: Part,
+    settings: TrainingSettings,
+    folder: Path,
+    soft_labels: Tensor | nn.Module | None = None,
+    report: Report = lambda step, done, total: None,
+) -> Training:
+    """Train `module` in place; it ends in eval mode with the weights of its best epoch.
+
+    The best epoch has the lowest validation cross-entropy. It counts every image by degrees, where
+    accuracy moves in steps of one image: on a few hundred images it is less a matter of luck.
+
+    Args:
+        module: on the device that it is to be trained on.
+        folder: of the checkpoint. The same call goes on there; another one begins anew.
+        soft_labels: logits of the training images (n, classes), or a network that gives them for
+            the very view that `module` sees.
+        report: hears of every step.
+    Raises: ImagesError for too few images; ConfigError when the loss is not finite or the
+        checkpoint cannot be read; OutputError when it cannot be written.
+    """
+    _check_parts(train, val)
+    key = _digest(module, train, val, settings, soft_labels)
+    run = _Run(module, train, val, settings, soft_labels)
+    file = Path(folder) / CHECKPOINT
+    run.resume(file, key)
+    for epoch in range(len(run.history), settings.epochs):
+        started = time.monotonic()
+        with seeded(settings.seed, epoch):
+            train_loss = run.train_epoch(epoch, report)
+        run.close_epoch(train_loss, started)
+        run.write(file, key)
+    module.load_state_dict(run.best_weights)
+    module.eval()
+    return Training(tuple(run.history), run.best)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the highest rate: linear up to 1, then a cosine down to 0."""
+    warm_up = max(1, round(WARM_UP_SHARE * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))) / 2
+
+
+def loss_of(
+    logits: Tensor, labels: Tensor, soft: Tensor | None, settings: TrainingSettings
+) -> Tensor:
+    """The loss at the top of this file, a mean over rows.
+
+    Args:
+        logits, soft: (n, classes), float. labels: (n,), int64. soft: None takes w = 0.
+    """
+    plain = functional.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+    if soft is None:
+        return plain
+    heat = settings.temperature
+    divergence = functional.kl_div(
+        functional.log_softmax(logits / heat, dim=1),
+        functional.log_softmax(soft / heat, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return (1 - settings.distillation) * plain + settings.distillation * heat**2 * divergence
+
+
+def parameter_groups(module: Rootstock, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """Groups for AdamW: trunk and head by rate, kernels with weight decay, vectors without."""
+    groups = []
+    for part, rate in (
+        (module.trunk, settings.trunk_share * settings.learning_rate),
+        (module.head, settings.learning_rate),
+    ):
+        weights = list(part.parameters())
+        kernels = [weight for weight in weights if weight.ndim > 1]
+        vectors = [weight for weight in weights if weight.ndim <= 1]
+        for members, decay in ((kernels, settings.weight_decay), (vectors, 0.0)):
+            groups.append({"params": members, "highest": rate, "weight_decay": decay})
+    return groups
+
+
+class _Run:
+    """Weights, their average, the optimizer's state, the history and the best weights so far."""
+
+    def __init__(
+        self,
+        module: Rootstock,
+        train: Part,
+        val: Part,
+        settings: TrainingSettings,
+        soft_labels: Tensor | nn.Module | None,
+    ):
+        self.module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.train, self.val, self.settings, self.soft = train, val, settings, soft_labels
+        self.device = next(module.parameters()).device
+        self.steps = math.ceil(len(train.labels) / settings.batch)  # of an epoch
+        self.average = AveragedModel(
+            module, multi_avg_fn=_moving_average(settings, self.steps), use_buffers=True
+        )
+        self.optimizer = torch.optim.AdamW(parameter_groups(module, settings))
+        self.history: list[Epoch] = []
+        self.best = -1
+        self.best_weights: dict[str, Tensor] = {}
+        if isinstance(soft_labels, nn.Module):
+            soft_labels.eval()
+
+    def train_epoch(self, epoch: int, report: Report) -> float:
+        """One pass over the training images; their mean loss."""
+        self.module.train()
+        order = torch.randperm(len(self.train.labels)).numpy()
+        total = 0.0
+        for index, rows in enumerate(np.array_split(order, self.steps)):
+            step = epoch * self.steps + index
+            total += len(rows) * self._step(step, epoch, index, np.sort(rows))
+            report(STEP, step + 1, self.steps * self.settings.epochs)
+        return total / len(order)
+
+    def _step(self, step: int, epoch: int, index: int, rows: np.ndarray) -> float:
+        """One update of the weights from the images `rows`; its loss."""
+        settings = self.settings
+        pixels = torch.from_numpy(self.train.pixels[rows]).to(self.device)
+        labels = torch.from_numpy(self.train.labels[rows]).to(self.device)
+        images = augment(pixels, settings.seed, epoch, index, settings.upright)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bfloat16):
+            logits = self.module(images).float()
+            soft = self._soft(images, rows)
+        loss = loss_of(logits, labels, soft, settings)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"the loss became {value} in epoch {epoch + 1}, step {index + 1}; lower "
+                f"learning_rate (it is {settings.learning_rate}) or set bfloat16 to false"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["highest"] * learning_rate(step, self.steps * settings.epochs)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.average.update_parameters(self.module)
+        return value
+
+    @torch.no_grad()
+    def _soft(self, images: Tensor, rows: np.ndarray) -> Tensor | None:
+        if isinstance(self.soft, nn.Module):
+            logits: Tensor = self.soft(images)
+            return logits.float()
+        return None if self.soft is None else self.soft[rows].to(self.device).float()
+
+    def close_epoch(self, train_loss: float, started: float) -> None:
+        """Measure the average on validation, and keep it when it is the best so far."""
+        network = self.average.module
+        settings = self.settings
+        logits = logits_of(network, self.val.pixels, settings.batch, settings.bfloat16)
+        found = score(logits, self.val.labels)
+        seconds = time.monotonic() - started
+        self.history.append(Epoch(train_loss, found.loss, found.accuracy, seconds))
+        if self.best < 0 or found.loss < self.history[self.best].val_loss:
+            self.best = len(self.history) - 1
+            self.best_weights = {k: v.clone() for k, v in network.state_dict().items()}
+
+    def write(self, file: Path, key: str) -> None:
+        """The state after a whole epoch, whole or not at all. Raises: OutputError."""
+        state = {
+            "key": key,
+            "module": self.module.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": [asdict(epoch) for epoch in self.history],
+            "best": self.best,
+            "best_weights": self.best_weights,
+        }
+        partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(state, partial)
+            os.replace(partial, file)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+            raise OutputError(
+                f"{file}: cannot be written ({error}); free some space or choose another place"
+            ) from error
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+    def resume(self, file: Path, key: str) -> None:
+        """Go on from `file` where it is of the same call. Raises: ConfigError if it is damaged."""
+        if not file.exists():
+            return
+        try:
+            state = torch.load(file, map_location=self.device, weights_only=True)
+            if state["key"] != key:
+                return
+            self.module.load_state_dict(state["module"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.history = [Epoch(**epoch) for epoch in state["history"]]
+            self.best, self.best_weights = state["best"], state["best_weights"]
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.PickleError) as e:
+            raise ConfigError(
+                f"{file}: no checkpoint of a training ({e}); delete it and run again"
+            ) from e
+
+
+def _moving_average(settings: TrainingSettings, steps: int) -> Callable[..., None]:
+    """average <- average + share (weights - average), for AveragedModel."""
+    horizon = settings.average_epochs * steps
+    share = 1 - math.exp(-1 / horizon) if horizon else 1.0
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], current: list[Tensor], _count: Tensor) -> None:
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, current, share)
+        else:  # counters and indices are no averages
+            torch._foreach_copy_(averages, current)
+
+    return update
+
+
+def _check_parts(train: Part, val: Part) -> None:
+    if len(train.labels) < 2:
+        raise ImagesError(
+            f"{len(train.labels)} image is there to train on; batch normalization needs two"
+        )
+    if len(val.labels) == 0:
+        raise ImagesError(
+            "there is no image for validation, which picks the best epoch; give at least one"
+        )
+
+
+def _digest(
+    module: Rootstock,
+    train: Part,
+    val: Part,
+    settings: TrainingSettings,
+    soft_labels: Tensor | nn.Module | None,
+) -> str:
+    """All that decides the result: settings, images, first weights, architecture, soft labels."""
+    digest = blake3()
+    for text in (settings.model_dump_json(), json.dumps(module.describe()), repr(module)):
+        digest.update(text.encode())
+    for part in (train, val):
+        digest.update(part.labels.tobytes())
+        digest.update(np.ascontiguousarray(part.pixels).data)
+    states = [module.state_dict()]
+    if isinstance(soft_labels, nn.Module):
+        states.append(soft_labels.state_dict())
+    elif soft_labels is not None:
+        states.append({"soft labels": soft_labels})
+    for state in states:
+        for name, value in state.items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,221 @@
+"""From a donor, images and a budget to a rootstock, what it was compared with, and a report."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import run
+from torch import nn
+from vision.pictures import write_pictures
+from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor
+
+from graftkit.errors import BudgetError, ConfigError, OutputError
+from graftkit.vision.assembly import assemble
+from graftkit.vision.frozen import BEST_LAYER, DRAWS, LAST_LAYER, PAPER_SCION, RANDOM
+from graftkit.vision.grafting import NO_PAPER_SCION, GraftSettings, graft
+from graftkit.vision.predict import Prediction, Predictor
+from graftkit.vision.rootstock import Scion, grow
+from graftkit.vision.trained import DONOR, PRUNED, RANDOM_TRUNK, STUDENT
+
+COUNTS = {"train": 12, "val": 6, "test": 6}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data"), COUNTS, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def asked(budget: str, **other: Any) -> GraftSettings:
+    return GraftSettings.checked(budget=budget, size=SIZE, **other)
+
+
+@pytest.fixture(scope="module")
+def donor() -> nn.Module:
+    return nn.Sequential(*tiny_donor().layers)
+
+
+@pytest.fixture(scope="module")
+def frozen(
+    donor: nn.Module, data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    output = tmp_path_factory.mktemp("frozen")
+    return graft(donor, data, output, asked("6KB", freeze=True), cache), output
+
+
+def test_a_run_leaves_two_networks_a_page_and_its_numbers(
+    frozen: tuple[dict[str, Any], Path],
+) -> None:
+    result, output = frozen
+    names = {file.name for file in output.iterdir()}
+    assert {"rootstock.onnx", "rootstock.int8.onnx", "graft.json", "report.html"} <= names
+    assert json.loads((output / "graft.json").read_text()) == result
+    assert result["bytes"] == (output / "rootstock.onnx").stat().st_size <= 6000
+    assert result["int8_bytes"] == (output / "rootstock.int8.onnx").stat().st_size
+    assert set(result) >= {"val_accuracy", "test_accuracy", "val_loss", "parameters"}
+    assert set(result) >= {"trunk_parameters", "macs", "p50_ms", "baselines"}
+    assert set(result["baselines"]) - {PAPER_SCION} == {LAST_LAYER, BEST_LAYER, RANDOM}
+    assert (NO_PAPER_SCION in result["warnings"]) == (PAPER_SCION not in result["baselines"])
+    assert len(result["draws"]) == DRAWS
+
+
+def test_accuracies_are_those_of_the_file_on_disk(
+    frozen: tuple[dict[str, Any], Path], data: Path
+) -> None:
+    result, output = frozen
+    files = sorted(data.glob("test/*/*"))
+    found = Predictor.open(output / "rootstock.onnx").predict(files)
+    right = [
+        isinstance(answer, Prediction) and answer.label == file.parent.name
+        for answer, file in zip(found, files, strict=True)
+    ]
+    assert result["test_accuracy"] == pytest.approx(sum(right) / len(files))
+    assert result["test_accuracy"] > 0.8
+
+
+def test_another_run_finds_features_and_costs_in_the_cache(
+    frozen: tuple[dict[str, Any], Path], donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    steps: list[str] = []
+
+    def report(step: str, _done: int, _total: int) -> None:
+        steps.append(step)
+
+    again = graft(donor, data, tmp_path, asked("6KB", freeze=True, baselines=False), cache, report)
+    assert not {"cost of every cut", "view 0: images"} & set(steps)
+    assert again["test_accuracy"] == frozen[0]["test_accuracy"]
+    assert (tmp_path / "rootstock.onnx").read_bytes() == (frozen[1] / "rootstock.onnx").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_rootstock_comes_with_baselines_of_no_more_parameters(
+    donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    result = graft(donor, data, tmp_path, asked("9KB", epochs=2), cache)
+    others = dict(result["baselines"])
+    assert {DONOR, LAST_LAYER, RANDOM_TRUNK} <= set(others)
+    assert len(result["history"]) == 2
+    for name in (PAPER_SCION, STUDENT, RANDOM_TRUNK, PRUNED):
+        if name in others:
+            assert others[name]["parameters"] <= result["parameters"]
+    assert result["bytes"] <= 9000
+
+
+@pytest.mark.slow
+def test_a_killed_fine_tuning_goes_on_to_the_same_file(
+    donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    settings = asked("9KB", epochs=3, baselines=False, seed=1)
+
+    def stop(step: str, done: int, total: int) -> None:
+        if step == "fine-tuning: rootstock" and done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        graft(donor, data, tmp_path / "a", settings, cache, stop)
+    assert not (tmp_path / "a" / "rootstock.onnx").exists()
+    graft(donor, data, tmp_path / "a", settings, cache)
+    shutil.rmtree(cache / "training")
+    graft(donor, data, tmp_path / "b", settings, cache)
+    first, second = ((tmp_path / name / "rootstock.onnx").read_bytes() for name in "ab")
+    assert first == second
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_the_papers_method_reads_averages_of_one_stage_with_a_hidden_layer(
+    freeze: bool, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    settings = asked("60KB", method="paper", freeze=freeze, epochs=1, baselines=False)
+    result = graft(donor, data, tmp_path, settings, cache)
+    read = [row for row in result["scion"] if row["kept"]]
+    assert result["rule"] == "paper"
+    assert all(row["kept"] == row["channels"] // 2 for row in read)  # the means, not the spreads
+    hidden = sum(row["kept"] for row in read) * 256 + 256 + 256 * 3 + 3
+    assert result["parameters"] - result["trunk_parameters"] == hidden
+
+
+def test_channels_that_nobody_reads_are_dropped_and_the_answers_stay() -> None:
+    donor = tiny_donor()
+    scion = Scion(4, {1: (0, 3, 9), 3: (2, 5, 14)}, ("mean", "std"))
+    torch.manual_seed(0)
+    head = nn.Linear(6, 3)
+    whole, cut = grow(donor, scion, CLASSES, head), assemble(donor, scion, CLASSES, head)
+    images = as_images(colored(5).pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(cut(images), whole(images))
+    assert cut.scion.channels[3] == (0, 1, 5)
+    count, fewer = (sum(w.numel() for w in one.trunk.parameters()) for one in (whole, cut))
+    assert fewer == count - 9 * (8 + 1)
+
+
+@pytest.mark.parametrize("budget", ["6KB", "0.02MMAC", "1000ms"])
+def test_budgets_of_every_kind_are_kept(
+    budget: str, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    result = graft(donor, data, tmp_path, asked(budget, freeze=True, baselines=False), cache)
+    kind = {"bytes": "bytes", "macs": "macs", "ms": "p50_ms"}[result["budget"]["kind"]]
+    assert result[kind] <= result["budget"]["amount"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "unit"), [("100B", "KB"), ("10MAC", "MMAC"), ("0.0001ms", "ms")]
+)
+def test_a_budget_that_nothing_meets_names_the_smallest_that_can(
+    budget: str, unit: str, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match=rf"the smallest needs [\d.]+{unit}") as refused:
+        graft(donor, data, tmp_path, asked(budget, freeze=True, baselines=False), cache)
+    least = re.search(rf"[\d.]+{unit}", str(refused.value))
+    assert least is not None
+    if unit != "ms":  # the clock may say otherwise the next time
+        settings = asked(least[0], freeze=True, baselines=False)
+        assert graft(donor, data, tmp_path, settings, cache)["parameters"] > 0
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_settings_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="method is 'best': input should be 'auto' or 'paper'"):
+        asked("1MB", method="best")
+    with pytest.raises(ConfigError, match="epochs is 0: input should be greater"):
+        asked("1MB", epochs=0)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(
+    donor: nn.Module, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        graft(donor, data, tmp_path / "file", asked("6KB"))
+
+
+def test_the_command_prints_json_or_a_table(
+    shared: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    donor = shared / "data" / "vision" / "mobilenet_v2_1.0_imagenet_fp16.npz"
+    words = ["vision", "graft", donor, "--data", data, "--budget", "60KB", "--freeze"]
+    words += ["--no-baselines", "--upright", "--size", "32", "--cache", tmp_path / "cache"]
+    assert run(*words, "-o", tmp_path / "a", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["trunk_parameters"] < result["parameters"] < 15_000
+    assert run(*words, "-o", tmp_path / "b") == 0
+    told = capsys.readouterr().out
+    assert "rootstock" in told
+    assert "look at report.html" in told
+
+
+def test_a_donor_or_data_that_are_none_are_told_in_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for donor, images in (("vgg17", data), ("vgg16", tmp_path / "empty")):
+        words = ["vision", "graft", donor, "--data", images, "--budget", "1MB", "-o", tmp_path]
+        assert run(*words) == 1
+        assert capsys.readouterr().err.count("\n") == 1

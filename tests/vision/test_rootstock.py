@@ -1,0 +1,157 @@
+"""Rootstocks: which layers are kept, what the head reads, and heads that fold."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor, tiny_rootstock
+
+from graftkit.errors import DonorError, OutputError, RootstockError
+from graftkit.vision.donor import pool
+from graftkit.vision.heads import fold_head, hidden_head, linear_head
+from graftkit.vision.rootstock import Scion, grow, load_state, save_state
+
+IMAGES = as_images(colored(4).pixels)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    reads=st.dictionaries(
+        st.integers(0, 3), st.lists(st.integers(0, 7), max_size=8), min_size=1, max_size=4
+    ).filter(lambda reads: any(reads.values())),
+    poolings=st.sampled_from([("mean",), ("mean", "std"), ("max",)]),
+)
+def test_features_are_the_donors_by_layer_and_then_by_channel(
+    reads: dict[int, list[int]], poolings: tuple[str, ...]
+) -> None:
+    donor = tiny_donor()
+    scion = Scion(4, {layer: tuple(channels) for layer, channels in reads.items()}, poolings)
+    rootstock = grow(donor, scion, CLASSES, nn.Identity())
+    with torch.no_grad():
+        outputs = donor(IMAGES)
+        expected = [
+            pool(outputs[layer], poolings)[:, channel]
+            for layer in sorted(reads)
+            for channel in sorted(set(reads[layer]))
+        ]
+        found = rootstock.features(IMAGES)
+    assert found.shape[1] == scion.features
+    torch.testing.assert_close(found, torch.stack(expected, dim=1))
+
+
+def test_a_rootstock_keeps_no_layer_behind_its_cut() -> None:
+    donor = tiny_donor()
+    rootstock = grow(donor, Scion(2, {1: (0,)}), CLASSES, nn.Linear(1, 3))
+    kept = sum(weights.numel() for weights in rootstock.trunk.parameters())
+    assert kept == sum(weights.numel() for weights in donor.layers[:2].parameters())
+
+
+def test_training_a_rootstock_leaves_the_donor_as_it_was() -> None:
+    donor = tiny_donor()
+    before = donor.digest
+    rootstock = grow(donor, Scion(2, {1: (0,)}), CLASSES, nn.Linear(1, 3))
+    with torch.no_grad():
+        for weights in rootstock.parameters():
+            weights.add_(1)
+    assert donor.digest == before
+
+
+@pytest.mark.parametrize(
+    ("scion", "words"),
+    [
+        (Scion(5, {1: (0,)}), "has 4 layers, but the scion keeps 5"),
+        (Scion(0, {0: (0,)}), "keep 1 to 4"),
+        (Scion(2, {2: (0,)}), "reads layer 2, but keeps layers 0 to 1"),
+        (Scion(2, {-1: (0,)}), "reads layer -1"),
+        (Scion(2, {1: ()}), "reads no channel"),
+        (Scion(2, {1: (3, 8)}), "layer 1 has 8 pooled features, but the scion reads number 8"),
+        (Scion(2, {1: (-1, 3)}), "number -1"),
+    ],
+)
+def test_a_scion_that_the_donor_cannot_give_is_refused(scion: Scion, words: str) -> None:
+    with pytest.raises(DonorError, match=words):
+        grow(tiny_donor(), scion, CLASSES, nn.Linear(1, 3))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 4))
+def test_a_linear_head_is_the_regression_on_standardised_features(
+    seed: int, features: int, classes: int
+) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    weight = torch.randn(classes, features, generator=draws)
+    bias, mean = torch.randn(classes, generator=draws), torch.randn(features, generator=draws)
+    std = torch.rand(features, generator=draws) + 0.1
+    x = mean + std * torch.randn(5, features, generator=draws)
+    expected = (x - mean) / std @ weight.T + bias
+    torch.testing.assert_close(
+        linear_head(weight, bias, mean, std)(x), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_feature_that_never_varies_adds_nothing_to_a_linear_head() -> None:
+    mean, std = torch.tensor([3.0, 1.0]), torch.tensor([0.0, 2.0])
+    head = linear_head(torch.ones(1, 2), torch.zeros(1), mean, std)
+    torch.testing.assert_close(head(torch.tensor([[3.0, 5.0]])), torch.tensor([[2.0]]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31))
+def test_a_folded_head_answers_as_the_head_does_in_eval_mode(seed: int) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = hidden_head(6, 5, 3)
+        nn.init.normal_(head[0].weight)
+        nn.init.normal_(head[0].bias)
+        for _ in range(3):
+            head(2 + 3 * torch.randn(16, 6))
+        x = torch.randn(7, 6)
+    folded = fold_head(head.eval())
+    assert [type(layer) for layer in folded] == [nn.Linear, nn.ReLU, nn.Linear]
+    torch.testing.assert_close(folded(x), head(x), atol=1e-4, rtol=1e-4)
+
+
+def test_saved_weights_come_back_into_a_rootstock_grown_in_the_same_way(tmp_path: Path) -> None:
+    first, second = tiny_rootstock(seed=0), tiny_rootstock(seed=1).eval()
+    save_state(first.to(memory_format=torch.channels_last), tmp_path / "a.safetensors")
+    load_state(second, tmp_path / "a.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    torch.testing.assert_close(second(IMAGES), first.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("change", ["classes", "channels", "nothing saved", "damaged"])
+def test_weights_of_another_rootstock_are_refused(change: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_state(tiny_rootstock(), file)
+    other = tiny_rootstock(seed=1)
+    if change == "classes":
+        other = tiny_rootstock(seed=1, classes=("a", "b", "c"))
+    elif change == "channels":
+        scion = Scion(3, {1: (0, 2, 6), 2: tuple(range(8))})
+        other = grow(tiny_donor(), scion, CLASSES, hidden_head(scion.features, 8, 3))
+    elif change == "nothing saved":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(RootstockError, match=r"a\.safetensors"):
+        load_state(other, file)
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+
+
+def test_a_rootstock_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_state(tiny_rootstock(), tmp_path / "missing" / "a.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OutputError, match="cannot be written"):
+        save_state(tiny_rootstock(), tmp_path / "folder")
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_rootstock_takes_images_of_its_donors_size() -> None:
+    rootstock = tiny_rootstock()
+    assert rootstock.size == SIZE
+    assert rootstock.eval()(IMAGES).shape == (4, 3)

@@ -1,0 +1,333 @@
+"""Fine-tuning: it learns, it resumes to the same bits, and it says what is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn import functional
+from vision.tiny_networks import CLASSES, SIZE, colored, tiny_donor, tiny_rootstock
+
+from graftkit.errors import ConfigError, ImagesError, OutputError
+from graftkit.vision.baselines import donor_classifier
+from graftkit.vision.images import Part
+from graftkit.vision.norms import insert_norms
+from graftkit.vision.rootstock import Rootstock
+from graftkit.vision.scoring import Scores, score, scores, wilson_interval
+from graftkit.vision.training import (
+    CHECKPOINT,
+    Training,
+    TrainingSettings,
+    fine_tune,
+    learning_rate,
+    loss_of,
+    parameter_groups,
+)
+
+TRAIN, VAL = colored(60), colored(30, seed=1)
+SETTINGS = TrainingSettings(epochs=3, batch=16, learning_rate=3e-2)
+EMPTY = Part((), np.zeros(0, np.int64), np.zeros((0, 3, SIZE, SIZE), np.uint8))
+
+
+class Killed(Exception):
+    """The run ends here."""
+
+
+def start() -> Rootstock:
+    """The same rootstock with inserted norms every time."""
+    rootstock = tiny_rootstock()
+    insert_norms(rootstock, TRAIN.pixels)
+    return rootstock
+
+
+def train(
+    folder: Path,
+    settings: TrainingSettings = SETTINGS,
+    die_at: int = -1,
+    rootstock: Rootstock | None = None,
+    **more: Any,
+) -> tuple[Rootstock, Training, list[int]]:
+    """Fine-tune, and the steps that were heard of; `die_at` kills the run in that step."""
+    heard: list[int] = []
+
+    def report(step: str, done: int, total: int) -> None:
+        assert total == 4 * settings.epochs
+        heard.append(done)
+        if done == die_at:
+            raise Killed
+
+    rootstock = rootstock or start()
+    training = fine_tune(rootstock, TRAIN, VAL, settings, folder, report=report, **more)
+    return rootstock, training, heard
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_rootstock_learns_to_tell_colours(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"epochs": 8})
+    before = scores(start(), VAL)
+    rootstock, training, heard = train(tmp_path, settings)
+    after = scores(rootstock, VAL)
+    assert heard == list(range(1, 33))
+    assert len(training.history) == 8
+    assert after.accuracy > max(0.9, before.accuracy)
+    assert training.history[-1].train_loss < training.history[0].train_loss
+    assert not rootstock.training
+
+
+@pytest.mark.parametrize(("step", "bfloat16"), [(9, True), (11, False), (12, True)])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, step: int, bfloat16: bool) -> None:
+    settings = SETTINGS.model_copy(update={"bfloat16": bfloat16})
+    straight, training, _ = train(tmp_path / "straight", settings)
+    with pytest.raises(Killed):
+        train(tmp_path / "killed", settings, die_at=step)
+    resumed, again, heard = train(tmp_path / "killed", settings)
+    assert heard == list(range(9, 13))
+    assert same_weights(straight, resumed)
+    assert [(e.train_loss, e.val_loss, e.val_accuracy) for e in training.history] == [
+        (e.train_loss, e.val_loss, e.val_accuracy) for e in again.history
+    ]
+    assert training.best == again.best
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    first, training, _ = train(tmp_path)
+    second, again, heard = train(tmp_path)
+    assert heard == []
+    assert again == training
+    assert same_weights(first, second)
+
+
+@pytest.mark.parametrize("change", ["settings", "images", "weights", "soft labels"])
+def test_the_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path, change: str) -> None:
+    train(tmp_path, SETTINGS.model_copy(update={"epochs": 1}))
+    settings, images, rootstock, soft = (
+        SETTINGS.model_copy(update={"epochs": 1}),
+        TRAIN,
+        start(),
+        None,
+    )
+    if change == "settings":
+        settings = settings.model_copy(update={"seed": 1})
+    elif change == "images":
+        pixels = TRAIN.pixels.copy()
+        pixels[0, 0, 0, 0] ^= 1
+        images = Part(TRAIN.names, TRAIN.labels, pixels)
+    elif change == "weights":
+        with torch.no_grad():
+            next(rootstock.parameters()).add_(1e-3)
+    else:
+        soft = torch.zeros(60, 3)
+    heard: list[int] = []
+    fine_tune(
+        rootstock,
+        images,
+        VAL,
+        settings,
+        tmp_path,
+        soft,
+        lambda step, done, total: heard.append(done),
+    )
+    assert heard == [1, 2, 3, 4]
+
+
+def test_a_damaged_checkpoint_is_named_and_not_trained_over(tmp_path: Path) -> None:
+    train(tmp_path)
+    file = tmp_path / CHECKPOINT
+    for damage in (b"", b"no checkpoint", file.read_bytes()[:-200]):
+        file.write_bytes(damage)
+        with pytest.raises(ConfigError, match=r"checkpoint\.pt: no checkpoint of a training"):
+            train(tmp_path)
+        assert file.read_bytes() == damage
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"key": Path}, tmp_path / CHECKPOINT)
+    with pytest.raises(ConfigError, match="delete it and run again"):
+        train(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"checkpoint\.pt: cannot be written"):
+        train(tmp_path / "file")
+    train(tmp_path / "folder")
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == [CHECKPOINT]
+
+
+def test_the_epoch_of_the_lowest_validation_loss_is_kept(tmp_path: Path) -> None:
+    settings = TrainingSettings(epochs=5, batch=16, learning_rate=0.3, bfloat16=False)
+    rootstock, training, _ = train(tmp_path, settings)
+    losses = [epoch.val_loss for epoch in training.history]
+    assert training.best == losses.index(min(losses))
+    assert scores(rootstock, VAL).loss == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_counters_are_copied_and_not_averaged(tmp_path: Path) -> None:
+    rootstock, training, _ = train(tmp_path)
+    counters = [part for name, part in rootstock.named_buffers() if name.endswith("tracked")]
+    assert len(counters) == 5
+    assert all(counter == 4 * (training.best + 1) for counter in counters)
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
+    rootstock = start()
+    with torch.no_grad():
+        next(rootstock.parameters()).fill_(float("nan"))
+    with pytest.raises(ConfigError, match=r"nan in epoch 1, step 1; lower learning_rate"):
+        train(tmp_path, rootstock=rootstock)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("images", "val", "words"),
+    [(TRAIN, EMPTY, "no image for validation"), (colored(1), VAL, "needs two")],
+)
+def test_too_few_images_are_refused(images: Part, val: Part, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ImagesError, match=words):
+        fine_tune(start(), images, val, SETTINGS, tmp_path)
+
+
+def test_a_single_image_beyond_full_batches_is_trained_on_too(tmp_path: Path) -> None:
+    settings = TrainingSettings(epochs=1, batch=16)
+    heard: list[int] = []
+    fine_tune(
+        start(),
+        colored(17),
+        VAL,
+        settings,
+        tmp_path,
+        None,
+        lambda step, done, all_: heard.append(all_),
+    )
+    assert heard == [2, 2]
+
+
+def test_a_network_gives_soft_labels_for_the_views_that_are_trained_on(tmp_path: Path) -> None:
+    class Guide(nn.Module):
+        seen: list[Tensor]
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.seen.append(images)
+            return torch.tensor([9.0, 0.0, 0.0]).expand(len(images), 3)
+
+    guide = Guide()
+    guide.seen = []
+    settings = SETTINGS.model_copy(update={"epochs": 6, "distillation": 1.0})
+    rootstock, _, _ = train(tmp_path, settings, soft_labels=guide)
+    assert len(guide.seen) == 24
+    assert not torch.equal(guide.seen[0], guide.seen[4])
+    assert (scores(rootstock, VAL).logits.argmax(dim=1) == 0).all()
+
+
+def test_soft_labels_of_the_images_reach_the_rows_they_belong_to(tmp_path: Path) -> None:
+    shifted = Part(VAL.names, (VAL.labels + 1) % 3, VAL.pixels)
+    soft = 9 * functional.one_hot(torch.from_numpy((TRAIN.labels + 1) % 3), 3).float()
+    settings = SETTINGS.model_copy(update={"epochs": 8, "distillation": 1.0})
+    rootstock = start()
+    fine_tune(rootstock, TRAIN, shifted, settings, tmp_path, soft)
+    assert scores(rootstock, shifted).accuracy > 0.9
+
+
+def test_trunk_and_head_have_their_own_rates_and_vectors_do_not_decay() -> None:
+    rootstock = start()
+    settings = TrainingSettings(learning_rate=0.1, trunk_share=0.5, weight_decay=0.01)
+    groups = parameter_groups(rootstock, settings)
+    named = {weights: name for name, weights in rootstock.named_parameters()}
+    for group in groups:
+        for weights in group["params"]:
+            trunk = named.pop(weights).startswith("trunk")
+            assert group["highest"] == (0.05 if trunk else 0.1)
+            assert group["weight_decay"] == (0.01 if weights.ndim > 1 else 0)
+    assert named == {}
+
+
+def test_a_trunk_of_share_zero_keeps_its_weights(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"trunk_share": 0.0})
+    rootstock, _, _ = train(tmp_path, settings)
+    before = dict(start().named_parameters())
+    for name, weights in rootstock.named_parameters():
+        assert torch.equal(weights, before[name]) == name.startswith("trunk"), name
+
+
+@given(st.integers(1, 500))
+def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_to_nothing(steps: int) -> None:
+    rates = [learning_rate(step, steps) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert rates[top] == 1
+    assert all(0 < rate <= 1 for rate in rates)
+    assert abs(top + 1 - steps / 10) <= 1.5
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_the_loss_mixes_labels_and_soft_labels_as_its_equation_says() -> None:
+    logits, soft = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    settings = TrainingSettings(label_smoothing=0, distillation=0.25, temperature=2)
+    wanted, found = torch.softmax(soft / 2, 1), torch.softmax(logits / 2, 1)
+    divergence = float((wanted * (wanted / found).log()).sum())
+    plain = float(-torch.log_softmax(logits, 1)[0, 0])
+    labels = torch.tensor([0])
+    mixed = loss_of(logits, labels, soft, settings)
+    assert float(mixed) == pytest.approx(0.75 * plain + 0.25 * 4 * divergence)
+    assert float(loss_of(logits, labels, None, settings)) == pytest.approx(plain)
+
+
+def test_unknown_and_impossible_settings_are_refused() -> None:
+    for wrong in ({"epoch": 3}, {"batch": 3}, {"learning_rate": 0}, {"distillation": 1.1}):
+        with pytest.raises(ValidationError):
+            TrainingSettings(**wrong)  # type: ignore[arg-type]
+    assert all(field.description for field in TrainingSettings.model_fields.values())
+
+
+def test_a_donor_classifier_is_fine_tuned_by_the_same_call(tmp_path: Path) -> None:
+    classifier = donor_classifier(tiny_donor(), CLASSES)
+    train(tmp_path, SETTINGS.model_copy(update={"epochs": 8}), rootstock=classifier)
+    assert scores(classifier, VAL).accuracy > 0.6
+
+
+def scored(answers: list[int], labels: list[int]) -> Scores:
+    return score(5 * functional.one_hot(torch.tensor(answers), 3).float(), np.array(labels))
+
+
+def test_scores_count_by_class_and_say_where_a_class_is_missing() -> None:
+    found = scored([0, 1, 1, 0], [0, 0, 1, 1])
+    assert found.accuracy == 0.5
+    assert found.recall == (0.5, 0.5, None)
+    assert found.confusion == ((1, 1, 0), (1, 1, 0), (0, 0, 0))
+    rows = torch.tensor([5.0, 0.0, 0.0]), torch.tensor([0.0, 5.0, 0.0])
+    losses = [-torch.log_softmax(row, 0)[0] for row in rows]
+    assert found.loss == pytest.approx(float(sum(losses)) / 2)
+
+
+def test_nothing_is_scored_on_no_image() -> None:
+    with pytest.raises(ImagesError, match="no image to score"):
+        scores(start(), EMPTY)
+
+
+def test_scoring_in_small_batches_changes_nothing_and_keeps_the_mode() -> None:
+    rootstock = start().train()
+    whole, small = scores(rootstock, VAL), scores(rootstock, VAL, batch=7)
+    torch.testing.assert_close(whole.logits, small.logits, atol=1e-4, rtol=1e-4)
+    assert rootstock.training
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_interval_holds_the_share_and_solves_wilsons_equation(counts: tuple[int, int]) -> None:
+    right, count = counts
+    low, high = wilson_interval(right, count)
+    share = right / count
+    assert 0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1
+    for edge in (low, high):
+        assert (share - edge) ** 2 == pytest.approx(
+            1.959964**2 * edge * (1 - edge) / count, abs=1e-9
+        )

@@ -1,0 +1,69 @@
+"""Donors of a few layers and images of three colours, made here."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graftkit.vision.donor import Donor, Normalization
+from graftkit.vision.donors.chain import Chain
+from graftkit.vision.heads import hidden_head
+from graftkit.vision.images import Part
+from graftkit.vision.rootstock import Rootstock, Scion, grow
+
+SIZE = 16
+CLASSES = ("blue", "green", "red")
+
+
+class Residual(nn.Module):
+    """A depthwise and a pointwise convolution, added to their input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, groups=channels),
+            nn.ReLU6(),
+            nn.Conv2d(channels, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed: Tensor = self.body(x)
+        return x + changed
+
+
+def tiny_donor(seed: int = 0, channels: tuple[int, int, int] = (8, 8, 12)) -> Donor:
+    """Four layers without batch normalization, as in a donor that has it folded."""
+    first, second, last = channels
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = (
+            nn.Sequential(nn.Conv2d(3, first, 3, stride=2, padding=1), nn.ReLU6()),
+            Residual(first),
+            nn.Sequential(nn.Conv2d(first, second, 3, stride=2, padding=1), nn.ReLU6()),
+            nn.Sequential(nn.Conv2d(second, last, 1), nn.ReLU6()),
+        )
+    names = tuple(f"f.{index}" for index in range(len(layers)))
+    grey = Normalization((127.5,) * 3, (127.5,) * 3)
+    return Donor(Chain("tiny", grey, layers, names, folded=True), SIZE)
+
+
+def tiny_rootstock(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Rootstock:
+    """Three layers of the tiny donor, features of two, one hidden layer."""
+    scion = Scion(3, {1: (0, 2, 5), 2: tuple(range(8))})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = hidden_head(scion.features, 8, len(classes))
+    return grow(tiny_donor(seed), scion, classes, head)
+
+
+def colored(count: int, seed: int = 0) -> Part:
+    """Noisy images whose strongest colour is their class."""
+    draws = np.random.default_rng(seed)
+    labels = np.arange(count, dtype=np.int64) % len(CLASSES)
+    pixels = draws.integers(0, 120, (count, 3, SIZE, SIZE), dtype=np.uint8)
+    pixels[np.arange(count), 2 - labels] += 120
+    return Part(tuple(f"{index}.png" for index in range(count)), labels, pixels)
+
+
+def as_images(pixels: np.ndarray) -> Tensor:
+    """What a network takes: float, RGB 0..255."""
+    return torch.from_numpy(np.array(pixels)).float()
