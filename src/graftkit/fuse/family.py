@@ -1,124 +1,156 @@
-"""A family of packs in memory, as a file would hold it, so that its bytes are those of a file.
+"""A family of packs: every skill from the shared part and its own (docs/family-format.md)."""
 
-The shared part and factors are bf16, masks are packed to one bit an entry, scales are float32.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from graftkit.compress.bitpack import pack_bits, unpack_bits
-from graftkit.compress.codecs import Layout
 from graftkit.delta import Checkpoint
-from graftkit.fuse.families import Masked, Twin
-from graftkit.fuse.merging import open_mixture
+from graftkit.errors import ConfigError, CorruptPackError, FamilyError
+from graftkit.fuse.family_file import FamilyParts, Masks, Member, read_family
+from graftkit.fuse.merging import Progress
+from graftkit.fuse.packing import joined_licences
+from graftkit.packing import pack_delta
+from graftkit.sharded import write_checkpoint
 from graftkit.skillpack import SkillPack
-
-SCALE_BYTES = 4
-"""A float32 scale."""
-
-Split = Callable[[Sequence[Tensor], Layout], Masked | Twin]
-"""One tensor's deltas and its layout to a shared part and private parts."""
+from graftkit.skillpack.files import decode_file
 
 
 class Family:
-    """A shared part and one private part per skill, tensor by tensor.
+    """Skills of one target that share a part; opened from a file, nothing is decoded before use."""
 
-    Attributes:
-        skills: names of the tuned models, in the packs' order.
-        shared_bytes: bytes of the shared part. private_bytes: bytes of each skill's own part.
-    """
+    def __init__(self, path: Path, parts: FamilyParts):
+        self.path = path
+        self.manifest = parts.manifest
+        self._parts = parts
+        self._members = {skill.name: skill for skill in parts.manifest.skills}
 
-    def __init__(self, skills: Sequence[str], shapes: dict[str, tuple[int, ...]]):
-        self.skills = tuple(skills)
-        self.shared_bytes = 0
-        self.private_bytes = [0] * len(self.skills)
-        self._shapes = shapes
-        self._parts: dict[str, _StoredMasked | _StoredTwin] = {}
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a file; everything is checked. Raises: FamilyError."""
+        return cls(Path(path), read_family(Path(path)))
+
+    @property
+    def skills(self) -> tuple[str, ...]:
+        """Names of the skills, in the order of the packs."""
+        return tuple(self._members)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of everything: the shared part once, and every private part."""
-        return self.shared_bytes + sum(self.private_bytes)
+        """Bytes of the file."""
+        return self._parts.nbytes
 
-    def add(self, name: str, part: Masked | Twin) -> None:
-        """Store one tensor's parts, rounded and packed."""
-        stored = _StoredMasked(part) if isinstance(part, Masked) else _StoredTwin(part)
-        self._parts[name] = stored
-        self.shared_bytes += stored.shared.nbytes
-        for index in range(len(self.skills)):
-            self.private_bytes[index] += stored.private_bytes(index)
+    def check_target(self, target: Checkpoint) -> None:
+        """Refuse everything but the family's own target. Raises: PackMismatchError."""
+        self._parts.shared.check_target(target.read, set(target.tensors), str(target.path))
 
-    def delta(self, skill: int, name: str) -> Tensor:
-        """What one skill adds to a tensor of the target, float32; zeros where nothing changes.
+    def delta(self, skill: str, name: str, before: Tensor) -> Tensor:
+        """What one skill adds to a tensor of the target, float32.
+
+            Δ̂ = s M ⊙ τ̂  (emr, tall),   Δ̂ = τ̂ + the skill's rest  (twin)
 
         Args:
-            skill: its index in `skills`. name: any tensor of the target.
+            name: any tensor of the target. before: its values there.
+        Raises: ConfigError for an unknown skill; PackMismatchError for an unknown tensor or
+            another shape; FamilyError where a part cannot be decoded.
         """
-        if name not in self._parts:
-            return torch.zeros(self._shapes[name])
-        return self._parts[name].opened(skill).delta(0)
+        self.member(skill)
+        private = self._parts.private[skill]
+        try:
+            shared = self._parts.shared.delta(name, before)
+            if isinstance(private, Masks):
+                return private.apply(name, shared)
+            return shared.add_(private.delta(name, before))
+        except CorruptPackError as error:
+            raise FamilyError(f"{self.path}: {skill}, {name}: {error}") from error
 
+    def tensor(self, skill: str, name: str, before: Tensor) -> Tensor:
+        """The skill's tensor: target plus delta, summed in float32 and rounded to its dtype.
 
-def build_family(
-    target: str | Path | Checkpoint, packs: Sequence[str | Path | SkillPack], split: Split
-) -> Family:
-    """A family of packs of one target, tensor by tensor.
+        Raises: as `delta`.
+        """
+        if not before.is_floating_point():
+            return before
+        return self.delta(skill, name, before).add_(before).to(before.dtype)
 
-    Args:
-        split: such as `lambda deltas, layout: emr(deltas)`.
-    Raises: PackMismatchError for a pack of another target, or one that changes shapes, adds
-        tensors or changes the tokenizer; ConfigError without packs.
-    """
-    mixture = open_mixture(target, list(packs), None, "task_arithmetic", None)
-    mixture.check_addable()
-    opened, checkpoint = mixture.packs, mixture.target
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    family = Family([pack.manifest.tuned.name for pack in opened], shapes)
-    for name in filter(mixture.changes, mixture.names):
-        before = checkpoint.read(name)
-        deltas = [pack.delta(name, before) for pack in opened]
-        layout = next(r.layout for r in (p.record(name) for p in opened) if r.codec != "zero")
-        family.add(name, split(deltas, layout))
-    return family
+    def pack(
+        self, skill: str, target: str | Path | Checkpoint, progress: Progress | None = None
+    ) -> SkillPack:
+        """One skill as a lossless pack, which gives `tensor` of every tensor bit for bit.
 
+        The skill's checkpoint is on disk while this runs. The pack has no router key: `library
+        add` makes one from prompts.
 
-class _StoredMasked:
-    def __init__(self, part: Masked):
-        self.shared = part.shared.bfloat16()
-        self._masks = [pack_bits(mask.numpy().astype(np.uint8), 1) for mask in part.masks]
-        self._scales = part.scales
+        Raises: as `delta`; PackMismatchError for another target.
+        """
+        member = self.member(skill)
+        checkpoint = target if isinstance(target, Checkpoint) else Checkpoint.open(target)
+        self.check_target(checkpoint)
+        report = progress or (lambda step, done, total: None)
+        names = list(checkpoint.tensors)
+        with TemporaryDirectory(prefix="graftkit-") as folder:
+            tuned = Path(folder) / skill
+            write_checkpoint(
+                tuned,
+                names,
+                lambda name: self.tensor(skill, name, checkpoint.read(name)),
+                checkpoint.side_files() | self._side_files(member, checkpoint),
+                lambda done: report("unfolding", done, len(names)),
+            )
+            return pack_delta(
+                target.path if isinstance(target, Checkpoint) else target,
+                tuned,
+                recipe="lossless",
+                licence=joined_licences([one.licence for one in self.manifest.skills]),
+                provenance=self._provenance(member),
+                progress=progress,
+            )
 
-    def private_bytes(self, index: int) -> int:
-        return self._masks[index].nbytes + (SCALE_BYTES if self._scales else 0)
+    def member(self, skill: str) -> Member:
+        """What the manifest says of a skill. Raises: ConfigError for an unknown name."""
+        if skill not in self._members:
+            raise ConfigError(
+                f"{self.path}: no skill {skill!r} here; it holds {', '.join(self.skills)}"
+            )
+        return self._members[skill]
 
-    def opened(self, index: int) -> Masked:
-        """The part of one skill alone."""
-        bits = unpack_bits(self._masks[index], 1, self.shared.numel())
-        mask = torch.from_numpy(bits).bool().reshape(self.shared.shape)
-        scales = None if self._scales is None else [float(np.float32(self._scales[index]))]
-        return Masked(self.shared.float(), [mask], scales)
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the file: bytes of the shared part and of every private one."""
+        return {
+            "bytes": self.nbytes,
+            "ratio": self.nbytes / max(1, self.manifest.target.bytes),
+            "shared_bytes": self._parts.shared.pack_bytes,
+            "skills": [
+                skill.model_dump(mode="json") | {"bytes": self._private_bytes(skill.name)}
+                for skill in self.manifest.skills
+            ],
+            "manifest": self.manifest.model_dump(mode="json", exclude={"skills"}),
+        }
 
+    def _private_bytes(self, skill: str) -> int:
+        private = self._parts.private[skill]
+        own = private.nbytes if isinstance(private, Masks) else private.pack_bytes
+        return own + sum(map(len, self._parts.files[skill].values()))
 
-class _StoredTwin:
-    def __init__(self, part: Twin):
-        self.shared = part.shared.bfloat16()
-        self._part = replace(
-            part,
-            rests=[[(left.bfloat16(), right.bfloat16()) for left, right in r] for r in part.rests],
-        )
+    def _side_files(self, member: Member, target: Checkpoint) -> dict[str, bytes]:
+        """Files that differ from the target's. Raises: PackMismatchError, FamilyError."""
+        payloads = self._parts.files[member.name]
+        try:
+            files = self._parts.shared.side_files(target)
+            for record in member.files:
+                payload = payloads.get(record.name, memoryview(b""))
+                files[record.name] = decode_file(record, payload, target.side_file(record.name))
+        except CorruptPackError as error:
+            raise FamilyError(f"{self.path}: {member.name}: {error}") from error
+        return files
 
-    def private_bytes(self, index: int) -> int:
-        vector = self.shared.dim() < 2
-        return sum(
-            left.nbytes + (0 if vector else right.nbytes) for left, right in self._part.rests[index]
-        )
-
-    def opened(self, index: int) -> Twin:
-        """The part of one skill alone."""
-        factors = [(left.float(), right.float()) for left, right in self._part.rests[index]]
-        return Twin(self.shared.float(), [factors], self._part.layout)
+    def _provenance(self, member: Member) -> dict[str, str]:
+        manifest = self.manifest
+        settings = [f"{name}={value:g}" for name, value in sorted(manifest.settings.items())]
+        others = [skill.name for skill in manifest.skills if skill is not member]
+        return {
+            "family": " ".join([manifest.method, *settings]),
+            "pack": f"{member.tuned.name} ({member.pack_blake3[:16]})",
+            "shares with": ", ".join(others),
+        }

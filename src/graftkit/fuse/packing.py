@@ -76,12 +76,12 @@ def pack_merged(
         packing: further arguments of `pack_delta`.
     Raises: as `pack_delta`.
     """
-    with _sibling_folder(output) as folder:
+    with sibling_folder(output) as folder:
         write_mixture(merged, folder / name, progress)
         fused = pack_delta(
             target,
             folder / name,
-            licence=_joined(licences),
+            licence=joined_licences(licences),
             provenance=provenance,
             progress=progress,
             **packing,
@@ -91,7 +91,7 @@ def pack_merged(
 
 
 @contextmanager
-def _sibling_folder(output: Path) -> Iterator[Path]:
+def sibling_folder(output: Path) -> Iterator[Path]:
     """A temporary folder beside the file. Raises: OutputError."""
     try:
         folder = TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
@@ -110,7 +110,7 @@ def _provenance(mixture: Mixture, method: str) -> dict[str, str]:
     return told
 
 
-def _joined(licences: Sequence[str | None]) -> str | None:
+def joined_licences(licences: Sequence[str | None]) -> str | None:
     """All licences together hold for what was made of all packs (SPDX: AND)."""
     names = sorted({licence or "" for licence in licences})
     if not all(names):

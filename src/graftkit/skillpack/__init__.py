@@ -29,6 +29,7 @@ from graftkit.errors import ConfigError, CorruptPackError, GraftError, PackMisma
 from graftkit.skillpack.container import (
     build_header,
     file_entry,
+    parse_pack,
     payloads_digest,
     read_container,
     write_container,
@@ -66,6 +67,14 @@ class SkillPack:
         return cls(manifest, payloads)
 
     @classmethod
+    def parse(cls, content: memoryview) -> Self:
+        """A pack in memory, such as one inside another file; checked as `load` checks a file.
+
+        Raises: PackFormatError, UnsupportedVersionError, CorruptPackError.
+        """
+        return cls(*parse_pack(content))
+
+    @classmethod
     def from_pretrained(cls, reference: str, filename: str = PACK_FILE_NAME) -> Self:
         """Open a pack from a Hub repository (`user/repo` or `user/repo@revision`)."""
         repository, _, revision = reference.partition("@")
@@ -86,7 +95,7 @@ class SkillPack:
     ) -> str:
         """Upload to a Hub model repository, made if it is missing. Returns the commit's address."""
         api = HfApi()
-        content = b"".join(self._parts_of_file())
+        content = b"".join(self.parts())
         try:
             api.create_repo(repository, private=private, exist_ok=True)
             commit = api.upload_file(
@@ -110,9 +119,14 @@ class SkillPack:
     def digest(self) -> str:
         """BLAKE3 of the file, 64 digits."""
         hasher = blake3()
-        for part in self._parts_of_file():
+        for part in self.parts():
             hasher.update(part)
         return hasher.hexdigest()
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """The bytes of the file: its header, and every payload."""
+        yield self._header()
+        yield from (self._payloads[name] for name in self.manifest.payload_order)
 
     def payload(self, name: str) -> memoryview:
         """Raw payload of a tensor; empty where nothing is stored."""
@@ -287,10 +301,6 @@ class SkillPack:
 
     def _header(self) -> bytes:
         return build_header(self.manifest, {n: len(p) for n, p in self._payloads.items()})
-
-    def _parts_of_file(self) -> Iterator[bytes | memoryview]:
-        yield self._header()
-        yield from (self._payloads[name] for name in self.manifest.payload_order)
 
     def _parts(self, record: Record) -> tuple[memoryview, memoryview]:
         payload = self.payload(record.name)

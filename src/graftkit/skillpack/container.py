@@ -1,4 +1,8 @@
-"""The file around the manifest: written in one stream, read with every check before any use."""
+"""The file around the manifest: written in one stream, read with every check before any use.
+
+A container is a safetensors file with a manifest in its metadata and contiguous entries of bytes.
+SkillPacks are one kind, families of packs (`graftkit.fuse.family_file`) are another.
+"""
 
 import json
 import mmap
@@ -7,6 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -38,6 +43,22 @@ _NUMBER = re.compile("[1-9][0-9]*")  # int() would refuse thousands of digits, a
 _METADATA_KEYS = {"format", "version", "manifest", "manifest_blake3"}
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A kind of container.
+
+    Attributes:
+        format: its word in the metadata. title: what messages call it. version: the newest known.
+    """
+
+    format: str
+    title: str
+    version: int
+
+
+SKILLPACK = Kind("skillpack", "SkillPack", FORMAT_VERSION)
+
+
 def payloads_digest(payloads: Iterable[bytes | memoryview]) -> str | None:
     """Digest of all payloads, in the order of the file; None where there are none."""
     hasher, empty = blake3(), True
@@ -49,17 +70,24 @@ def payloads_digest(payloads: Iterable[bytes | memoryview]) -> str | None:
 
 def build_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
     """Length field and padded header. `sizes`: payload bytes by name of tensor and side file."""
-    text = manifest.to_json()
+    entries = _entries(manifest, sizes)
+    return header_bytes(SKILLPACK.format, manifest.format_version, manifest.to_json(), entries)
+
+
+def header_bytes(
+    word: str, version: int, manifest: str, entries: Iterable[tuple[str, int]]
+) -> bytes:
+    """Length field and padded header of any container. `entries`: names and their bytes."""
     header: dict[str, object] = {
         "__metadata__": {
-            "format": "skillpack",
-            "version": str(manifest.format_version),
-            "manifest": text,
-            "manifest_blake3": blake3(text.encode()).hexdigest(),
+            "format": word,
+            "version": str(version),
+            "manifest": manifest,
+            "manifest_blake3": blake3(manifest.encode()).hexdigest(),
         }
     }
     offset = 0
-    for name, size in _entries(manifest, sizes):
+    for name, size in entries:
         end = offset + size
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, end]}
         offset = end
@@ -103,10 +131,16 @@ def write_container(
     """Write a pack. `payload(name)` is called once per payload, in the order of the file, twice
     over: for the sizes and for the bytes. Raises: OutputError."""
     sizes = {name: len(payload(name)) for name in manifest.payload_order}
+    parts = (payload(name) for name in manifest.payload_order)
+    write_parts(path, build_header(manifest, sizes), parts)
+
+
+def write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file whole or not at all, one part behind the other. Raises: OutputError."""
     with replaced_file(path) as partial, partial.open("wb") as file:
-        file.write(build_header(manifest, sizes))
-        for name in manifest.payload_order:
-            file.write(payload(name))
+        file.write(header)
+        for part in parts:
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
 
@@ -116,15 +150,25 @@ def read_container(path: Path) -> tuple[AnyManifest, dict[str, memoryview], int]
 
     Raises: PackFormatError and its kinds; the message starts with the path.
     """
+    with reading(path, SKILLPACK) as view:
+        manifest, payloads = parse_pack(view)
+    return manifest, payloads, len(view)
+
+
+@contextmanager
+def reading(path: Path, kind: Kind) -> Iterator[memoryview]:
+    """A container's bytes, mapped; what the block finds wrong is said of `path`.
+
+    Raises: PackFormatError and its kinds; the message starts with the path.
+    """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < _LENGTH.size:
+            if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
                 raise CorruptPackError(
-                    f"{size} bytes are too few for a SkillPack", PackFault.TRUNCATED
+                    f"0 bytes are too few for a {kind.title}", PackFault.TRUNCATED
                 )
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        manifest, payloads = _parse(view)
+        yield view
     except OSError as error:
         raise PackFormatError(
             f"{path}: cannot be read ({error.strerror or error})", PackFault.NOT_A_SKILLPACK
@@ -132,14 +176,31 @@ def read_container(path: Path) -> tuple[AnyManifest, dict[str, memoryview], int]
     except PackFormatError as error:
         # What a hostile file names can be as long as the file.
         raise type(error)(f"{path}: {str(error)[:_MAX_MESSAGE]}", error.fault) from error
-    return manifest, payloads, size
 
 
-def _parse(view: memoryview) -> tuple[AnyManifest, dict[str, memoryview]]:
+def parse_pack(view: memoryview) -> tuple[AnyManifest, dict[str, memoryview]]:
+    """Manifest and payloads by name of a pack in memory, after all checks.
+
+    Raises: PackFormatError and its kinds.
+    """
+    text, version, header, data = parse_header(view, SKILLPACK)
+    manifest = parse_manifest(text, version)
+    return manifest, _payloads(manifest, header, data)
+
+
+def parse_header(view: memoryview, kind: Kind) -> tuple[str, int, dict[str, object], memoryview]:
+    """The manifest's text, checked against its digest; version; entries; what follows the header.
+
+    Raises: PackFormatError and its kinds.
+    """
+    if len(view) < _LENGTH.size:
+        raise CorruptPackError(
+            f"{len(view)} bytes are too few for a {kind.title}", PackFault.TRUNCATED
+        )
     (length,) = _LENGTH.unpack(view[: _LENGTH.size])
     if length > _MAX_HEADER:
         raise CorruptPackError(
-            f"a header of {length} bytes is too large; this is no SkillPack",
+            f"a header of {length} bytes is too large; this is no {kind.title}",
             PackFault.HEADER_TOO_LARGE,
         )
     start = _LENGTH.size + length
@@ -155,27 +216,26 @@ def _parse(view: memoryview) -> tuple[AnyManifest, dict[str, memoryview]]:
     if not isinstance(header, dict):
         raise CorruptPackError("the header is not a JSON object", PackFault.INVALID_HEADER)
     metadata = header.pop("__metadata__", None)
-    manifest = parse_manifest(_manifest_text(metadata), int(metadata["version"]))
-    return manifest, _payloads(manifest, header, view[start:])
+    return _manifest_text(metadata, kind), int(metadata["version"]), header, view[start:]
 
 
-def _manifest_text(metadata: object) -> str:
-    if not isinstance(metadata, dict) or metadata.get("format") != "skillpack":
+def _manifest_text(metadata: object, kind: Kind) -> str:
+    if not isinstance(metadata, dict) or metadata.get("format") != kind.format:
         raise PackFormatError(
-            "not a SkillPack (no format=skillpack in its metadata)", PackFault.NOT_A_SKILLPACK
+            f"not a {kind.title} (no format={kind.format} in its metadata)",
+            PackFault.NOT_A_SKILLPACK,
         )
     version = metadata.get("version")
-    known = [str(number) for number in range(1, FORMAT_VERSION + 1)]
+    known = [str(number) for number in range(1, kind.version + 1)]
     if isinstance(version, str) and _NUMBER.fullmatch(version) and version not in known:
         raise UnsupportedVersionError(
-            f"format version {version}; this graftkit reads up to {FORMAT_VERSION}, "
-            "upgrade graftkit",
+            f"format version {version}; this graftkit reads up to {kind.version}, upgrade graftkit",
             PackFault.NEWER_VERSION,
         )
     wrong = set(metadata) != _METADATA_KEYS or version not in known
     if wrong or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptPackError(
-            f"metadata is not that of version 1 to {FORMAT_VERSION}", PackFault.INVALID_HEADER
+            f"metadata is not that of version 1 to {kind.version}", PackFault.INVALID_HEADER
         )
     text: str = metadata["manifest"]
     try:
@@ -193,7 +253,7 @@ def _payloads(
     """Payloads by name, after all checks of entries and digests."""
     if isinstance(manifest, Manifest):
         return _payloads_of_one_entry(manifest, header, data)
-    payloads = _cut_entries(manifest.payload_order, header, data)
+    payloads = cut_entries(manifest.payload_order, header, data)
     _check_digests_v1(manifest, payloads)
     return payloads
 
@@ -204,7 +264,7 @@ def _payloads_of_one_entry(
     sizes = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
     together = sum(sizes.values())
     order = ((TENSORS_ENTRY,) if together else ()) + manifest.stored_rest
-    payloads = _cut_entries(order, header, data)
+    payloads = cut_entries(order, header, data)
     tensors = payloads.pop(TENSORS_ENTRY, memoryview(b""))
     if len(tensors) != together:
         raise CorruptPackError(
@@ -227,10 +287,13 @@ def _payloads_of_one_entry(
     return payloads
 
 
-def _cut_entries(
-    order: tuple[str, ...], header: dict[str, object], data: memoryview
+def cut_entries(
+    order: tuple[str, ...], header: Mapping[str, object], data: memoryview
 ) -> dict[str, memoryview]:
-    """The bytes of every entry. `order`: the entries there must be, in the order of the file."""
+    """The bytes of every entry. `order`: the entries there must be, in the order of the file.
+
+    Raises: CorruptPackError.
+    """
     if set(order) != header.keys():
         different = sorted(set(order) ^ header.keys())[0]
         raise CorruptPackError(

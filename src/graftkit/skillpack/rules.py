@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from graftkit.skillpack.manifest import (
     AnyManifest,
     Codec,
     CodecV1,
+    FileRecord,
     Manifest,
     ManifestV1,
     Record,
@@ -87,14 +88,21 @@ def _check_names(manifest: AnyManifest) -> None:
             "tensor names are not unique and in order", PackFault.INVALID_MANIFEST
         )
     bad = [name for name in names if name.startswith(FILE_PREFIX) or not name]
-    bad += [record.name for record in manifest.files if record.name not in SIDE_FILES]
     bad += [name for name in names if name == ROUTER_ENTRY and name in manifest.stored_rest]
     if bad:
         raise CorruptPackError(f"name {bad[0]!r} is not allowed", PackFault.INVALID_NAME)
-    files = [record.name for record in manifest.files]
-    if len(set(files)) != len(files):
+    check_files(manifest.files)
+
+
+def check_files(files: Sequence[FileRecord]) -> None:
+    """What records of side files must keep. Raises: CorruptPackError."""
+    names = [record.name for record in files]
+    bad = [name for name in names if name not in SIDE_FILES]
+    if bad:
+        raise CorruptPackError(f"name {bad[0]!r} is not allowed", PackFault.INVALID_NAME)
+    if len(set(names)) != len(names):
         raise CorruptPackError("a side file stands twice", PackFault.INVALID_MANIFEST)
-    for record in manifest.files:
+    for record in files:
         shared = record.prefix + record.suffix
         if shared > record.bytes or (shared > 0) != (record.target_blake3 is not None):
             raise CorruptPackError(
