@@ -5,21 +5,26 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, numpy_helper
+from onnx.utils import Extractor
 from pydantic import TypeAdapter, ValidationError
 
 from graftkit.errors import OutputError
-from graftkit.vision.costs import module_cost
+from graftkit.vision.costs import layer_costs
 from graftkit.vision.donor import Donor
-from graftkit.vision.export import export_onnx
+from graftkit.vision.export import describe, export_onnx, strip, write_model
 from graftkit.vision.features import FeatureTable, Report, cache_key
 from graftkit.vision.images import ImageSet
 from graftkit.vision.measuring import file_latency
 from graftkit.vision.norms import fold_rootstock
 from graftkit.vision.predict import Predictor
 from graftkit.vision.probe import Probe
-from graftkit.vision.rootstock import grow
+from graftkit.vision.rootstock import Rootstock, grow
 from graftkit.vision.selection import scion_of
 
 
@@ -29,8 +34,8 @@ class Point:
 
     Attributes:
         parameters, trunk_parameters: with batch normalization folded away.
-        macs: multiply-accumulates of one image. bytes: of its ONNX file.
-        p50_ms: median milliseconds of one image in onnxruntime.
+        macs: multiply-accumulates of one image, without those of pooling.
+        bytes: of its ONNX file. p50_ms: median milliseconds of one image in onnxruntime.
     """
 
     cut: int
@@ -54,17 +59,19 @@ def measure_points(
 ) -> list[Point]:
     """One point for each probe; measured once and kept in `cache`.
 
-    Raises: OutputError when a cut cannot be exported, or the cache cannot be written.
+    Raises: OutputError when the donor cannot be exported, or the cache cannot be written.
     """
     file = cache / f"curve-{cache_key(donor, images)}-{os.cpu_count()}.json"
-    reader = TypeAdapter(list[Point])
     with suppress(OSError, ValidationError):
-        return reader.validate_json(file.read_bytes())
+        return TypeAdapter(list[Point]).validate_json(file.read_bytes())
+    report("cost of every cut", 0, len(probes))
+    whole = scion_of(table, table.columns(range(len(probes))))
+    uncut = fold_rootstock(grow(donor, whole, images.classes, probes[-1].head()))
+    export_onnx(uncut, cache / "uncut.onnx", donor.size, images.classes, donor.name)
     points = []
-    for index, probe in enumerate(probes):
-        report("cost of every cut", index, len(probes))
-        points.append(_point(donor, table, index + 1, probe, images, cache))
-    report("cost of every cut", len(probes), len(probes))
+    for cut, probe in enumerate(probes, start=1):
+        points.append(_point(donor, uncut, cut, probe, images, cache))
+        report("cost of every cut", cut, len(probes))
     partial = file.with_suffix(".partial")
     try:
         partial.write_text(json.dumps([asdict(point) for point in points], indent=1))
@@ -77,22 +84,53 @@ def measure_points(
 
 
 def _point(
-    donor: Donor, table: FeatureTable, cut: int, probe: Probe, images: ImageSet, cache: Path
+    donor: Donor, uncut: Rootstock, cut: int, probe: Probe, images: ImageSet, cache: Path
 ) -> Point:
-    scion = scion_of(table, table.columns(range(cut)))
-    folded = fold_rootstock(grow(donor, scion, images.classes, probe.head()))
+    head = probe.head()
+    model = cut_graph(
+        onnx.load(cache / "uncut.onnx"),
+        cut,
+        head.weight.detach().numpy(),
+        head.bias.detach().numpy(),
+    )
+    describe(model, donor.size, images.classes, donor.name, "float32")
     file = cache / "cut.onnx"
-    size = export_onnx(folded, file, donor.size, images.classes, donor.name)
+    size = write_model(model, file)
     p50, _ = file_latency(Predictor.open(file), images.pixels[:1])
     file.unlink()
+    trunk = sum(weights.numel() for weights in uncut.trunk[:cut].parameters())
+    macs = list(accumulate(cost.macs for cost in layer_costs(donor)))[cut - 1]
     return Point(
         cut,
         donor.layer_names[cut - 1],
-        sum(weights.numel() for weights in folded.parameters()),
-        sum(weights.numel() for weights in folded.trunk.parameters()),
-        module_cost(folded, donor.size).macs,
+        trunk + head.weight.numel() + head.bias.numel(),
+        trunk,
+        macs + head.weight.numel(),
         size,
         p50,
         probe.val_accuracy,
         probe.val_loss,
     )
+
+
+def cut_graph(model: ModelProto, cut: int, weight: np.ndarray, bias: np.ndarray) -> ModelProto:
+    """The graph of a rootstock that reads all layers, cut after the first ones.
+
+    Exporting each cut anew would take seconds for every layer.
+
+    Args:
+        model: of a rootstock with a linear head on all features of all layers.
+        weight, bias: of the head of the cut one, (classes, features) and (classes,).
+    """
+    producers = {name: node for node in model.graph.node for name in node.output}
+    gemm = producers["logits"]
+    join: NodeProto = producers[gemm.input[0]]
+    del join.input[cut:]
+    constants = {constant.name: constant for constant in model.graph.initializer}
+    for name, value in zip(gemm.input[1:], (weight, bias), strict=True):
+        constants[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+    # Their recorded shape is the uncut one's.
+    model.graph.ClearField("value_info")
+    found: ModelProto = Extractor(model).extract_model(["image"], ["logits"])
+    strip(found)
+    return found

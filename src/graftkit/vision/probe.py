@@ -19,6 +19,7 @@ DECAYS = (0.01, 0.003, 0.001, 0.0003)
 ITERATIONS = 300
 PENALTIES, EPOCHS = (1e-3, 1e-1, 1.0), 60
 """Of the hidden head: alpha of scikit-learn, and passes over the training images."""
+LEAST_STD = 1e-3
 NEVER = -30.0
 """Logit of a class without training images."""
 
@@ -29,7 +30,7 @@ class Probe:
 
     Attributes:
         weight (classes, features), bias (classes,): on standardised features.
-        mean, std (features,): of the training images; a constant feature has std 1.
+        mean, std (features,): of the training images; std 1 where it hardly varies.
         val_accuracy, val_loss: share of validation images named rightly; mean cross-entropy.
         decay: λ, chosen on the validation images.
     """
@@ -127,8 +128,12 @@ def _hidden_layers(solver: MLPClassifier, mean: Tensor, std: Tensor, classes: in
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every feature, and 1 for one that hardly varies.
+
+    A weight divided by such a deviation would make noise of a rounded feature loud.
+    """
     mean, std = features.mean(dim=0), features.std(dim=0, unbiased=False)
-    return mean, torch.where(std > 0, std, torch.ones_like(std))
+    return mean, torch.where(std > LEAST_STD, std, torch.ones_like(std))
 
 
 def _fitted(
