@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from graftkit.library import Library
     from graftkit.packing import pack_delta
     from graftkit.skillpack import SkillPack
+    from graftkit.vision.grafting import GraftSettings, graft
+    from graftkit.vision.predict import Predictor
 
 
 # In pipeline order. Each is imported when it is first used: `import graftkit` stays quick.
@@ -46,13 +48,18 @@ _PUBLIC = {
     "Library": "graftkit.library",
     "import_lora": "graftkit.interop",
     "export_lora": "graftkit.interop",
+    "graft": "graftkit.vision.grafting",
+    "GraftSettings": "graftkit.vision.grafting",
+    "Predictor": "graftkit.vision.predict",
 }
 
 __all__ = [
     "Attachment",
     "Comparison",
     "DistillConfig",
+    "GraftSettings",
     "Library",
+    "Predictor",
     "SkillPack",
     "__version__",
     "attach",
@@ -62,6 +69,7 @@ __all__ = [
     "export_lora",
     "fuse_in_turn",
     "fuse_packs",
+    "graft",
     "import_lora",
     "merge_in_turn",
     "merge_packs",

@@ -108,10 +108,10 @@ class Ground:
 
 def graft(
     donor: str | Path | nn.Module,
-    data: Path,
-    output: Path,
+    data: str | Path,
+    output: str | Path,
     settings: GraftSettings,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     report: Report = lambda *_: None,
 ) -> dict[str, Any]:
     """Graft features of a donor into a rootstock that keeps a budget, and compare it.
@@ -126,9 +126,10 @@ def graft(
     """
     started = time.monotonic()
     budget = Budget.parse(settings.budget)
-    cache = cache or output / "cache"
+    output = Path(output)
+    cache = Path(cache or output / "cache")
     _make_folders(cache, output / BASELINES)
-    ground = prepare(donor, data, settings, cache, report)
+    ground = prepare(donor, Path(data), settings, cache, report)
     choice = choose(ground, budget, settings)
     measured: dict[str, Measured] = {}
     networks: dict[str, Network] = {}

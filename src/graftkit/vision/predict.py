@@ -72,7 +72,7 @@ class Predictor:
         self.bytes = path.stat().st_size
 
     @classmethod
-    def open(cls, path: Path, threads: int | None = None) -> "Predictor":
+    def open(cls, path: str | Path, threads: int | None = None) -> "Predictor":
         """Read a file that graftkit exported, float32 or int8.
 
         Args:
@@ -80,6 +80,7 @@ class Predictor:
 
         Raises: RootstockError when the file is missing, no ONNX, or not a rootstock.
         """
+        path = Path(path)
         if not path.is_file():
             raise RootstockError(f"{path}: no such file; name a rootstock.onnx")
         options = onnxruntime.SessionOptions()
@@ -109,11 +110,12 @@ class Predictor:
         ]
         return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
 
-    def predict(self, files: Sequence[Path]) -> list[Prediction | Skipped]:
+    def predict(self, files: Sequence[str | Path]) -> list[Prediction | Skipped]:
         """One result for each file, in order; Skipped for one that cannot be read as an image."""
         results: list[Prediction | Skipped] = []
-        for start in range(0, len(files), BATCH):
-            results += self._predict_batch(files[start : start + BATCH])
+        paths = [Path(file) for file in files]
+        for start in range(0, len(paths), BATCH):
+            results += self._predict_batch(paths[start : start + BATCH])
         return results
 
     def measure_latency(self, file: Path, runs: int = 100) -> Latency:

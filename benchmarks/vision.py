@@ -1,0 +1,121 @@
+"""Features of a big vision network in a small one: python benchmarks/vision.py
+
+Grafts the shared MobileNetV2 into rootstocks for the shared plant seedlings, frozen and fine-tuned,
+by our method and the paper's, with every baseline; and takes our choice of features apart. Writes
+the tables of docs/benchmarks.md; every run leaves its own page beside its networks.
+"""
+
+import argparse
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ledger import Ledger, Record, command_line
+from vision_report import write_report
+
+from graftkit.vision.features import ALL_VIEWS, FeatureTable
+from graftkit.vision.grafting import GraftSettings, graft, prepare
+from graftkit.vision.probe import fit_probe
+from graftkit.vision.scoring import score
+
+EPOCHS = 12
+RUNS: dict[str, dict[str, Any]] = {
+    "frozen, 0.6 MB": {"budget": "0.6MB", "freeze": True},
+    "frozen, 1 MB": {"budget": "1MB", "freeze": True},
+    "frozen, 2.25 MB": {"budget": "2.25MB", "freeze": True},
+    "paper's method, frozen, 2.5 MB": {"budget": "2.5MB", "freeze": True, "method": "paper"},
+    "fine-tuned, 0.6 MiB": {"budget": "0.6MiB", "epochs": EPOCHS},
+    "paper's method, fine-tuned, 2.5 MB": {
+        "budget": "2.5MB",
+        "epochs": EPOCHS,
+        "method": "paper",
+        "baselines": False,
+    },
+}
+POOLED = {"mean": ("mean",), "mean and std": ("mean", "std")}
+VIEWS = {"1": (0,), "2": (0, 4), "8": ALL_VIEWS}
+CUTS = (8, 11, 14, 19)
+QUICK_IMAGES = 12  # of every class and split
+
+
+def run(options: argparse.Namespace, ledger: Ledger) -> None:
+    """Measure what the ledger lacks."""
+    images = options.shared / "data" / "vision" / "plant_seedlings_128.zip"
+    donor = options.shared / "data" / "vision" / "mobilenet_v2_1.0_imagenet_fp16.npz"
+    cache = options.work / "cache"
+    if options.quick:
+        images = few_images(images, options.work / "images")
+    for name in options.runs:
+        asked = {"epochs": 1, "baselines": False} if options.quick else {}
+        settings = GraftSettings.checked(**(RUNS[name] | asked))
+        key = {"run": name, "settings": settings.model_dump(), "quick": options.quick}
+        if not ledger.has(key):
+            folder = options.work / name.replace(" ", "-").replace(",", "").replace("'", "")
+            found = graft(donor, images, folder, settings, cache, told)
+            ledger.add(key, {k: v for k, v in found.items() if k not in ("mistakes", "curve")})
+            print(name, found["val_accuracy"], found["test_accuracy"], file=sys.stderr, flush=True)
+    key = {"run": "features", "quick": options.quick}
+    if options.features and not ledger.has(key):
+        cache.mkdir(parents=True, exist_ok=True)
+        ground = prepare(donor, images, GraftSettings(budget="1MB"), cache, told)
+        ledger.add(key, {"lines": features(ground.table, len(ground.images.classes))})
+
+
+def features(table: FeatureTable, classes: int) -> list[Record]:
+    """Accuracy of frozen features by cut, pooling and the views of the training images."""
+    lines = []
+    for cut in CUTS:
+        for pooled, poolings in POOLED.items():
+            columns = table.columns(range(cut), poolings)
+            val, (test, labels) = table.of("val", columns), table.of("test", columns)
+            for views, chosen in VIEWS.items():
+                probe = fit_probe(table.of("train", columns, chosen), val, classes)
+                found = score(probe.logits(test), labels.numpy())
+                line = {"cut": cut, "pooled": pooled, "views": views}
+                accuracies = {"val": probe.val_accuracy, "test": found.accuracy}
+                lines.append(line | {"features": len(columns)} | accuracies)
+                print(lines[-1], file=sys.stderr, flush=True)
+    return lines
+
+
+def few_images(archive: Path, folder: Path) -> Path:
+    """The first images of every class and split of a zip, as a folder."""
+    counts: dict[str, int] = {}
+    with zipfile.ZipFile(archive) as source:
+        for name in sorted(source.namelist()):
+            place = name.rpartition("/")[0]
+            counts[place] = counts.get(place, 0) + 1
+            if name.endswith(".jpg") and counts[place] <= QUICK_IMAGES:
+                file = folder / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(source.read(name))
+    return folder
+
+
+def told(step: str, done: int, total: int) -> None:
+    """Progress of a long step, a line at its end."""
+    if done == total:
+        print(f"{step}: {total}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, then write the tables."""
+    parser = command_line(__doc__)
+    parser.add_argument("--runs", nargs="*", default=tuple(RUNS), choices=tuple(RUNS))
+    parser.add_argument("--quick", action="store_true", help="a few images and one epoch")
+    parser.add_argument("--no-features", dest="features", action="store_false")
+    options = parser.parse_args(arguments)
+    options.work = options.out / ("vision-quick" if options.quick else "vision")
+    torch.set_num_threads(options.threads)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    ledger = Ledger(options.out / "vision.jsonl", "vision.py", given, options.fresh)
+    if not options.report_only:
+        run(options, ledger)
+    write_report([record for record in ledger.records if not record["quick"]], options.docs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The benchmark of the vision branch, on a few images."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_frozen_and_fine_tuned_rootstocks(
+    shared: Path, tmp_path: Path
+) -> None:
+    page = "<!-- vision:begin -->\n<!-- vision:end -->\n"
+    (tmp_path / "benchmarks.md").write_text(page)
+    command = [sys.executable, str(BENCHMARKS / "vision.py"), "--quick", "--shared", str(shared)]
+    command += ["--runs", "frozen, 0.6 MB", "fine-tuned, 0.6 MiB", "--no-features"]
+    command += ["--out", str(tmp_path), "--docs", str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300)
+    records = [json.loads(line) for line in (tmp_path / "vision.jsonl").read_text().splitlines()]
+    assert [record["run"] for record in records] == ["frozen, 0.6 MB", "fine-tuned, 0.6 MiB"]
+    assert records[0]["bytes"] <= 600_000
+    assert records[1]["bytes"] <= 0.6 * 2**20
+    assert records[1]["baselines"]["fine-tuned donor"]["parameters"] > 2_000_000
+    assert all(record["test_accuracy"] > 0.3 for record in records)  # one in twelve by chance
+    assert (tmp_path / "benchmarks.md").read_text() == page  # quick numbers are for no page
+
+
+def test_the_report_shows_every_run_with_its_baselines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from vision_report import write_report
+
+    numbers = {
+        "parameters": 1234, "trunk_parameters": 1000, "bytes": 5678, "macs": 2_000_000,
+        "p50_ms": 0.5, "val_accuracy": 0.9, "val_loss": 0.3, "test_accuracy": 0.875,
+        "test_interval": [0.84, 0.9],
+    }  # fmt: skip
+    line = {
+        "run": "frozen, 1 MB", "rule": "all", "scion": [{"layer": "f.7"}], "seconds": 61.2,
+        "int8": {"val_accuracy": 0.89, "test_accuracy": 0.87, "p50_ms": 0.4}, "int8_bytes": 2000,
+        "draws": [0.86, 0.88], "baselines": {"donor, last layer": numbers},
+        "date": "2026-01-02T00:00:00+00:00", "commit": "abc1234",
+        "machine": {
+            "cpu": "c", "cores": 2, "ram_gib": 24, "system": "Linux", "python": "3", "torch": "2",
+            "transformers": "5",
+        },
+        **numbers,
+    }  # fmt: skip
+    page = tmp_path / "benchmarks.md"
+    page.write_text("<!-- vision:begin -->\n<!-- vision:end -->\n")
+    write_report([line], tmp_path)
+    text = page.read_text()
+    assert (
+        "| **rootstock** | 1,234 | 1,000 | 5,678 | 2.0 | 0.50 | 0.9000 | 0.300 | 0.8750 |" in text
+    )
+    assert "| donor, last layer | 1,234 |" in text
+    assert "mean 0.8700, standard deviation 0.0141" in text
