@@ -129,7 +129,8 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_file(
     assert first == second
 
 
-@pytest.mark.parametrize("freeze", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("freeze", [True, False])
 def test_the_papers_method_reads_averages_of_one_stage_with_a_hidden_layer(
     freeze: bool, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +157,7 @@ def test_channels_that_nobody_reads_are_dropped_and_the_answers_stay() -> None:
     assert fewer == count - 10 * (8 + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["6KB", "0.02MMAC", "1000ms"])
 def test_budgets_of_every_kind_are_kept(
     budget: str, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
@@ -196,6 +198,7 @@ def test_a_folder_that_cannot_be_made_is_refused(
         graft(donor, data, tmp_path / "file", asked("6KB"))
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_or_a_table(
     shared: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

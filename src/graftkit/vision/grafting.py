@@ -178,7 +178,7 @@ def choose(ground: Ground, budget: Budget, settings: GraftSettings) -> Choice:
         chosen = paper_choice(ground, limit)
     else:
         limit = Limit(budget, ground.donor, ground.images.classes, ground.points)
-        chosen = choose_scion(ground.table, ground.probes, limit.fits)
+        chosen = choose_scion(ground.table, ground.probes, limit.fits, not settings.freeze)
     if chosen is None:
         raise BudgetError(
             f"no rootstock of {ground.donor.name} by method {settings.method} keeps {budget.text}; "
@@ -246,7 +246,7 @@ def _trained(
     training = TrainingSettings(
         epochs=settings.epochs, upright=settings.upright, seed=settings.seed
     )
-    trainer = Trainer(images, training, cache / "training", report)
+    trainer = Trainer(images, donor.folded, training, cache / "training", report)
     tuned = tune_donor(trainer, donor, images)
     yield tuned
     if settings.method == "paper":

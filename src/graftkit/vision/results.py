@@ -18,7 +18,7 @@ from graftkit.errors import OutputError
 from graftkit.vision.images import ImageSet
 from graftkit.vision.int8 import quantize_onnx
 from graftkit.vision.measuring import Measured, file_latency, file_scores
-from graftkit.vision.parity import peak_rss_bytes
+from graftkit.vision.parity import parity, peak_rss_bytes
 from graftkit.vision.predict import Predictor
 from graftkit.vision.rootstock import Scion
 
@@ -32,19 +32,20 @@ def deployed(main: Measured, images: ImageSet, int8: Path) -> dict[str, Any]:
     train = images.part("train").pixels
     chosen = np.linspace(0, len(train) - 1, min(CALIBRATION_IMAGES, len(train))).astype(int)
     int8_bytes = quantize_onnx(main.file, int8, train[chosen])
+    val = images.part("val")
+    same = parity(main.file, int8, val.pixels, val.labels)
     predictor = Predictor.open(int8)
-    val, test = (file_scores(predictor, images.part(split)) for split in ("val", "test"))
+    test = file_scores(predictor, images.part("test"))
     p50, p95 = file_latency(predictor, images.pixels[:1])
-    same = test.logits.argmax(dim=1) == main.test.logits.argmax(dim=1)
     return {
         "int8_bytes": int8_bytes,
         "int8": {
-            "val_accuracy": val.accuracy,
+            "val_accuracy": same.accuracy_int8,
             "test_accuracy": test.accuracy,
             "test_interval": list(test.interval),
             "p50_ms": p50,
             "p95_ms": p95,
-            "agreement": float(same.float().mean()),
+            "agreement": same.agreement,
         },
         "peak_rss_bytes": peak_rss_bytes(main.file),
     }

@@ -26,11 +26,22 @@ MEASURED_IMAGES = 512  # training images that inserted batch normalization is me
 
 
 class Trainer:
-    """Fine-tunes one network after another in the same way; each resumes in a folder of its own."""
+    """Fine-tunes one network after another in the same way; each resumes in a folder of its own.
 
-    def __init__(self, images: ImageSet, settings: TrainingSettings, folder: Path, report: Report):
+    Networks without batch normalization get it where the donor has its own folded away.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        folded: bool,
+        settings: TrainingSettings,
+        folder: Path,
+        report: Report,
+    ):
         self.train, self.val = images.part("train"), images.part("val")
-        self.settings, self.folder, self.report = settings, folder, report
+        self.folded, self.settings = folded, settings
+        self.folder, self.report = folder, report
 
     def tune(
         self, name: str, rootstock: Rootstock, soft_labels: nn.Module | None, random: bool = False
@@ -40,7 +51,8 @@ class Trainer:
         Args:
             random: its trunk begins with random weights and learns as fast as its head.
         """
-        if not any(isinstance(part, nn.BatchNorm2d) for part in rootstock.trunk.modules()):
+        has_norms = any(isinstance(part, nn.BatchNorm2d) for part in rootstock.trunk.modules())
+        if self.folded and not has_norms:
             chosen = np.random.default_rng(self.settings.seed).permutation(len(self.train.labels))
             insert_norms(rootstock, self.train.pixels[np.sort(chosen[:MEASURED_IMAGES])])
         settings = self.settings.model_copy(update={"trunk_share": 1.0} if random else {})
