@@ -1,7 +1,6 @@
 """Accuracy against cost: every cut of a donor as a rootstock that reads all its features."""
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,7 +21,6 @@ from graftkit.vision.features import FeatureTable, Report, cache_key
 from graftkit.vision.images import ImageSet
 from graftkit.vision.measuring import file_latency
 from graftkit.vision.norms import fold_rootstock
-from graftkit.vision.predict import Predictor
 from graftkit.vision.probe import Probe
 from graftkit.vision.rootstock import Rootstock, grow
 from graftkit.vision.selection import scion_of
@@ -35,7 +33,7 @@ class Point:
     Attributes:
         parameters, trunk_parameters: with batch normalization folded away.
         macs: multiply-accumulates of one image, without those of pooling.
-        bytes: of its ONNX file. p50_ms: median milliseconds of one image in onnxruntime.
+        bytes: of its ONNX file. p50_ms: median milliseconds of one image in onnxruntime, on one thread.
     """
 
     cut: int
@@ -61,7 +59,7 @@ def measure_points(
 
     Raises: OutputError when the donor cannot be exported, or the cache cannot be written.
     """
-    file = cache / f"curve-{cache_key(donor, images)}-{os.cpu_count()}.json"
+    file = cache / f"curve-{cache_key(donor, images)}.json"
     with suppress(OSError, ValidationError):
         return TypeAdapter(list[Point]).validate_json(file.read_bytes())
     report("cost of every cut", 0, len(probes))
@@ -96,7 +94,7 @@ def _point(
     describe(model, donor.size, images.classes, donor.name, "float32")
     file = cache / "cut.onnx"
     size = write_model(model, file)
-    p50, _ = file_latency(Predictor.open(file), images.pixels[:1])
+    p50, _ = file_latency(file, images.pixels[:1])
     file.unlink()
     trunk = sum(weights.numel() for weights in uncut.trunk[:cut].parameters())
     macs = list(accumulate(cost.macs for cost in layer_costs(donor)))[cut - 1]

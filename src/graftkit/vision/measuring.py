@@ -42,7 +42,7 @@ class Measured:
     Attributes:
         parameters, trunk_parameters: with batch normalization folded away, as in the file.
         macs: multiply-accumulates of one image. bytes: of the file.
-        p50_ms, p95_ms: of one image in onnxruntime, with a thread for each core.
+        p50_ms, p95_ms: of one image in onnxruntime, on one thread.
     """
 
     file: Path
@@ -80,7 +80,7 @@ def measure(rootstock: Rootstock, images: ImageSet, file: Path, donor_name: str)
     folded = fold_rootstock(rootstock)
     size = export_onnx(folded, file, folded.size, images.classes, donor_name)
     predictor = Predictor.open(file)
-    p50, p95 = file_latency(predictor, images.pixels[:1])
+    p50, p95 = file_latency(file, images.pixels[:1])
     return Measured(
         file,
         file_scores(predictor, images.part("val")),
@@ -99,6 +99,11 @@ def file_scores(predictor: Predictor, part: Part) -> Scores:
     return score(torch.from_numpy(predictor.logits(part.pixels)), part.labels)
 
 
-def file_latency(predictor: Predictor, image: np.ndarray) -> tuple[float, float]:
-    """Median and 95th percentile of the milliseconds that one image takes, (1, 3, size, size)."""
+def file_latency(file: Path, image: np.ndarray) -> tuple[float, float]:
+    """Median and 95th percentile of the milliseconds that one image takes, (1, 3, size, size).
+
+    On one thread: a small network gains little by more, and what else the machine does then
+    disturbs it less.
+    """
+    predictor = Predictor.open(file, threads=1)
     return median_ms(lambda: predictor.logits(image), REPEATS)

@@ -34,9 +34,8 @@ def deployed(main: Measured, images: ImageSet, int8: Path) -> dict[str, Any]:
     int8_bytes = quantize_onnx(main.file, int8, train[chosen])
     val = images.part("val")
     same = parity(main.file, int8, val.pixels, val.labels)
-    predictor = Predictor.open(int8)
-    test = file_scores(predictor, images.part("test"))
-    p50, p95 = file_latency(predictor, images.pixels[:1])
+    test = file_scores(Predictor.open(int8), images.part("test"))
+    p50, p95 = file_latency(int8, images.pixels[:1])
     return {
         "int8_bytes": int8_bytes,
         "int8": {
