@@ -33,7 +33,7 @@ class Point:
     Attributes:
         parameters, trunk_parameters: with batch normalization folded away.
         macs: multiply-accumulates of one image, without those of pooling.
-        bytes: of its ONNX file. p50_ms: median milliseconds of one image in onnxruntime, on one thread.
+        bytes: of its ONNX file. p50_ms: median of one image in onnxruntime, on one thread.
     """
 
     cut: int
