@@ -140,7 +140,7 @@ def _draw(courses: Mapping[str, list[Course]], file: Path) -> None:
             range(1, count + 1),
             means,
             color=LIBRARY_COLOR if library else COLORS[index % len(COLORS)],
-            linestyle=("-", "--", ":")[index % 3],
+            linestyle=("-", "--")[index // len(COLORS) % 2],
             linewidth=2 if library else 1.2,
             marker="o",
             markersize=4,

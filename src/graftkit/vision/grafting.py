@@ -33,7 +33,7 @@ from graftkit.vision.frozen import (
 )
 from graftkit.vision.heads import hidden_head
 from graftkit.vision.images import SPLITS, ImageSet, open_images
-from graftkit.vision.measuring import Measured, Network, measure
+from graftkit.vision.measuring import Measured, Network, file_stem, measure
 from graftkit.vision.norms import fold_rootstock
 from graftkit.vision.paper import paper_scion
 from graftkit.vision.probe import Probe
@@ -273,7 +273,7 @@ def _measure(network: Network, ground: Ground, output: Path) -> Measured:
     if network.name == ROOTSTOCK:
         file = output / "rootstock.onnx"
     else:
-        file = output / BASELINES / f"{network.name.replace(' ', '-').replace(',', '')}.onnx"
+        file = output / BASELINES / f"{file_stem(network.name)}.onnx"
     return measure(network.rootstock, ground.images, file, ground.donor.name)
 
 

@@ -1,5 +1,6 @@
 """What a network is worth and costs, measured on the file that would be deployed."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ class Network:
     rootstock: Rootstock
     history: tuple[Epoch, ...] = ()
     draws: tuple[float, ...] = ()
+
+
+def file_stem(name: str) -> str:
+    """Letters and digits of a name, other characters as hyphens: paper-s-scion."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 @dataclass(frozen=True)

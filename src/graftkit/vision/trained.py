@@ -14,7 +14,7 @@ from graftkit.vision.baselines import donor_classifier, pruned_donor, random_tru
 from graftkit.vision.donor import Donor
 from graftkit.vision.features import Report
 from graftkit.vision.images import ImageSet
-from graftkit.vision.measuring import Network
+from graftkit.vision.measuring import Network, file_stem
 from graftkit.vision.norms import exported_parameters, insert_norms
 from graftkit.vision.rootstock import Rootstock
 from graftkit.vision.training import TrainingSettings, fine_tune
@@ -56,7 +56,7 @@ class Trainer:
             chosen = np.random.default_rng(self.settings.seed).permutation(len(self.train.labels))
             insert_norms(rootstock, self.train.pixels[np.sort(chosen[:MEASURED_IMAGES])])
         settings = self.settings.model_copy(update={"trunk_share": 1.0} if random else {})
-        folder = self.folder / name.replace(" ", "-").replace("'", "")
+        folder = self.folder / file_stem(name)
 
         def report(_step: str, done: int, total: int) -> None:
             self.report(f"fine-tuning: {name}", done, total)
