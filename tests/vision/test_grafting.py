@@ -14,9 +14,11 @@ from vision.pictures import write_pictures
 from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor
 
 from graftkit.errors import BudgetError, ConfigError, OutputError
-from graftkit.vision.assembly import assemble
+from graftkit.vision.assembly import Limit, assemble
+from graftkit.vision.budget import Budget
 from graftkit.vision.frozen import BEST_LAYER, DRAWS, LAST_LAYER, PAPER_SCION, RANDOM
-from graftkit.vision.grafting import NO_PAPER_SCION, GraftSettings, graft
+from graftkit.vision.grafting import NO_PAPER_SCION, GraftSettings, graft, prepare
+from graftkit.vision.measuring import measure
 from graftkit.vision.predict import Prediction, Predictor
 from graftkit.vision.rootstock import Scion, grow
 from graftkit.vision.trained import DONOR, PRUNED, RANDOM_TRUNK, STUDENT
@@ -155,6 +157,18 @@ def test_channels_that_nobody_reads_are_dropped_and_the_answers_stay() -> None:
     assert cut.scion.channels[3] == (0, 1, 2)  # means of 2 and 5, the spread of 2
     count, fewer = (sum(w.numel() for w in one.trunk.parameters()) for one in (whole, cut))
     assert fewer == count - 10 * (8 + 1)
+
+
+def test_the_expected_bytes_of_a_file_are_close_to_its_bytes(
+    donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+) -> None:
+    ground = prepare(donor, data, asked("6KB"), cache, lambda *_: None)
+    limit = Limit(Budget.parse("6KB"), ground.donor, CLASSES, ground.points)
+    for channels in ({0: (1, 2, 9), 3: (0, 5, 7, 20)}, {0: tuple(range(16)), 1: (3,), 2: (0, 1)}):
+        scion = Scion(max(channels) + 1, channels, ("mean", "std"))
+        rootstock = assemble(ground.donor, scion, CLASSES, nn.Linear(scion.features, 3))
+        size = measure(rootstock, ground.images, tmp_path / "one.onnx", "tiny").bytes
+        assert size <= limit.cost(scion) <= size + 1500
 
 
 @pytest.mark.slow

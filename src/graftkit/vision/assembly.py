@@ -17,6 +17,10 @@ HeadMaker = Callable[[int, int], nn.Module]
 """A head from the numbers of features and of classes."""
 VALUE_BYTES = 4
 """Of a float32."""
+INDEX_BYTES = 8
+"""Of a feature's number, where the head reads some of a layer's features and not all."""
+NODE_BYTES = 100
+"""Of the node that picks them."""
 SLACK_BYTES = 256
 """A file may need so many more for other numbers of channels than the measured one has."""
 
@@ -64,7 +68,13 @@ class Limit:
         if self.budget.kind == "macs":
             return module_cost(rootstock, self.donor.size).macs
         graph = point.bytes - VALUE_BYTES * point.parameters
-        return VALUE_BYTES * exported_parameters(rootstock) + graph + SLACK_BYTES
+        return VALUE_BYTES * exported_parameters(rootstock) + graph + self._picking(scion)
+
+    def _picking(self, scion: Scion) -> int:
+        """Bytes that say which features are read, of layers that are not read whole; and slack."""
+        pooled = [width * len(scion.poolings) for width in self.donor.channels]
+        partly = [len(kept) for layer, kept in scion.channels.items() if len(kept) < pooled[layer]]
+        return sum(NODE_BYTES + INDEX_BYTES * kept for kept in partly) + SLACK_BYTES
 
     def fits(self, scion: Scion) -> bool:
         """Whether a rootstock with this scion is expected to keep the budget."""

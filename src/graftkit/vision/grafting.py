@@ -146,6 +146,7 @@ def graft(
         *ground.images.warnings,
         *ground.donor.notes,
         *notes,
+        *_doubts_of_budget(budget, measured[ROOTSTOCK]),
         *doubts_of_int8(result),
     ]
     result["seconds"] = round(time.monotonic() - started, 1)
@@ -318,6 +319,14 @@ def _found(
         "mistakes": mistakes(main, images),
         "history": [asdict(epoch) for epoch in networks[ROOTSTOCK].history],
     }
+
+
+def _doubts_of_budget(budget: Budget, main: Measured) -> list[str]:
+    """Milliseconds are measured once for the choice and once in the end."""
+    cost = {"bytes": main.bytes, "ms": main.p50_ms, "macs": main.macs}[budget.kind]
+    if cost <= budget.amount:
+        return []
+    return [f"The rootstock came out at {budget.show(cost)}, over the budget of {budget.text}."]
 
 
 def _make_folders(*folders: Path) -> None:
