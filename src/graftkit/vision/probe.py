@@ -16,7 +16,7 @@ from graftkit.vision.heads import linear_head
 
 DECAYS = (0.01, 0.003, 0.001, 0.0003)
 """λ of the penalty λ/2 ‖W‖² beside the mean cross-entropy, strongest first."""
-ITERATIONS = 300
+ITERATIONS = 100
 PENALTIES, EPOCHS = (1e-3, 1e-1, 1.0), 60
 """Of the hidden head: alpha of scikit-learn, and passes over the training images."""
 LEAST_STD = 1e-3
