@@ -236,3 +236,9 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written"):
         write_report(full_result(), tmp_path / "report.html")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_the_spread_over_draws_is_told() -> None:
+    page = render_page(full_result() | {"draws": [0.9, 0.92]})
+    assert "on 2 other draws" in page
+    assert "mean 91.0 %, standard deviation 1.4" in page

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from graftkit.errors import OutputError
@@ -126,11 +127,22 @@ def _all_methods(result: Result) -> str:
         (name, *(_shown(numbers.get(key), show) for key, (_, show) in columns.items()))
         for name, numbers in _methods(result).items()
     ]
-    int8 = result.get("int8") or {}
-    note = ""
-    if int8.get("agreement") is not None:
-        note = _note(f"int8 names the same class as float32 on {percent(int8['agreement'])} %.")
-    return _table(("", *(label for label, _ in columns.values())), rows, own=2) + note
+    return _table(("", *(label for label, _ in columns.values())), rows, own=2) + _spread(result)
+
+
+def _spread(result: Result) -> str:
+    """How far int8 is from float32, and how far other draws of the images are from this one."""
+    told = []
+    agreement, draws = (result.get("int8") or {}).get("agreement"), result.get("draws") or ()
+    if agreement is not None:
+        told.append(f"int8 names the same class as float32 on {percent(agreement)} %.")
+    if len(draws) > 1:
+        told.append(
+            f"The rootstock's head fitted on {len(draws)} other draws of training and validation "
+            f"images: test mean {percent(fmean(draws))} %, standard deviation "
+            f"{percent(stdev(draws))}."
+        )
+    return _note(" ".join(told)) if told else ""
 
 
 def _recall(result: Result) -> str:
