@@ -1,6 +1,7 @@
 """`graftkit library`: packs of one target in a folder. Commands, and what a person sees of them."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -228,7 +229,7 @@ def _print_list(target: str, packs: "tuple[Entry, ...]") -> None:
     Console().print(table)
 
 
-def _print_routes(prompts: list[str], routes: list[dict[str, Any]]) -> None:
+def _print_routes(prompts: Sequence[str], routes: list[dict[str, Any]]) -> None:
     table = _table("route", "scores", "prompt")
     for prompt, found in zip(prompts, routes, strict=True):
         best = sorted(found["scores"].items(), key=lambda score: -score[1])[:3]

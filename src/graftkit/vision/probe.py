@@ -164,7 +164,8 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[float, float]:
 def l2_relevance(probe: Probe) -> Tensor:
     """Norm of each standardised feature's weights over the classes, (features,): Head2Toe
     (Evci et al. 2022, arXiv 2201.03529), eq. 4 with one feature in a group."""
-    return probe.weight.norm(dim=0)
+    relevance: Tensor = probe.weight.norm(dim=0)
+    return relevance
 
 
 def taylor_relevance(probe: Probe, train: tuple[Tensor, Tensor]) -> Tensor:
