@@ -232,7 +232,7 @@ def test_a_donor_or_data_that_are_none_are_told_in_one_line(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    for donor, images in (("vgg17", data), ("vgg16", tmp_path / "empty")):
+    for donor, images in ((tmp_path / "no.npz", data), ("vgg16", tmp_path / "empty")):
         words = ["vision", "graft", donor, "--data", images, "--budget", "1MB", "-o", tmp_path]
         assert run(*words) == 1
         assert capsys.readouterr().err.count("\n") == 1

@@ -320,7 +320,10 @@ def test_a_folder_that_goes_away_is_waited_for(tmp_path: Path) -> None:
 
 def test_the_command_watches_until_it_is_interrupted(model: Path, tmp_path: Path) -> None:
     (tmp_path / "old.png").write_bytes(encoded(picture(0, 0)))
-    command = [sys.executable, "-c", RUN, "predict", str(model), str(tmp_path), "--watch", "--json"]
+    # Whoever runs the tests may ignore Ctrl-C, and a child inherits that.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {RUN}"
+    command = [sys.executable, "-c", code, "predict", str(model), str(tmp_path)]
+    command += ["--watch", "--json"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
         try:

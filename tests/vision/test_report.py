@@ -216,11 +216,18 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path) -> None:
         assert "script" not in tags
 
 
-@settings(max_examples=6, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=30, deadline=None)
 @given(st.sets(st.sampled_from(sorted(full_result()))))
 def test_any_part_may_be_missing(missing: set[str]) -> None:
     left = {key: value for key, value in full_result().items() if key not in missing}
     assert Page(render_page(left)).text
+
+
+def test_a_confusion_without_the_names_of_classes_is_left_out() -> None:
+    left = {key: value for key, value in full_result().items() if key != "classes"}
+    assert "Confusion" in Page(render_page(full_result())).text
+    assert "Confusion" not in Page(render_page(left)).text
 
 
 def test_an_empty_result_says_that_nothing_was_measured() -> None:

@@ -158,7 +158,7 @@ def _recall(result: Result) -> str:
 
 def _confusion(result: Result) -> str:
     counts, classes = result.get("confusion"), result.get("classes", ())
-    if not counts:
+    if not counts or not classes:
         return ""
     head = "".join(f"<th>{_text(name)}</th>" for name in classes)
     rows = []
