@@ -3,7 +3,7 @@
 The fully fine-tuned donor comes first. All others learn from the labels and from its answers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -81,12 +81,16 @@ def tune_baselines(
     Yields: what was trained, or a sentence that says why one could not be.
     """
     seed, parameters = trainer.settings.seed, exported_parameters(rootstock)
-    small = student(rootstock.classes, parameters, rootstock.size, seed=seed)
-    yield trainer.tune(STUDENT, small, donor, random=True)
-    yield trainer.tune(RANDOM_TRUNK, random_trunk(rootstock, seed), donor, random=True)
-    try:
-        pruned = pruned_donor(donor, parameters)
-    except (BudgetError, ConfigError, DonorError) as error:
-        yield f"Left out, {PRUNED}: {error}"
-    else:
-        yield trainer.tune(PRUNED, pruned, donor)
+    classes, size = rootstock.classes, rootstock.size
+    makers: tuple[tuple[str, Callable[[], Rootstock], bool], ...] = (
+        (STUDENT, lambda: student(classes, parameters, size, seed=seed), True),
+        (RANDOM_TRUNK, lambda: random_trunk(rootstock, seed), True),
+        (PRUNED, lambda: pruned_donor(donor, parameters), False),
+    )
+    for name, make, random in makers:
+        try:
+            network = make()
+        except (BudgetError, ConfigError, DonorError) as error:
+            yield f"Left out, {name}: {error}"
+        else:
+            yield trainer.tune(name, network, donor, random)
