@@ -38,7 +38,7 @@ RUNS: dict[str, dict[str, Any]] = {
 POOLED = {"mean": ("mean",), "mean and std": ("mean", "std")}
 VIEWS = {"1": (0,), "2": (0, 4), "8": ALL_VIEWS}
 CUTS = (8, 11, 14, 19)
-QUICK_IMAGES = 12  # of every class and split
+QUICK_IMAGES = 8  # of every class and split
 
 
 def run(options: argparse.Namespace, ledger: Ledger) -> None:

@@ -267,6 +267,7 @@ def test_a_wrong_call_is_refused_and_leaves_nothing(change, error, told, skills,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["emr", "twin"])
 def test_a_budget_that_nothing_meets_names_one_that_does(method, skills, tmp_path):
     with pytest.raises(BudgetError, match=r"ask for at least (\d+)B") as refusal:

@@ -83,6 +83,7 @@ def test_accuracies_are_those_of_the_file_on_disk(
     assert result["test_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_another_run_finds_features_and_costs_in_the_cache(
     frozen: tuple[dict[str, Any], Path], donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_budgets_of_every_kind_are_kept(
     assert result[kind] <= result["budget"]["amount"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "unit"), [("100B", "KB"), ("10MAC", "MMAC"), ("0.0001ms", "ms")]
 )
