@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from graftkit.vision.heads import fold_head
 from graftkit.vision.probe import NEVER, fit_hidden, fit_probe, l2_relevance, taylor_relevance
 
 
@@ -47,6 +48,17 @@ def test_the_head_answers_as_the_probe_does() -> None:
     train, val = blobs(60), blobs(30, seed=1)
     probe = fit_probe(train, val, 3)
     torch.testing.assert_close(probe.head()(val[0]), probe.logits(val[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_the_head_to_train_is_the_same_function_and_folds_into_one_layer() -> None:
+    train, val = blobs(60), blobs(30, seed=1)
+    train[0][:, 4] *= 100
+    probe = fit_probe(train, val, 3)
+    head = probe.trainable_head()
+    folded = fold_head(head)
+    assert len(list(folded.parameters())) == 2
+    for found in (head(val[0]), folded(val[0])):
+        torch.testing.assert_close(found, probe.logits(val[0]), atol=1e-3, rtol=1e-3)
 
 
 def test_two_classes_give_two_rows() -> None:

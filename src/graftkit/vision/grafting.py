@@ -253,7 +253,7 @@ def _trained(
     if settings.method == "paper":
         head = _paper_head(choice.scion.features, len(classes))
     else:
-        head = choice.probe.head()
+        head = choice.probe.trainable_head()
     rootstock = assemble(donor, choice.scion, classes, head)
     untrained = copy.deepcopy(rootstock)
     yield trainer.tune(ROOTSTOCK, rootstock, tuned.rootstock)
@@ -265,7 +265,7 @@ def _trained(
             yield NO_PAPER_SCION
         else:
             probe = probe_columns(ground.table, columns_of(ground.table, paper))
-            stock = assemble(donor, paper, classes, probe.head())
+            stock = assemble(donor, paper, classes, probe.trainable_head())
             yield trainer.tune(PAPER_SCION, stock, tuned.rootstock)
         yield from tune_baselines(trainer, tuned.rootstock, untrained)
 

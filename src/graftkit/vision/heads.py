@@ -21,6 +21,23 @@ def linear_head(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> nn.L
     return _rescaled(weight, bias, 1 / std, -mean / std)
 
 
+@torch.no_grad()
+def standardized_head(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> nn.Sequential:
+    """The same function as `linear_head`, to be trained further: batch normalization and a layer.
+
+    Features differ in scale by orders of magnitude; one rate serves weights of standardised ones.
+    """
+    norm = nn.BatchNorm1d(len(mean))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(torch.where(std > 0, std, torch.ones_like(std)).square() - norm.eps)
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+    return nn.Sequential(norm, linear).eval()
+
+
 def hidden_head(features: int, hidden: int, classes: int) -> nn.Sequential:
     """Batch normalization, a hidden layer with ReLU, dropout, and the layer of the classes."""
     return nn.Sequential(

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
-from graftkit.vision.heads import linear_head
+from graftkit.vision.heads import linear_head, standardized_head
 
 DECAYS = (0.01, 0.003, 0.001, 0.0003)
 """λ of the penalty λ/2 ‖W‖² beside the mean cross-entropy, strongest first."""
@@ -54,6 +54,10 @@ class Probe:
     def head(self) -> nn.Linear:
         """The same function as one linear layer on the features themselves."""
         return linear_head(self.weight, self.bias, self.mean, self.std)
+
+    def trainable_head(self) -> nn.Sequential:
+        """The same function, in a form that trains well."""
+        return standardized_head(self.weight, self.bias, self.mean, self.std)
 
 
 def fit_probe(
