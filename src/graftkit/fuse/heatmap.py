@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.errors import ConfigError
+from graftkit.files import replaced_file
 from graftkit.fuse.interference import Interference, Pair
-from graftkit.skillpack.container import replaced_file
 
 _MEASURES = {  # attribute: title, lowest and highest colour
     "cosine": ("cosine", -1.0, 1.0),

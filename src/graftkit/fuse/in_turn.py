@@ -14,6 +14,7 @@ from torch import Tensor
 from graftkit.compress.codecs import Layout
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
+from graftkit.files import replaced_file
 from graftkit.fuse.importance import measure_importances
 from graftkit.fuse.kif import Kif
 from graftkit.fuse.memory import Header, Taken, read_memory, write_memory
@@ -29,7 +30,6 @@ from graftkit.fuse.packing import check_output, pack_merged
 from graftkit.fuse.running import Running, Skill
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.container import replaced_file
 
 RULES: dict[str, type[Running]] = {rule.method: rule for rule in (Opcm, Kif)}
 """The rules with a memory by their names, those of `methods.IN_TURN`."""

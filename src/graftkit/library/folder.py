@@ -26,9 +26,9 @@ from blake3 import blake3
 from filelock import FileLock, Timeout
 
 from graftkit.errors import LibraryError, OutputError
+from graftkit.files import replaced_file
 from graftkit.library.index import FORMAT, PACK_FILE, PACKS, Entry, Index, LibraryTarget, file_of
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.container import replaced_file
 
 FILE = "library.toml"
 CLASSIFIER = "classifier.safetensors"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from graftkit.attach import attached
 from graftkit.errors import ConfigError, RowsError
+from graftkit.files import replaced_file
 from graftkit.models.encoding import (
     LOGITS_BYTES,
     MICRO_BATCH_TOKENS,
@@ -33,7 +34,6 @@ from graftkit.route import TARGET, Route
 from graftkit.route.pooling import Reader, pooled_states, state_width
 from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.container import replaced_file
 
 Labels = Literal["loss", "task"]
 

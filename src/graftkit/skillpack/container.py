@@ -10,7 +10,7 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from blake3 import blake3
 
 from graftkit.errors import (
     CorruptPackError,
-    OutputError,
     PackFault,
     PackFormatError,
     UnsupportedVersionError,
 )
+from graftkit.files import replaced_file
 from graftkit.skillpack.manifest import (
     FILE_PREFIX,
     FORMAT_VERSION,
@@ -103,26 +103,6 @@ def _entries(manifest: AnyManifest, sizes: Mapping[str, int]) -> list[tuple[str,
     together = sum(sizes[name] for name in manifest.stored_tensors)
     entries = [(TENSORS_ENTRY, together)] if together else []
     return entries + [(name, sizes[name]) for name in manifest.stored_rest]
-
-
-@contextmanager
-def replaced_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `path` when the block ends well, and vanishes otherwise.
-
-    Raises: OutputError when the disk refuses (full, read-only, no such folder).
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def write_container(

@@ -13,12 +13,12 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.utils import Extractor
 from pydantic import TypeAdapter, ValidationError
 
-from graftkit.errors import OutputError
+from graftkit.files import replaced_file
 from graftkit.vision.costs import layer_costs
 from graftkit.vision.donor import Donor
 from graftkit.vision.export import describe, export_onnx, strip, write_model
-from graftkit.vision.features import FeatureTable, Report, cache_key
-from graftkit.vision.images import ImageSet
+from graftkit.vision.features import FeatureTable, cache_key
+from graftkit.vision.images import ImageSet, Report
 from graftkit.vision.measuring import file_latency
 from graftkit.vision.norms import fold_rootstock
 from graftkit.vision.probe import Probe
@@ -70,14 +70,8 @@ def measure_points(
     for cut, probe in enumerate(probes, start=1):
         points.append(_point(donor, uncut, cut, probe, images, cache))
         report("cost of every cut", cut, len(probes))
-    partial = file.with_suffix(".partial")
-    try:
+    with replaced_file(file) as partial:
         partial.write_text(json.dumps([asdict(point) for point in points], indent=1))
-        partial.replace(file)
-    except OSError as error:
-        raise OutputError(
-            f"{file}: cannot be written ({error}); free some space or name another --cache"
-        ) from error
     return points
 
 

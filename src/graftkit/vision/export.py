@@ -6,10 +6,9 @@ a seventh of a small file. What a runtime does not read is taken out before the 
 
 import json
 import logging
-import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import nn
 
 from graftkit.config import VERSION
 from graftkit.errors import OutputError
+from graftkit.files import replaced_file
 
 FORMAT = "rootstock"
 OPSET = 18  # the lowest that the exporter writes without a conversion
@@ -74,19 +74,8 @@ def write_model(model: ModelProto, path: Path) -> int:
 
     Raises: OutputError when the disk refuses, or the model exceeds the 2 GiB of one file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(model.SerializeToString())
-        os.replace(partial, path)
-        return path.stat().st_size
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    with replaced_file(path) as partial:
+        return partial.write_bytes(model.SerializeToString())
 
 
 def strip(model: ModelProto) -> None:

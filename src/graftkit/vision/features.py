@@ -3,8 +3,7 @@
 Whatever is probed or selected afterwards reads these files; the donor is not run again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graftkit.errors import OutputError
+from graftkit.files import replaced_file
 from graftkit.vision.donor import Donor, pool
-from graftkit.vision.images import SPLITS, ImageSet
+from graftkit.vision.images import SPLITS, ImageSet, Report
 
 POOLINGS = ("mean", "std")
 """Of every layer. The spread over the image says what the mean discards (docs/adr/0016)."""
@@ -26,8 +25,6 @@ TEST = SPLITS.index("test")
 BATCH = 32
 UPRIGHT_VIEWS = (0, 4)
 ALL_VIEWS = (0, 1, 2, 3, 4, 5, 6, 7)
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -146,22 +143,13 @@ def _write(
     file: Path,
     report: Report,
 ) -> None:
-    partial = file.with_suffix(".partial")
-    try:
+    with replaced_file(file) as partial:
         file.parent.mkdir(parents=True, exist_ok=True)
         values = open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
         for start in range(0, len(rows), BATCH):
             values[start : start + BATCH] = pooled_outputs(donor, rows[start : start + BATCH], view)
             report(f"view {view}: images", min(start + BATCH, len(rows)), len(rows))
         values.flush()
-        partial.replace(file)
-    except OSError as error:
-        raise OutputError(
-            f"{file}: cannot be written ({error}); free some space or name another --cache"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 @torch.inference_mode()

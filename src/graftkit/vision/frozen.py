@@ -11,8 +11,8 @@ import torch
 from graftkit.vision.assembly import assemble
 from graftkit.vision.baselines import random_trunk
 from graftkit.vision.donor import Donor
-from graftkit.vision.features import BATCH, FeatureTable, Report
-from graftkit.vision.images import ImageSet
+from graftkit.vision.features import BATCH, FeatureTable
+from graftkit.vision.images import ImageSet, Report
 from graftkit.vision.measuring import Network
 from graftkit.vision.probe import fit_hidden, fit_probe
 from graftkit.vision.rootstock import Rootstock, Scion

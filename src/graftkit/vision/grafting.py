@@ -20,7 +20,7 @@ from graftkit.vision.assembly import Limit, assemble
 from graftkit.vision.budget import Budget
 from graftkit.vision.curve import Point, measure_points
 from graftkit.vision.donor import Donor, open_donor
-from graftkit.vision.features import ALL_VIEWS, UPRIGHT_VIEWS, FeatureTable, Report, read_features
+from graftkit.vision.features import ALL_VIEWS, UPRIGHT_VIEWS, FeatureTable, read_features
 from graftkit.vision.frozen import (
     DRAWS,
     LAST_LAYER,
@@ -32,7 +32,7 @@ from graftkit.vision.frozen import (
     layer_scion,
 )
 from graftkit.vision.heads import hidden_head
-from graftkit.vision.images import SPLITS, ImageSet, open_images
+from graftkit.vision.images import SPLITS, ImageSet, Report, open_images
 from graftkit.vision.measuring import Measured, Network, file_stem, measure
 from graftkit.vision.norms import fold_rootstock
 from graftkit.vision.paper import paper_scion

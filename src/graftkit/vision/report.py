@@ -6,16 +6,14 @@ names of classes and of files may be hostile.
 
 import base64
 import html
-import os
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from graftkit.errors import OutputError
+from graftkit.files import replaced_file
 from graftkit.vision.report_figures import frontier, training_curves
 from graftkit.vision.verdict import judge, megabytes, percent, reference_donor
 
@@ -31,18 +29,8 @@ def write_report(result: Result, path: Path) -> None:
         result: what `graft` returns and graft.json holds; parts that are missing are left out.
     Raises: OutputError when the file cannot be written; an older one is then as it was.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replaced_file(path) as partial:
         partial.write_text(render_page(result), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def render_page(result: Result) -> str:

@@ -3,8 +3,6 @@
 import base64
 import io
 import json
-import os
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from PIL import Image
 
 from graftkit.config import VERSION
-from graftkit.errors import OutputError
+from graftkit.files import replaced_file
 from graftkit.vision.images import ImageSet
 from graftkit.vision.int8 import quantize_onnx
 from graftkit.vision.measuring import Measured, file_latency, file_scores
@@ -97,17 +95,8 @@ def versions() -> dict[str, str]:
 
 def write_json(result: dict[str, Any], file: Path) -> None:
     """Write a result, whole or not at all. Raises: OutputError."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with replaced_file(file) as partial:
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        raise OutputError(
-            f"{file}: cannot be written ({error}); free some space or choose another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _thumbnail(pixels: np.ndarray) -> str:

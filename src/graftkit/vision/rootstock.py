@@ -6,9 +6,7 @@ concatenated, classified by a few dense layers. Which maps are read is the scion
 
 import copy
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graftkit.errors import DonorError, OutputError, RootstockError
+from graftkit.errors import DonorError, RootstockError
+from graftkit.files import replaced_file
 from graftkit.vision.donor import Donor, Normalization, pool
 
 _DESCRIPTION = "rootstock"  # key of the description in the metadata of a file
@@ -122,17 +121,11 @@ def save_state(rootstock: Rootstock, path: str | Path) -> None:
     Raises: OutputError.
     """
     tensors = {name: value.contiguous() for name, value in rootstock.state_dict().items()}
-    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, partial, metadata={_DESCRIPTION: json.dumps(rootstock.describe())})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error}); free some space or choose another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    with replaced_file(Path(path)) as partial:
+        try:
+            save_file(tensors, partial, metadata={_DESCRIPTION: json.dumps(rootstock.describe())})
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(str(error)) from error
 
 
 def load_state(rootstock: Rootstock, path: str | Path) -> None:

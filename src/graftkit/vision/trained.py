@@ -12,8 +12,7 @@ from torch import nn
 from graftkit.errors import BudgetError, ConfigError, DonorError
 from graftkit.vision.baselines import donor_classifier, pruned_donor, random_trunk, student
 from graftkit.vision.donor import Donor
-from graftkit.vision.features import Report
-from graftkit.vision.images import ImageSet
+from graftkit.vision.images import ImageSet, Report
 from graftkit.vision.measuring import Network, file_stem
 from graftkit.vision.norms import exported_parameters, insert_norms
 from graftkit.vision.rootstock import Rootstock

@@ -9,11 +9,9 @@ from its last whole epoch, to the same bits on the same machine.
 
 import json
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
-from graftkit.errors import ConfigError, ImagesError, OutputError
+from graftkit.errors import ConfigError, ImagesError
+from graftkit.files import replaced_file
 from graftkit.vision.augment import augment, seeded
 from graftkit.vision.images import Part, Report
 from graftkit.vision.rootstock import Rootstock
@@ -260,18 +259,12 @@ class _Run:
             "best": self.best,
             "best_weights": self.best_weights,
         }
-        partial = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
+        with replaced_file(file) as partial:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(state, partial)
-            os.replace(partial, file)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-            raise OutputError(
-                f"{file}: cannot be written ({error}); free some space or choose another place"
-            ) from error
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+            try:
+                torch.save(state, partial)
+            except RuntimeError as error:  # how torch's writer reports a full disk
+                raise OSError(str(error)) from error
 
     def resume(self, file: Path, key: str) -> None:
         """Go on from `file` where it is of the same call. Raises: ConfigError if it is damaged."""
