@@ -15,8 +15,7 @@ VERSION = "0.1.0"
 Recipe = Literal["auto", "graftllm", "lossless"]
 RECIPES: tuple[Recipe, ...] = ("auto", "graftllm", "lossless")
 
-# Decimal units, as disks and file managers count; the binary ones are spelled with an i.
-_UNIT_BYTES = {
+BYTE_UNITS = {
     "B": 1,
     "KB": 10**3,
     "MB": 10**6,
@@ -25,6 +24,7 @@ _UNIT_BYTES = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
+"""Decimal units, as disks and file managers count; the binary ones are spelled with an i."""
 _BUDGET_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|bpp|[KMG]?i?B)\s*", re.IGNORECASE)
 
 
@@ -64,7 +64,7 @@ class Budget:
             return math.floor(target_bytes * self.amount / 100)
         if self.unit == "BPP":
             return math.floor(parameters * self.amount / 8)
-        return math.floor(self.amount * _UNIT_BYTES[self.unit])
+        return math.floor(self.amount * BYTE_UNITS[self.unit])
 
 
 TRAIN_STEPS = 400

@@ -131,7 +131,7 @@ def test_merging_works_on_every_kind_of_architecture(architecture, tmp_path):
         ({"method": "tie"}, "did you mean ties"),
         ({"method": "zzz"}, "choose one of linear"),
         ({"method": "ties", "settings": {"densty": 0.5}}, "did you mean density"),
-        ({"method": "linear", "settings": {"density": 0.5}}, "it has scaling"),
+        ({"method": "linear", "settings": {"density": 0.5}}, "its settings: scaling"),
         ({"method": "ties", "settings": {"density": 0}}, "density is 0; "),
         ({"method": "sce", "settings": {"select": 1.5}}, "select is 1.5; "),
         ({"settings": {"scaling": float("nan")}}, "scaling is nan; "),

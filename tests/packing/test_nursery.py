@@ -100,7 +100,7 @@ def test_side_path_and_merged_agree_on_a_real_pack(shared: Path) -> None:
 
 _MEMORY = """
 import sys
-from graftkit.cli.packing import peak_rss_bytes
+from graftkit.memory import peak_rss_bytes
 from graftkit.packing import pack_delta
 pack_delta(sys.argv[1], sys.argv[2], budget="5%", workers=2)
 print(peak_rss_bytes())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graftkit.errors import OutputError, RootstockError
 from graftkit.vision.export import export_onnx
 from graftkit.vision.int8 import dense_codes, quantize_onnx
-from graftkit.vision.parity import parity, peak_rss_bytes
+from graftkit.vision.parity import inference_rss_bytes, parity
 from graftkit.vision.predict import Predictor
 
 SIZE = 24
@@ -142,12 +142,12 @@ def test_a_file_that_is_no_network_is_refused_and_leaves_nothing(tmp_path: Path)
 
 def test_inference_needs_no_torch_and_little_memory(files: tuple[Path, Path]) -> None:
     # torch alone holds more than this.
-    assert 20e6 < peak_rss_bytes(files[1]) < 150e6
+    assert 20e6 < inference_rss_bytes(files[1]) < 150e6
 
 
 def test_memory_of_a_file_that_is_no_rootstock_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(RootstockError, match="no such file"):
-        peak_rss_bytes(tmp_path / "missing.onnx")
+        inference_rss_bytes(tmp_path / "missing.onnx")
 
 
 @settings(max_examples=50, deadline=None)

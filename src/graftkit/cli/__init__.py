@@ -30,7 +30,6 @@ Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or
 Tuned = Annotated[str, typer.Argument(help="Tuned model: a directory or Hub id[@revision].")]
 PackFile = Annotated[Path, typer.Argument(help="A .skillpack file.")]
 PackFiles = Annotated[list[Path], typer.Argument(help="One or more packs of this target.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 # How packs are mixed; `merge` and `fuse` take the same options.
 Weights = Annotated[
@@ -127,7 +126,7 @@ def pack(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write the file.")
     ] = False,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Compress what TUNED learned beyond TARGET into one file.
 
@@ -153,7 +152,7 @@ def pack(
 
 
 @app.command()
-def inspect(file: PackFile, json_output: Json = False) -> None:
+def inspect(file: PackFile, json_output: show.Json = False) -> None:
     """What a pack holds, tensor by tensor. Needs no model."""
     from graftkit.skillpack import SkillPack
     from graftkit.skillpack.summary import pack_summary
@@ -171,7 +170,7 @@ def verify(
     full: Annotated[
         bool, typer.Option("--full", help="Also decode every tensor and look for NaN.")
     ] = False,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Check a pack: format, digests, and that TARGET is the target it was made for."""
     from graftkit.cli.packing import verify_file
@@ -187,7 +186,7 @@ def compare(
     tuned: Tuned,
     file: PackFile,
     rows: Annotated[Path, typer.Option("--rows", help='rows.jsonl: {"prompt", "completion"}.')],
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """How close target + pack is to the tuned model: KL per token, agreement, exact match."""
     from dataclasses import asdict
@@ -224,7 +223,7 @@ def merge(
     evaluations: Evaluations = None,
     state: State = None,
     task_rows: TaskRows = None,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Write target + packs as an ordinary Hugging Face checkpoint."""
     from graftkit.cli.fusing import merge_files, mixing, print_merged
@@ -256,7 +255,7 @@ def fuse(
     calibration: Annotated[
         Path | None, typer.Option(help="rows.jsonl of the packs' tasks; without it, data-free.")
     ] = None,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Make one pack of several packs of one target."""
     from graftkit.cli.fusing import fuse_files, mixing, print_fused
@@ -275,7 +274,7 @@ def interference(
     figure: Annotated[
         Path | None, typer.Option(help="A PNG to draw (needs the extra report).")
     ] = None,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Do packs get in each other's way? Cosine, sign conflicts and overlap of every pair."""
     from graftkit.cli.fusing import interference_of, print_interference
@@ -302,7 +301,7 @@ def generate(
         typer.Option(help="One answer: auto (by router keys), a pack's name, or target."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Continue a prompt with the target, or with packs attached (one answer per pack)."""
     from graftkit.cli.generating import answer_prompt
@@ -322,7 +321,7 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Counts, tokens, memory, disk and time; no run.")
     ] = False,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Teach a target what source models answer, and pack what it learned.
 
@@ -340,7 +339,7 @@ def import_lora(
     target: Target,
     adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA directory of this target.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The .skillpack to write.")],
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Turn a LoRA adapter into a pack, every A and B word for word."""
     from graftkit.cli.interop import import_adapter, print_import
@@ -362,7 +361,7 @@ def export(
     rows: Annotated[
         Path | None, typer.Option(help="rows.jsonl to measure the loss on, as KL per token.")
     ] = None,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Write a pack as a LoRA adapter that PEFT and vLLM load, and say what that loses."""
     from graftkit.cli.interop import export_adapter, print_export

@@ -14,7 +14,6 @@ app = typer.Typer(
 )
 
 FamilyFile = Annotated[Path, typer.Argument(help="A .skillfamily file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 @app.command()
@@ -38,7 +37,7 @@ def make(
     names: Annotated[
         str | None, typer.Option(help="Names of the skills, a,b,... Default: the files' names.")
     ] = None,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Write several packs of one target as one file."""
     from graftkit.fuse.family_making import make_family
@@ -53,7 +52,7 @@ def make(
 
 
 @app.command()
-def inspect(file: FamilyFile, json_output: Json = False) -> None:
+def inspect(file: FamilyFile, json_output: show.Json = False) -> None:
     """What a family holds. Needs no model."""
     from graftkit.fuse.family import Family
 
@@ -67,7 +66,7 @@ def unfold(
     skill: Annotated[str, typer.Option("--skill", help="Name of the skill.")],
     target: Annotated[str, typer.Option("--target", help="The target of the family.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The .skillpack to write.")],
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Write one skill as an ordinary lossless pack, which every other command takes."""
     from graftkit.fuse.family import Family

@@ -28,14 +28,13 @@ NamedRows = Annotated[
     list[str],
     typer.Option("--rows", help="NAME=rows.jsonl, once per pack; target=rows.jsonl for no pack."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 
 
 @app.command()
 def init(
     folder: Folder,
     target: Annotated[str, typer.Option("--target", help="Directory or Hub id[@revision].")],
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Make an empty library for a target."""
     from graftkit.library import Library
@@ -55,7 +54,7 @@ def add(
         typer.Option(help="rows.jsonl: 20 or more prompts that the pack should answer."),
     ] = None,
     update: Update = False,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Copy a pack into the library."""
     from graftkit.library import Library
@@ -67,7 +66,7 @@ def add(
 
 
 @app.command()
-def remove(folder: Folder, name: Address, json_output: Json = False) -> None:
+def remove(folder: Folder, name: Address, json_output: show.Json = False) -> None:
     """Delete a pack: every version of NAME, or the one that NAME@VERSION or a digest says."""
     from graftkit.library import Library
 
@@ -79,7 +78,7 @@ def remove(folder: Folder, name: Address, json_output: Json = False) -> None:
 
 
 @app.command("list")
-def list_(folder: Folder, json_output: Json = False) -> None:
+def list_(folder: Folder, json_output: show.Json = False) -> None:
     """What a library holds."""
     from graftkit.library import Library
 
@@ -96,7 +95,7 @@ def route(
     folder: Folder,
     rows: Annotated[Path, typer.Option("--rows", help="rows.jsonl; its prompts are routed.")],
     router: RouterOption = "centroid",
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Which pack should answer each prompt, or the target."""
     from graftkit.rows import read_prompts
@@ -110,7 +109,10 @@ def route(
 
 @app.command()
 def evaluate(
-    folder: Folder, rows: NamedRows, router: RouterOption = "centroid", json_output: Json = False
+    folder: Folder,
+    rows: NamedRows,
+    router: RouterOption = "centroid",
+    json_output: show.Json = False,
 ) -> None:
     """Exact match of routed answers, of the right packs, and of the target; who took whose rows."""
     library = _open_to_route(folder, router)
@@ -127,7 +129,7 @@ def learn(
     config: Annotated[Path, typer.Argument(help="A configuration of graftkit distill.")],
     name: Name,
     update: Update = False,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """Distil a skill and add its pack; the other packs stay as they are.
 
@@ -148,7 +150,7 @@ def audit(
         Path | None,
         typer.Option(help="rows.jsonl: show on its prompts that removing the pack leaves nothing."),
     ] = None,
-    json_output: Json = False,
+    json_output: show.Json = False,
 ) -> None:
     """What a pack changes, which others lean the same way, and what removing it leaves."""
     from graftkit.library import Library
@@ -165,7 +167,7 @@ def audit(
 
 
 @app.command()
-def train_router(folder: Folder, rows: NamedRows, json_output: Json = False) -> None:
+def train_router(folder: Folder, rows: NamedRows, json_output: show.Json = False) -> None:
     """Train the router `classifier` on held-out rows of every pack, and of none."""
     from graftkit.library import Library
 

@@ -1,8 +1,6 @@
 """Behind `pack`, `verify` and `merge`: files and numbers, no printing."""
 
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import torch
 from graftkit.cli import show
 from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFault
+from graftkit.memory import peak_rss_bytes
 from graftkit.packing import pack_delta
 from graftkit.packing.measure import Progress
 from graftkit.skillpack import SkillPack
@@ -42,19 +41,6 @@ def pack_to_file(
         summary["pack_bytes"] = output.stat().st_size
     measured = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
     return {"output": None if dry_run else str(output)} | summary | measured
-
-
-def peak_rss_bytes() -> int:
-    """Most memory this process has held.
-
-    On Linux from its own status: getrusage also counts what the process that started it held.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024
 
 
 def verify_file(file: Path, target: str, full: bool, progress: Progress) -> dict[str, Any]:

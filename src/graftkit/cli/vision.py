@@ -1,7 +1,6 @@
 """`graftkit vision`: rootstocks. Commands, and what a person sees of them."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from graftkit.cli import show
+from graftkit.memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from graftkit.vision.images import Skipped
@@ -56,9 +56,7 @@ def graft(
     cache: Annotated[
         Path | None, typer.Option(help="What other runs can use again. Default: OUTPUT/cache.")
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
-    ] = False,
+    json_output: show.Json = False,
 ) -> None:
     """Cut features out of a big network, grow a small classifier on them, and compare it."""
     from graftkit.vision.grafting import GraftSettings
@@ -87,9 +85,7 @@ def predict(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of one inference. Default: one for each core.")
     ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print JSON and nothing else.")
-    ] = False,
+    json_output: show.Json = False,
 ) -> None:
     """Classify images with a rootstock, in onnxruntime alone."""
     from graftkit.errors import ConfigError
@@ -167,7 +163,7 @@ def _watch(predictor: "Predictor", places: list[Path], top: int, json_output: bo
 
 def _measure(predictor: "Predictor", model: Path, places: list[Path], json_output: bool) -> None:
     measured = predictor.measure_latency(_find(places)[0])
-    memory = {"bytes": predictor.bytes, "peak_rss_bytes": _peak_rss_bytes()}
+    memory = {"bytes": predictor.bytes, "peak_rss_bytes": peak_rss_bytes()}
     result = {"model": str(model)} | asdict(measured) | memory
     told = (
         f"{model}: {show.size(predictor.bytes)}, one image p50 {measured.p50_ms:.2f} ms, "
@@ -225,16 +221,3 @@ def _answers(found: "Prediction | Skipped", top: int) -> list[tuple[str, str]]:
 def _printable(text: str) -> str:
     """Names of files may hold what no terminal should be given."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-
-
-def _peak_rss_bytes() -> int:
-    """Most memory this process has held.
-
-    On Linux from its own status: getrusage also counts what the process that started it held.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage if sys.platform == "darwin" else usage * 1024

@@ -1,16 +1,15 @@
 """The methods of families by name, each with its settings."""
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from graftkit.errors import ConfigError
 from graftkit.fuse.families import emr_private, emr_shared, tall_private
-from graftkit.fuse.methods import LARGEST
+from graftkit.fuse.methods import LARGEST, checked_settings, nearest
 from graftkit.fuse.rules import task_arithmetic
 
 Scaling = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
@@ -88,22 +87,10 @@ def find_family_method(name: str, settings: Mapping[str, Any], count: int) -> Fa
     Raises: ConfigError for an unknown name or setting, or a value out of range.
     """
     if name not in FAMILY_METHODS:
-        close = difflib.get_close_matches(name, FAMILY_METHODS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+        known = list(FAMILY_METHODS)
         raise ConfigError(
-            f"method {name!r} is unknown{meant}; choose one of {', '.join(FAMILY_METHODS)}"
+            f"method {name!r} is unknown{nearest(name, known)}; choose one of {', '.join(known)}"
         )
     kind = FAMILY_METHODS[name]
-    for key in settings:
-        if key not in kind.model_fields:
-            known = ", ".join(kind.model_fields) or "none"
-            raise ConfigError(f"{name} has no setting {key!r}; its settings: {known}")
     defaults = {"scaling": 1 / count} if kind is Twin else {}
-    try:
-        return kind(**{**defaults, **settings})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ConfigError(
-            f"{name}: {first['loc'][0]} is {first['input']!r}; {first['msg'][:1].lower()}"
-            f"{first['msg'][1:]}"
-        ) from error
+    return checked_settings(name, kind, {**defaults, **settings})

@@ -6,7 +6,7 @@
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -18,6 +18,7 @@ LARGEST = 1e6
 """Weights and λ beyond this, on either side, are mistakes: float32 would overflow soon after."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
+_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
 class Method(BaseModel, ABC):
@@ -184,14 +185,22 @@ def find_method(name: str, settings: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         known = [*METHODS, *IN_TURN]
         raise ConfigError(
-            f"method {name!r} is unknown{_nearest(name, known)}; choose one of {', '.join(known)}"
+            f"method {name!r} is unknown{nearest(name, known)}; choose one of {', '.join(known)}"
         )
-    kind = METHODS[name]
+    return checked_settings(name, METHODS[name], settings)
+
+
+def checked_settings(name: str, kind: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
+    """The settings of the method `name`, as a `kind`.
+
+    Raises: ConfigError for an unknown setting, with the nearest, or a value out of range.
+    """
     known = list(kind.model_fields)
     for key in settings:
         if key not in known:
+            told = ", ".join(known) or "none"
             raise ConfigError(
-                f"{name} has no setting {key!r}{_nearest(key, known)}; it has {', '.join(known)}"
+                f"{name} has no setting {key!r}{nearest(key, known)}; its settings: {told}"
             )
     try:
         return kind(**settings)
@@ -220,6 +229,7 @@ def check_weights(method: Method, weights: Sequence[float] | None, count: int) -
     return result
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What was probably meant, to be added to a sentence; nothing where no name is near."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

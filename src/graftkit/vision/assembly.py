@@ -1,6 +1,6 @@
 """A rootstock without what nobody reads, and whether it keeps a budget."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -9,12 +9,11 @@ from graftkit.vision.budget import Budget
 from graftkit.vision.costs import module_cost
 from graftkit.vision.curve import Point
 from graftkit.vision.donor import Donor
+from graftkit.vision.heads import HeadMaker
 from graftkit.vision.norms import exported_parameters
 from graftkit.vision.pruning import drop_dead_channels
 from graftkit.vision.rootstock import Rootstock, Scion, grow
 
-HeadMaker = Callable[[int, int], nn.Module]
-"""A head from the numbers of features and of classes."""
 VALUE_BYTES = 4
 """Of a float32."""
 INDEX_BYTES = 8

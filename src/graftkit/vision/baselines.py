@@ -20,12 +20,9 @@ from torch import Tensor, nn
 from graftkit.errors import BudgetError, ConfigError, DonorError
 from graftkit.vision.augment import seeded
 from graftkit.vision.donor import Donor, Normalization, pool
-from graftkit.vision.heads import fold_head
+from graftkit.vision.heads import HeadMaker, fold_head
 from graftkit.vision.norms import exported_parameters
 from graftkit.vision.rootstock import Rootstock, Scion, grow
-
-HeadMaker = Callable[[int, int], nn.Module]
-"""A head from the numbers of features and of classes."""
 
 STUDENT_STEM, STUDENT_LAST = 32, 1280
 STUDENT_STAGES = (  # expansion, channels, blocks, stride: MobileNetV2 (arXiv 1801.04381), table 2

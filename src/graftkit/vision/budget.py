@@ -5,19 +5,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from graftkit.config import BYTE_UNITS
 from graftkit.errors import BudgetError
 
 Kind = Literal["bytes", "ms", "macs"]
 
-# Decimal units, as in graftkit.config.Budget; the binary ones are spelled with an i.
 _UNITS: dict[str, tuple[Kind, int]] = {
-    "B": ("bytes", 1),
-    "KB": ("bytes", 10**3),
-    "MB": ("bytes", 10**6),
-    "GB": ("bytes", 10**9),
-    "KIB": ("bytes", 2**10),
-    "MIB": ("bytes", 2**20),
-    "GIB": ("bytes", 2**30),
+    **{unit: ("bytes", scale) for unit, scale in BYTE_UNITS.items()},
     "MS": ("ms", 1),
     "MAC": ("macs", 1),
     "KMAC": ("macs", 10**3),

@@ -1,11 +1,14 @@
 """Heads of a rootstock: from pooled features (n, features) to logits (n, classes)."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 DROPOUT = 0.2
+HeadMaker = Callable[[int, int], nn.Module]
+"""A head from the numbers of features and of classes."""
 
 
 def linear_head(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> nn.Linear:

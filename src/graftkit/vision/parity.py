@@ -47,25 +47,19 @@ def parity(fp32: Path, int8: Path, pixels: np.ndarray, labels: np.ndarray) -> Pa
     )
 
 
-# On Linux from the process's own status: getrusage also counts what its parent held.
 _INFERENCE = """
-import resource, sys
+import sys
 from pathlib import Path
 import numpy as np
+from graftkit.memory import peak_rss_bytes
 from graftkit.vision.predict import Predictor
 predictor = Predictor.open(Path(sys.argv[1]), threads=1)
 predictor.logits(np.zeros((1, 3, predictor.size, predictor.size), np.uint8))
-status = Path("/proc/self/status")
-if status.exists():
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    print(int(lines["VmHWM"].split()[0]) * 1024)
-else:
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(usage if sys.platform == "darwin" else usage * 1024)
+print(peak_rss_bytes())
 """
 
 
-def peak_rss_bytes(path: Path) -> int:
+def inference_rss_bytes(path: Path) -> int:
     """Most memory of a new process that opens a rootstock and classifies one image, on one thread.
 
     It holds Python, NumPy and onnxruntime, some 60 MB, and no torch.

@@ -16,7 +16,7 @@ from graftkit.files import replaced_file
 from graftkit.vision.images import ImageSet
 from graftkit.vision.int8 import quantize_onnx
 from graftkit.vision.measuring import Measured, file_latency, file_scores
-from graftkit.vision.parity import parity, peak_rss_bytes
+from graftkit.vision.parity import inference_rss_bytes, parity
 from graftkit.vision.predict import Predictor
 from graftkit.vision.rootstock import Scion
 
@@ -44,7 +44,7 @@ def deployed(main: Measured, images: ImageSet, int8: Path) -> dict[str, Any]:
             "p95_ms": p95,
             "agreement": same.agreement,
         },
-        "peak_rss_bytes": peak_rss_bytes(main.file),
+        "peak_rss_bytes": inference_rss_bytes(main.file),
     }
 
 
