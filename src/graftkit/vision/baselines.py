@@ -19,21 +19,12 @@ from torch import Tensor, nn
 
 from graftkit.errors import BudgetError, ConfigError, DonorError
 from graftkit.vision.augment import seeded
-from graftkit.vision.donor import Donor, Normalization, pool
+from graftkit.vision.donor import Donor, pool
+from graftkit.vision.donors.mobilenet_npz import LAST, NORMALIZATION, STAGES, STEM, InvertedResidual
 from graftkit.vision.heads import HeadMaker, fold_head
 from graftkit.vision.norms import exported_parameters
 from graftkit.vision.rootstock import Rootstock, Scion, grow
 
-STUDENT_STEM, STUDENT_LAST = 32, 1280
-STUDENT_STAGES = (  # expansion, channels, blocks, stride: MobileNetV2 (arXiv 1801.04381), table 2
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
 NARROWEST_STUDENT, WIDEST_STUDENT = 1 / 64, 8.0  # times the channels of the table
 BISECTIONS = 10  # leave a step of 0.6 % in width at most
 TOKEN_STD = 0.02  # of weights that belong to no layer, such as a class token; as in ViT
@@ -188,40 +179,29 @@ def _mobilenet(classes: Sequence[str], width: float, size: int, head: HeadMaker)
     def scaled(channels: int) -> int:
         return max(1, round(width * channels))
 
-    entering = scaled(STUDENT_STEM)
+    entering = scaled(STEM)
     layers: list[nn.Module] = [_convolution(3, entering, kernel=3, stride=2)]
-    for expansion, channels, blocks, stride in STUDENT_STAGES:
+    for expansion, channels, blocks, stride in STAGES:
         for block in range(blocks):
             step = stride if block == 0 else 1
-            layers.append(InvertedResidual(entering, scaled(channels), expansion, step))
+            layers.append(_block(entering, scaled(channels), expansion, step))
             entering = scaled(channels)
-    features = scaled(STUDENT_LAST)
+    features = scaled(LAST)
     layers.append(_convolution(entering, features))
     scion = Scion(len(layers), {len(layers) - 1: tuple(range(features))})
-    grey = Normalization((127.5,) * 3, (127.5,) * 3)
     made = head(features, len(classes))
-    return Rootstock(scion, grey, size, classes, nn.ModuleList(layers), made)
+    return Rootstock(scion, NORMALIZATION, size, classes, nn.ModuleList(layers), made)
 
 
-class InvertedResidual(nn.Module):
-    """MobileNetV2's block: expand, filter each channel, project; added to its input if it fits."""
-
-    def __init__(self, entering: int, leaving: int, expansion: int, stride: int):
-        super().__init__()
-        inside = entering * expansion
-        expand = [_convolution(entering, inside)] if expansion > 1 else []
-        self.adds = stride == 1 and entering == leaving
-        self.layers = nn.Sequential(
-            *expand,
-            _convolution(inside, inside, kernel=3, stride=stride, groups=inside),
-            nn.Conv2d(inside, leaving, 1, bias=False),
-            nn.BatchNorm2d(leaving),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (n, entering, h, w) to (n, leaving, h / stride, w / stride)."""
-        changed: Tensor = self.layers(x)
-        return x + changed if self.adds else changed
+def _block(entering: int, leaving: int, expansion: int, stride: int) -> InvertedResidual:
+    inside = entering * expansion
+    body = nn.Sequential(
+        *([_convolution(entering, inside)] if expansion > 1 else []),
+        _convolution(inside, inside, kernel=3, stride=stride, groups=inside),
+        nn.Conv2d(inside, leaving, 1, bias=False),
+        nn.BatchNorm2d(leaving),
+    )
+    return InvertedResidual(body, nn.Identity() if stride == 1 and entering == leaving else None)
 
 
 def _convolution(

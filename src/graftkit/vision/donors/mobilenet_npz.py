@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from graftkit.errors import DonorError
 from graftkit.vision.donors.chain import Chain, Normalization, reason
 
-# Expansion, output channels, number of blocks, stride of the first one.
-_STAGES = (
+STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -27,8 +26,12 @@ _STAGES = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-_STEM, _LAST, _OUTPUTS = 32, 1280, 1001
-_NORMALIZATION = Normalization((127.5,) * 3, (127.5,) * 3)  # x / 127.5 − 1
+"""Expansion, output channels, number of blocks, stride of the first one."""
+STEM, LAST = 32, 1280
+"""Channels of the first convolution and of the last."""
+NORMALIZATION = Normalization((127.5,) * 3, (127.5,) * 3)
+"""x / 127.5 − 1."""
+_OUTPUTS = 1001
 
 _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
@@ -59,7 +62,7 @@ def read_chain(path: Path, size: int, pretrained: bool) -> Chain:
     layers = _layers(size)
     parameters = dict(_named_parameters(layers))
     shapes = {name: tuple(value.shape) for name, value in parameters.items()}
-    classifier = {"fc.weight": (_OUTPUTS, _LAST), "fc.bias": (_OUTPUTS,)}
+    classifier = {"fc.weight": (_OUTPUTS, LAST), "fc.bias": (_OUTPUTS,)}
     try:
         _check_headers(path, shapes | classifier)
         with np.load(path, allow_pickle=False) as archive:
@@ -72,18 +75,18 @@ def read_chain(path: Path, size: int, pretrained: bool) -> Chain:
         for name, parameter in parameters.items():
             parameter.data.copy_(torch.from_numpy(values[name]))
     names = tuple(f"f.{index}" for index in range(len(layers)))
-    return Chain(path.stem, _NORMALIZATION, tuple(layers), names, folded=True)
+    return Chain(path.stem, NORMALIZATION, tuple(layers), names, folded=True)
 
 
 def _layers(size: int) -> list[nn.Module]:
-    layers: list[nn.Module] = [nn.Sequential(*_convolution(3, _STEM, 3, 2, side=size), nn.ReLU6())]
-    side, width = -(-size // 2), _STEM
-    for expansion, channels, blocks, first_stride in _STAGES:
+    layers: list[nn.Module] = [nn.Sequential(*_convolution(3, STEM, 3, 2, side=size), nn.ReLU6())]
+    side, width = -(-size // 2), STEM
+    for expansion, channels, blocks, first_stride in STAGES:
         for number in range(blocks):
             stride = first_stride if number == 0 else 1
             layers.append(_block(width, channels, expansion, stride, side))
             side, width = -(-side // stride), channels
-    layers.append(nn.Sequential(*_convolution(width, _LAST), nn.ReLU6()))
+    layers.append(nn.Sequential(*_convolution(width, LAST), nn.ReLU6()))
     return layers
 
 
