@@ -1,6 +1,5 @@
 """Rootstocks: which layers are kept, what the head reads, and heads that fold."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor, tiny_rootstock
 
-from graftkit.errors import DonorError, OutputError, RootstockError
+from graftkit.errors import DonorError
 from graftkit.vision.donor import pool
 from graftkit.vision.heads import fold_head, hidden_head, linear_head
-from graftkit.vision.rootstock import Scion, grow, load_state, save_state
+from graftkit.vision.rootstock import Scion, grow
 
 IMAGES = as_images(colored(4).pixels)
 
@@ -112,43 +111,6 @@ def test_a_folded_head_answers_as_the_head_does_in_eval_mode(seed: int) -> None:
     folded = fold_head(head.eval())
     assert [type(layer) for layer in folded] == [nn.Linear, nn.ReLU, nn.Linear]
     torch.testing.assert_close(folded(x), head(x), atol=1e-4, rtol=1e-4)
-
-
-def test_saved_weights_come_back_into_a_rootstock_grown_in_the_same_way(tmp_path: Path) -> None:
-    first, second = tiny_rootstock(seed=0), tiny_rootstock(seed=1).eval()
-    save_state(first.to(memory_format=torch.channels_last), tmp_path / "a.safetensors")
-    load_state(second, tmp_path / "a.safetensors")
-    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
-    torch.testing.assert_close(second(IMAGES), first.eval()(IMAGES))
-
-
-@pytest.mark.parametrize("change", ["classes", "channels", "nothing saved", "damaged"])
-def test_weights_of_another_rootstock_are_refused(change: str, tmp_path: Path) -> None:
-    file = tmp_path / "a.safetensors"
-    save_state(tiny_rootstock(), file)
-    other = tiny_rootstock(seed=1)
-    if change == "classes":
-        other = tiny_rootstock(seed=1, classes=("a", "b", "c"))
-    elif change == "channels":
-        scion = Scion(3, {1: (0, 2, 6), 2: tuple(range(8))})
-        other = grow(tiny_donor(), scion, CLASSES, hidden_head(scion.features, 8, 3))
-    elif change == "nothing saved":
-        file.unlink()
-    else:
-        file.write_bytes(file.read_bytes()[:-1])
-    before = {name: value.clone() for name, value in other.state_dict().items()}
-    with pytest.raises(RootstockError, match=r"a\.safetensors"):
-        load_state(other, file)
-    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
-
-
-def test_a_rootstock_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written"):
-        save_state(tiny_rootstock(), tmp_path / "missing" / "a.safetensors")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OutputError, match="cannot be written"):
-        save_state(tiny_rootstock(), tmp_path / "folder")
-    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
 
 
 def test_a_rootstock_takes_images_of_its_donors_size() -> None:

@@ -18,7 +18,7 @@ from graftkit.vision.baselines import donor_classifier
 from graftkit.vision.images import Part
 from graftkit.vision.norms import insert_norms
 from graftkit.vision.rootstock import Rootstock
-from graftkit.vision.scoring import Scores, score, scores, wilson_interval
+from graftkit.vision.scoring import Scores, logits_of, score, wilson_interval
 from graftkit.vision.training import (
     CHECKPOINT,
     Training,
@@ -64,6 +64,11 @@ def train(
     rootstock = rootstock or start()
     training = fine_tune(rootstock, TRAIN, VAL, settings, folder, report=report, **more)
     return rootstock, training, heard
+
+
+def scores(module: nn.Module, part: Part, batch: int = 64) -> Scores:
+    """What `module` answers on the images of `part`."""
+    return score(logits_of(module, part.pixels, batch), part.labels)
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:

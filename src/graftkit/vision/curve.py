@@ -12,6 +12,7 @@ import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 from onnx.utils import Extractor
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 
 from graftkit.files import replaced_file
 from graftkit.vision.costs import layer_costs
@@ -22,7 +23,7 @@ from graftkit.vision.images import ImageSet, Report
 from graftkit.vision.measuring import file_latency
 from graftkit.vision.norms import fold_rootstock
 from graftkit.vision.probe import Probe
-from graftkit.vision.rootstock import Rootstock, grow
+from graftkit.vision.rootstock import grow
 from graftkit.vision.selection import scion_of
 
 
@@ -66,63 +67,63 @@ def measure_points(
     whole = scion_of(table, table.columns(range(len(probes))))
     uncut = fold_rootstock(grow(donor, whole, images.classes, probes[-1].head()))
     export_onnx(uncut, cache / "uncut.onnx", donor.size, images.classes, donor.name)
+    macs = list(accumulate(cost.macs for cost in layer_costs(donor)))
+    model = onnx.load(cache / "uncut.onnx")
     points = []
     for cut, probe in enumerate(probes, start=1):
-        points.append(_point(donor, uncut, cut, probe, images, cache))
+        cut_model = cut_graph(model, cut, probe.head())
+        describe(cut_model, donor.size, images.classes, donor.name, "float32")
+        trunk = sum(weights.numel() for weights in uncut.trunk[:cut].parameters())
+        size, p50 = _file_cost(cut_model, cache / "cut.onnx", images.pixels[:1])
+        head = probe.weight.numel() + probe.bias.numel()
+        points.append(
+            Point(
+                cut=cut,
+                layer=donor.layer_names[cut - 1],
+                parameters=trunk + head,
+                trunk_parameters=trunk,
+                macs=macs[cut - 1] + probe.weight.numel(),
+                bytes=size,
+                p50_ms=p50,
+                val_accuracy=probe.val_accuracy,
+                val_loss=probe.val_loss,
+            )
+        )
         report("cost of every cut", cut, len(probes))
     with replaced_file(file) as partial:
         partial.write_text(json.dumps([asdict(point) for point in points], indent=1))
     return points
 
 
-def _point(
-    donor: Donor, uncut: Rootstock, cut: int, probe: Probe, images: ImageSet, cache: Path
-) -> Point:
-    head = probe.head()
-    model = cut_graph(
-        onnx.load(cache / "uncut.onnx"),
-        cut,
-        head.weight.detach().numpy(),
-        head.bias.detach().numpy(),
-    )
-    describe(model, donor.size, images.classes, donor.name, "float32")
-    file = cache / "cut.onnx"
+def _file_cost(model: ModelProto, file: Path, image: np.ndarray) -> tuple[int, float]:
+    """Bytes and median milliseconds of a model; `file` is there in between."""
     size = write_model(model, file)
-    p50, _ = file_latency(file, images.pixels[:1])
+    p50, _ = file_latency(file, image)
     file.unlink()
-    trunk = sum(weights.numel() for weights in uncut.trunk[:cut].parameters())
-    macs = list(accumulate(cost.macs for cost in layer_costs(donor)))[cut - 1]
-    return Point(
-        cut,
-        donor.layer_names[cut - 1],
-        trunk + head.weight.numel() + head.bias.numel(),
-        trunk,
-        macs + head.weight.numel(),
-        size,
-        p50,
-        probe.val_accuracy,
-        probe.val_loss,
-    )
+    return size, p50
 
 
-def cut_graph(model: ModelProto, cut: int, weight: np.ndarray, bias: np.ndarray) -> ModelProto:
-    """The graph of a rootstock that reads all layers, cut after the first ones.
+def cut_graph(model: ModelProto, cut: int, head: nn.Linear) -> ModelProto:
+    """A graph of the first layers of a rootstock that reads all of them.
 
     Exporting each cut anew would take seconds for every layer.
 
     Args:
         model: of a rootstock with a linear head on all features of all layers.
-        weight, bias: of the head of the cut one, (classes, features) and (classes,).
+        head: of the cut one.
     """
-    producers = {name: node for node in model.graph.node for name in node.output}
+    shortened = ModelProto()
+    shortened.CopyFrom(model)
+    producers = {name: node for node in shortened.graph.node for name in node.output}
     gemm = producers["logits"]
     join: NodeProto = producers[gemm.input[0]]
     del join.input[cut:]
-    constants = {constant.name: constant for constant in model.graph.initializer}
-    for name, value in zip(gemm.input[1:], (weight, bias), strict=True):
-        constants[name].CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+    constants = {constant.name: constant for constant in shortened.graph.initializer}
+    for name, value in zip(gemm.input[1:], (head.weight, head.bias), strict=True):
+        values = value.detach().numpy().astype(np.float32)
+        constants[name].CopyFrom(numpy_helper.from_array(values, name))
     # Their recorded shape is the uncut one's.
-    model.graph.ClearField("value_info")
-    found: ModelProto = Extractor(model).extract_model(["image"], ["logits"])
+    shortened.graph.ClearField("value_info")
+    found: ModelProto = Extractor(shortened).extract_model(["image"], ["logits"])
     strip(found)
     return found

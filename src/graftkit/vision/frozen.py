@@ -11,12 +11,12 @@ import torch
 from graftkit.vision.assembly import assemble
 from graftkit.vision.baselines import random_trunk
 from graftkit.vision.donor import Donor
-from graftkit.vision.features import BATCH, FeatureTable
-from graftkit.vision.images import ImageSet, Report
+from graftkit.vision.features import FeatureTable
+from graftkit.vision.images import ImageSet, Part, Report
 from graftkit.vision.measuring import Network
 from graftkit.vision.probe import fit_hidden, fit_probe
 from graftkit.vision.rootstock import Rootstock, Scion
-from graftkit.vision.scoring import score
+from graftkit.vision.scoring import BATCH, batches, score
 from graftkit.vision.selection import columns_of, probe_columns, scion_of
 
 GLOBAL_AVERAGE = ("mean",)
@@ -65,22 +65,21 @@ def best_layer(table: FeatureTable) -> int:
 def random_features(rootstock: Rootstock, images: ImageSet, seed: int, report: Report) -> Rootstock:
     """The rootstock's own architecture with random weights, and a head fitted on its features."""
     fresh = random_trunk(rootstock, seed)
-    parts = [
-        (_features(fresh, images, split, report), torch.from_numpy(images.part(split).labels))
-        for split in ("train", "val")
-    ]
-    fresh.head = fit_probe(parts[0], parts[1], len(images.classes)).head()
+    train, val = (
+        (_features(fresh, part, report), torch.from_numpy(part.labels))
+        for part in map(images.part, ("train", "val"))
+    )
+    fresh.head = fit_probe(train, val, len(images.classes)).head()
     return fresh
 
 
 @torch.inference_mode()
-def _features(rootstock: Rootstock, images: ImageSet, split: str, report: Report) -> torch.Tensor:
-    pixels = images.part(split).pixels
+def _features(rootstock: Rootstock, part: Part, report: Report) -> torch.Tensor:
+    pixels = part.pixels
     found = []
-    for start in range(0, len(pixels), BATCH):
-        rows = torch.from_numpy(pixels[start : start + BATCH]).float()
-        found.append(rootstock.features(rows.contiguous(memory_format=torch.channels_last)))
-        report(f"random features, {split}", start + len(rows), len(pixels))
+    for done, rows in enumerate(batches(pixels), start=1):
+        found.append(rootstock.features(rows))
+        report("random features", min(done * BATCH, len(pixels)), len(pixels))
     return torch.cat(found).clone()
 
 

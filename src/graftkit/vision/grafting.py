@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
@@ -285,7 +286,9 @@ def _asked(ground: Ground, budget: Budget, settings: GraftSettings) -> dict[str,
         "method": settings.method,
         "frozen": settings.freeze,
         "classes": list(images.classes),
-        "images": {split: len(images.part(split).labels) for split in SPLITS},
+        "images": dict(
+            zip(SPLITS, np.bincount(images.splits, minlength=len(SPLITS)).tolist(), strict=True)
+        ),
         "size": settings.size,
         "budget": asdict(budget),
         "epochs": 0 if settings.freeze else settings.epochs,

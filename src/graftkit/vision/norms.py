@@ -16,8 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from graftkit.errors import ImagesError
 from graftkit.vision.heads import fold_head
 from graftkit.vision.rootstock import Rootstock
-
-BATCH = 64
+from graftkit.vision.scoring import batches
 
 
 class NormedConv(nn.Sequential):
@@ -44,9 +43,8 @@ def insert_norms(module: nn.Module, pixels: np.ndarray) -> None:
     moments = {conv: _Moments(conv) for conv in convolutions}
     watched = [conv.register_forward_hook(moment.watch) for conv, moment in moments.items()]
     try:
-        for start in range(0, len(pixels), BATCH):
-            images = torch.from_numpy(np.array(pixels[start : start + BATCH]))
-            module(images.to(_device(module)).float())
+        for images in batches(pixels):
+            module(images.to(_device(module)))
     finally:
         for hook in watched:
             hook.remove()

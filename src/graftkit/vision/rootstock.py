@@ -5,22 +5,15 @@ concatenated, classified by a few dense layers. Which maps are read is the scion
 """
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graftkit.errors import DonorError, RootstockError
-from graftkit.files import replaced_file
+from graftkit.errors import DonorError
 from graftkit.vision.donor import Donor, Normalization, pool
-
-_DESCRIPTION = "rootstock"  # key of the description in the metadata of a file
 
 
 @dataclass(frozen=True)
@@ -113,43 +106,6 @@ def grow(donor: Donor, scion: Scion, classes: Sequence[str], head: nn.Module) ->
     rootstock = Rootstock(scion, donor.normalization, donor.size, classes, trunk, head)
     _check_channels(rootstock.eval())
     return rootstock.requires_grad_()
-
-
-def save_state(rootstock: Rootstock, path: str | Path) -> None:
-    """Write weights and description as one safetensors file, whole or not at all.
-
-    Raises: OutputError.
-    """
-    tensors = {name: value.contiguous() for name, value in rootstock.state_dict().items()}
-    with replaced_file(Path(path)) as partial:
-        try:
-            save_file(tensors, partial, metadata={_DESCRIPTION: json.dumps(rootstock.describe())})
-        except SafetensorError as error:  # how it reports a full disk
-            raise OSError(str(error)) from error
-
-
-def load_state(rootstock: Rootstock, path: str | Path) -> None:
-    """Read the weights of a file of `save_state` into a rootstock grown in the same way.
-
-    Raises: RootstockError for a file that is none, or that is of another rootstock; `rootstock`
-        is then as it was.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            told = json.loads((file.metadata() or {}).get(_DESCRIPTION, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise RootstockError(
-            f"{path}: cannot be read as weights of a rootstock ({error}); make it again"
-        ) from error
-    expected = rootstock.state_dict()
-    shapes = {name: value.shape for name, value in expected.items()}
-    if told != rootstock.describe() or shapes != {n: t.shape for n, t in tensors.items()}:
-        raise RootstockError(
-            f"{path}: holds the weights of another rootstock (other layers, channels, classes or "
-            "head); grow the one that it was written from, or make the file again"
-        )
-    rootstock.load_state_dict(tensors)
 
 
 def _pick(pooled: Tensor, channels: tuple[int, ...]) -> Tensor:

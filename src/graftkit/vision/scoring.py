@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graftkit.errors import ImagesError
-from graftkit.vision.images import Part
 
 Z = 1.959964  # of a two-sided 95 % interval
 BATCH = 64
@@ -35,11 +34,6 @@ class Scores:
     recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     logits: Tensor
-
-
-def scores(module: nn.Module, part: Part, batch: int = BATCH) -> Scores:
-    """Answers of `module` on the images of `part`, in float32. Raises: ImagesError for none."""
-    return score(logits_of(module, part.pixels, batch), part.labels)
 
 
 def score(logits: Tensor, labels: np.ndarray) -> Scores:
@@ -90,12 +84,13 @@ def logits_of(
     training = module.training
     module.eval()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-        found = [module(images.to(device)).float().cpu() for images in _images(pixels, batch)]
+        found = [module(images.to(device)).float().cpu() for images in batches(pixels, batch)]
     module.train(training)
     return torch.cat(found) if found else torch.empty(0, 0)
 
 
-def _images(pixels: np.ndarray, batch: int) -> Iterator[Tensor]:
+def batches(pixels: np.ndarray, batch: int = BATCH) -> Iterator[Tensor]:
+    """Images, uint8 (n, 3, size, size), as networks take them: float32, channels last."""
     for start in range(0, len(pixels), batch):
         rows = torch.from_numpy(np.array(pixels[start : start + batch]))
         yield rows.float().contiguous(memory_format=torch.channels_last)
