@@ -341,7 +341,7 @@ class Forgery:
         return struct.pack("<Q", len(encoded)) + encoded + data
 
 
-def refused(path, content, told="[a-z]"):
+def assert_refused(path, content, told="[a-z]"):
     path.write_bytes(content)
     with pytest.raises(FamilyError, match=told) as refusal:
         Family.open(path)
@@ -359,12 +359,12 @@ def test_a_family_put_together_again_opens(families, tmp_path):
 def test_a_truncated_or_edited_file_is_refused(method, families, tmp_path):
     content = families[method].read_bytes()
     for length in (0, 7, 8, 100, len(content) // 2, len(content) - 1):
-        refused(tmp_path / "f", content[:length])
-    refused(tmp_path / "f", content + b"\0")
+        assert_refused(tmp_path / "f", content[:length])
+    assert_refused(tmp_path / "f", content + b"\0")
     for place in range(0, len(content), len(content) // 60):
         changed = bytearray(content)
         changed[place] ^= 4
-        refused(tmp_path / "f", bytes(changed))
+        assert_refused(tmp_path / "f", bytes(changed))
 
 
 def test_other_files_are_no_families(families, skills, tmp_path):
@@ -455,7 +455,7 @@ def set_less(forged):
 def test_a_forged_family_is_refused_by_the_rule_it_breaks(method, change, told, families, tmp_path):
     forged = Forgery(families[method])
     change(forged)
-    refused(tmp_path / "f", forged.build(), told)
+    assert_refused(tmp_path / "f", forged.build(), told)
 
 
 def test_a_key_that_stands_twice_is_refused(families, tmp_path):
@@ -473,14 +473,16 @@ def test_a_key_that_stands_twice_is_refused(families, tmp_path):
     ]
     content = content.replace(old, new).replace(*digests)
     length = struct.unpack_from("<Q", content)[0] + len(new) - len(old)
-    refused(tmp_path / "f", struct.pack("<Q", length) + content[8:], "twice")
+    assert_refused(tmp_path / "f", struct.pack("<Q", length) + content[8:], "twice")
 
 
 def test_a_rest_of_another_target_is_refused(families, skills, tmp_path):
     forged = Forgery(families["twin"])
     stranger = pack_delta(skills.tuned[1], skills.tuned[0], recipe="lossless", workers=1)
     forged.entries["skill/skill-1"] = b"".join(stranger.parts())
-    refused(tmp_path / "f", forged.build(), "the part of skill-1 is not of the family's target")
+    assert_refused(
+        tmp_path / "f", forged.build(), "the part of skill-1 is not of the family's target"
+    )
 
 
 @pytest.mark.parametrize("method", ["emr", "tall"])

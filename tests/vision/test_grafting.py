@@ -11,16 +11,18 @@ import torch
 from commands import run
 from torch import nn
 from vision.pictures import write_pictures
-from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor
+from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor, wide_donor
 
 from graftkit.errors import BudgetError, ConfigError, OutputError
 from graftkit.vision.assembly import Limit, assemble
 from graftkit.vision.budget import Budget
 from graftkit.vision.frozen import BEST_LAYER, DRAWS, LAST_LAYER, PAPER_SCION, RANDOM
 from graftkit.vision.grafting import NO_PAPER_SCION, GraftSettings, graft, prepare
+from graftkit.vision.ground import thinned_choices
 from graftkit.vision.measuring import measure
 from graftkit.vision.predict import Prediction, Predictor
 from graftkit.vision.rootstock import Scion, grow
+from graftkit.vision.thinning import hidden_channels
 from graftkit.vision.trained import DONOR, PRUNED, RANDOM_TRUNK, STUDENT
 
 COUNTS = {"train": 12, "val": 6, "test": 6}
@@ -170,6 +172,37 @@ def test_the_expected_bytes_of_a_file_are_close_to_its_bytes(
         rootstock = assemble(ground.donor, scion, CLASSES, nn.Linear(scion.features, 3))
         size = measure(rootstock, ground.images, tmp_path / "one.onnx", "tiny").bytes
         assert size <= limit.cost(scion) <= size + 1500
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["6KB", "0.06MMAC"])
+def test_a_cut_that_does_not_fit_whole_is_thinned_until_it_does(
+    budget: str, data: Path, tmp_path: Path
+) -> None:
+    ground = prepare(
+        nn.Sequential(*wide_donor().layers), data, asked(budget), tmp_path, lambda *_: None
+    )
+    limit = Limit(Budget.parse(budget), ground.donor, CLASSES, ground.points)
+    found = thinned_choices(ground, limit, lambda *_: None)
+    assert [choice.scion.cut for _, choice in found] == [3]
+    for donor, choice in found:
+        assert not limit.fits(choice.scion)
+        rootstock = assemble(donor, choice.scion, CLASSES, choice.probe.head())
+        measured = measure(rootstock, ground.images, tmp_path / "one.onnx", "wide")
+        cost = {"bytes": measured.bytes, "macs": measured.macs}[limit.budget.kind]
+        assert cost <= limit.budget.amount
+        assert sum(hidden_channels(donor)) < sum(hidden_channels(ground.donor))
+
+
+@pytest.mark.slow
+def test_a_trained_rootstock_takes_the_fine_tuned_donors_layers_and_tells_what_is_left(
+    data: Path, tmp_path: Path
+) -> None:
+    settings = asked("6KB", epochs=2, baselines=False)
+    result = graft(nn.Sequential(*wide_donor().layers), data, tmp_path, settings)
+    assert result["bytes"] <= 6000
+    assert all(0 <= row["hidden_kept"] <= row["hidden"] for row in result["scion"])
+    assert [row["hidden"] for row in result["scion"][1:]] == [24, 24][: len(result["scion"]) - 1]
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Rootstocks: which layers are kept, what the head reads, and heads that fold."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

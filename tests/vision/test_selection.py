@@ -67,18 +67,6 @@ def test_a_trunk_that_does_not_fit_is_left_for_a_shallower_one(table: FeatureTab
     assert choice.scion.cut == 2
 
 
-def test_a_trunk_that_will_be_trained_is_as_deep_as_validation_allows(
-    table: FeatureTable,
-) -> None:
-    table.views[0][:, 8:] = 0  # the last layer says nothing, and does no harm
-    curve = probe_curve(table, quiet)
-    best = choose_scion(table, curve, fits(10_000))
-    deep = choose_scion(table, curve, fits(10_000), deepen=True)
-    assert best is not None
-    assert deep is not None
-    assert (best.scion.cut, deep.scion.cut) == (2, 3)
-
-
 def test_where_nothing_fits_nothing_is_chosen(table: FeatureTable) -> None:
     assert choose_scion(table, probe_curve(table, quiet), fits(100)) is None
 

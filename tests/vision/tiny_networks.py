@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from graftkit.vision.donor import Donor, Normalization
 from graftkit.vision.donors.chain import Chain
+from graftkit.vision.donors.mobilenet_npz import _block
 from graftkit.vision.heads import hidden_head
 from graftkit.vision.images import Part
 from graftkit.vision.rootstock import Rootstock, Scion, grow
@@ -44,6 +45,25 @@ def tiny_donor(seed: int = 0, channels: tuple[int, int, int] = (8, 8, 12)) -> Do
     names = tuple(f"f.{index}" for index in range(len(layers)))
     grey = Normalization((127.5,) * 3, (127.5,) * 3)
     return Donor(Chain("tiny", grey, layers, names, folded=True), SIZE)
+
+
+def inverted_residual(seed: int = 0) -> nn.Module:
+    """A block of MobileNetV2 with 8 channels, and 24 inside."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return _block(8, 8, 3, 1, SIZE).eval()
+
+
+def wide_donor() -> Donor:
+    """A stem, and two blocks of which the first hardly uses half of its hidden channels."""
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU6())
+    blocks = [inverted_residual(seed) for seed in (0, 1)]
+    consumer = blocks[0].get_submodule("body.4")
+    assert isinstance(consumer, nn.Conv2d)
+    with torch.no_grad():
+        consumer.weight[:, ::2] *= 1e-3
+    grey = Normalization((127.5,) * 3, (127.5,) * 3)
+    return Donor(Chain("wide", grey, (stem, *blocks), ("a", "b", "c"), folded=True), SIZE)
 
 
 def tiny_rootstock(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Rootstock:

@@ -57,6 +57,12 @@ class Donor(nn.Module):
             outputs.append(x)
         return outputs
 
+    def with_layers(self, layers: Sequence[nn.Module]) -> "Donor":
+        """The same donor with other modules in the place of its first layers, and none behind."""
+        names = self.layer_names[: len(layers)]
+        chain = Chain(self.name, self.normalization, tuple(layers), names, self.folded)
+        return Donor(chain, self.size)
+
     @property
     def channels(self) -> tuple[int, ...]:
         """Channels of every layer's output: the width of `pool(output)`."""

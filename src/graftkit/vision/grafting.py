@@ -7,8 +7,8 @@ layer, the cost of every cut, checkpoints of every fine-tuning.
 import copy
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,28 +16,30 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from graftkit.errors import BudgetError, ConfigError, OutputError
-from graftkit.vision.assembly import Limit, assemble
+from graftkit.errors import ConfigError, OutputError
+from graftkit.vision.assembly import assemble
 from graftkit.vision.budget import Budget
-from graftkit.vision.curve import Point, measure_points
 from graftkit.vision.donor import Donor, open_donor
-from graftkit.vision.features import ALL_VIEWS, UPRIGHT_VIEWS, FeatureTable, read_features
+from graftkit.vision.features import ALL_VIEWS, UPRIGHT_VIEWS
 from graftkit.vision.frozen import (
     DRAWS,
     LAST_LAYER,
-    PAPER_HIDDEN,
     PAPER_SCION,
     frozen_baselines,
     frozen_network,
     hidden_network,
     layer_scion,
 )
-from graftkit.vision.heads import hidden_head
-from graftkit.vision.images import SPLITS, ImageSet, Report, open_images
+from graftkit.vision.ground import (
+    Ground,
+    choose,
+    lay_ground,
+    paper_head,
+    paper_of_equal_size,
+    tuned_ground,
+)
+from graftkit.vision.images import SPLITS, Report, open_images
 from graftkit.vision.measuring import Measured, Network, file_stem, measure
-from graftkit.vision.norms import fold_rootstock
-from graftkit.vision.paper import paper_scion
-from graftkit.vision.probe import Probe
 from graftkit.vision.report import write_report
 from graftkit.vision.results import (
     deployed,
@@ -47,15 +49,7 @@ from graftkit.vision.results import (
     versions,
     write_json,
 )
-from graftkit.vision.rootstock import Rootstock, Scion
-from graftkit.vision.selection import (
-    Choice,
-    choose_scion,
-    columns_of,
-    probe_columns,
-    probe_curve,
-    scion_of,
-)
+from graftkit.vision.selection import Choice, columns_of, probe_columns
 from graftkit.vision.trained import ROOTSTOCK, Trainer, tune_baselines, tune_donor
 from graftkit.vision.training import TrainingSettings
 
@@ -96,17 +90,6 @@ class GraftSettings(BaseModel):
             raise ConfigError(f"{wrong['loc'][0]} is {wrong['input']!r}: {reason}") from error
 
 
-@dataclass(frozen=True)
-class Ground:
-    """What every choice is made from: images, donor, features, and the curve of cuts."""
-
-    images: ImageSet
-    donor: Donor
-    table: FeatureTable
-    probes: list[Probe]
-    points: list[Point]
-
-
 def graft(
     donor: str | Path | nn.Module,
     data: str | Path,
@@ -131,18 +114,27 @@ def graft(
     cache = Path(cache or output / "cache")
     _make_folders(cache, output / BASELINES)
     ground = prepare(donor, Path(data), settings, cache, report)
-    choice = choose(ground, budget, settings)
+    # In any case, so that a budget nothing keeps is told before an hour of training.
+    chosen = choose(ground, budget, settings.method, False, report)
+    if settings.freeze:
+        made = _frozen(ground, chosen, settings, report)
+    else:
+        trainer = _trainer(ground, settings, cache, report)
+        tuned = tune_donor(trainer, ground.donor, ground.images)
+        last = _last_layer(ground)
+        ground = tuned_ground(ground, tuned.rootstock, cache, report)
+        chosen = choose(ground, budget, settings.method, True, report)
+        made = chain([tuned, last], _trained(ground, chosen, settings, trainer, tuned))
     measured: dict[str, Measured] = {}
     networks: dict[str, Network] = {}
     notes: list[str] = []
-    make = _frozen if settings.freeze else _trained
-    for found in make(ground, choice, settings, cache, report):
+    for found in made:
         if isinstance(found, str):
             notes.append(found)
         else:
             networks[found.name] = found
             measured[found.name] = _measure(found, ground, output)
-    result = _asked(ground, budget, settings) | _found(ground, choice, networks, measured, output)
+    result = _asked(ground, budget, settings) | _found(ground, chosen, networks, measured, output)
     result["warnings"] = [
         *ground.images.warnings,
         *ground.donor.notes,
@@ -167,72 +159,22 @@ def prepare(
     images = open_images(data, settings.size, cache, settings.seed, report)
     donor = open_donor(reference, settings.size)
     views = UPRIGHT_VIEWS if settings.upright else ALL_VIEWS
-    table = read_features(donor, images, cache, views, report)
-    probes = probe_curve(table, report)
-    points = measure_points(donor, table, probes, images, cache, report)
-    return Ground(images, donor, table, probes, points)
-
-
-def choose(ground: Ground, budget: Budget, settings: GraftSettings) -> Choice:
-    """The scion within the budget. Raises: BudgetError when none is."""
-    if settings.method == "paper":
-        limit = Limit(budget, ground.donor, ground.images.classes, ground.points, _paper_head)
-        chosen = paper_choice(ground, limit)
-    else:
-        limit = Limit(budget, ground.donor, ground.images.classes, ground.points)
-        chosen = choose_scion(ground.table, ground.probes, limit.fits, not settings.freeze)
-    if chosen is None:
-        raise BudgetError(
-            f"no rootstock of {ground.donor.name} by method {settings.method} keeps {budget.text}; "
-            f"the smallest needs {budget.show(_smallest(ground, limit))}: allow that much"
-        )
-    return chosen
-
-
-def paper_choice(ground: Ground, limit: Limit) -> Choice | None:
-    """The deepest three layers of one stage that fit, read by their global averages."""
-    for point in reversed(ground.points):
-        with suppress(BudgetError):
-            _, layers = paper_scion(ground.donor, point.trunk_parameters)
-            scion = layer_scion(ground.table, layers)
-            if limit.fits(scion):
-                probe = probe_columns(ground.table, columns_of(ground.table, scion))
-                return Choice(scion, "paper", probe)
-    return None
-
-
-def _smallest(ground: Ground, limit: Limit) -> float:
-    """What the cheapest rootstock costs that reads one feature."""
-    table = ground.table
-    cuts = range(1, len(table.widths) + 1)
-    return min(limit.cost(scion_of(table, table.columns(range(cut))[-1:])) for cut in cuts)
-
-
-def _paper_head(features: int, classes: int) -> nn.Module:
-    return hidden_head(features, PAPER_HIDDEN, classes)
-
-
-def _paper_of_equal_size(ground: Ground, rootstock: Rootstock) -> Scion | None:
-    """The paper's choice whose trunk has at most the rootstock's parameters."""
-    parameters = sum(weights.numel() for weights in fold_rootstock(rootstock).trunk.parameters())
-    with suppress(BudgetError):
-        _, layers = paper_scion(ground.donor, parameters)
-        return layer_scion(ground.table, layers)
-    return None
+    return lay_ground(images, donor, views, cache, report)
 
 
 def _frozen(
-    ground: Ground, choice: Choice, settings: GraftSettings, cache: Path, report: Report
+    ground: Ground, chosen: tuple[Donor, Choice], settings: GraftSettings, report: Report
 ) -> Iterator[Network | str]:
     """The rootstock first, then what it is compared with."""
-    donor, table, classes = ground.donor, ground.table, ground.images.classes
+    table, classes = ground.table, ground.images.classes
+    donor, choice = chosen
     if settings.method == "paper":
         made = hidden_network(ROOTSTOCK, donor, table, choice.scion, classes, settings.seed)
     else:
         made = frozen_network(ROOTSTOCK, donor, table, choice.scion, classes, DRAWS)
     yield made
     if settings.baselines:
-        paper = _paper_of_equal_size(ground, made.rootstock)
+        paper = paper_of_equal_size(ground, made.rootstock)
         if paper is None:
             yield NO_PAPER_SCION
         yield from frozen_baselines(
@@ -240,33 +182,48 @@ def _frozen(
         )
 
 
-def _trained(
-    ground: Ground, choice: Choice, settings: GraftSettings, cache: Path, report: Report
-) -> Iterator[Network | str]:
-    """The fine-tuned donor first, which all others learn from."""
-    donor, classes, images = ground.donor, ground.images.classes, ground.images
+def _trainer(ground: Ground, settings: GraftSettings, cache: Path, report: Report) -> Trainer:
     training = TrainingSettings(
         epochs=settings.epochs, upright=settings.upright, seed=settings.seed
     )
-    trainer = Trainer(images, donor.folded, training, cache / "training", report)
-    tuned = tune_donor(trainer, donor, images)
-    yield tuned
+    return Trainer(ground.images, ground.donor.folded, training, cache / "training", report)
+
+
+def _last_layer(ground: Ground) -> Network:
+    """The usual transfer: a head on what the donor's last layer says, which stays as it is."""
+    scion = layer_scion(ground.table, [len(ground.donor.layers) - 1])
+    return frozen_network(
+        LAST_LAYER, ground.donor, ground.table, scion, ground.images.classes, DRAWS
+    )
+
+
+def _trained(
+    ground: Ground,
+    chosen: tuple[Donor, Choice],
+    settings: GraftSettings,
+    trainer: Trainer,
+    tuned: Network,
+) -> Iterator[Network | str]:
+    """The rootstock, then networks of its size; all learn from the fine-tuned donor.
+
+    Args:
+        ground: of the fine-tuned donor.
+    """
+    classes, (donor, choice) = ground.images.classes, chosen
     if settings.method == "paper":
-        head = _paper_head(choice.scion.features, len(classes))
+        head = paper_head(choice.scion.features, len(classes))
     else:
         head = choice.probe.trainable_head()
     rootstock = assemble(donor, choice.scion, classes, head)
     untrained = copy.deepcopy(rootstock)
     yield trainer.tune(ROOTSTOCK, rootstock, tuned.rootstock)
-    last = layer_scion(ground.table, [len(donor.layers) - 1])
-    yield frozen_network(LAST_LAYER, donor, ground.table, last, classes, DRAWS)
     if settings.baselines:
-        paper = _paper_of_equal_size(ground, untrained)
+        paper = paper_of_equal_size(ground, untrained)
         if paper is None:
             yield NO_PAPER_SCION
         else:
             probe = probe_columns(ground.table, columns_of(ground.table, paper))
-            stock = assemble(donor, paper, classes, probe.trainable_head())
+            stock = assemble(ground.donor, paper, classes, probe.trainable_head())
             yield trainer.tune(PAPER_SCION, stock, tuned.rootstock)
         yield from tune_baselines(trainer, tuned.rootstock, untrained)
 
@@ -300,12 +257,12 @@ def _asked(ground: Ground, budget: Budget, settings: GraftSettings) -> dict[str,
 
 def _found(
     ground: Ground,
-    choice: Choice,
+    chosen: tuple[Donor, Choice],
     networks: dict[str, Network],
     measured: dict[str, Measured],
     output: Path,
 ) -> dict[str, Any]:
-    images, donor, main = ground.images, ground.donor, measured[ROOTSTOCK]
+    images, main, (donor, choice) = ground.images, measured[ROOTSTOCK], chosen
     numbers = {
         name: one.numbers(images.classes) | {"draws": list(networks[name].draws)}
         for name, one in measured.items()
@@ -316,7 +273,7 @@ def _found(
         **deployed(main, images, output / "rootstock.int8.onnx"),
         "confusion": [list(row) for row in main.test.confusion],
         "rule": choice.rule,
-        "scion": scion_rows(choice.scion, donor.layer_names, ground.table.widths),
+        "scion": scion_rows(choice.scion, donor, ground.donor),
         "curve": [asdict(point) for point in ground.points],
         "baselines": numbers,
         "mistakes": mistakes(main, images),

@@ -1,4 +1,4 @@
-"""Take channels that nobody reads out of the last layer of a cut trunk."""
+"""Take channels out of modules; and out of the last layer of a cut trunk those nobody reads."""
 
 import copy
 from collections.abc import Sequence
@@ -69,7 +69,8 @@ def drop_dead_channels(layers: Sequence[nn.Module], kept: Sequence[int]) -> Prun
     if not kept or dropped == 0:
         reason = "every channel is read" if kept else "no channel is read: cut before this layer"
         return Pruned(tuple(layers), 0, reason)
-    _keep_outputs(conv, norms, kept)
+    for module in (conv, *norms):
+        keep_outputs(module, kept)
     if isinstance(last, InvertedResidual) and last.skip is not None:
         last.skip = PickChannels(kept)
     return Pruned((*layers[:-1], last), dropped)
@@ -92,19 +93,37 @@ def _find_convolution(
     return "it has no convolution", None, []
 
 
-def _keep_outputs(conv: nn.Conv2d, norms: Sequence[nn.BatchNorm2d], kept: Sequence[int]) -> None:
-    index = torch.tensor(kept, device=conv.weight.device)
-    _slice(conv, ("weight", "bias"), index)
-    conv.out_channels = len(kept)
-    for norm in norms:
-        _slice(norm, ("weight", "bias", "running_mean", "running_var"), index)
-        norm.num_features = len(kept)
+@torch.no_grad()
+def keep_outputs(module: nn.Module, kept: Sequence[int]) -> None:
+    """Leave these output channels of a convolution, a dense layer or what is behind them, in place.
+
+    A depthwise convolution and a normalization lose the same input channels.
+    """
+    _slice(module, ("weight", "bias", "running_mean", "running_var"), 0, kept)
+    if isinstance(module, nn.Conv2d):
+        if module.groups > 1:
+            module.in_channels = module.groups = len(kept)
+        module.out_channels = len(kept)
+    elif isinstance(module, nn.Linear):
+        module.out_features = len(kept)
+    elif isinstance(module, nn.BatchNorm2d):
+        module.num_features = len(kept)
 
 
-def _slice(module: nn.Module, names: Sequence[str], index: Tensor) -> None:
+@torch.no_grad()
+def keep_inputs(module: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:
+    """Leave these input channels of an ordinary convolution or a dense layer, in place."""
+    _slice(module, ("weight",), 1, kept)
+    if isinstance(module, nn.Conv2d):
+        module.in_channels = len(kept)
+    else:
+        module.in_features = len(kept)
+
+
+def _slice(module: nn.Module, names: Sequence[str], dim: int, kept: Sequence[int]) -> None:
     for name in names:
-        value = getattr(module, name)
+        value = getattr(module, name, None)
         if value is not None:
-            part = value.detach()[index].clone()
+            part = value.detach().index_select(dim, torch.tensor(kept, device=value.device))
             trained = isinstance(value, nn.Parameter)
             setattr(module, name, nn.Parameter(part, value.requires_grad) if trained else part)

@@ -167,12 +167,22 @@ def _confusion(result: Result) -> str:
 
 def _scion(result: Result) -> str:
     rows = [
-        (layer["layer"], f"{layer['kept']:,} of {layer['channels']:,}", _Bar(share))
+        (
+            layer["layer"],
+            *_share(layer["kept"], layer["channels"]),
+            *_share(layer.get("hidden_kept", 0), layer.get("hidden", 0)),
+        )
         for layer in result.get("scion", ())
-        for share in [layer["kept"] / max(1, layer["channels"])]
     ]
-    note = _note("Features that the head reads, of all pooled features of the layer.")
-    return _table(("layer", "read", ""), rows) + note if rows else ""
+    note = _note(
+        "Read: features that the head reads, of all pooled features of the layer. Hidden: channels "
+        "inside the layer that were left, of those that could be taken out."
+    )
+    return _table(("layer", "read", "", "hidden", ""), rows) + note if rows else ""
+
+
+def _share(part: int, whole: int) -> tuple[str, "_Bar | str"]:
+    return (f"{part:,} of {whole:,}", _Bar(part / whole)) if whole else ("", "")
 
 
 def _mistakes(result: Result) -> str:

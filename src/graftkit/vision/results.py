@@ -13,12 +13,15 @@ from PIL import Image
 
 from graftkit.config import VERSION
 from graftkit.files import replaced_file
+from graftkit.vision.donor import Donor
+from graftkit.vision.features import POOLINGS
 from graftkit.vision.images import ImageSet
 from graftkit.vision.int8 import quantize_onnx
 from graftkit.vision.measuring import Measured, file_latency, file_scores
 from graftkit.vision.parity import inference_rss_bytes, parity
 from graftkit.vision.predict import Predictor
 from graftkit.vision.rootstock import Scion
+from graftkit.vision.thinning import hidden_channels
 
 CALIBRATION_IMAGES = 256  # of training, for the ranges of int8
 SHOWN_MISTAKES = 24
@@ -56,14 +59,23 @@ def doubts_of_int8(result: dict[str, Any]) -> list[str]:
     return [f"int8 names {100 * drop:.1f} % fewer validation images rightly than float32."]
 
 
-def scion_rows(scion: Scion, names: tuple[str, ...], widths: tuple[int, ...]) -> list[Any]:
-    """Of every layer that is kept: its pooled features, and how many of them the head reads."""
+def scion_rows(scion: Scion, taken: Donor, donor: Donor) -> list[Any]:
+    """Of every layer that is kept: its pooled features, and how many of them the head reads.
+
+    Hidden channels are those inside the layer that could be taken out.
+
+    Args:
+        taken: whose layers the rootstock has, thinned perhaps. donor: before that.
+    """
+    hidden, left = hidden_channels(donor), hidden_channels(taken)
     return [
         {
-            "layer": names[index],
+            "layer": donor.layer_names[index],
             "index": index,
-            "channels": widths[index],
+            "channels": donor.channels[index] * len(POOLINGS),
             "kept": len(scion.channels.get(index, ())),
+            "hidden": hidden[index],
+            "hidden_kept": left[index],
         }
         for index in range(scion.cut)
     ]

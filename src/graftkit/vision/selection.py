@@ -5,7 +5,6 @@ cut". A cut that does not fit is one with the features that matter most, as far 
 nobody reads in the last layer is dropped, and the head shrinks. Validation decides.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -17,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftkit.vision.features import POOLINGS, FeatureTable
-from graftkit.vision.images import SPLITS
 from graftkit.vision.probe import Probe, fit_probe, l2_relevance, taylor_relevance
 from graftkit.vision.rootstock import Scion
 
@@ -47,16 +45,12 @@ def scion_of(
     return Scion(max(channels) + 1, channels, tuple(poolings))
 
 
-def choose_scion(
-    table: FeatureTable, curve: Sequence[Probe], fits: Fits, deepen: bool = False
-) -> Choice | None:
+def choose_scion(table: FeatureTable, curve: Sequence[Probe], fits: Fits) -> Choice | None:
     """The scion within the budget whose probe names most validation images rightly.
 
     Args:
         curve: by cut, from 1 on, the probe on all features up to it.
         fits: must not turn true again when features are added.
-        deepen: of those within a standard error of the best, take the one with the most layers:
-            more can be learned where the trunk is to be trained as well.
     Returns: None where no rootstock of one feature fits.
     """
     choices = [
@@ -64,19 +58,11 @@ def choose_scion(
         for cut, probe in enumerate(curve, start=1)
         for choice in _candidates(table, cut, probe, fits)
     ]
-    if not choices:
-        return None
-    best = max(choices, key=_rank)
-    if not deepen:
-        return best
-    share, images = best.probe.val_accuracy, int((table.splits == SPLITS.index("val")).sum())
-    least = share - math.sqrt(share * (1 - share) / images)
-    near = [choice for choice in choices if choice.probe.val_accuracy >= least]
-    return max(near, key=lambda choice: (choice.scion.cut, *_rank(choice)))
+    return max(choices, key=rank, default=None)
 
 
-def _rank(choice: Choice) -> tuple[float, int]:
-    """More validation images right; of equals, the one that reads less."""
+def rank(choice: Choice) -> tuple[float, int]:
+    """Of choices: more validation images right; of equals, the one that reads less."""
     return choice.probe.val_accuracy, -choice.scion.features
 
 

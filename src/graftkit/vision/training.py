@@ -53,7 +53,7 @@ class TrainingSettings(BaseModel):
     """Decoupled weight decay of matrices and kernels; norms and biases have none."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Share of a label that is spread over all classes."""
-    distillation: float = Field(default=0.5, ge=0, le=1)
+    distillation: float = Field(default=0.9, ge=0, le=1)
     """Weight w of the divergence from soft labels, where there are any."""
     temperature: float = Field(default=2.0, gt=0, le=100)
     """Temperature T of soft labels."""
@@ -320,7 +320,9 @@ def _digest(
 ) -> str:
     """All that decides the result: settings, images, first weights, architecture, soft labels."""
     digest = blake3()
-    for text in (settings.model_dump_json(), json.dumps(module.describe()), repr(module)):
+    unused = {"distillation", "temperature"} if soft_labels is None else None
+    told = settings.model_dump_json(exclude=unused)
+    for text in (told, json.dumps(module.describe()), repr(module)):
         digest.update(text.encode())
     for part in (train, val):
         digest.update(part.labels.tobytes())

@@ -1,0 +1,169 @@
+"""Hidden channels: which there are, and what is left when some are taken out."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from vision.tiny_networks import SIZE, colored, inverted_residual, tiny_donor, wide_donor
+
+from graftkit.vision.donor import Donor
+from graftkit.vision.thinning import LEAST_KEPT, Thinner, find_hidden, hidden_channels, narrow
+
+PIXELS = colored(24).pixels
+
+
+class Shuffled(nn.Module):
+    """A block that shuffles its channels where no module shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        changed: Tensor = self.second(functional.relu(self.first(x)).flip(1))
+        return changed
+
+
+class Attended(nn.Module):
+    """Hidden channels that are also read by a sum that no module does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        changed: Tensor = self.second(hidden) + hidden
+        return changed
+
+
+class Softened(nn.Sequential):
+    """Hidden channels that depend on one another."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(8, 16, 1), nn.Softmax(dim=1), nn.Conv2d(16, 8, 1))
+
+
+class InPlace(nn.Module):
+    """Convolution, normalization and an activation that overwrites its input, and tokens behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(8, 12, 3, padding=1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(12, 6, 1, bias=False),
+        )
+        self.dense = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.convolutions(x).flatten(2).transpose(1, 2)
+        return tokens + self.dense(tokens)
+
+
+def seeded(make: type[nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make().eval()
+
+
+def image(channels: int = 8) -> Tensor:
+    return torch.randn(2, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def parameters(donor: Donor) -> int:
+    return sum(weights.numel() for weights in donor.parameters())
+
+
+def test_the_channels_inside_an_inverted_residual_are_hidden() -> None:
+    (hidden,) = find_hidden(inverted_residual(), image())
+    assert (hidden.producer, hidden.consumer, hidden.channels) == ("body.0", "body.4", 24)
+    # 8 weights and a bias, 9 weights and a bias, and 8 weights of the projection.
+    assert hidden.parameters == 8 + 1 + 9 + 1 + 8
+
+
+def test_multiply_accumulates_of_a_channel_are_counted_at_every_position() -> None:
+    (hidden,) = find_hidden(inverted_residual(), image()[:1])
+    assert hidden.macs == (8 + 9 + 8) * SIZE * SIZE
+
+
+def test_channels_of_convolutions_with_normalization_and_of_dense_layers_are_hidden() -> None:
+    found = find_hidden(seeded(InPlace), image())
+    assert [(h.producer, h.consumer, h.channels) for h in found] == [
+        ("convolutions.0", "convolutions.3", 12),
+        ("dense.0", "dense.2", 10),
+    ]
+
+
+@pytest.mark.parametrize("make", [Shuffled, Attended, Softened])
+def test_channels_that_do_not_keep_apart_are_not_hidden(make: type[nn.Module]) -> None:
+    assert find_hidden(seeded(make), image()) == []
+
+
+@pytest.mark.parametrize("make", [InPlace, inverted_residual])
+def test_a_narrowed_layer_answers_as_with_zeros_in_place_of_what_went(make: type) -> None:
+    layer = make().eval()
+    for hidden in find_hidden(layer, image()):
+        narrowed, silenced = copy.deepcopy(layer), copy.deepcopy(layer)
+        consumer = silenced.get_submodule(hidden.consumer)
+        assert isinstance(consumer, nn.Conv2d | nn.Linear)
+        with torch.no_grad():
+            consumer.weight[:, [0, 3]] = 0
+        kept = [channel for channel in range(hidden.channels) if channel not in (0, 3)]
+        narrow(narrowed, hidden, kept)
+        torch.testing.assert_close(narrowed(image()), silenced(image()), atol=1e-5, rtol=1e-4)
+        assert sum(map(torch.numel, narrowed.parameters())) < sum(
+            map(torch.numel, layer.parameters())
+        )
+
+
+def test_a_channel_that_goes_leaves_its_mean() -> None:
+    layer = nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+    with torch.no_grad():
+        layer[0].weight[1] = 0  # the channel is constant, 3
+        layer[0].bias[1] = 3
+    (hidden,) = find_hidden(layer, image())
+    before = layer(image())
+    narrow(layer, hidden, [0, 2, 3], torch.tensor([0.0, 3.0, 0.0, 0.0]))
+    torch.testing.assert_close(layer(image()), before, atol=1e-5, rtol=1e-4)
+
+
+def test_what_carries_least_goes_first() -> None:
+    donor = wide_donor()
+    thinner = Thinner(donor, PIXELS, "parameters")
+    whole = parameters(donor)
+    thinned = thinner.thinned(3, lambda found: parameters(found) <= whole - 12 * 27)
+    assert thinned is not None
+    assert hidden_channels(donor) == [0, 24, 24]
+    assert hidden_channels(thinned)[1] < hidden_channels(thinned)[2]
+    images = torch.from_numpy(PIXELS.copy()).float()
+    for found, expected in zip(thinned(images), donor(images), strict=True):
+        assert float(((found - expected).norm() / expected.norm()).detach()) < 0.01
+
+
+def test_no_more_channels_go_than_the_limit_asks_for() -> None:
+    donor = wide_donor()
+    thinner = Thinner(donor, PIXELS, "macs")
+    most = parameters(donor.with_layers(list(donor.layers)[:2])) - 100
+    thinned = thinner.thinned(2, lambda found: parameters(found) <= most)
+    assert thinned is not None
+    assert len(thinned.layers) == 2
+    assert most - 27 < parameters(thinned) <= most
+    assert parameters(donor) == parameters(wide_donor())  # the donor itself is as it was
+
+
+def test_a_tenth_of_the_channels_stays() -> None:
+    donor = wide_donor()
+    thinner = Thinner(donor, PIXELS, "parameters")
+    assert thinner.thinned(3, lambda found: parameters(found) < 300) is None
+    least = thinner.thinned(3, lambda found: hidden_channels(found) <= [0, 3, 3])
+    assert least is not None
+    assert min(hidden_channels(least)[1:]) >= LEAST_KEPT * 24
+
+
+def test_a_donor_with_nothing_hidden_is_not_thinned() -> None:
+    donor = tiny_donor()
+    assert Thinner(donor, PIXELS, "parameters").thinned(4, lambda _: True) is None
