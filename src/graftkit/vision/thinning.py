@@ -7,6 +7,7 @@ layer's output notices no other shape, so a thinned donor is cut, read and train
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,7 +63,8 @@ def find_hidden(layer: nn.Module, x: Tensor) -> list[Hidden]:
         x: one image's map or tokens: costs are counted for it.
     """
     calls = _calls(layer, x)
-    found = [_follow(calls, index) for index in range(len(calls))]
+    runs = Counter(call.name for call in calls)
+    found = [_follow(calls, index) for index, call in enumerate(calls) if runs[call.name] == 1]
     return [hidden for hidden in found if hidden and _can_be_thinned(layer, hidden, x)]
 
 
