@@ -6,6 +6,8 @@ from statistics import mean, stdev
 
 from ledger import Record, newest, provenance, table, write_between
 
+from graftkit.vision.report import headline
+
 HEADER = ("", "parameters", "trunk", "bytes", "MMAC", "ms", "val", "val loss", "test", "95 %")
 
 
@@ -34,7 +36,8 @@ def _run(line: Record) -> str:
             f" Test accuracy over {len(draws)} draws of training and validation images: mean "
             f"{mean(draws):.4f}, standard deviation {stdev(draws):.4f}."
         )
-    return told + "\n\n" + table(HEADER, rows)
+    header, *paper = headline(line)
+    return f"{told}\n\n{table(HEADER, rows)}\n\nAs the paper tells it:\n\n{table(header, paper)}"
 
 
 def _row(name: str, found: Record) -> list[str]:

@@ -59,4 +59,5 @@ def test_the_report_shows_every_run_with_its_baselines(
         "| **rootstock** | 1,234 | 1,000 | 5,678 | 2.0 | 0.50 | 0.9000 | 0.300 | 0.8750 |" in text
     )
     assert "| donor, last layer | 1,234 |" in text
+    assert "| parameters | 1,234 | 1,234 | 0.0 |" in text
     assert "mean 0.8700, standard deviation 0.0141" in text

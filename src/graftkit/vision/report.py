@@ -60,7 +60,16 @@ def _warnings(result: Result) -> str:
 
 
 def _headline(result: Result) -> str:
-    """Donor against rootstock, in the layout of the paper's table, and what the paper omits."""
+    note = _note("MB are 10⁶ bytes of the ONNX file; latency is of one image in onnxruntime.")
+    header, *rows = headline(result)
+    return _table(header, rows) + note
+
+
+def headline(result: Result) -> list[tuple[str, ...]]:
+    """Donor against rootstock, in the layout of the paper's table, and what the paper omits.
+
+    Returns: a header and rows of four columns, for people.
+    """
     name, donor = reference_donor(result)
     rows = []
     for label, key, show in (
@@ -75,8 +84,7 @@ def _headline(result: Result) -> str:
         before, after = donor.get(key), result.get(key)
         cut = percent(1 - after / before) if key in _COSTS and before and after else ""
         rows.append((label, _shown(before, show), _shown(after, show), cut))
-    note = _note("MB are 10⁶ bytes of the ONNX file; latency is of one image in onnxruntime.")
-    return _table(("", name or "donor", "rootstock", "reduction, %"), rows) + note
+    return [("", name or "donor", "rootstock", "reduction, %"), *rows]
 
 
 def _methods(result: Result) -> dict[str, Result]:
