@@ -217,18 +217,24 @@ def test_budgets_of_every_kind_are_kept(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("budget", "unit"), [("100B", "KB"), ("10MAC", "MMAC"), ("0.0001ms", "ms")]
+    ("budget", "unit", "method"),
+    [
+        ("100B", "KB", "auto"),
+        ("10MAC", "MMAC", "auto"),
+        ("0.0001ms", "ms", "auto"),
+        ("100B", "KB", "paper"),
+    ],
 )
 def test_a_budget_that_nothing_meets_names_the_smallest_that_can(
-    budget: str, unit: str, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+    budget: str, unit: str, method: str, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
+    plain: dict[str, Any] = {"method": method, "freeze": True, "baselines": False}
     with pytest.raises(BudgetError, match=rf"the smallest needs [\d.]+{unit}") as refused:
-        graft(donor, data, tmp_path, asked(budget, freeze=True, baselines=False), cache)
+        graft(donor, data, tmp_path, asked(budget, **plain), cache)
     least = re.search(rf"[\d.]+{unit}", str(refused.value))
     assert least is not None
     if unit != "ms":  # the clock may say otherwise the next time
-        settings = asked(least[0], freeze=True, baselines=False)
-        assert graft(donor, data, tmp_path, settings, cache)["parameters"] > 0
+        assert graft(donor, data, tmp_path, asked(least[0], **plain), cache)["parameters"] > 0
     assert not list(tmp_path.glob("*.tmp"))
 
 

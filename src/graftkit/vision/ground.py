@@ -100,7 +100,7 @@ def choose(
     if not choices:
         raise BudgetError(
             f"no rootstock of {ground.donor.name} by method {method} keeps {budget.text}; "
-            f"the smallest needs {budget.show(_smallest(ground, limit))}: allow that much"
+            f"the smallest needs {budget.show(_smallest(ground, limit, method))}: allow that much"
         )
     return max(choices, key=lambda choice: rank(choice[1]))
 
@@ -120,20 +120,29 @@ def paper_of_equal_size(ground: Ground, rootstock: Rootstock) -> Scion | None:
 
 
 def _paper(ground: Ground, limit: Limit) -> Choice | None:
-    """The deepest three layers of one stage that fit, read by their global averages."""
-    for point in reversed(ground.points):
-        with suppress(BudgetError):
-            _, layers = paper_scion(ground.donor, point.trunk_parameters)
-            scion = layer_scion(ground.table, layers)
-            if limit.fits(scion):
-                probe = probe_columns(ground.table, columns_of(ground.table, scion))
-                return Choice(scion, "paper", probe)
+    """The deepest of the paper's choices that fits."""
+    for scion in reversed(_paper_scions(ground)):
+        if limit.fits(scion):
+            probe = probe_columns(ground.table, columns_of(ground.table, scion))
+            return Choice(scion, "paper", probe)
     return None
 
 
-def _smallest(ground: Ground, limit: Limit) -> float:
-    """What the cheapest rootstock costs that reads one feature."""
+def _paper_scions(ground: Ground) -> list[Scion]:
+    """Three layers of one stage, read by their global averages; by the trunk that is allowed."""
+    found = []
+    for point in ground.points:
+        with suppress(BudgetError):
+            _, layers = paper_scion(ground.donor, point.trunk_parameters)
+            found.append(layer_scion(ground.table, layers))
+    return found
+
+
+def _smallest(ground: Ground, limit: Limit, method: str) -> float:
+    """What the cheapest rootstock costs: by method auto, one that reads one feature."""
     table = ground.table
+    if method == "paper":
+        return min(map(limit.cost, _paper_scions(ground)))
     cuts = range(1, len(table.widths) + 1)
     return min(limit.cost(scion_of(table, table.columns(range(cut))[-1:])) for cut in cuts)
 
