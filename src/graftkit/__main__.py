@@ -21,7 +21,8 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         print(
-            "graftkit: interrupted; an interrupted pack goes on when it is run again",
+            "graftkit: interrupted; pack, distill and vision graft go on where they were when they "
+            "are run again",
             file=sys.stderr,
         )
         sys.exit(130)
