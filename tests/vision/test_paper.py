@@ -11,7 +11,7 @@ from transformers import ViTConfig, ViTModel
 from graftkit.errors import BudgetError, ConfigError
 from graftkit.vision.costs import layer_costs, module_cost
 from graftkit.vision.donor import Donor, open_donor
-from graftkit.vision.paper import PaperRootstock, paper_donor, paper_scion
+from graftkit.vision.paper import PaperRootstock, paper_donor, paper_scion, reads_of_one_stage
 
 NPZ = "data/vision/mobilenet_v2_1.0_imagenet_fp16.npz"
 MIB = 2**20
@@ -74,6 +74,12 @@ def test_the_choice_for_mobilenet_is_the_last_three_blocks_of_a_stage(
     limit: int | None, scion: tuple, mobilenet: Donor
 ) -> None:
     assert paper_scion(mobilenet, limit) == scion
+
+
+def test_a_stage_may_be_read_before_its_end(mobilenet: Donor) -> None:
+    reads = reads_of_one_stage(mobilenet)
+    assert len(reads) == len(mobilenet.layers)
+    assert (reads[7], reads[8], reads[10]) == ((7,), (7, 8), (8, 9, 10))
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,9 @@ from graftkit.vision.trained import ROOTSTOCK, Trainer, tune_baselines, tune_don
 from graftkit.vision.training import TrainingSettings
 
 BASELINES = "baselines"
-NO_PAPER_SCION = "No three layers of one stage are as small as the rootstock: no paper's scion."
+NO_PAPER_SCION = (
+    "No whole layer is as small as the rootstock: there is no scion of the paper's to compare with."
+)
 
 
 class GraftSettings(BaseModel):

@@ -19,7 +19,7 @@ from graftkit.vision.frozen import PAPER_HIDDEN, layer_scion
 from graftkit.vision.heads import hidden_head
 from graftkit.vision.images import ImageSet, Report
 from graftkit.vision.norms import fold_rootstock
-from graftkit.vision.paper import paper_scion
+from graftkit.vision.paper import paper_scion, reads_of_one_stage
 from graftkit.vision.probe import Probe, fit_probe
 from graftkit.vision.rootstock import Rootstock, Scion, grow
 from graftkit.vision.scoring import logits_of
@@ -111,12 +111,21 @@ def paper_head(features: int, classes: int) -> nn.Module:
 
 
 def paper_of_equal_size(ground: Ground, rootstock: Rootstock) -> Scion | None:
-    """The paper's choice whose trunk has at most the rootstock's parameters."""
+    """What the paper would read with a trunk of at most the rootstock's parameters.
+
+    At its best: a stage need not be whole, and validation picks the layer that the trunk ends with.
+    """
     parameters = sum(weights.numel() for weights in fold_rootstock(rootstock).trunk.parameters())
-    with suppress(BudgetError):
-        _, layers = paper_scion(ground.donor, parameters)
-        return layer_scion(ground.table, layers)
-    return None
+    scions = [
+        layer_scion(ground.table, layers)
+        for layers, point in zip(reads_of_one_stage(ground.donor), ground.points, strict=True)
+        if point.trunk_parameters <= parameters
+    ]
+
+    def accuracy(scion: Scion) -> float:
+        return probe_columns(ground.table, columns_of(ground.table, scion)).val_accuracy
+
+    return max(scions, key=accuracy, default=None)
 
 
 def _paper(ground: Ground, limit: Limit) -> Choice | None:

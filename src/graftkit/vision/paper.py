@@ -72,7 +72,7 @@ def paper_scion(donor: Donor, below_parameters: int | None = None) -> tuple[int,
     """
     trunks = list(accumulate(cost.parameters for cost in layer_costs(donor)))
     limit = trunks[-1] * _TRUNK_SHARE if below_parameters is None else below_parameters
-    choices = [read for end in range(len(trunks)) if (read := _stage_ending_at(donor.shapes, end))]
+    choices = [read for read in reads_of_one_stage(donor) if not _goes_on(donor, read[-1])]
     fitting = [read for read in choices if trunks[read[-1]] <= limit]
     if not fitting:
         smallest = trunks[choices[0][-1]]
@@ -84,12 +84,18 @@ def paper_scion(donor: Donor, below_parameters: int | None = None) -> tuple[int,
     return read[-1] + 1, read
 
 
-def _stage_ending_at(shapes: tuple[tuple[int, ...], ...], end: int) -> tuple[int, ...]:
-    """Up to three layers of one shape, of which `end` is the last; none inside a stage of maps."""
-    is_map = len(shapes[end]) == 3
-    if is_map and shapes[end : end + 2] == (shapes[end],) * 2:
-        return ()
-    start = end
-    while start > 0 and end - start + 1 < _READ_AT_ONCE and shapes[start - 1] == shapes[end]:
-        start -= 1
-    return tuple(range(start, end + 1))
+def reads_of_one_stage(donor: Donor) -> list[tuple[int, ...]]:
+    """By the layer that the trunk ends with: up to three last layers, all of its shape."""
+    reads = []
+    for end, shape in enumerate(donor.shapes):
+        start = end
+        while start > 0 and end - start + 1 < _READ_AT_ONCE and donor.shapes[start - 1] == shape:
+            start -= 1
+        reads.append(tuple(range(start, end + 1)))
+    return reads
+
+
+def _goes_on(donor: Donor, end: int) -> bool:
+    """Whether the stage has more layers behind this one; among tokens every layer may end one."""
+    shape = donor.shapes[end]
+    return len(shape) == 3 and donor.shapes[end : end + 2] == (shape, shape)
