@@ -111,6 +111,12 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert same_weights(first, second)
 
 
+def test_without_soft_labels_their_settings_do_not_count(tmp_path: Path) -> None:
+    train(tmp_path, SETTINGS.model_copy(update={"distillation": 0.5}))
+    again = train(tmp_path, SETTINGS.model_copy(update={"distillation": 0.9, "temperature": 3.0}))
+    assert again[2] == []  # every step was done before
+
+
 @pytest.mark.parametrize("change", ["settings", "images", "weights", "soft labels"])
 def test_the_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path, change: str) -> None:
     train(tmp_path, SETTINGS.model_copy(update={"epochs": 1}))
