@@ -6,28 +6,35 @@ the tables of docs/benchmarks.md; every run leaves its own page beside its netwo
 """
 
 import argparse
+import copy
 import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ledger import Ledger, Record, command_line
 from vision_report import write_report
 
+from graftkit.vision.budget import Budget
 from graftkit.vision.features import ALL_VIEWS, FeatureTable
-from graftkit.vision.grafting import GraftSettings, graft, prepare
+from graftkit.vision.grafting import GraftSettings, graft, prepare, trainer_of, untrained
+from graftkit.vision.ground import choose, tuned_ground
+from graftkit.vision.measuring import Measured, measure
 from graftkit.vision.probe import fit_probe
-from graftkit.vision.scoring import score
+from graftkit.vision.scoring import lead, score
+from graftkit.vision.trained import tune_donor
 
 EPOCHS = 12
+TUNED = "fine-tuned, 0.6 MiB"
 RUNS: dict[str, dict[str, Any]] = {
     "frozen, 0.6 MB": {"budget": "0.6MB", "freeze": True},
     "frozen, 1 MB": {"budget": "1MB", "freeze": True},
     "frozen, 2.25 MB": {"budget": "2.25MB", "freeze": True},
     "paper's method, frozen, 2.5 MB": {"budget": "2.5MB", "freeze": True, "method": "paper"},
-    "fine-tuned, 0.6 MiB": {"budget": "0.6MiB", "epochs": EPOCHS},
+    TUNED: {"budget": "0.6MiB", "epochs": EPOCHS},
     "paper's method, fine-tuned, 2.5 MB": {
         "budget": "2.5MB",
         "epochs": EPOCHS,
@@ -35,6 +42,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "baselines": False,
     },
 }
+MARGIN = "margin"
+ORDERS = (0, 1, 2)  # seeds of a fine-tuning: the order of the images, and how they are turned
 POOLED = {"mean": ("mean",), "mean and std": ("mean", "std")}
 VIEWS = {"1": (0,), "2": (0, 4), "8": ALL_VIEWS}
 CUTS = (8, 11, 14, 19)
@@ -48,8 +57,8 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
     cache = options.work / "cache"
     if options.quick:
         images = few_images(images, options.work / "images")
+    asked = {"epochs": 1, "baselines": False} if options.quick else {}
     for name in options.runs:
-        asked = {"epochs": 1, "baselines": False} if options.quick else {}
         settings = GraftSettings.checked(**(RUNS[name] | asked))
         key = {"run": name, "settings": settings.model_dump(), "quick": options.quick}
         if not ledger.has(key):
@@ -57,11 +66,50 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
             found = graft(donor, images, folder, settings, cache, told)
             ledger.add(key, {k: v for k, v in found.items() if k not in ("mistakes", "curve")})
             print(name, found["val_accuracy"], found["test_accuracy"], file=sys.stderr, flush=True)
+    settings = GraftSettings.checked(**(RUNS[TUNED] | asked))
+    key = {"run": MARGIN, "settings": settings.model_dump(), "quick": options.quick}
+    if options.margin and not ledger.has(key):
+        ledger.add(key, margin(donor, images, settings, cache))
     key = {"run": "features", "quick": options.quick}
     if options.features and not ledger.has(key):
         cache.mkdir(parents=True, exist_ok=True)
         ground = prepare(donor, images, GraftSettings(budget="1MB"), cache, told)
         ledger.add(key, {"lines": features(ground.table, len(ground.images.classes))})
+
+
+def margin(donor: Path, images: Path, settings: GraftSettings, cache: Path) -> Record:
+    """The rootstock and the paper's scion of equal size, each fine-tuned in several orders.
+
+    All learn from one fine-tuned donor. The lead's interval is over test images, of which each
+    counts with the share of the orders that answer it rightly.
+    """
+    ground = prepare(donor, images, settings, cache, told)
+    tuned = tune_donor(trainer_of(ground, settings, cache, told), ground.donor, ground.images)
+    ground = tuned_ground(ground, tuned.rootstock, cache, told)
+    chosen = choose(ground, Budget.parse(settings.budget), settings.method, True, told)
+    starts = dict(
+        zip(("rootstock", "paper's scion"), untrained(ground, chosen, "auto"), strict=True)
+    )
+    found: dict[str, list[Measured]] = {name: [] for name in starts}
+    for seed in ORDERS:
+        ordered = settings.model_copy(update={"seed": seed})
+        folder = cache if seed == settings.seed else cache / f"order-{seed}"
+        trainer = trainer_of(ground, ordered, folder, told)
+        for name, start in starts.items():
+            network = trainer.tune(name, copy.deepcopy(start), tuned.rootstock).rootstock
+            file = cache / "margin.onnx"
+            found[name].append(measure(network, ground.images, file, ground.donor.name))
+            print(seed, name, found[name][-1].test.accuracy, file=sys.stderr, flush=True)
+    shares = [np.mean([one.test.right for one in every], axis=0) for every in found.values()]
+    ahead, interval = lead(*shares)
+    lines = {
+        name: [
+            {"val": one.val.accuracy, "test": one.test.accuracy, "bytes": one.bytes}
+            for one in every
+        ]
+        for name, every in found.items()
+    }
+    return {"lines": lines, "lead": ahead, "lead_interval": list(interval)}
 
 
 def features(table: FeatureTable, classes: int) -> list[Record]:
@@ -107,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", nargs="*", default=tuple(RUNS), choices=tuple(RUNS))
     parser.add_argument("--quick", action="store_true", help="a few images and one epoch")
     parser.add_argument("--no-features", dest="features", action="store_false")
+    parser.add_argument("--no-margin", dest="margin", action="store_false")
     options = parser.parse_args(arguments)
     options.work = options.out / ("vision-quick" if options.quick else "vision")
     torch.set_num_threads(options.threads)

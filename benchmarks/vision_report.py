@@ -14,11 +14,10 @@ HEADER = ("", "parameters", "trunk", "bytes", "MMAC", "ms", "val", "val loss", "
 def write_report(records: Sequence[Record], docs: Path) -> None:
     """Write what `vision` says in docs/benchmarks.md; the newest record of every run counts."""
     lines = newest(records, ("run",))
-    runs = [line for line in lines if line["run"] != "features"]
-    apart = [line for line in lines if line["run"] == "features"]
     if not lines:
         return
-    parts = [provenance(lines), *map(_run, runs), *map(_apart, apart)]
+    shown = {"margin": _margin, "features": _apart}
+    parts = [provenance(lines), *(shown.get(line["run"], _run)(line) for line in lines)]
     write_between(docs / "benchmarks.md", "vision", "\n\n".join(parts))
 
 
@@ -54,6 +53,24 @@ def _row(name: str, found: Record) -> list[str]:
         f"{found['test_accuracy']:.4f}",
         f"{low:.3f} to {high:.3f}",
     ]
+
+
+def _margin(line: Record) -> str:
+    """Several orders of fine-tuning, and the lead over all of them."""
+    orders = range(len(next(iter(line["lines"].values()))))
+    names = [f"{split}, order {order}" for order in orders for split in SPLITS]
+    rows = []
+    for name, found in line["lines"].items():
+        numbers = [f"{one[split]:.4f}" for one in found for split in SPLITS]
+        average = mean(one["test"] for one in found)
+        rows.append([name, f"{found[0]['bytes']:,}", *numbers, f"{average:.4f}"])
+    low, high = line["lead_interval"]
+    told = (
+        f"Fine-tuned in {len(orders)} orders of the images, the rootstock leads by "
+        f"{100 * line['lead']:.1f} points of test accuracy, 95 % interval {100 * low:.1f} to "
+        f"{100 * high:.1f} (paired over test images):"
+    )
+    return f"{told}\n\n{table(('', 'bytes', *names, 'test, mean'), rows)}"
 
 
 def _apart(line: Record) -> str:

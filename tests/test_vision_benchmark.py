@@ -21,11 +21,17 @@ def test_a_quick_run_measures_frozen_and_fine_tuned_rootstocks(
     command += ["--out", str(tmp_path), "--docs", str(tmp_path)]
     subprocess.run(command, check=True, timeout=300)
     records = [json.loads(line) for line in (tmp_path / "vision.jsonl").read_text().splitlines()]
-    assert [record["run"] for record in records] == ["frozen, 0.6 MB", "fine-tuned, 0.6 MiB"]
+    assert [record["run"] for record in records] == [
+        "frozen, 0.6 MB", "fine-tuned, 0.6 MiB", "margin"
+    ]  # fmt: skip
     assert records[0]["bytes"] <= 600_000
     assert records[1]["bytes"] <= 0.6 * 2**20
     assert records[1]["baselines"]["fine-tuned donor"]["parameters"] > 2_000_000
-    assert all(record["test_accuracy"] > 0.3 for record in records)  # one in twelve by chance
+    assert all(record["test_accuracy"] > 0.3 for record in records[:2])  # 1 in 12 by chance
+    low, high = records[2]["lead_interval"]
+    assert low < records[2]["lead"] < high
+    assert [len(orders) for orders in records[2]["lines"].values()] == [3, 3]
+    assert records[2]["lines"]["rootstock"][0]["bytes"] == records[1]["bytes"]
     assert (tmp_path / "benchmarks.md").read_text() == page  # quick numbers are for no page
 
 
@@ -51,9 +57,14 @@ def test_the_report_shows_every_run_with_its_baselines(
         },
         **numbers,
     }  # fmt: skip
+    order = {"val": 0.9, "test": 0.8, "bytes": 4321}
+    margin = {key: line[key] for key in ("date", "commit", "machine")} | {
+        "run": "margin", "lead": 0.0123, "lead_interval": [-0.001, 0.0256],
+        "lines": {"rootstock": [order, order], "paper's scion": [order, order | {"test": 0.7}]},
+    }  # fmt: skip
     page = tmp_path / "benchmarks.md"
     page.write_text("<!-- vision:begin -->\n<!-- vision:end -->\n")
-    write_report([line], tmp_path)
+    write_report([line, margin], tmp_path)
     text = page.read_text()
     assert (
         "| **rootstock** | 1,234 | 1,000 | 5,678 | 2.0 | 0.50 | 0.9000 | 0.300 | 0.8750 |" in text
@@ -61,3 +72,5 @@ def test_the_report_shows_every_run_with_its_baselines(
     assert "| donor, last layer | 1,234 |" in text
     assert "| parameters | 1,234 | 1,234 | 0.0 |" in text
     assert "mean 0.8700, standard deviation 0.0141" in text
+    assert "leads by 1.2 points of test accuracy, 95 % interval -0.1 to 2.6" in text
+    assert "| paper's scion | 4,321 | 0.9000 | 0.8000 | 0.9000 | 0.7000 | 0.7500 |" in text

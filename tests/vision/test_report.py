@@ -17,11 +17,15 @@ from graftkit.errors import OutputError
 from graftkit.vision.report import render_page, write_report
 from graftkit.vision.verdict import judge
 
+OWN = 0.912  # the rootstock's accuracy
 HOSTILE = '<script>alert("1")</script>\'&$\\frac{\x00\udcff\u202e麦'
 
 
 def numbers(accuracy: float, size: int = 500_000) -> dict[str, Any]:
+    ahead = OWN - accuracy
     return {
+        "lead": ahead,
+        "lead_interval": [ahead - 0.02, ahead + 0.02],
         "val_accuracy": accuracy,
         "val_loss": 0.4,
         "test_accuracy": accuracy,
@@ -42,7 +46,7 @@ def thumbnail() -> str:
 
 
 def full_result() -> dict[str, Any]:
-    return numbers(0.912) | {
+    return numbers(OWN) | {
         "donor": "MobileNetV2",
         "method": "auto",
         "frozen": False,
@@ -131,25 +135,26 @@ def test_the_verdict_comes_first_in_one_sentence(page: Page) -> None:
 @pytest.mark.parametrize(
     ("accuracy", "size", "pays", "told"),
     [
-        (0.95, 500_000, False, "Grafting does not pay here: student (0.50 MB) reaches 95.0 %"),
+        (0.95, 500_000, False, "Grafting does not pay here: of the baselines of its size, student"),
+        (0.95, 500_000, False, "lead is -3.8 points [-5.8, -1.8]"),
         (0.95, 508_000, False, "Grafting does not pay here"),  # a few nodes more
         (0.95, 600_000, False, "whether grafting pays is open"),  # larger, so no rival
-        (0.92, 500_000, False, "within the interval"),
-        (0.90, 500_000, True, "within the interval"),
+        (0.92, 500_000, False, "Grafting may or may not pay here"),
+        (0.90, 500_000, False, "Grafting may or may not pay here"),
         (0.85, 500_000, True, "Grafting pays here"),
     ],
 )
 def test_the_verdict_is_that_of_baselines_of_no_more_bytes(
     accuracy: float, size: int, pays: bool, told: str
 ) -> None:
-    found = judge(numbers(0.912) | {"baselines": {"student": numbers(accuracy, size)}})
+    found = judge(numbers(OWN) | {"baselines": {"student": numbers(accuracy, size)}})
     assert told in " ".join(found.sentences)
     assert found.pays is pays
 
 
 def test_a_large_donor_that_is_better_does_not_forbid_the_graft() -> None:
     baselines = {"fine-tuned donor": numbers(0.99, 8_900_000), "student": numbers(0.5)}
-    assert judge(numbers(0.912) | {"baselines": baselines}).pays
+    assert judge(numbers(OWN) | {"baselines": baselines}).pays
 
 
 def test_the_headline_has_the_rows_of_the_paper_and_what_it_omits(page: Page) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from vision.tiny_networks import SIZE, colored, inverted_residual, tiny_donor, wide_donor
 
-from graftkit.vision.donor import Donor
+from graftkit.vision.donor import Donor, Normalization
+from graftkit.vision.donors.chain import Chain
 from graftkit.vision.thinning import LEAST_KEPT, Thinner, find_hidden, hidden_channels, narrow
 
 PIXELS = colored(24).pixels
@@ -162,6 +163,20 @@ def test_a_tenth_of_the_channels_stays() -> None:
     least = thinner.thinned(3, lambda found: hidden_channels(found) <= [0, 3, 3])
     assert least is not None
     assert min(hidden_channels(least)[1:]) >= LEAST_KEPT * 24
+
+
+def test_channels_in_whole_blocks_stay_in_whole_blocks() -> None:
+    stem, block = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 48, 1), nn.Conv2d(48, 8, 1))
+    grey = Normalization((127.5,) * 3, (127.5,) * 3)
+    donor = Donor(Chain("blocks", grey, (stem, block), ("a", "b"), folded=True), SIZE)
+    thinner = Thinner(donor, PIXELS, "parameters")
+    left = set()
+    for spared in (1, 17 * 16, 17 * 17, 17 * 32):
+        most = parameters(donor) - spared
+        thinned = thinner.thinned(2, lambda found, most=most: parameters(found) <= most)
+        assert thinned is not None
+        left.add(hidden_channels(thinned)[1])
+    assert left == {16, 32}
 
 
 def test_a_donor_with_nothing_hidden_is_not_thinned() -> None:

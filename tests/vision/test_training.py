@@ -18,7 +18,7 @@ from graftkit.vision.baselines import donor_classifier
 from graftkit.vision.images import Part
 from graftkit.vision.norms import insert_norms
 from graftkit.vision.rootstock import Rootstock
-from graftkit.vision.scoring import Scores, logits_of, score, wilson_interval
+from graftkit.vision.scoring import Scores, lead, logits_of, score, wilson_interval
 from graftkit.vision.training import (
     CHECKPOINT,
     Training,
@@ -342,3 +342,28 @@ def test_the_interval_holds_the_share_and_solves_wilsons_equation(counts: tuple[
         assert (share - edge) ** 2 == pytest.approx(
             1.959964**2 * edge * (1 - edge) / count, abs=1e-9
         )
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
+def test_the_interval_of_a_lead_turns_with_its_sides_and_holds_the_lead(
+    answers: list[tuple[bool, bool]],
+) -> None:
+    own, other = np.array(answers).T
+    ahead, (low, high) = lead(own, other)
+    assert low < ahead < high
+    assert lead(other, own) == (pytest.approx(-ahead), pytest.approx((-high, -low)))
+
+
+def test_the_interval_of_a_lead_is_narrower_where_both_err_on_the_same_images() -> None:
+    own = np.arange(200) < 180
+    same, others = np.arange(200) < 170, np.arange(200) >= 30
+    ahead, (low, _) = lead(own, same)
+    assert ahead == pytest.approx(10 / 202)
+    assert low > 0
+    assert lead(own, others)[0] == pytest.approx(ahead)
+    assert lead(own, others)[1][0] < 0
+
+
+def test_a_test_with_a_single_image_leaves_a_lead_open() -> None:
+    _, (low, high) = lead(np.array([True]), np.array([False]))
+    assert low < 0 < high

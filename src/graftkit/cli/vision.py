@@ -104,7 +104,7 @@ def predict(
 
 def _print_graft(result: dict[str, Any], output: Path) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("", "bytes", "parameters", "MMAC", "ms", "validation", "test", "95 %"):
+    for header in ("", "bytes", "parameters", "MMAC", "ms", "validation", "test", "95 %", "lead"):
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     for name, found in {"rootstock": result, **result["baselines"]}.items():
         low, high = found["test_interval"]
@@ -117,6 +117,7 @@ def _print_graft(result: dict[str, Any], output: Path) -> None:
             f"{found['val_accuracy']:.3f}",
             f"{found['test_accuracy']:.3f}",
             f"{low:.3f}–{high:.3f}",
+            f"{found['lead']:+.3f}" if "lead" in found else "",
         )
     Console(width=max(120, Console().width)).print(table)
     int8 = result["int8"]

@@ -49,6 +49,8 @@ from graftkit.vision.results import (
     versions,
     write_json,
 )
+from graftkit.vision.rootstock import Rootstock
+from graftkit.vision.scoring import lead
 from graftkit.vision.selection import Choice, columns_of, probe_columns
 from graftkit.vision.trained import ROOTSTOCK, Trainer, tune_baselines, tune_donor
 from graftkit.vision.training import TrainingSettings
@@ -121,7 +123,7 @@ def graft(
     if settings.freeze:
         made = _frozen(ground, chosen, settings, report)
     else:
-        trainer = _trainer(ground, settings, cache, report)
+        trainer = trainer_of(ground, settings, cache, report)
         tuned = tune_donor(trainer, ground.donor, ground.images)
         last = _last_layer(ground)
         ground = tuned_ground(ground, tuned.rootstock, cache, report)
@@ -184,7 +186,8 @@ def _frozen(
         )
 
 
-def _trainer(ground: Ground, settings: GraftSettings, cache: Path, report: Report) -> Trainer:
+def trainer_of(ground: Ground, settings: GraftSettings, cache: Path, report: Report) -> Trainer:
+    """What fine-tunes all networks of a run alike."""
     training = TrainingSettings(
         epochs=settings.epochs, upright=settings.upright, seed=settings.seed
     )
@@ -199,6 +202,27 @@ def _last_layer(ground: Ground) -> Network:
     )
 
 
+def untrained(
+    ground: Ground, chosen: tuple[Donor, Choice], method: str
+) -> tuple[Rootstock, Rootstock | None]:
+    """The rootstock, and the paper's scion of equal size where there is one; both to be trained.
+
+    Args:
+        ground: of the fine-tuned donor. method: "auto" or "paper", which says what head it gets.
+    """
+    classes, (donor, choice) = ground.images.classes, chosen
+    if method == "paper":
+        head = paper_head(choice.scion.features, len(classes))
+    else:
+        head = choice.probe.trainable_head()
+    rootstock = assemble(donor, choice.scion, classes, head)
+    scion = paper_of_equal_size(ground, rootstock)
+    if scion is None:
+        return rootstock, None
+    probe = probe_columns(ground.table, columns_of(ground.table, scion))
+    return rootstock, assemble(ground.donor, scion, classes, probe.trainable_head())
+
+
 def _trained(
     ground: Ground,
     chosen: tuple[Donor, Choice],
@@ -211,23 +235,12 @@ def _trained(
     Args:
         ground: of the fine-tuned donor.
     """
-    classes, (donor, choice) = ground.images.classes, chosen
-    if settings.method == "paper":
-        head = paper_head(choice.scion.features, len(classes))
-    else:
-        head = choice.probe.trainable_head()
-    rootstock = assemble(donor, choice.scion, classes, head)
-    untrained = copy.deepcopy(rootstock)
+    rootstock, paper = untrained(ground, chosen, settings.method)
+    before = copy.deepcopy(rootstock)
     yield trainer.tune(ROOTSTOCK, rootstock, tuned.rootstock)
     if settings.baselines:
-        paper = paper_of_equal_size(ground, untrained)
-        if paper is None:
-            yield NO_PAPER_SCION
-        else:
-            probe = probe_columns(ground.table, columns_of(ground.table, paper))
-            stock = assemble(ground.donor, paper, classes, probe.trainable_head())
-            yield trainer.tune(PAPER_SCION, stock, tuned.rootstock)
-        yield from tune_baselines(trainer, tuned.rootstock, untrained)
+        yield trainer.tune(PAPER_SCION, paper, tuned.rootstock) if paper else NO_PAPER_SCION
+        yield from tune_baselines(trainer, tuned.rootstock, before)
 
 
 def _measure(network: Network, ground: Ground, output: Path) -> Measured:
@@ -270,6 +283,9 @@ def _found(
         for name, one in measured.items()
     }
     own = numbers.pop(ROOTSTOCK)
+    for name, found in numbers.items():
+        ahead, interval = lead(main.test.right, measured[name].test.right)
+        found |= {"lead": ahead, "lead_interval": list(interval)}
     return {
         **own,
         **deployed(main, images, output / "rootstock.int8.onnx"),

@@ -118,12 +118,19 @@ def _all_methods(result: Result) -> str:
         "val_loss": ("validation loss", _decimals),
         "test_accuracy": ("test, %", percent),
         "test_interval": ("95 % interval", _interval),
+        "lead": ("lead, points", _points),
+        "lead_interval": ("95 % interval", _interval),
     }
     rows = [
         (name, *(_shown(numbers.get(key), show) for key, (_, show) in columns.items()))
         for name, numbers in _methods(result).items()
     ]
-    return _table(("", *(label for label, _ in columns.values())), rows, own=2) + _spread(result)
+    note = _note(
+        "Lead: by how much the rootstock's test accuracy is above; its interval is paired, image "
+        "by image."
+    )
+    table = _table(("", *(label for label, _ in columns.values())), rows, own=2)
+    return table + note + _spread(result)
 
 
 def _spread(result: Result) -> str:
@@ -312,6 +319,10 @@ def _millions(value: float) -> str:
 
 def _decimals(value: float) -> str:
     return f"{value:.3f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
 
 
 def _interval(value: Sequence[float]) -> str:

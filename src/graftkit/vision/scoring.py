@@ -26,6 +26,7 @@ class Scores:
             has no image.
         confusion: counts, by true class and then by answer.
         logits: (n, classes), float32.
+        right: bool (n,), which images are answered rightly.
     """
 
     accuracy: float
@@ -34,6 +35,7 @@ class Scores:
     recall: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
     logits: Tensor
+    right: np.ndarray
 
 
 def score(logits: Tensor, labels: np.ndarray) -> Scores:
@@ -56,6 +58,7 @@ def score(logits: Tensor, labels: np.ndarray) -> Scores:
         ),
         confusion=tuple(tuple(map(int, row)) for row in confusion),
         logits=logits,
+        right=answers == np.asarray(labels),
     )
 
 
@@ -68,6 +71,22 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     center = (share + Z**2 / (2 * count)) / scale
     half = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2)) / scale
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def lead(own: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """How far one network's accuracy is above another's on the same images, and its 95 % interval.
+
+    Paired, so that images which both find easy or hard do not widen it: d̄ ± z √(var(d) / m), where
+    d are the differences of n images and one more image for each of the two, m = n + 2; that is
+    the adjusted Wald interval of Bonett and Price (2012).
+
+    Args:
+        own, other: (n,), whether an image is answered rightly, or the share of several networks.
+    """
+    differences = np.concatenate([own.astype(float) - other.astype(float), [1.0, -1.0]])
+    mean = float(differences.mean())
+    half = Z * float(differences.std()) / math.sqrt(len(differences))
+    return mean, (mean - half, mean + half)
 
 
 @torch.inference_mode()

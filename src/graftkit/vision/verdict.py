@@ -11,7 +11,7 @@ DONORS = ("fine-tuned donor", "donor, last layer")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes: pays: no baseline of its size is as good. sentences: for a reader."""
+    """Attributes: pays: every baseline of its size is clearly worse. sentences: for a reader."""
 
     pays: bool
     sentences: tuple[str, ...]
@@ -20,8 +20,8 @@ class Verdict:
 def judge(result: Result) -> Verdict:
     """Compare the rootstock with the donor, and with every baseline whose file is no larger.
 
-    One that lies above the 95 % interval of the rootstock's test accuracy says that grafting does
-    not pay; one inside of it leaves the question open.
+    The best of these decides, by the rootstock's lead in test accuracy: where the lead's 95 %
+    interval is above 0 grafting pays, below 0 it does not, and otherwise the question is open.
     """
     own, size = result.get("test_accuracy"), result.get("bytes")
     if own is None or size is None:
@@ -34,23 +34,27 @@ def judge(result: Result) -> Verdict:
     rivals = {
         name: numbers
         for name, numbers in result.get("baselines", {}).items()
-        if numbers.get("test_accuracy") is not None
+        if numbers.get("lead_interval") is not None
         and numbers.get("bytes", float("inf")) <= SAME_SIZE * size
     }
     if not rivals:
         return Verdict(
             False, (first, "No baseline of its size was run: whether grafting pays is open.")
         )
-    name, best = max(rivals.items(), key=lambda rival: rival[1]["test_accuracy"])
-    share = best["test_accuracy"]
-    told = f"{name} ({megabytes(best['bytes'])} MB) reaches {percent(share)} %"
-    if share > high:
-        return Verdict(False, (first, f"Grafting does not pay here: {told}, above the interval."))
-    if share >= low:
-        return Verdict(
-            share < own, (first, f"Of the baselines of its size, {told}, within the interval.")
-        )
-    return Verdict(True, (first, f"Grafting pays here: of the baselines of its size, {told}."))
+    name, best = min(rivals.items(), key=lambda rival: rival[1]["lead"])
+    low, high = best["lead_interval"]
+    if low > 0:
+        word = "pays here"
+    elif high < 0:
+        word = "does not pay here"
+    else:
+        word = "may or may not pay here"
+    told = (
+        f"Grafting {word}: of the baselines of its size, {name} ({megabytes(best['bytes'])} MB) "
+        f"comes nearest with {percent(best['test_accuracy'])} %; the rootstock's lead is "
+        f"{100 * best['lead']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]."
+    )
+    return Verdict(low > 0, (first, told))
 
 
 def reference_donor(result: Result) -> tuple[str, Result]:
