@@ -85,6 +85,18 @@ def test_accuracies_are_those_of_the_file_on_disk(
     assert result["test_accuracy"] > 0.8
 
 
+def test_the_lead_over_a_baseline_is_the_difference_of_accuracies_with_an_image_for_each(
+    frozen: tuple[dict[str, Any], Path],
+) -> None:
+    result, _ = frozen
+    images = result["images"]["test"]
+    for baseline in result["baselines"].values():
+        difference = result["test_accuracy"] - baseline["test_accuracy"]
+        low, high = baseline["lead_interval"]
+        assert low < baseline["lead"] < high
+        assert baseline["lead"] * (images + 2) == pytest.approx(difference * images)
+
+
 @pytest.mark.slow
 def test_another_run_finds_features_and_costs_in_the_cache(
     frozen: tuple[dict[str, Any], Path], donor: nn.Module, data: Path, cache: Path, tmp_path: Path
