@@ -266,6 +266,7 @@ def test_recovered_is_the_share_of_the_gain_that_the_pack_keeps():
     assert evaluate._recovered(0.5, 0.5, 0.5) is None
 
 
+@pytest.mark.slow
 def test_a_lossless_pack_of_the_nursery_recovers_the_skill(shared, tmp_path):
     target, tuned = shared / "nursery" / "target", shared / "nursery" / "clinc150_intent"
     rows = read_rows(shared / "data" / "llm" / "clinc150_intent" / "test.jsonl")[:100]
@@ -275,6 +276,7 @@ def test_a_lossless_pack_of_the_nursery_recovers_the_skill(shared, tmp_path):
     assert (found.kl_mean, found.recovered) == (0, 1)
 
 
+@pytest.mark.slow
 def test_the_nursery_answers_as_its_readme_says(shared):
     tuned = shared / "nursery" / "clinc150_intent"
     rows = read_rows(shared / "data" / "llm" / "clinc150_intent" / "test.jsonl")[:400]

@@ -34,6 +34,7 @@ def run_python(code: str, environment: dict[str, str]) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_target_tuned_and_pack_are_found_by_their_hub_ids(tmp_path: Path) -> None:
     target, tuned = make_pair(tmp_path, "llama")
     cache, packs = tmp_path / "cache", tmp_path / "packs"

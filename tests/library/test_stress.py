@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 
 
+@pytest.mark.slow
 def test_random_operations_of_every_kind_lose_nothing_and_leave_nothing(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from library_stress import stress

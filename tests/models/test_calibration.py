@@ -282,6 +282,7 @@ def test_a_store_that_cannot_be_written_or_read_says_so(tmp_path):
         store.put("a", torch.eye(3))
 
 
+@pytest.mark.slow
 def test_the_nursery_is_calibrated_on_16_thousand_tokens(tmp_path, shared):
     checkpoint = Checkpoint.open(shared / "nursery" / "clinc150_intent")
     rows = read_rows(shared / "data" / "llm" / "clinc150_intent" / "train.jsonl")

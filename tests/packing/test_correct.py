@@ -50,6 +50,7 @@ def factored(pack):
     return found
 
 
+@pytest.mark.slow
 def test_training_changes_codes_and_keeps_to_the_budget(folders):
     coded, trained = packed(folders, train_steps=0), packed(folders)
     assert max(coded.pack_bytes, trained.pack_bytes) <= trained.manifest.budget_bytes
@@ -59,6 +60,7 @@ def test_training_changes_codes_and_keeps_to_the_budget(folders):
     assert moved
 
 
+@pytest.mark.slow
 def test_the_error_quoted_is_that_of_the_trained_delta(folders):
     pack = packed(folders)
     before, after = (Checkpoint.open(path) for path in folders[:2])
@@ -90,6 +92,7 @@ def test_servable_is_for_auto_only(folders):
         packed(folders, recipe="graftllm", servable=True)
 
 
+@pytest.mark.slow
 def test_a_servable_pack_adds_a_bounded_share_of_multiplications(folders):
     pack = packed(folders)
     assert {r.codec for r in pack.manifest.tensors} <= {"zero", "exact", "lowrank"}

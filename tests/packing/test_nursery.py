@@ -85,6 +85,7 @@ def test_auto_diverges_less_than_the_papers_recipe_at_twice_its_bytes(shared: Pa
     assert auto < graftllm
 
 
+@pytest.mark.slow
 def test_side_path_and_merged_agree_on_a_real_pack(shared: Path) -> None:
     nursery = shared / "nursery"
     pack = pack_delta(nursery / "target", nursery / "nl_regex", budget="5%")

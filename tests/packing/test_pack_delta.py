@@ -86,6 +86,7 @@ def test_a_lossy_pack_keeps_its_budget_and_most_of_the_delta(
     assert lost < 0.6 * kept
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_lossy_from_tiny")
 @pytest.mark.parametrize("recipe", ["auto", "graftllm", "lossless"])
 def test_the_same_inputs_give_the_same_bytes_whatever_the_workers(

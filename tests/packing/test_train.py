@@ -85,6 +85,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(tmp_path_factory.mktemp("llama"), "llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_trained_codes_diverge_less_on_rows_held_out_and_fit_their_room(
     tmp_path: Path, architecture: str
@@ -118,6 +119,7 @@ def test_a_tied_embedding_is_trained_as_a_lookup_and_as_a_head(tmp_path: Path) -
         assert torch.allclose(model(ids).logits, added, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_less_room_than_the_codes_took_is_met(llama: Case) -> None:
     room = int(0.98 * nbytes(stored(llama[2])))
     found = trained(llama, room=room)
@@ -160,6 +162,7 @@ def test_a_model_streamed_from_disk_learns_as_much(
     assert streamed.kl_after == pytest.approx(whole.kl_after, rel=0.02)
 
 
+@pytest.mark.slow
 def test_too_many_codes_are_left_alone_and_their_scales_trained(
     llama: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def save_side_files(target: Path, tuned: Path) -> None:
     (tuned / "chat_template.jinja").write_text("{% for m in messages %}{{ m }}{% endfor %}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["lossless", "auto", "graftllm"])
 @pytest.mark.parametrize(
     ("architecture", "tokens"), [("llama_tied", 101), ("llama", 104), ("llama", 90), ("bert", 99)]

@@ -45,6 +45,7 @@ def nursery(shared):
     return Nursery(shared)
 
 
+@pytest.mark.slow
 def test_of_mixed_test_rows_nearly_all_find_their_pack_and_none_another(nursery):
     rows = [(name, prompt) for name in SKILLS for prompt in nursery.prompts(name, "test")]
     random.Random(0).shuffle(rows)

@@ -60,6 +60,7 @@ def test_a_saved_pack_is_padded_and_opens_with_safetensors_alone(tmp_path, versi
         assert all(file.get_tensor(name).dtype == "uint8" for name in file.keys())  # noqa: SIM118
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", [b"an older pack", None])
 def test_a_full_disk_leaves_the_old_file_and_no_temporary_one(tmp_path, existing):
     path = tmp_path / "skill.skillpack"

@@ -668,6 +668,7 @@ def test_a_pack_cut_at_any_length_is_reported_as_damaged(tmp_path, version):
     assert faults == {"truncated"}
 
 
+@pytest.mark.slow
 @both_versions
 def test_every_flipped_bit_is_reported_unless_a_side_file_is_the_same_without_it(tmp_path, version):
     content, path = small_pack(version).build(), tmp_path / "flipped.skillpack"

@@ -284,6 +284,7 @@ GARBLED = [DENSE, LOWRANK, STACK, BITMAP, LISTS, EXACT, GROWN]
 GARBLED += [FACTORS, ENTRIES, HYBRID, STEPS, NOTHING, CODED_STACK, MULTIPLIED]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
