@@ -25,6 +25,7 @@ from graftkit.vision.ground import choose, tuned_ground
 from graftkit.vision.measuring import Measured, measure
 from graftkit.vision.probe import fit_probe
 from graftkit.vision.scoring import lead, score
+from graftkit.vision.soft_labels import SoftLabels
 from graftkit.vision.trained import tune_donor
 
 EPOCHS = 12
@@ -98,8 +99,9 @@ def margin(
         ordered = settings.model_copy(update={"seed": seed})
         folder = cache if seed == settings.seed else cache / f"order-{seed}"
         trainer = trainer_of(ground, ordered, folder, told)
+        soft_labels = SoftLabels(tuned.rootstock)
         for name, start in starts.items():
-            network = trainer.tune(name, copy.deepcopy(start), tuned.rootstock).rootstock
+            network = trainer.tune(name, copy.deepcopy(start), soft_labels).rootstock
             file = cache / "margin.onnx"
             found[name].append(measure(network, ground.images, file, ground.donor.name))
             print(seed, name, found[name][-1].test.accuracy, file=sys.stderr, flush=True)

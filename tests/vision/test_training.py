@@ -19,6 +19,7 @@ from graftkit.vision.images import Part
 from graftkit.vision.norms import insert_norms
 from graftkit.vision.rootstock import Rootstock
 from graftkit.vision.scoring import Scores, lead, logits_of, score, wilson_interval
+from graftkit.vision.soft_labels import SoftLabels
 from graftkit.vision.training import (
     CHECKPOINT,
     Training,
@@ -136,7 +137,7 @@ def test_the_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path, chang
         with torch.no_grad():
             next(rootstock.parameters()).add_(1e-3)
     else:
-        soft = torch.zeros(60, 3)
+        soft = SoftLabels(NextColor())
     heard: list[int] = []
     fine_tune(
         rootstock,
@@ -222,30 +223,51 @@ def test_a_single_image_beyond_full_batches_is_trained_on_too(tmp_path: Path) ->
     assert heard == [2, 2]
 
 
-def test_a_network_gives_soft_labels_for_the_views_that_are_trained_on(tmp_path: Path) -> None:
-    class Guide(nn.Module):
-        seen: list[Tensor]
+class NextColor(nn.Module):
+    """Names the class behind that of the strongest colour, and remembers what it was shown."""
 
-        def forward(self, images: Tensor) -> Tensor:
-            self.seen.append(images)
-            return torch.tensor([9.0, 0.0, 0.0]).expand(len(images), 3)
+    seen: list[Tensor]
 
-    guide = Guide()
-    guide.seen = []
-    settings = SETTINGS.model_copy(update={"epochs": 6, "distillation": 1.0})
-    rootstock, _, _ = train(tmp_path, settings, soft_labels=guide)
-    assert len(guide.seen) == 24
-    assert not torch.equal(guide.seen[0], guide.seen[4])
-    assert (scores(rootstock, VAL).logits.argmax(dim=1) == 0).all()
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images)
+        answers = 2 - images.mean((2, 3)).argmax(dim=1)
+        return 9 * functional.one_hot((answers + 1) % 3, 3).float()
 
 
-def test_soft_labels_of_the_images_reach_the_rows_they_belong_to(tmp_path: Path) -> None:
-    shifted = Part(VAL.names, (VAL.labels + 1) % 3, VAL.pixels)
-    soft = 9 * functional.one_hot(torch.from_numpy((TRAIN.labels + 1) % 3), 3).float()
+def test_soft_labels_are_of_the_views_that_are_trained_on(tmp_path: Path) -> None:
+    guide = NextColor()
     settings = SETTINGS.model_copy(update={"epochs": 8, "distillation": 1.0})
+    shifted = Part(VAL.names, (VAL.labels + 1) % 3, VAL.pixels)
     rootstock = start()
-    fine_tune(rootstock, TRAIN, shifted, settings, tmp_path, soft)
+    fine_tune(rootstock, TRAIN, shifted, settings, tmp_path, SoftLabels(guide))
+    assert len(guide.seen) == 32
+    assert not torch.equal(guide.seen[0], guide.seen[4])
     assert scores(rootstock, shifted).accuracy > 0.9
+
+
+def test_who_learns_second_finds_the_soft_labels_that_the_first_waited_for(
+    tmp_path: Path,
+) -> None:
+    guide, other = NextColor(), NextColor()
+    soft_labels = SoftLabels(guide)
+    train(tmp_path / "first", soft_labels=soft_labels, rootstock=tiny_rootstock(seed=1))
+    asked = len(guide.seen)
+    found, _, _ = train(tmp_path / "second", soft_labels=soft_labels)
+    alone, _, _ = train(tmp_path / "alone", soft_labels=SoftLabels(other))
+    assert asked == len(guide.seen) == len(other.seen) == 12
+    assert same_weights(found, alone)
+
+
+def test_without_instructions_for_bfloat16_training_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for found, expected in (({"avx2": True}, False), ({"avx2": True, "amx_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        assert TrainingSettings().bfloat16 is expected
 
 
 def test_trunk_and_head_have_their_own_rates_and_vectors_do_not_decay() -> None:

@@ -20,7 +20,7 @@ from graftkit.vision.donor import Donor, pool
 from graftkit.vision.images import SPLITS, ImageSet, Report
 
 POOLINGS = ("mean", "std")
-"""Of every layer. The spread over the image says what the mean discards (docs/adr/0016)."""
+"""Of every layer. The spread over the image says what the mean discards (docs/adr/0015)."""
 TEST = SPLITS.index("test")
 BATCH = 32
 UPRIGHT_VIEWS = (0, 4)

@@ -52,6 +52,7 @@ from graftkit.vision.results import (
 from graftkit.vision.rootstock import Rootstock
 from graftkit.vision.scoring import lead
 from graftkit.vision.selection import Choice, columns_of, probe_columns
+from graftkit.vision.soft_labels import SoftLabels
 from graftkit.vision.trained import ROOTSTOCK, Trainer, tune_baselines, tune_donor
 from graftkit.vision.training import TrainingSettings
 
@@ -237,10 +238,11 @@ def _trained(
     """
     rootstock, paper = untrained(ground, chosen, settings.method)
     before = copy.deepcopy(rootstock)
-    yield trainer.tune(ROOTSTOCK, rootstock, tuned.rootstock)
+    soft_labels = SoftLabels(tuned.rootstock)
+    yield trainer.tune(ROOTSTOCK, rootstock, soft_labels)
     if settings.baselines:
-        yield trainer.tune(PAPER_SCION, paper, tuned.rootstock) if paper else NO_PAPER_SCION
-        yield from tune_baselines(trainer, tuned.rootstock, before)
+        yield trainer.tune(PAPER_SCION, paper, soft_labels) if paper else NO_PAPER_SCION
+        yield from tune_baselines(trainer, tuned.rootstock, before, soft_labels)
 
 
 def _measure(network: Network, ground: Ground, output: Path) -> Measured:

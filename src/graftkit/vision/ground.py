@@ -22,7 +22,7 @@ from graftkit.vision.norms import fold_rootstock
 from graftkit.vision.paper import paper_scion, reads_of_one_stage
 from graftkit.vision.probe import Probe, fit_probe
 from graftkit.vision.rootstock import Rootstock, Scion, grow
-from graftkit.vision.scoring import logits_of
+from graftkit.vision.scoring import bfloat16_pays, logits_of
 from graftkit.vision.selection import (
     Choice,
     choose_scion,
@@ -181,10 +181,10 @@ def _fits(limit: Limit, scion: Scion, donor: Donor) -> bool:
 
 
 def _probe(donor: Donor, scion: Scion, images: ImageSet) -> Probe:
-    """The probe of a scion on images as they are, read in bfloat16."""
+    """The probe of a scion on images as they are."""
     reader = grow(donor, scion, images.classes, nn.Identity())
     train, val = (
-        (logits_of(reader, part.pixels, bfloat16=True), torch.from_numpy(part.labels))
+        (logits_of(reader, part.pixels, bfloat16=bfloat16_pays()), torch.from_numpy(part.labels))
         for part in map(images.part, ("train", "val"))
     )
     return fit_probe(train, val, len(images.classes))

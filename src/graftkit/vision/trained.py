@@ -16,6 +16,7 @@ from graftkit.vision.images import ImageSet, Report
 from graftkit.vision.measuring import Network, file_stem
 from graftkit.vision.norms import exported_parameters, insert_norms
 from graftkit.vision.rootstock import Rootstock
+from graftkit.vision.soft_labels import SoftLabels
 from graftkit.vision.training import TrainingSettings, fine_tune
 
 DONOR, ROOTSTOCK = "fine-tuned donor", "rootstock"
@@ -43,7 +44,7 @@ class Trainer:
         self.folder, self.report = folder, report
 
     def tune(
-        self, name: str, rootstock: Rootstock, soft_labels: nn.Module | None, random: bool = False
+        self, name: str, rootstock: Rootstock, soft_labels: SoftLabels | None, random: bool = False
     ) -> Network:
         """Fine-tune `rootstock` in place.
 
@@ -71,12 +72,12 @@ def tune_donor(trainer: Trainer, donor: Donor, images: ImageSet) -> Network:
 
 
 def tune_baselines(
-    trainer: Trainer, donor: Rootstock, rootstock: Rootstock
+    trainer: Trainer, donor: Rootstock, rootstock: Rootstock, soft_labels: SoftLabels
 ) -> Iterator[Network | str]:
     """Networks of at most the parameters of `rootstock`, one by one.
 
     Args:
-        donor: fine-tuned. rootstock: before its own fine-tuning.
+        donor: fine-tuned. rootstock: before its own fine-tuning. soft_labels: of the donor.
     Yields: what was trained, or a sentence that says why one could not be.
     """
     seed, parameters = trainer.settings.seed, exported_parameters(rootstock)
@@ -92,4 +93,4 @@ def tune_baselines(
         except (BudgetError, ConfigError, DonorError) as error:
             yield f"Left out, {name}: {error}"
         else:
-            yield trainer.tune(name, network, donor, random)
+            yield trainer.tune(name, network, soft_labels, random)

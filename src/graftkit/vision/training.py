@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
@@ -29,7 +29,8 @@ from graftkit.files import replaced_file
 from graftkit.vision.augment import augment, seeded
 from graftkit.vision.images import Part, Report
 from graftkit.vision.rootstock import Rootstock
-from graftkit.vision.scoring import logits_of, score
+from graftkit.vision.scoring import bfloat16_pays, logits_of, score
+from graftkit.vision.soft_labels import SoftLabels
 
 STEP = "fine-tuning"  # as `report` hears it
 CHECKPOINT = "checkpoint.pt"
@@ -61,7 +62,7 @@ class TrainingSettings(BaseModel):
     """Horizon of the moving average of weights, in epochs; 0 keeps the last weights."""
     upright: bool = False
     """Whether up matters in the images: mirrored only, not turned by 90 degrees."""
-    bfloat16: bool = True
+    bfloat16: bool = Field(default_factory=bfloat16_pays)
     """Whether convolutions and dense layers compute in bfloat16 (autocast)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides the order of the images, their views and dropout."""
@@ -91,7 +92,7 @@ def fine_tune(
     val: Part,
     settings: TrainingSettings,
     folder: Path,
-    soft_labels: Tensor | nn.Module | None = None,
+    soft_labels: SoftLabels | None = None,
     report: Report = lambda step, done, total: None,
 ) -> Training:
     """Train `module` in place; it ends in eval mode with the weights of its best epoch.
@@ -102,8 +103,7 @@ def fine_tune(
     Args:
         module: on the device that it is to be trained on.
         folder: of the checkpoint. The same call goes on there; another one begins anew.
-        soft_labels: logits of the training images (n, classes), or a network that gives them for
-            the very view that `module` sees.
+        soft_labels: of the very views that `module` sees; None learns from the labels alone.
         report: hears of every step.
     Raises: ImagesError for too few images; ConfigError when the loss is not finite or the
         checkpoint cannot be read; OutputError when it cannot be written.
@@ -177,7 +177,7 @@ class _Run:
         train: Part,
         val: Part,
         settings: TrainingSettings,
-        soft_labels: Tensor | nn.Module | None,
+        soft_labels: SoftLabels | None,
     ):
         self.module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train, self.val, self.settings, self.soft = train, val, settings, soft_labels
@@ -190,8 +190,6 @@ class _Run:
         self.history: list[Epoch] = []
         self.best = -1
         self.best_weights: dict[str, Tensor] = {}
-        if isinstance(soft_labels, nn.Module):
-            soft_labels.eval()
 
     def train_epoch(self, epoch: int, report: Report) -> float:
         """One pass over the training images; their mean loss."""
@@ -213,7 +211,7 @@ class _Run:
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bfloat16):
             logits = self.module(images).float()
-            soft = self._soft(images, rows)
+            soft = self.soft.of(images) if self.soft else None
         loss = loss_of(logits, labels, soft, settings)
         value = loss.item()
         if not math.isfinite(value):
@@ -228,13 +226,6 @@ class _Run:
         self.optimizer.step()
         self.average.update_parameters(self.module)
         return value
-
-    @torch.no_grad()
-    def _soft(self, images: Tensor, rows: np.ndarray) -> Tensor | None:
-        if isinstance(self.soft, nn.Module):
-            logits: Tensor = self.soft(images)
-            return logits.float()
-        return None if self.soft is None else self.soft[rows].to(self.device).float()
 
     def close_epoch(self, train_loss: float, started: float) -> None:
         """Measure the average on validation, and keep it when it is the best so far."""
@@ -316,7 +307,7 @@ def _digest(
     train: Part,
     val: Part,
     settings: TrainingSettings,
-    soft_labels: Tensor | nn.Module | None,
+    soft_labels: SoftLabels | None,
 ) -> str:
     """All that decides the result: settings, images, first weights, architecture, soft labels."""
     digest = blake3()
@@ -328,10 +319,8 @@ def _digest(
         digest.update(part.labels.tobytes())
         digest.update(np.ascontiguousarray(part.pixels).data)
     states = [module.state_dict()]
-    if isinstance(soft_labels, nn.Module):
-        states.append(soft_labels.state_dict())
-    elif soft_labels is not None:
-        states.append({"soft labels": soft_labels})
+    if soft_labels:
+        states.append(soft_labels.network.state_dict())
     for state in states:
         for name, value in state.items():
             digest.update(name.encode())
