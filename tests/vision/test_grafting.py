@@ -107,7 +107,7 @@ def test_another_run_finds_features_and_costs_in_the_cache(
         steps.append(step)
 
     again = graft(donor, data, tmp_path, asked("6KB", freeze=True, baselines=False), cache, report)
-    assert not {"cost of every cut", "view 0: images"} & set(steps)
+    assert not {"cost of every cut", "view 0: images", "probes, layers"} & set(steps)
     assert again["test_accuracy"] == frozen[0]["test_accuracy"]
     assert (tmp_path / "rootstock.onnx").read_bytes() == (frozen[1] / "rootstock.onnx").read_bytes()
 

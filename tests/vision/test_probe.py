@@ -1,5 +1,8 @@
 """Probes: what is minimised, what validation chooses, and which features matter."""
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from graftkit.vision.heads import fold_head
-from graftkit.vision.probe import NEVER, fit_hidden, fit_probe, l2_relevance, taylor_relevance
+from graftkit.vision.probe import (
+    NEVER,
+    Probe,
+    fit_hidden,
+    fit_probe,
+    l2_relevance,
+    taylor_relevance,
+)
+from graftkit.vision.probe_file import read_probes, write_probes
 
 
 def blobs(count: int, classes: int = 3, features: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -48,6 +59,32 @@ def test_the_head_answers_as_the_probe_does() -> None:
     train, val = blobs(60), blobs(30, seed=1)
     probe = fit_probe(train, val, 3)
     torch.testing.assert_close(probe.head()(val[0]), probe.logits(val[0]), atol=1e-4, rtol=1e-4)
+
+
+def test_probes_on_disk_are_those_that_were_written(tmp_path: Path) -> None:
+    train, val, file = blobs(60), blobs(30, seed=1), tmp_path / "probes.safetensors"
+    probes = [fit_probe((train[0][:, :k], train[1]), (val[0][:, :k], val[1]), 3) for k in (2, 5)]
+    write_probes(probes, file)
+    found = read_probes(file, 2)
+    assert found is not None
+    for probe, other in zip(probes, found, strict=True):
+        for field in fields(Probe):
+            value, same = getattr(probe, field.name), getattr(other, field.name)
+            assert torch.equal(value, same) if isinstance(value, Tensor) else value == same
+
+
+def test_probes_that_are_damaged_too_few_or_fitted_otherwise_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "probes.safetensors"
+    assert read_probes(file, 1) is None
+    write_probes([fit_probe(blobs(60), blobs(30, seed=1), 3)], file)
+    assert read_probes(file, 2) is None
+    with monkeypatch.context() as other:
+        other.setattr("graftkit.vision.probe_file._FITTED", {"fitted": "otherwise"})
+        assert read_probes(file, 1) is None
+    file.write_bytes(file.read_bytes()[:-10])
+    assert read_probes(file, 1) is None
 
 
 def test_the_head_to_train_is_the_same_function_and_folds_into_one_layer() -> None:

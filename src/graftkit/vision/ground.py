@@ -14,13 +14,14 @@ from graftkit.vision.assembly import Limit
 from graftkit.vision.budget import Budget
 from graftkit.vision.curve import Point, measure_points
 from graftkit.vision.donor import Donor
-from graftkit.vision.features import FeatureTable, read_features
+from graftkit.vision.features import FeatureTable, cache_key, read_features
 from graftkit.vision.frozen import PAPER_HIDDEN, layer_scion
 from graftkit.vision.heads import hidden_head
 from graftkit.vision.images import ImageSet, Report
 from graftkit.vision.norms import fold_rootstock
 from graftkit.vision.paper import paper_scion, reads_of_one_stage
 from graftkit.vision.probe import Probe, fit_probe
+from graftkit.vision.probe_file import read_probes, write_probes
 from graftkit.vision.rootstock import Rootstock, Scion, grow
 from graftkit.vision.scoring import bfloat16_pays, logits_of
 from graftkit.vision.selection import (
@@ -56,7 +57,7 @@ def lay_ground(
 ) -> Ground:
     """Features of every layer, and the curve; from the cache as far as it goes."""
     table = read_features(donor, images, cache, views, report)
-    probes = probe_curve(table, report)
+    probes = _probes(donor, images, table, cache, report)
     points = measure_points(donor, table, probes, images, cache, report)
     return Ground(images, donor, table, probes, points)
 
@@ -70,12 +71,24 @@ def tuned_ground(ground: Ground, tuned: Rootstock, cache: Path, report: Report) 
     trunk = (fold_rootstock(tuned) if ground.donor.folded else tuned).trunk
     donor = ground.donor.with_layers(list(trunk))
     table = read_features(donor, ground.images, cache, SINGLE_VIEW, report)
-    probes = probe_curve(table, report)
+    probes = _probes(donor, ground.images, table, cache, report)
     points = [
         replace(point, val_accuracy=probe.val_accuracy, val_loss=probe.val_loss)
         for point, probe in zip(ground.points, probes, strict=True)
     ]
     return Ground(ground.images, donor, table, probes, points)
+
+
+def _probes(
+    donor: Donor, images: ImageSet, table: FeatureTable, cache: Path, report: Report
+) -> list[Probe]:
+    """The probe of every cut, from the cache where it is there."""
+    file = cache / f"probes-{cache_key(donor, images)}.safetensors"
+    probes = read_probes(file, len(table.widths))
+    if probes is None:
+        probes = probe_curve(table, report)
+        write_probes(probes, file)
+    return probes
 
 
 def choose(
