@@ -32,7 +32,6 @@ EPOCHS = 12
 TUNED = "fine-tuned, 0.6 MiB"
 RUNS: dict[str, dict[str, Any]] = {
     "frozen, 0.6 MB": {"budget": "0.6MB", "freeze": True},
-    "frozen, 1 MB": {"budget": "1MB", "freeze": True},
     "frozen, 2.25 MB": {"budget": "2.25MB", "freeze": True},
     "paper's method, frozen, 2.5 MB": {"budget": "2.5MB", "freeze": True, "method": "paper"},
     TUNED: {"budget": "0.6MiB", "epochs": EPOCHS},

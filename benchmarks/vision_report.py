@@ -12,13 +12,13 @@ HEADER = ("", "parameters", "trunk", "bytes", "MMAC", "ms", "val", "val loss", "
 
 
 def write_report(records: Sequence[Record], docs: Path) -> None:
-    """Write what `vision` says in docs/benchmarks.md; the newest record of every run counts."""
-    lines = newest(records, ("run",))
-    if not lines:
-        return
-    shown = {"margin": _margin, "features": _apart}
-    parts = [provenance(lines), *(shown.get(line["run"], _run)(line) for line in lines)]
-    write_between(docs / "benchmarks.md", "vision", "\n\n".join(parts))
+    """Write the parts of docs/benchmarks.md that were measured; the newest record of a run counts."""
+    parts: dict[str, list[Record]] = {}
+    for line in newest(records, ("run",)):
+        parts.setdefault(PARTS.get(line["run"], "vision"), []).append(line)
+    for part, lines in parts.items():
+        shown = [SHOWN[part](line) for line in lines]
+        write_between(docs / "benchmarks.md", part, "\n\n".join([provenance(lines), *shown]))
 
 
 def _run(line: Record) -> str:
@@ -87,3 +87,5 @@ def _apart(line: Record) -> str:
 
 
 SPLITS = ("val", "test")
+PARTS = {"margin": "vision-margin", "features": "vision-features"}
+SHOWN = {"vision": _run, "vision-margin": _margin, "vision-features": _apart}

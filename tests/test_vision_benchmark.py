@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+PARTS = ("vision", "vision-margin", "vision-features")
+PAGE = "".join(f"<!-- {part}:begin -->\n<!-- {part}:end -->\n" for part in PARTS)
 
 
 @pytest.mark.slow
 def test_a_quick_run_measures_frozen_and_fine_tuned_rootstocks(
     shared: Path, tmp_path: Path
 ) -> None:
-    page = "<!-- vision:begin -->\n<!-- vision:end -->\n"
+    page = PAGE
     (tmp_path / "benchmarks.md").write_text(page)
     command = [sys.executable, str(BENCHMARKS / "vision.py"), "--quick", "--shared", str(shared)]
     command += ["--runs", "frozen, 0.6 MB", "fine-tuned, 0.6 MiB", "--no-features"]
@@ -63,7 +65,7 @@ def test_the_report_shows_every_run_with_its_baselines(
         "lines": {"rootstock": [order, order], "paper's scion": [order, order | {"test": 0.7}]},
     }  # fmt: skip
     page = tmp_path / "benchmarks.md"
-    page.write_text("<!-- vision:begin -->\n<!-- vision:end -->\n")
+    page.write_text(PAGE)
     write_report([line, margin], tmp_path)
     text = page.read_text()
     assert (

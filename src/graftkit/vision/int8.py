@@ -2,14 +2,14 @@
 
 The trunk computes in integers (QDQ: uint8 activations, int8 weights per channel, float32 biases).
 The head computes in float32 with weights stored in int8: features differ in range by orders of
-magnitude, and one scale for all of them names most images wrongly. Then the biases of the head
-take back the mean error of what it reads, which halves the error of the logits.
+magnitude, and one scale for all of them names most images wrongly. In the end every bias takes back
+the mean error of its layer's output, the first layer first, which halves the error of the logits.
 """
 
 import copy
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,13 +29,13 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from graftkit.errors import OutputError
 from graftkit.vision.export import strip, write_model
+from graftkit.vision.int8_ranges import LEVELS, weight_overrides
 
 BATCH = 16
-RANGE_IMAGES = 64  # at most, for ranges: the histograms of every activation cost seconds
+FEW_IMAGES = 64  # at most, where maps are watched: the histograms of every activation cost seconds
 PERCENTILE = 99.99  # of an activation's values, kept; what is beyond saturates
 METHODS = (CalibrationMethod.MinMax, CalibrationMethod.Percentile)
 INTEGER_OPERATORS = ["Conv", "MatMul", "Add", "Clip", "Relu", "MaxPool", "AveragePool"]
-LEVELS = 127  # of a symmetric int8 weight
 
 
 def quantize_onnx(fp32: Path, int8: Path, calibration: np.ndarray) -> int:
@@ -58,36 +58,51 @@ def quantize_onnx(fp32: Path, int8: Path, calibration: np.ndarray) -> int:
                 _quantize(prepared, calibration, method, Path(folder)) for method in METHODS
             ]
             errors = [np.linalg.norm(run(each, calibration) - expected) for each in candidates]
+            best = candidates[int(np.argmin(errors))]
+            _correct_biases(best, prepared, calibration)
     except Exception as error:  # onnxruntime's errors have no base of their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OutputError(
             f"{int8}: {fp32} cannot be quantized ({reason}); use the float32 file"
         ) from error
-    best = candidates[int(np.argmin(errors))]
     strip(best)
     helper.set_model_props(best, metadata | {"precision": "int8"})
     return write_model(best, int8)
 
 
-def run(model: ModelProto, pixels: np.ndarray, output: str = "logits") -> np.ndarray:
-    """One value of a graph for every image, float32 (n, ...).
+def run(model: ModelProto, pixels: np.ndarray) -> np.ndarray:
+    """Logits of every image, float32 (n, classes)."""
+    return np.concatenate([logits for (logits,) in _batches(model, pixels, ["logits"])])
 
-    Args:
-        output: its name; it need not be an output of the graph.
-    """
-    if output not in [value.name for value in model.graph.output]:
-        model = copy.deepcopy(model)
-        model.graph.output.append(
-            helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None)
-        )
+
+def _means(model: ModelProto, pixels: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
+    """Of values (n, channels, ...) inside a graph, every channel's mean over images and places."""
+    sums: list[Any] = [0.0] * len(names)
+    for values in _batches(model, pixels, names):
+        for index, value in enumerate(values):
+            others = tuple(range(2, value.ndim))
+            sums[index] = sums[index] + value.mean(others, dtype=np.float64).sum(0)
+    return [total / len(pixels) for total in sums]
+
+
+def _batches(
+    model: ModelProto, pixels: np.ndarray, names: Sequence[str]
+) -> Iterator[list[np.ndarray]]:
+    """Values of a graph, batch by batch; they need not be its outputs."""
+    known = {value.name for value in model.graph.output}
+    model = copy.deepcopy(model)
+    model.graph.output.extend(
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in names
+        if name not in known
+    )
     options = ort.SessionOptions()
     options.log_severity_level = 3  # weights that int8 has replaced are taken out at the end
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return np.concatenate(
-        [session.run([output], images)[0] for images in iter(_Images(pixels).get_next, None)]
-    )
+    for images in iter(_Images(pixels).get_next, None):
+        yield session.run(names, images)
 
 
 class _Images:
@@ -127,7 +142,7 @@ def _prepare(fp32: Path, folder: Path) -> ModelProto:
 def _quantize(
     prepared: ModelProto, calibration: np.ndarray, method: CalibrationMethod, folder: Path
 ) -> ModelProto:
-    """Trunk in integers, head with int8 weights and corrected biases."""
+    """Trunk in integers, head with int8 weights."""
     file = folder / f"{method.name}.onnx"
     options: dict[str, Any] = {
         # onnxruntime quantizes a bias by itself as it loads; stored, its scales cost 8 bytes each.
@@ -135,11 +150,12 @@ def _quantize(
         "MatMulConstBOnly": True,
         "CalibPercentile": PERCENTILE,
         "CalibStridedMinMax": 1,
+        "TensorQuantOverrides": weight_overrides(prepared),
     }
     quantize_static(
         copy.deepcopy(prepared),
         file,
-        _Images(calibration[:: -(-len(calibration) // RANGE_IMAGES)]),
+        _Images(_few(calibration)),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=INTEGER_OPERATORS,
         per_channel=True,
@@ -151,8 +167,12 @@ def _quantize(
     )
     model = onnx.load(file)
     for node in [node for node in model.graph.node if node.op_type == "Gemm"]:
-        _quantize_dense(model, node, prepared, calibration)
+        _quantize_dense(model, node)
     return model
+
+
+def _few(calibration: np.ndarray) -> np.ndarray:
+    return calibration[:: -(-len(calibration) // FEW_IMAGES)]
 
 
 def _float_nodes(model: ModelProto) -> list[str]:
@@ -173,19 +193,15 @@ def _float_nodes(model: ModelProto) -> list[str]:
     ]
 
 
-def _quantize_dense(
-    model: ModelProto, node: NodeProto, prepared: ModelProto, calibration: np.ndarray
-) -> None:
-    """Store a dense layer's weights in int8, and move its bias by the mean error of its output.
+def _quantize_dense(model: ModelProto, node: NodeProto) -> None:
+    """Store a dense layer's weights in int8.
 
-        ŷ = Ŵ x̂ + b + E[y − (Ŵ x̂ + b)],  Ŵ_ij = s_j round(W_ij / s_j),  s_j = max_i |W_ij| / 127
+        Ŵ_ij = s_j round(W_ij / s_j),  s_j = max_i |W_ij| / 127
 
-    over the calibration images, x̂ being what int8 layers before leave of x. One scale for each
-    input, as the weights of a feature are large where its values are small. Bias correction:
-    Nagel et al. (arXiv 1906.04721) 4.2, with images in place of statistics.
+    One scale for each input, as the weights of a feature are large where its values are small.
     """
     values = {value.name: value for value in model.graph.initializer}
-    if node.input[1] not in values or len(node.input) < 3 or node.input[2] not in values:
+    if node.input[1] not in values:
         return  # not a dense layer with constants
     transposed = any(given.name == "transB" and given.i for given in node.attribute)
     inputs = 1 if transposed else 0
@@ -198,15 +214,31 @@ def _quantize_dense(
         "DequantizeLinear", [f"{name}_codes", f"{name}_scale"], [name], axis=inputs
     )
     model.graph.node.insert(position, dense)
-    node = model.graph.node[position + 1]
-    node.input[1] = name
+    model.graph.node[position + 1].input[1] = name
 
-    same = next(each for each in prepared.graph.node if each.name == node.name)
-    error = run(prepared, calibration, same.output[0]).mean(0)
-    error -= run(model, calibration, node.output[0]).mean(0)
-    bias = numpy_helper.to_array(values[node.input[2]]) + error
-    model.graph.initializer.append(numpy_helper.from_array(bias, f"{node.name}_bias"))
-    node.input[2] = f"{node.name}_bias"
+
+def _correct_biases(model: ModelProto, prepared: ModelProto, calibration: np.ndarray) -> None:
+    """Move every bias by the mean error of its layer's output, in the order of the layers.
+
+        b ← b + E[W x + b − (Ŵ x̂ + b)]
+
+    over calibration images, x̂ being what the layers before leave of x: bias correction, Nagel et
+    al. (arXiv 1906.04721) 4.2, with images in place of statistics.
+    """
+    constants = {value.name: value for value in model.graph.initializer}
+    layers = [
+        node
+        for node in model.graph.node
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2 and node.input[2] in constants
+    ]
+    outputs = {node.name: node.output[0] for node in prepared.graph.node}
+    few, places = _few(calibration), [outputs[node.name] for node in layers]
+    for node, expected in zip(layers, _means(prepared, few, places), strict=True):
+        (found,) = _means(model, few, [node.output[0]])
+        bias = numpy_helper.to_array(constants[node.input[2]]) + (expected - found)
+        name = f"{node.name}_bias"
+        model.graph.initializer.append(numpy_helper.from_array(bias.astype(np.float32), name))
+        node.input[2] = name
 
 
 def dense_codes(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
