@@ -12,7 +12,7 @@ HEADER = ("", "parameters", "trunk", "bytes", "MMAC", "ms", "val", "val loss", "
 
 
 def write_report(records: Sequence[Record], docs: Path) -> None:
-    """Write the parts of docs/benchmarks.md that were measured; the newest record of a run counts."""
+    """Write what was measured into docs/benchmarks.md; the newest record of every run counts."""
     parts: dict[str, list[Record]] = {}
     for line in newest(records, ("run",)):
         parts.setdefault(PARTS.get(line["run"], "vision"), []).append(line)
