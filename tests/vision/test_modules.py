@@ -129,6 +129,52 @@ def test_the_layers_of_a_traced_transformer_compute_its_trunk() -> None:
     assert donor.shapes[-1] == (17, 8)
 
 
+class AskingItsSize(nn.Module):
+    """A dense layer over the whole map, written as a convolution that looks at the map first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = nn.Conv2d(8, 16, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x) if x.shape[-1] >= SIZE else x
+
+
+class Asking(nn.Module):
+    """A part that cannot be traced between two that can, and another one in the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), Sized(), Block(8))
+        self.classifier = AskingItsSize()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x)).flatten(1)
+
+
+class Sized(nn.Module):
+    """A convolution, and a pooling where the map is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.conv(x), 2) if x.shape[-1] > 64 else self.conv(x)
+
+
+def test_a_part_that_cannot_be_traced_is_one_layer_and_the_classifier_is_none() -> None:
+    torch.manual_seed(0)
+    net = Asking().eval()
+    donor = open_donor(net, SIZE)
+    with torch.no_grad():
+        outputs = donor(image())
+        expected = net.features(donor.normalization.apply(image()))
+    assert donor.layer_names[:2] == ("features.0", "features.1")
+    assert donor.shapes[-1] == (8, SIZE, SIZE)
+    torch.testing.assert_close(outputs[-1], expected, rtol=0, atol=0)
+
+
 def test_an_early_output_is_not_changed_by_the_layers_behind_it() -> None:
     donor = open_donor(residual(0, (Block, Block)), SIZE)
     x = donor.normalization.apply(image())

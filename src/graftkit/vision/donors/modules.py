@@ -10,6 +10,9 @@ from graftkit.errors import DonorError
 from graftkit.vision.donors.chain import Chain, Normalization, normalization_of, run_layer
 from graftkit.vision.donors.traced import traced_pieces
 
+LARGEST_STEP = 3
+"""Pixels of a side that a convolution with a stride may still make one of."""
+
 
 class Piece(NamedTuple):
     """A part of a network that comes before or behind a cut."""
@@ -69,7 +72,7 @@ def _units(module: nn.Module, prefix: str = "") -> list[Piece]:
 
 
 def _trunk(pieces: list[Piece], image: Tensor) -> list[Piece]:
-    """The pieces before the classifier."""
+    """The pieces before the classifier: it begins where a map becomes one value."""
     trunk = []
     x = image
     for piece in pieces:
@@ -77,8 +80,9 @@ def _trunk(pieces: list[Piece], image: Tensor) -> list[Piece]:
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             break
         to_one_value = output.shape[2:] == (1, 1) and x.shape[2:] != (1, 1)
-        if to_one_value and not piece.weighs:
-            break  # global pooling, however it is spelled
+        # Weights that do so are a dense layer over the whole map, or a last step of a tiny one.
+        if to_one_value and (not piece.weighs or max(x.shape[2:]) > LARGEST_STEP):
+            break
         trunk.append(piece._replace(reshapes=output.shape[1:] != x.shape[1:]))
         x = output
     return trunk

@@ -37,17 +37,41 @@ def traced_pieces(module: nn.Module, image: Tensor) -> list[tuple[str, nn.Module
     return pieces
 
 
+class _Tracer(fx.Tracer):
+    """Takes a part that cannot be traced as one piece, such as one that asks for its map's size."""
+
+    def __init__(self, opaque: dict[nn.Module, bool]):
+        super().__init__()
+        self.opaque = opaque  # which parts cannot be traced, as far as they were tried
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if super().is_leaf_module(m, module_qualified_name):
+            return True
+        if m not in self.opaque:
+            try:
+                _Tracer(self.opaque).trace(m)
+            # A module's own code runs with stand-ins for tensors, and that may raise anything.
+            except Exception:
+                self.opaque[m] = True
+            else:
+                self.opaque[m] = False
+        return self.opaque[m]
+
+
 def _trace(module: nn.Module) -> fx.GraphModule:
     _, *others = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in others if p.default is not inspect.Parameter.empty}
     try:
-        return fx.symbolic_trace(module, concrete_args=defaults)
-    # Tracing runs the module's own code with stand-ins for tensors, and that may raise anything.
+        try:
+            graph = fx.Tracer().trace(module, concrete_args=defaults)
+        except Exception:
+            graph = _Tracer({}).trace(module, concrete_args=defaults)
     except Exception as error:
         raise DonorError(
             f"{type(module).__name__} cannot be traced to find where it can be cut "
             f"({reason(error)}); give an nn.Sequential of its stages instead"
         ) from error
+    return fx.GraphModule(module, graph)
 
 
 def _carriers(nodes: list[fx.Node]) -> set[fx.Node]:
