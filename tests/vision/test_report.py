@@ -4,6 +4,7 @@ import base64
 import io
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ from PIL import Image
 
 from graftkit.errors import OutputError
 from graftkit.vision.report import render_page, write_report
+from graftkit.vision.results import runs
 from graftkit.vision.verdict import judge
 
 OWN = 0.912  # the rootstock's accuracy
@@ -61,7 +63,9 @@ def full_result() -> dict[str, Any]:
         "int8": {"test_accuracy": 0.9, "p50_ms": 0.9, "agreement": 0.985},
         "peak_rss_bytes": 90_000_000,
         "confusion": [[7, 1], [0, 4]],
-        "scion": [{"layer": "f.0", "index": 0, "channels": 32, "kept": 8}],
+        "scion": [
+            {"layer": "f.0", "index": 0, "channels": 32, "kept": 8, "read": [[0, 5], [9, 12]]}
+        ],
         "curve": [numbers(0.5, 10_000) | {"cut": 1}, numbers(0.7, 90_000) | {"cut": 2}],
         "baselines": {
             "fine-tuned donor": numbers(0.93, 8_900_000),
@@ -122,6 +126,20 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page() -> Page:
     return Page(render_page(full_result()))
+
+
+def test_the_page_draws_which_features_of_a_layer_the_head_reads() -> None:
+    page = render_page(full_result())
+    assert "8 of 32" in page
+    assert 'viewBox="0 0 32 1"' in page
+    assert '<path d="M0 0H5V1H0zM9 0H12V1H9z">' in page
+
+
+@given(st.sets(st.integers(0, 40)))
+def test_runs_hold_the_numbers_that_they_were_made_of_and_do_not_touch(numbers: set[int]) -> None:
+    found = runs(sorted(numbers))
+    assert [n for first, behind in found for n in range(first, behind)] == sorted(numbers)
+    assert all(before[1] < after[0] for before, after in pairwise(found))
 
 
 def test_the_verdict_comes_first_in_one_sentence(page: Page) -> None:

@@ -8,6 +8,7 @@ import base64
 import html
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean, stdev
@@ -184,14 +185,16 @@ def _scion(result: Result) -> str:
     rows = [
         (
             layer["layer"],
-            *_share(layer["kept"], layer["channels"]),
+            f"{layer['kept']:,} of {layer['channels']:,}",
+            _Stripes(layer.get("read", ()), layer["channels"]),
             *_share(layer.get("hidden_kept", 0), layer.get("hidden", 0)),
         )
         for layer in result.get("scion", ())
     ]
     note = _note(
-        "Read: features that the head reads, of all pooled features of the layer. Hidden: channels "
-        "inside the layer that were left, of those that could be taken out."
+        "Read: features that the head reads, of all pooled features of the layer; a stripe for "
+        "each, the means of all channels left, their spreads right. Hidden: channels inside the "
+        "layer that were left, of those that could be taken out."
     )
     return _table(("layer", "read", "", "hidden", ""), rows) + note if rows else ""
 
@@ -254,7 +257,18 @@ class _Bar(float):
     """A share between 0 and 1, drawn as a bar."""
 
 
-def _table(headers: Sequence[str], rows: Iterable[Sequence[str | _Bar]], own: int = 0) -> str:
+@dataclass(frozen=True)
+class _Stripes:
+    """Some of `total` things in a row, drawn as stripes; runs are [first, behind the last]."""
+
+    runs: Sequence[Sequence[int]]
+    total: int
+
+
+_Cell = str | _Bar | _Stripes
+
+
+def _table(headers: Sequence[str], rows: Iterable[Sequence[_Cell]], own: int = 0) -> str:
     """Args: own: how many of the first rows are the rootstock's."""
     head = "".join(f"<th>{_text(header)}</th>" for header in headers)
     lines = []
@@ -267,7 +281,14 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str | _Bar]], own: in
     )
 
 
-def _cell(value: str | _Bar) -> str:
+def _cell(value: _Cell) -> str:
+    if isinstance(value, _Stripes):
+        path = "".join(f"M{int(a)} 0H{int(b)}V1H{int(a)}z" for a, b in value.runs)
+        box = f"0 0 {int(value.total)} 1"
+        return (
+            f'<td class="bar"><svg viewBox="{box}" preserveAspectRatio="none">'
+            f'<path d="{path}"></path></svg></td>'
+        )
     if isinstance(value, _Bar):
         return f'<td class="bar"><div style="width: {100 * min(1.0, value):.1f}%"></div></td>'
     return f"<td>{_text(value)}</td>"

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,10 @@ def doubts_of_int8(result: dict[str, Any]) -> list[str]:
 
 
 def scion_rows(scion: Scion, taken: Donor, donor: Donor) -> list[Any]:
-    """Of every layer that is kept: its pooled features, and how many of them the head reads.
+    """Of every layer that is kept: its pooled features, and which of them the head reads.
 
-    Hidden channels are those inside the layer that could be taken out.
+    `read` holds runs [first, behind the last] of features; all channels of the first pooling come
+    before those of the next. Hidden channels are those inside the layer that could be taken out.
 
     Args:
         taken: whose layers the rootstock has, thinned perhaps. donor: before that.
@@ -74,11 +76,20 @@ def scion_rows(scion: Scion, taken: Donor, donor: Donor) -> list[Any]:
             "index": index,
             "channels": donor.channels[index] * len(POOLINGS),
             "kept": len(scion.channels.get(index, ())),
+            "read": runs(scion.channels.get(index, ())),
             "hidden": hidden[index],
             "hidden_kept": left[index],
         }
         for index in range(scion.cut)
     ]
+
+
+def runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers as runs [first, behind the last]."""
+    if not numbers:
+        return []
+    parts = np.split(np.array(numbers), np.flatnonzero(np.diff(numbers) != 1) + 1)
+    return [[int(part[0]), int(part[-1]) + 1] for part in parts]
 
 
 def mistakes(main: Measured, images: ImageSet) -> list[dict[str, Any]]:
