@@ -35,7 +35,7 @@ def main() -> None:
 def graft(
     donor: Annotated[
         str,
-        typer.Argument(help="An .npz of MobileNetV2, a directory or Hub id, timm:NAME or vgg16."),
+        typer.Argument(help="An .npz of MobileNetV2, a directory or Hub id, or timm:NAME."),
     ],
     data: Annotated[Path, typer.Option("--data", help="Folder per class, a zip of it, or a CSV.")],
     budget: Annotated[str, typer.Option(help="Most it may cost: 0.6MB, 2ms or 20MMAC.")],
