@@ -18,6 +18,7 @@ import torch
 from ledger import Ledger, Record, command_line
 from vision_report import write_report
 
+from graftkit.memory import kept_memory
 from graftkit.vision.budget import Budget
 from graftkit.vision.features import ALL_VIEWS, FeatureTable
 from graftkit.vision.grafting import GraftSettings, graft, prepare, trainer_of, untrained
@@ -78,6 +79,7 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
         ledger.add(key, {"lines": features(ground.table, len(ground.images.classes))})
 
 
+@kept_memory()
 def margin(
     donor: Path, images: Path, settings: GraftSettings, cache: Path, orders: Sequence[int]
 ) -> Record:

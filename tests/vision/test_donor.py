@@ -195,6 +195,20 @@ def test_images_smaller_than_a_patch_are_refused() -> None:
         open_donor(tiny("vit"), 6)
 
 
+@given(st.integers(0, 99), st.sampled_from([(2, 3, 4, 5), (2, 6, 3)]))
+@settings(max_examples=10, deadline=None)
+def test_mean_and_spread_that_are_trained_have_the_values_and_gradients_of_their_equations(
+    seed: int, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    poolings = ("std", "max", "mean")
+    with torch.no_grad():
+        expected = pool(x, poolings)
+    torch.testing.assert_close(pool(x, poolings), expected)
+    assert torch.autograd.gradcheck(lambda x: pool(x, ("mean", "std")), (x,))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is installed")
 def test_a_timm_donor_without_timm_says_how_to_install_it() -> None:
     with pytest.raises(ConfigError, match="pip install timm"):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain as joined
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -154,7 +155,15 @@ def pool(output: Tensor, poolings: Sequence[str] = ("mean",)) -> Tensor:
     if not poolings or not set(poolings) <= set(POOLINGS):
         raise ConfigError(f"poolings are some of {', '.join(POOLINGS)}; found {list(poolings)}")
     over = (2, 3) if output.ndim == 4 else (1,)
-    return torch.cat([_statistic(output, pooling, over) for pooling in poolings], dim=1)
+    if "std" in poolings and output.requires_grad:
+        found = dict(zip(("mean", "std"), _MeanAndStd.apply(output, over), strict=True))  # type: ignore[no-untyped-call]
+    else:
+        found = {}
+    statistics = [
+        found[pooling] if pooling in found else _statistic(output, pooling, over)
+        for pooling in poolings
+    ]
+    return torch.cat(statistics, dim=1)
 
 
 def _statistic(output: Tensor, pooling: str, over: tuple[int, ...]) -> Tensor:
@@ -164,6 +173,29 @@ def _statistic(output: Tensor, pooling: str, over: tuple[int, ...]) -> Tensor:
         return output.mean(over)
     centred = output - output.mean(over, keepdim=True)
     return (centred.square().mean(over) + _VARIANCE_FLOOR).sqrt()
+
+
+class _MeanAndStd(torch.autograd.Function):
+    """Both statistics and their gradient in one pass each: large maps cost more to read than to
+    convolve, and plain operations read them eleven times.
+
+        ∂L/∂x = (∂L/∂mean + ∂L/∂std (x − mean) / std) / N
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        var, mean = torch.var_mean(x, over, correction=0, keepdim=True)
+        std = (var + _VARIANCE_FLOOR).sqrt()
+        ctx.save_for_backward(x, mean, std)
+        return mean.squeeze(over), std.squeeze(over)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        x, mean, std = ctx.saved_tensors
+        of_mean, of_std = (gradient.view_as(mean) for gradient in gradients)
+        count = x.numel() // mean.numel()
+        slope = of_std / (std * count)
+        return (x * slope).add_(of_mean / count - slope * mean), None
 
 
 def _read_chain(reference: str | Path | nn.Module, size: int, pretrained: bool) -> Chain:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from graftkit.errors import ConfigError, OutputError
+from graftkit.memory import kept_memory
 from graftkit.vision.assembly import assemble
 from graftkit.vision.budget import Budget
 from graftkit.vision.donor import Donor, open_donor
@@ -95,6 +96,7 @@ class GraftSettings(BaseModel):
             raise ConfigError(f"{wrong['loc'][0]} is {wrong['input']!r}: {reason}") from error
 
 
+@kept_memory()
 def graft(
     donor: str | Path | nn.Module,
     data: str | Path,
