@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from graftkit.files import replaced_file
@@ -25,7 +25,7 @@ def write_probes(probes: Sequence[Probe], file: Path) -> None:
         for name in _FIELDS
     }
     with replaced_file(file) as partial:
-        save_file(values, partial, metadata=_FITTED)
+        partial.write_bytes(save(values, metadata=_FITTED))
 
 
 def read_probes(file: Path, count: int) -> list[Probe] | None:
