@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-PARTS = ("vision", "vision-margin", "vision-features")
+PARTS = ("vision", "vision-paper", "vision-margin", "vision-features")
 PAGE = "".join(f"<!-- {part}:begin -->\n<!-- {part}:end -->\n" for part in PARTS)
 
 

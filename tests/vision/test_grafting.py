@@ -267,8 +267,10 @@ def test_a_folder_that_cannot_be_made_is_refused(
 
 @pytest.mark.slow
 def test_the_command_prints_json_or_a_table(
-    shared: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    data = write_pictures(tmp_path / "data", COUNTS, size=SIZE)
+    (data / "train" / CLASSES[0] / "torn.png").write_bytes(b"torn")
     donor = shared / "data" / "vision" / "mobilenet_v2_1.0_imagenet_fp16.npz"
     words = ["vision", "graft", donor, "--data", data, "--budget", "60KB", "--freeze"]
     words += ["--no-baselines", "--upright", "--size", "32", "--cache", tmp_path / "cache"]
@@ -278,6 +280,7 @@ def test_the_command_prints_json_or_a_table(
     assert run(*words, "-o", tmp_path / "b") == 0
     told = capsys.readouterr().out
     assert "rootstock" in told
+    assert "note: 1 file left out, such as train/daisy/torn.png (not an image" in told
     assert "look at report.html" in told
 
 

@@ -125,9 +125,17 @@ def _print_graft(result: dict[str, Any], output: Path) -> None:
         f"int8: {show.size(result['int8_bytes'])}, test {int8['test_accuracy']:.3f}, "
         f"{int8['p50_ms']:.2f} ms"
     )
-    for warning in result["warnings"]:
+    for warning in (*_left_out(result["skipped"]), *result["warnings"]):
         print(f"note: {_printable(warning)}")
     print(f"{output}: rootstock.onnx, rootstock.int8.onnx, graft.json; look at report.html")
+
+
+def _left_out(skipped: list[dict[str, str]]) -> list[str]:
+    if not skipped:
+        return []
+    first, count = skipped[0], len(skipped)
+    files = "file" if count == 1 else "files"
+    return [f"{count} {files} left out, such as {first['name']} ({first['reason']})."]
 
 
 def _predict(predictor: "Predictor", places: list[Path], top: int, json_output: bool) -> None:
