@@ -6,6 +6,7 @@ from statistics import mean, stdev
 
 from ledger import Record, newest, provenance, table, write_between
 
+from graftkit.vision.measuring import file_stem
 from graftkit.vision.report import headline
 
 HEADER = ("", "parameters", "trunk", "bytes", "MMAC", "ms", "val", "val loss", "test", "95 %")
@@ -13,19 +14,9 @@ HEADER = ("", "parameters", "trunk", "bytes", "MMAC", "ms", "val", "val loss", "
 
 def write_report(records: Sequence[Record], docs: Path) -> None:
     """Write what was measured into docs/benchmarks.md; the newest record of every run counts."""
-    parts: dict[str, list[Record]] = {}
     for line in newest(records, ("run",)):
-        parts.setdefault(_part(line["run"]), []).append(line)
-    for part, lines in parts.items():
-        shown = [SHOWN.get(part, _run)(line) for line in lines]
-        write_between(docs / "benchmarks.md", part, "\n\n".join([provenance(lines), *shown]))
-
-
-def _part(run: str) -> str:
-    """Which part of the page a run is shown in; each has its own date, commit and machine."""
-    if run in ("margin", "features"):
-        return f"vision-{run}"
-    return "vision-paper" if run.startswith("paper's method") else "vision"
+        text = f"{SHOWN.get(line['run'], _run)(line)}\n\n{provenance([line])}"
+        write_between(docs / "benchmarks.md", f"vision-{file_stem(line['run'])}", text)
 
 
 def _run(line: Record) -> str:
@@ -94,4 +85,4 @@ def _apart(line: Record) -> str:
 
 
 SPLITS = ("val", "test")
-SHOWN = {"vision-margin": _margin, "vision-features": _apart}
+SHOWN = {"margin": _margin, "features": _apart}
