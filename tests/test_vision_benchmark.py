@@ -17,8 +17,7 @@ PAGE = "".join(f"<!-- vision-{part}:begin -->\n<!-- vision-{part}:end -->\n" for
 def test_a_quick_run_measures_frozen_and_fine_tuned_rootstocks(
     shared: Path, tmp_path: Path
 ) -> None:
-    page = PAGE
-    (tmp_path / "benchmarks.md").write_text(page)
+    (tmp_path / "benchmarks.md").write_text(PAGE)
     command = [sys.executable, str(BENCHMARKS / "vision.py"), "--quick", "--shared", str(shared)]
     command += ["--runs", "frozen, 0.6 MB", "fine-tuned, 0.6 MiB", "--no-features"]
     command += ["--out", str(tmp_path), "--docs", str(tmp_path)]
@@ -35,7 +34,7 @@ def test_a_quick_run_measures_frozen_and_fine_tuned_rootstocks(
     assert low < records[2]["lead"] < high
     assert [len(orders) for orders in records[2]["lines"].values()] == [1, 1]
     assert records[2]["lines"]["rootstock"][0]["bytes"] == records[1]["bytes"]
-    assert (tmp_path / "benchmarks.md").read_text() == page  # quick numbers are for no page
+    assert (tmp_path / "benchmarks.md").read_text() == PAGE  # quick numbers are for no page
 
 
 def test_the_report_shows_every_run_with_its_baselines(

@@ -34,10 +34,9 @@ def kept_memory() -> Iterator[None]:
     are left as they are.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
+    if library is None or not all(hasattr(library, name) for name in ("mallopt", "malloc_trim")):
         yield
         return
-    assert library is not None
     for option, value in _KEEPING.items():
         library.mallopt(option, value)
     try:

@@ -197,7 +197,6 @@ def test_a_stored_weight_is_at_most_half_a_step_off(
     assert np.abs(codes.astype(int)).max(initial=0) <= 127
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 40), st.floats(-4, 4))
 def test_codes_in_a_safe_range_add_up_to_at_most_128_and_none_is_coarser_than_needed(
     seed: int, rows: int, columns: int, magnitude: float
