@@ -3,13 +3,12 @@ import torch
 import transformers
 from attach.packs import RANK, exact_pack, low_rank_pack
 from attach.test_attach import logits
-from tiny_models import build, inputs, make_pair
-from torch import nn
+from tiny_models import inputs, make_pair
 
 from graftkit.attach import attached
 from graftkit.attach.mixtures import choose_rows
 from graftkit.attach.routing import put, take
-from graftkit.attach.side import SidePaths, _refuse_unreachable, _sees_rows
+from graftkit.attach.side import SidePaths
 from graftkit.attach.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.errors import AttachError
 from graftkit.models import load_model
@@ -120,26 +119,6 @@ def test_an_exception_in_a_tuned_module_puts_its_parameter_back(tmp_path):
         assert norm.weight is original
         norm(torch.ones(1, 2, 32))
         assert norm.weight is original
-
-
-def test_experts_in_a_list_refuse_rows_of_several_packs():
-    class ToyMoe(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList([nn.Linear(2, 2)])
-
-    block = ToyMoe()
-    assert not _sees_rows(block.experts[0], [block.experts, block])
-    layers = build("qwen3_moe").model
-    assert _sees_rows(layers.layers[0].input_layernorm, [layers.layers[0], layers.layers, layers])
-
-
-def test_weights_that_are_read_without_a_call_are_refused():
-    with pytest.raises(AttachError, match="without being called"):
-        _refuse_unreachable("mixer.conv1d", nn.Conv1d(2, 2, 1), [])
-    attention = nn.MultiheadAttention(4, 1)
-    with pytest.raises(AttachError, match="without being called"):
-        _refuse_unreachable("attention.out_proj", attention.out_proj, [attention])
 
 
 def test_every_form_of_an_update_computes_the_same_matrix():

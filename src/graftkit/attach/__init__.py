@@ -1,21 +1,27 @@
 """Attach: reversible use of packs on a live model.
 
-check     is this model the target, and where does each tensor belong
-merged    one pack in the model's own parameters, originals kept
-side      packs beside the model, chosen row by row of a batch
-modules   what packs do in one module
-updates   one matrix of a delta at run time: factors, rows or dense
-mixtures  what every row of a batch uses: the target, a pack, a weighted sum
-routing   the choice for the batch that runs
+live        which models packs can be attached to
+check       is this model the target, and where does each tensor belong
+merged      one pack in the model's own parameters, originals kept
+side        packs beside the model, chosen row by row of a batch
+modules     what packs do in one module
+updates     one matrix of a delta at run time: factors, rows or dense
+mixtures    what every row of a batch uses: the target, a pack, a weighted sum
+routing     the choice for the batch that runs
+batches     one batch at a time, each kind of call watched once
+coverage    whether the model reads a weight past its module
+separation  whether rows of one batch may use different packs
+probe       short random batches to find out
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 from graftkit.attach.check import LiveTarget, check_packs
+from graftkit.attach.live import Uncopied, attachment_of, check_model, claimed, release
 from graftkit.attach.merged import MergedWeights
 from graftkit.attach.mixtures import Choice, Gate, choose_rows
 from graftkit.attach.side import SidePaths
@@ -26,11 +32,8 @@ __all__ = ["Attachment", "Choice", "Gate", "Mode", "attach", "attached", "bare",
 
 Mode = Literal["merged", "side"]
 
-# Where a model remembers its attachment.
-_MARK = "_graftkit_attachment"
 
-
-class Attachment:
+class Attachment(Uncopied):
     """Packs in use on a model, until `detach`.
 
     Attributes:
@@ -39,15 +42,33 @@ class Attachment:
     """
 
     def __init__(self, model: PreTrainedModel, packs: Sequence[SkillPack], mode: Mode):
+        check_model(model)
         self.model = model
         self.packs: dict[int, SkillPack] = {}
         self.mode = mode
-        self._target = LiveTarget(model)
         self._next = 0
-        check_packs(self._target, packs)
-        self._applied: MergedWeights | SidePaths = (
-            MergedWeights(self._target, packs[0]) if mode == "merged" else SidePaths(self._target)
-        )
+        with claimed(model, self):
+            self._target = LiveTarget(model)
+            check_packs(self._target, packs)
+            self._applied: MergedWeights | SidePaths = (
+                MergedWeights(self._target, packs[0])
+                if mode == "merged"
+                else SidePaths(self._target)
+            )
+            self._apply(packs)
+
+    def __deepcopy__(self, memo: object) -> None:
+        """None for a merged pack: a copy of its model is one of its own, with the tuned weights.
+
+        Raises: AttachError for packs beside the model.
+        """
+        if self.mode == "side":
+            super().__deepcopy__(memo)
+
+    def __reduce__(self) -> Any:
+        """As `__deepcopy__`, for pickle."""
+        self.__deepcopy__(None)
+        return type(None), ()
 
     def add(self, pack: SkillPack) -> int:
         """Load one more pack beside the model; the rows routed so far stay as they are.
@@ -102,33 +123,35 @@ class Attachment:
         """
         paths = self._side_paths("a merged pack serves every row")
         paths.check_modules(modules or {})
-        paths.routing.rows = choose_rows(self.packs, rows, modules, gate)
+        paths.route(choose_rows(self.packs, rows, modules, gate))
 
     def detach(self) -> None:
-        """Leave the model as it was before, bit for bit; a second call does nothing."""
+        """Leave the model as it was before, bit for bit; a second call does nothing.
+
+        What was trained in a merged pack's tensors meanwhile is undone too, with a warning.
+        """
         self._applied.undo()
-        if getattr(self.model, _MARK, None) is self:
-            delattr(self.model, _MARK)
+        release(self.model, self)
 
     def _apply(self, packs: Sequence[SkillPack]) -> None:
         try:
             self._applied.apply()
-            setattr(self.model, _MARK, self)
-            if self.mode == "merged":
+            if isinstance(self._applied, MergedWeights):
                 self.packs = dict(enumerate(packs))
-            else:
-                for pack in packs:
-                    self.add(pack)
-                if len(packs) < 2:
-                    self.route([0 if packs else None])
+                return
+            for pack in packs:
+                self.add(pack)
+            if len(packs) < 2:
+                default = choose_rows(self.packs, [0 if packs else None])
+                self._applied.routing.set_default(default)
         except BaseException:
-            self.detach()
+            self._applied.undo()
             raise
 
     def _side_paths(self, why: str = "the packs of a merged attachment are fixed") -> SidePaths:
         if not isinstance(self._applied, SidePaths):
             raise AttachError(f'{why}; attach with mode="side"')
-        if getattr(self.model, _MARK, None) is not self:
+        if attachment_of(self.model) is not self:
             raise AttachError("this attachment was detached; attach the packs again")
         return self._applied
 
@@ -154,8 +177,6 @@ def attach(
     chosen = (packs,) if isinstance(packs, SkillPack) else tuple(packs)
     if mode not in ("merged", "side"):
         raise AttachError(f'mode is {mode!r}; expected "merged" or "side"')
-    if getattr(model, _MARK, None) is not None:
-        raise AttachError("the model has packs attached already; detach them first")
     if mode == "merged" and not chosen:
         raise AttachError('no pack was given; pass one SkillPack, or attach with mode="side"')
     if mode == "merged" and len(chosen) > 1:
@@ -163,14 +184,12 @@ def attach(
             f'{len(chosen)} packs cannot share the weights; attach with mode="side", or merge them '
             "into one checkpoint"
         )
-    attachment = Attachment(model, chosen, mode)
-    attachment._apply(chosen)
-    return attachment
+    return Attachment(model, chosen, mode)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`, bit for bit. Raises: AttachError when nothing is attached."""
-    attachment = getattr(model, _MARK, None)
+    attachment = attachment_of(model)
     if attachment is None:
         raise AttachError("nothing is attached to this model; attach a pack first")
     attachment.detach()
@@ -194,7 +213,7 @@ def bare(model: PreTrainedModel) -> Iterator[None]:
 
     Raises: AttachError for a pack that is merged into the weights.
     """
-    attachment = getattr(model, _MARK, None)
+    attachment = attachment_of(model)
     if attachment is None:
         yield
         return

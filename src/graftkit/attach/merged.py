@@ -1,5 +1,6 @@
 """One pack written into the model's own parameters, with the original bytes kept aside."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,8 @@ class MergedWeights:
         self._target = target
         self._pack = pack
         self._undo: list[Callable[[], None]] = []
+        self._written: list[tuple[str, Tensor]] = []
+        self._versions: list[int] = []
 
     def apply(self) -> None:
         """Write all changed tensors. Raises: AttachError; call `undo` then."""
@@ -42,9 +45,26 @@ class MergedWeights:
             rest = [change for change in changes if change.changed and id(change) not in apart]
             for change, tuned in zip(rest, in_threads(self._decode, rest), strict=True):
                 self._write(change, change.slots + joined.get(change.record.name, ()), tuned)
+        self._versions = [place._version for _, place in self._written]
 
     def undo(self) -> None:
-        """Restore everything, last change first; a second call does nothing."""
+        """Restore everything, last change first; a second call does nothing.
+
+        Warns where tensors of the pack were written to since (training): that is undone as well.
+        """
+        changed = [
+            name
+            for (name, place), version in zip(self._written, self._versions, strict=False)
+            if place._version != version
+        ]
+        self._written.clear()
+        if changed:
+            warnings.warn(
+                f"{changed[0]} and {len(changed) - 1} more tensors were changed (trained?) while a "
+                "pack was merged into them; detaching takes that back with the pack. To keep it, "
+                "save the model before, or train a model of its own: merge_packs writes one",
+                stacklevel=4,
+            )
         with torch.no_grad():
             while self._undo:
                 self._undo.pop()()
@@ -68,6 +88,7 @@ class MergedWeights:
         original = place.clone()
         self._undo.append(lambda: _copy(place, original))
         place.copy_(tuned)
+        self._written.append((change.record.name, place))
 
     def _untie(self, change: Change, owner: Change) -> bool:
         """Give the slots of `change` a parameter of their own, unless it equals its owner's."""

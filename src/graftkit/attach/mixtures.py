@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Protocol
 
@@ -87,9 +88,15 @@ class Rows:
         """What a kind uses in a module."""
         return self._mixtures.get(module, self._mixtures[""])[kind]
 
+    @cached_property
+    def packs(self) -> list[int]:
+        """Every pack that any row uses anywhere, in order."""
+        mixtures = self._mixtures.values()
+        return sorted({pack for kinds in mixtures for mixture in kinds for pack, _ in mixture})
+
     def uses(self, pack: int) -> bool:
         """Whether any row uses a pack anywhere."""
-        return any(pack == used for kind in self._mixtures.values() for m in kind for used, _ in m)
+        return pack in self.packs
 
     def only(self, kind: int) -> "Rows":
         """One row of this kind, for running a module again on the entries of its rows."""

@@ -1,7 +1,7 @@
 """How one module serves rows of several packs: by addition to its output, or by running again."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from graftkit.attach.live import OpaqueHook, Uncopied
 from graftkit.attach.mixtures import Entries, Mixture, Share
 from graftkit.attach.routing import Routing, first_tensor, put, take
 from graftkit.attach.updates import Update
@@ -38,14 +39,19 @@ class TunedPart:
         place.copy_((delta.T if self.transposed else delta).reshape(place.shape).add_(place))
 
 
-class ModulePath(ABC):
-    """What all packs change in one module."""
+class ModulePath(Uncopied, ABC):
+    """What all packs change in one module.
 
-    def __init__(self, name: str, module: nn.Module, routing: Routing, sees_rows: bool):
+    Attributes:
+        keeps_rows: whether a probe saw the rows of a batch in order along dimension 0 of the
+            module's input; None where it did not run in one.
+    """
+
+    def __init__(self, name: str, module: nn.Module, routing: Routing):
         self.name = name
         self.module = module
         self.routing = routing
-        self._sees_rows = sees_rows
+        self.keeps_rows: bool | None = None
         self._handles: list[RemovableHandle] = []
 
     def hook(self) -> None:
@@ -58,9 +64,16 @@ class ModulePath(ABC):
         while self._handles:
             self._handles.pop().remove()
 
+    def restore(self) -> None:
+        """Leave the module as it is between two calls, where one never ended."""
+
     @abstractmethod
     def values(self, pack: int) -> list[Update | Tensor]:
         """Everything kept in memory for a pack."""
+
+    def serves(self, packs: Iterable[int]) -> bool:
+        """Whether any of these packs changes the module."""
+        return any(self.values(pack) for pack in packs)
 
     @abstractmethod
     def drop(self, pack: int) -> bool:
@@ -73,23 +86,34 @@ class ModulePath(ABC):
     def shares(self, inputs: Tensor, output: Tensor) -> list[Share]:
         """The packs' shares in an output, along dimension 0. Raises: AttachError as `check`."""
         rows = self.routing.rows
-        if not rows.is_uniform:
+        if not rows.is_uniform and self.serves(rows.packs):
             self.check()
         weights = None if rows.gate is None else rows.gate.weigh(self.name, inputs)
         if weights is None:
             return rows.shares(self.name, output.shape[0], output.device)
         return rows.gated(weights, output.device)
 
+    @property
+    @abstractmethod
+    def attributes(self) -> set[str]:
+        """Parameters and buffers of the module that packs change."""
+
     def check(self) -> None:
-        """Refuse rows that choose differently where the module does not keep them apart.
+        """Refuse rows that choose differently where the module is not known to keep them apart.
 
         Raises: AttachError.
         """
-        if not self._sees_rows:
+        if self.routing.recorder is None and not self.keeps_rows:
+            seen = "was not reached when that was tried" if self.keeps_rows is None else "does not"
             raise AttachError(
-                f"{self.name} does not see the rows of a batch one by one; "
-                "run the rows of each pack in a batch of their own"
+                f"rows of several packs need modules that see them one by one, and {self.name} "
+                f"{seen}; run the rows of each pack in a batch of their own"
             )
+
+    def record(self, inputs: Tensor | None) -> None:
+        """Show a probe what the module reads."""
+        if self.routing.recorder is not None:
+            self.routing.recorder(self.name, inputs)
 
     def spread(self, tensor: Tensor) -> Tensor:
         """An output that stands for the whole batch, such as positions, once for each row."""
@@ -119,7 +143,14 @@ class AddedPath(ModulePath):
 
     def _install(self) -> list[RemovableHandle]:
         # Before the hooks of others, which may want to see the tuned output.
-        return [self.module.register_forward_hook(self._add, prepend=True, with_kwargs=True)]
+        hook = OpaqueHook(self._add)
+        return [self.module.register_forward_hook(hook, prepend=True, with_kwargs=True)]
+
+    @property
+    def attributes(self) -> set[str]:
+        """The weight, the bias, or both."""
+        kept = {"weight": self.weights, "bias": self.biases}
+        return {name for name, values in kept.items() if values}
 
     @abstractmethod
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -132,6 +163,7 @@ class LinearPath(AddedPath):
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = first_tensor([args, kwargs])
         assert x is not None
+        self.record(x)
         for share in self.shares(x, output):
             part = None
             if share.pack in self.weights:
@@ -150,6 +182,7 @@ class EmbeddingPath(AddedPath):
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         ids = first_tensor([args, kwargs])
         assert ids is not None
+        self.record(ids)
         output, ids = self.spread(output), self.spread(ids)
         for share in self.shares(ids, output):
             if share.pack in self.weights:
@@ -186,11 +219,22 @@ class RerunPath(ModulePath):
         self._parts.pop(pack, None)
         return bool(self._parts)
 
+    @property
+    def attributes(self) -> set[str]:
+        """Every attribute that a pack has a part of."""
+        return {attribute for parts in self._parts.values() for attribute in parts}
+
+    def restore(self) -> None:
+        """Put back the parameters that an interruption (Ctrl-C) left tuned."""
+        while self._originals:
+            self._swap(self._originals.pop())
+        self._taps.clear()
+
     def _install(self) -> list[RemovableHandle]:
-        before = self.module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        before = self.module.register_forward_pre_hook(OpaqueHook(self._enter), with_kwargs=True)
         # After an exception too: the target's tensors have to come back.
         after = self.module.register_forward_hook(
-            self._leave, prepend=True, with_kwargs=True, always_call=True
+            OpaqueHook(self._leave), prepend=True, with_kwargs=True, always_call=True
         )
         return [before, after]
 
@@ -213,16 +257,21 @@ class RerunPath(ModulePath):
         self._swap(self._originals.pop())
         taps = self._taps.pop()
         x = first_tensor([args, kwargs])
+        self.record(x)
         rows = self.routing.rows
-        if x is None or output is None or rows.is_uniform:
+        kinds = [] if rows.is_uniform else [k for k in sorted(set(rows.kinds)) if self._mixture(k)]
+        if output is None or not kinds:
             return output
         self.check()
+        if x is None:
+            raise AttachError(
+                f"{self.name} reads no tensor, so it cannot serve rows of several packs; run the "
+                "rows of each pack in a batch of their own"
+            )
         inputs = dict(rows.groups(x.shape[0], x.device)) if x.shape[0] > 1 else {}
-        for kind in sorted(set(rows.kinds)):
-            if self._mixture(kind):
-                entries = inputs.get(kind, slice(None))
-                part = self._run(kind, args, kwargs, x.shape[0], entries)
-                output = put(output, part, partial(self._place, kind))
+        for kind in kinds:
+            part = self._run(kind, args, kwargs, x.shape[0], inputs.get(kind, slice(None)))
+            output = put(output, part, partial(self._place, kind))
         for tap in taps:
             tap.replay = None
         return output

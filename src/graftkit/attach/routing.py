@@ -1,8 +1,10 @@
 """What the rows of the running batch use, and how to take and put back their part of a call."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -14,31 +16,62 @@ _NOT_ROWS = ("cache_position",)
 
 
 class Routing:
-    """What the rows of the next batches use of the attached packs."""
+    """What the rows of the next batches use of the attached packs.
+
+    Every thread that routes has rows of its own. A thread that never routed uses those of the one
+    thread that did, as long as that choice never changed: afterwards nobody could say for which of
+    its batches a choice was meant, and it is refused.
+
+    Attributes:
+        lock: held while the model runs; modules hold the parameters of one batch at a time.
+        batch: entries of the batch that runs, for modules that see only one of them.
+        recorder: while a probe runs, called with the name and the input of every module that has a
+            path.
+    """
 
     def __init__(self) -> None:
+        self.lock = threading.RLock()
         self.batch = 1
-        """Entries of the batch that the model is running, for modules that see only one of them."""
-        self._rows: Rows | None = None
+        self.recorder: Callable[[str, Any], None] | None = None
+        self._rows: WeakKeyDictionary[threading.Thread, Rows | None] = WeakKeyDictionary()
+        self._default: Rows | None = None
+        self._routes = 0
+        self._override = threading.local()
 
     @property
     def rows(self) -> Rows:
-        """The choice. Raises: AttachError where there is none, or its pack was dropped."""
-        if self._rows is None:
+        """The choice for this thread.
+
+        Raises: AttachError where there is none, its pack was dropped, or several threads chose.
+        """
+        override: Rows | None = getattr(self._override, "rows", None)
+        if override is not None:
+            return override
+        thread = threading.current_thread()
+        rows = self._rows[thread] if thread in self._rows else self._borrow()
+        if rows is None:
             raise AttachError(
                 "packs are attached but no row is routed, or a routed pack was dropped; "
                 "call route(rows) first"
             )
-        return self._rows
+        return rows
 
     @rows.setter
     def rows(self, rows: Rows) -> None:
-        self._rows = rows
+        self._routes += 1
+        self._rows[threading.current_thread()] = rows
+
+    def set_default(self, rows: Rows) -> None:
+        """What serves every thread until one routes."""
+        self._default = rows
 
     def drop(self, pack: int) -> None:
         """Rows that may use this pack have to be routed again."""
-        if self._rows is not None and (self._rows.gate or self._rows.uses(pack)):
-            self._rows = None
+        for thread, rows in list(self._rows.items()):
+            if rows is not None and (rows.gate or rows.uses(pack)):
+                self._rows[thread] = None
+        if self._default is not None and self._default.uses(pack):
+            self._default = None
 
     def begin(self, batch: int) -> None:
         """Take note of a batch that the model starts on. Raises: AttachError if it does not fit."""
@@ -50,13 +83,24 @@ class Routing:
 
     @contextmanager
     def using(self, rows: Rows) -> Iterator[None]:
-        """Another choice for the length of a block."""
-        before = self._rows, self.batch
-        self._rows = rows
+        """Another choice for this thread, for the length of a block."""
+        before, batch = getattr(self._override, "rows", None), self.batch
+        self._override.rows = rows
         try:
             yield
         finally:
-            self._rows, self.batch = before
+            self._override.rows, self.batch = before, batch
+
+    def _borrow(self) -> Rows | None:
+        """The default, or the only choice that any thread made."""
+        if not self._routes:
+            return self._default
+        if self._routes > 1 or not self._rows:
+            raise AttachError(
+                "rows were routed by other threads, and never in this one; call route(rows) in "
+                "the thread that runs the model"
+            )
+        return next(iter(self._rows.values()))
 
 
 def first_tensor(values: Any) -> Tensor | None:

@@ -4,17 +4,15 @@ The target's bytes are never touched. What a hook can add to a module's output i
 module runs again, with the tuned parameter in place, on the rows that use the pack.
 """
 
-import re
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from graftkit.attach.batches import Batches
 from graftkit.attach.check import Change, LiveTarget, find_changes
+from graftkit.attach.mixtures import Rows
 from graftkit.attach.modules import (
     AddedPath,
     EmbeddingPath,
@@ -23,16 +21,11 @@ from graftkit.attach.modules import (
     RerunPath,
     TunedPart,
 )
-from graftkit.attach.routing import Routing, first_tensor
+from graftkit.attach.routing import Routing
+from graftkit.attach.separation import RowSeparation
 from graftkit.attach.updates import Update, make_update
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
-
-_EXPERT_BLOCK = re.compile(r"Mo[eE]|MOE|Sparse|Experts")
-_ATTENTION = re.compile(r"Attention|Attn")
-
-# Arguments of a model whose dimension 0 is the batch, asked first: positions may have one row only.
-_BATCHES = ("input_ids", "inputs_embeds", "attention_mask")
 
 
 class SidePaths:
@@ -45,47 +38,58 @@ class SidePaths:
     def __init__(self, target: LiveTarget):
         self.routing = Routing()
         self._target = target
+        self._separation = RowSeparation(target.model, self.routing)
         self._paths: dict[str, ModulePath] = {}
-        self._handles: list[RemovableHandle] = []
+        self._batches = Batches(target.model, self.routing, self._paths)
 
     def apply(self) -> None:
         """Begin to watch the batches of the model."""
-        for module in {self._target.model, self._target.model.base_model}:
-            self._handles.append(
-                module.register_forward_pre_hook(self._begin, prepend=True, with_kwargs=True)
-            )
+        self._batches.hook()
 
     def undo(self) -> None:
         """Remove all hooks; a second call does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
-        for path in self._paths.values():
-            path.unhook()
-        self._paths.clear()
+        with self.routing.lock:
+            self._batches.unhook()
+            for path in self._paths.values():
+                path.unhook()
+            self._paths.clear()
 
     def add(self, index: int, pack: SkillPack) -> None:
         """Decode every changed tensor of a checked pack and hook its modules.
 
-        Raises: AttachError, CorruptPackError; nothing of the pack is then left.
+        Raises: AttachError, also for a weight that is read past its module; CorruptPackError.
+            Nothing of the pack is then left.
         """
-        try:
-            with torch.no_grad():
-                for change in find_changes(self._target, pack):
-                    if change.changed:
-                        self._add(index, pack, change)
-            for path in self._paths.values():
-                path.hook()
-        except BaseException:
-            self.drop(index)
-            raise
+        with self.routing.lock:
+            try:
+                with torch.no_grad():
+                    for change in find_changes(self._target, pack):
+                        if change.changed:
+                            self._add(index, pack, change)
+                    for path in self._paths.values():
+                        path.hook()
+                self._batches.renew(index)
+            except BaseException:
+                self.drop(index)
+                raise
 
     def drop(self, index: int) -> None:
         """Forget a pack, and unhook the modules that no other one changes."""
-        self.routing.drop(index)
-        for name, path in list(self._paths.items()):
-            if not path.drop(index):
-                path.unhook()
-                del self._paths[name]
+        with self.routing.lock:
+            self.routing.drop(index)
+            for name, path in list(self._paths.items()):
+                if not path.drop(index):
+                    path.unhook()
+                    del self._paths[name]
+
+    def route(self, rows: Rows) -> None:
+        """Choose for the next batches of this thread.
+
+        Raises: AttachError for rows of different packs where this model does not keep them apart.
+        """
+        if not rows.is_uniform:
+            self._separation.check(self._paths, rows)
+        self.routing.rows = rows
 
     def nbytes(self, index: int) -> int:
         """Bytes that a pack takes in memory; what tied modules share counts once."""
@@ -100,12 +104,6 @@ class SidePaths:
                     f"no attached pack changes a module {name!r} of {self._target.name}; "
                     "leave it out of the choice"
                 )
-
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = [kwargs.get(name) for name in _BATCHES]
-        batch = first_tensor([args, named, kwargs])
-        if batch is not None:
-            self.routing.begin(batch.shape[0])
 
     def _add(self, index: int, pack: SkillPack, change: Change) -> None:
         record = change.record
@@ -132,14 +130,12 @@ class SidePaths:
     def _path(self, name: str) -> ModulePath:
         if name not in self._paths:
             module = self._target.model.get_submodule(name)
-            ancestors = _ancestors(self._target.model, name)
-            _refuse_unreachable(name, module, ancestors)
             kind: Callable[..., ModulePath] = RerunPath
             if isinstance(module, (nn.Linear, Conv1D)) and _is_plain(module):
                 kind = LinearPath
             elif isinstance(module, nn.Embedding) and _is_plain(module) and not module.max_norm:
                 kind = EmbeddingPath
-            self._paths[name] = kind(name, module, self.routing, _sees_rows(module, ancestors))
+            self._paths[name] = kind(name, module, self.routing)
         return self._paths[name]
 
     def _update(self, pack: SkillPack, change: Change, slot: str, before: Update | None) -> Update:
@@ -206,37 +202,3 @@ def _is_plain(module: nn.Module) -> bool:
     """The forward pass of the class is the one of Linear, Conv1D or Embedding."""
     plain = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
     return type(module).forward in plain
-
-
-def _sees_rows(module: nn.Module, ancestors: list[nn.Module]) -> bool:
-    """Whether dimension 0 of the module's input is the batch.
-
-    An expert in a list of experts sees the tokens sent to it, and an embedding inside attention
-    looks up distances between positions.
-    """
-    for above, below in zip(ancestors[1:], ancestors, strict=False):
-        owner = f"{type(above).__name__} {type(below).__name__}"
-        is_layers = isinstance(above, PreTrainedModel)
-        if isinstance(below, nn.ModuleList) and not is_layers and _EXPERT_BLOCK.search(owner):
-            return False
-    in_attention = any(_ATTENTION.search(type(module).__name__) for module in ancestors)
-    return not (isinstance(module, nn.Embedding) and in_attention)
-
-
-def _refuse_unreachable(name: str, module: nn.Module, ancestors: list[nn.Module]) -> None:
-    """Modules whose weights are read by another one, so that no hook on them would ever run."""
-    inside = [type(module).__name__ for module in ancestors]
-    if isinstance(module, nn.Conv1d) or any("MultiheadAttention" in owner for owner in inside):
-        raise AttachError(
-            f"{name} ({type(module).__name__}) may be read without being called, so a side path "
-            'would not be seen; attach with mode="merged"'
-        )
-
-
-def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
-    """Modules above `path`, nearest first; the last one is the model."""
-    found = []
-    while path:
-        path = path.rpartition(".")[0]
-        found.append(model.get_submodule(path))
-    return found

@@ -110,6 +110,14 @@ class SkillPack:
             ) from error
         return str(commit.commit_url)
 
+    def __deepcopy__(self, memo: object) -> Self:
+        """The pack itself: nothing in it ever changes."""
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "SkillPack"], tuple[bytes]]:
+        """Pickled as the bytes of its file, which are checked again when they are read."""
+        return _unpickled, (b"".join(self.parts()),)
+
     @property
     def pack_bytes(self) -> int:
         """Bytes of the file."""
@@ -337,3 +345,7 @@ def _naming(record: Record) -> Iterator[None]:
         yield
     except CorruptPackError as error:
         raise CorruptPackError(f"tensor {record.name}: {error}", error.fault) from error
+
+
+def _unpickled(content: bytes) -> SkillPack:
+    return SkillPack.parse(memoryview(content))
