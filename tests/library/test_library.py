@@ -1,4 +1,5 @@
 import shutil
+import threading
 
 import pytest
 import torch
@@ -295,3 +296,22 @@ def test_one_model_is_loaded_however_much_is_asked(folder, monkeypatch):
     library.remove("upper")
     library.generate(MIXED, max_new_tokens=2)
     assert loads == [1]
+
+
+def test_threads_that_share_a_library_get_the_answers_of_one_thread(full):
+    library = Library.open(full)
+    prompts = [[*prompts_of(name, 2, seed=5)] for name in NAMES]
+    expected = [[answer.text for answer in library.generate(p, max_new_tokens=6)] for p in prompts]
+    found = {}
+
+    def work(place):
+        for _ in range(3):
+            answers = library.generate(prompts[place], max_new_tokens=6)
+            found.setdefault(place, []).append([answer.text for answer in answers])
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(len(NAMES))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {place: [texts] * 3 for place, texts in enumerate(expected)}

@@ -12,9 +12,11 @@ proof    that nothing of a removed pack stays
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self, TypedDict, Unpack, get_args, overload
+from threading import RLock
+from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overload
 
 from graftkit.delta import Checkpoint
 from graftkit.distill.config import located
@@ -42,6 +44,9 @@ __all__ = ["Answer", "Audit", "Entry", "Library", "LibraryScore", "Proof"]
 
 Progress = Callable[[str, int, int], None]
 
+_Options = ParamSpec("_Options")
+_Result = TypeVar("_Result")
+
 
 class AnswerOptions(TypedDict, total=False):
     """What `Library.generate` takes beside prompts."""
@@ -53,18 +58,31 @@ class AnswerOptions(TypedDict, total=False):
     max_new_tokens: int
 
 
+def _in_turn(method: Callable[_Options, _Result]) -> Callable[_Options, _Result]:
+    """A method of Library that waits until no other thread uses the object."""
+
+    @wraps(method)
+    def alone(*args: _Options.args, **options: _Options.kwargs) -> _Result:
+        with args[0]._lock:  # type: ignore[attr-defined]
+            return method(*args, **options)
+
+    return alone
+
+
 class Library:
     """Packs of one target, addressed as NAME (its newest version), NAME@VERSION, or the first
     eight or more digits of a digest.
 
     What another process does to the folder is seen by the next call. The target is loaded when it
-    is first needed, and packs when they are; one thread at a time may use an object.
+    is first needed, and packs when they are. Any number of threads may use an object: calls that
+    need the model wait for each other.
 
     Args:
         memory: most bytes of packs beside the target, such as "2GB"; None for no limit.
     """
 
     def __init__(self, folder: PackFolder, memory: str | int | None = None):
+        self._lock = RLock()
         self._folder = folder
         self._memory = parse_memory(memory)
         self._live: LiveLibrary | None = None
@@ -97,9 +115,10 @@ class Library:
     @property
     def live(self) -> LiveLibrary:
         """The target in memory. Raises: CheckpointError, PackMismatchError."""
-        if self._live is None:
-            self._live = LiveLibrary(self.checkpoint(), self._folder.load, self._memory)
-        return self._live
+        with self._lock:
+            if self._live is None:
+                self._live = LiveLibrary(self.checkpoint(), self._folder.load, self._memory)
+            return self._live
 
     def checkpoint(self) -> Checkpoint:
         """The target on disk. Raises: CheckpointError, PackMismatchError."""
@@ -113,6 +132,7 @@ class Library:
         """One pack. Raises: LibraryError where it is not here or another file lies in its place."""
         return self._folder.load(self.index.find(address))
 
+    @_in_turn
     def add(
         self,
         file: str | Path,
@@ -142,6 +162,7 @@ class Library:
             key.into(pack).save(keyed)
             return self._folder.add(keyed, name, True, update)
 
+    @_in_turn
     def remove(self, address: str) -> list[Entry]:
         """Take packs out and delete their files: every version of NAME, or the one pack of another
         address. A classifier goes with them; the others and their routes stay as they are.
@@ -158,6 +179,7 @@ class Library:
         places = (learning / name, *learning.glob(f"{name}@*"))
         return sorted(place for place in places if place.is_dir())
 
+    @_in_turn
     def route(
         self, prompts: Sequence[str], router: RouterName = "centroid", top_k: int = 1
     ) -> list[Route]:
@@ -177,6 +199,7 @@ class Library:
         self, prompts: Sequence[str], **options: Unpack[AnswerOptions]
     ) -> list[Answer]: ...
 
+    @_in_turn
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -223,6 +246,7 @@ class Library:
         """The packs that a route names."""
         return {self.index.find(name): weight for name, weight in route.weights.items()}
 
+    @_in_turn
     def evaluate(
         self,
         rows: Mapping[str, Sequence[Row]],
@@ -246,6 +270,7 @@ class Library:
         mixtures: dict[str, dict[Entry, float]] = {TARGET: {}, **packs}
         return score_library(self.live, self._router(router, 1), rows, mixtures, progress)
 
+    @_in_turn
     def learn(
         self,
         config: str | Path,
@@ -273,6 +298,7 @@ class Library:
         run_distill(config, folder, progress=progress)
         return self.add(folder / "skill.skillpack", name, update=update)
 
+    @_in_turn
     def train_router(self, rows: Mapping[str, Sequence[Row]]) -> None:
         """Train the router `classifier` for the packs that are here now.
 
@@ -290,6 +316,7 @@ class Library:
         classifier.save(self.path / CLASSIFIER)
         self._routers.clear()
 
+    @_in_turn
     def audit(self, address: str, progress: Progress | None = None) -> Audit:
         """What a pack changes, and which of the others lean the same way.
 
