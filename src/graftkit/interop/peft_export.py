@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from graftkit.errors import ConfigError
 from graftkit.evaluate import TokenFidelity, token_fidelity
 from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from graftkit.interop.peft_import import Progress, read_lora
+from graftkit.interop.peft_loading import loadable_modules
 from graftkit.interop.truncation import (
     Components,
     pad_rank,
@@ -99,9 +100,10 @@ def export_lora(
 ) -> LoraExport:
     """Write the linear deltas of a pack as a PEFT LoRA adapter of one rank, α = r.
 
-    Every nn.Linear and Conv1D but the output head gets the best approximation of its delta of that
-    rank in the Frobenius norm; factors that the pack itself keeps go out as they are where their
-    rank allows it, with the scale in B (in float32 where B's dtype cannot hold that).
+    Every nn.Linear and Conv1D that PEFT loads on this model, but the output head, gets the best
+    approximation of its delta of that rank in the Frobenius norm; factors that the pack itself
+    keeps go out as they are where their rank allows it, with the scale in B (in float32 where B's
+    dtype cannot hold that). What PEFT would lose or refuse on loading is left out, and listed.
 
     Args:
         directory: a new or empty folder; it appears whole or not at all.
@@ -134,12 +136,15 @@ class _Export:
         self.pack, self.target, self.asked = pack, target, rank
         self.roles = tensor_roles(target)
         changed = [r for r in pack.manifest.tensors if r.codec != "zero" or r.appended_bytes]
-        self.linear = [record for record in changed if self._is_carried(record)]
-        self.rest = [record for record in changed if not self._is_carried(record)]
+        linear = {r.name: self.roles[r.name].module for r in changed if self._is_carried(r)}
+        loadable = loadable_modules(target, linear.values(), self._config(linear)) if linear else ()
+        self.linear = [record for record in changed if linear.get(record.name) in loadable]
+        self.rest = [record for record in changed if linear.get(record.name) not in loadable]
         if not self.linear:
             raise ConfigError(
-                f"the pack of {pack.manifest.tuned.name} changes no linear layer, and a LoRA "
-                "carries nothing else; use graftkit merge"
+                f"the pack of {pack.manifest.tuned.name} changes no linear layer that PEFT would "
+                f"load ({len(linear)} linear layers in all), and a LoRA carries nothing else; use "
+                "graftkit merge"
             )
 
     def write(self, folder: Path, output: str, progress: Progress) -> LoraExport:
@@ -166,7 +171,7 @@ class _Export:
             error = math.sqrt(self._lost(record, left, right) / (energies[record.name] or 1.0))
             share = energies[record.name] / total
             modules.append(ExportedModule(record.name, role.module, own, error, share))
-        _save(folder, tensors, self._config(rank))
+        _save(folder, tensors, self._config([record.name for record in self.linear], rank))
         lost = sum(part.relative_error**2 * part.energy_share for part in modules)
         carried = sum(part.energy_share for part in modules)
         left_out = [LeftOut(r.name, r.kind, energies[r.name] / total) for r in self.rest]
@@ -234,8 +239,9 @@ class _Export:
         error = torch.addmm(self._matrix(record), left.float(), right.float(), alpha=-1)
         return float(error.double().square().sum())
 
-    def _config(self, rank: int) -> dict[str, Any]:
-        modules = sorted(self.roles[record.name].module for record in self.linear)
+    def _config(self, names: Iterable[str], rank: int = 1) -> dict[str, Any]:
+        """adapter_config.json for some tensors of the checkpoint."""
+        modules = sorted(self.roles[name].module for name in names)
         generates = empty_model(self.target).can_generate()
         return {
             "peft_type": "LORA",
@@ -247,7 +253,7 @@ class _Export:
             "lora_alpha": rank,
             "lora_dropout": 0.0,
             "bias": "none",
-            "fan_in_fan_out": any(self.roles[r.name].transposed for r in self.linear),
+            "fan_in_fan_out": any(self.roles[name].transposed for name in names),
             "init_lora_weights": True,
             "target_modules": modules,
             "modules_to_save": None,

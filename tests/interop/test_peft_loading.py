@@ -1,0 +1,59 @@
+"""Which layers of an adapter PEFT keeps when it loads one, on models where it does not keep all."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_models import perturb
+
+from graftkit.interop import export_lora
+from graftkit.models import load_model
+from graftkit.packing import pack_delta
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1}
+
+
+def mamba():
+    return transformers.FalconMambaForCausalLM(
+        transformers.FalconMambaConfig(**SIZES, state_size=4)
+    )
+
+
+def mixture_with_a_dense_layer():
+    config = transformers.AfmoeConfig(
+        **SIZES,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_dense_layers=1,
+        moe_intermediate_size=16,
+        num_experts=2,
+        num_experts_per_tok=1,
+    )
+    return transformers.AfmoeForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "lost"), [(mamba, "mixer.out_proj"), (mixture_with_a_dense_layer, "mlp.down_proj")]
+)
+def test_what_peft_does_not_load_is_left_out_and_listed(tmp_path, make, lost):
+    peft = pytest.importorskip("peft")
+    model = make().eval()
+    model.save_pretrained(tmp_path / "target")
+    perturb(model, seed=1, scale=0.05)
+    model.save_pretrained(tmp_path / "tuned")
+    pack = pack_delta(tmp_path / "target", tmp_path / "tuned", recipe="lossless", workers=1)
+    export = export_lora(pack, tmp_path / "target", tmp_path / "lora", rank=4)
+    modules = {module.module for module in export.modules}
+    assert modules
+    assert not any(lost in module for module in modules)
+    assert any(lost in tensor.name for tensor in export.left_out)
+
+    on_disk = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    loaded = peft.PeftModel.from_pretrained(load_model(tmp_path / "target"), tmp_path / "lora")
+    for name in modules:
+        layer = loaded.base_model.model.get_submodule(name)
+        key = f"base_model.model.{name}.lora_B.weight"
+        assert torch.equal(layer.lora_B["default"].weight, on_disk[key])
+    assert len(on_disk) == 2 * len(modules)
