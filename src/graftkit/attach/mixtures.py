@@ -152,7 +152,8 @@ class Rows:
             return slice(None)
         if length % len(rows):
             raise AttachError(
-                f"a module sees {length} entries for {len(rows)} rows; route every row of the batch"
+                f"a module sees {length} entries for {len(rows)} rows, so it does not keep them "
+                "apart; run the rows of each pack in a batch of their own"
             )
         repeat = length // len(rows)
         marked = [row for row, is_marked in enumerate(rows) if is_marked]
