@@ -42,7 +42,8 @@ class Probe:
     def run(self, row: int | None = None) -> Outputs:
         """What the model returns, the batch along dimension 0.
 
-        A model that generates text also continues each row by a few fixed tokens, with its cache.
+        A model that generates text continues each row by a few fixed tokens, with its cache: these
+        are the logits of every step.
 
         Args:
             row: of the one to run, None for all together.
@@ -53,16 +54,15 @@ class Probe:
         count = ROWS if row is None else 1
         try:
             with _undisturbed(self._model):
-                outputs = _rows_of(self._model(**inputs), count)
                 if "input_ids" in inputs and self._model.can_generate():
-                    outputs += self._generate(inputs, self._forced[places])
+                    return self._generate(inputs, self._forced[places])
+                return _rows_of(self._model(**inputs), count)
         except AttachError:
             raise
         # Foreign code runs here, on inputs that it may not be made for.
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             raise Unrunnable(f"it fails on random inputs ({reason})") from error
-        return outputs
 
     def _generate(self, inputs: Inputs, forced: Tensor) -> Outputs:
         """The logits of every step, while the tokens of `forced` (rows, steps) are generated."""

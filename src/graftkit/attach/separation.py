@@ -73,20 +73,18 @@ class RowSeparation:
     def _try(self, pack: int) -> None:
         """Rows with and without a pack, together and alone. Raises: AttachError, Unrunnable."""
         probe = Probe(self._model)
-        weight = self._telling_weight(probe, pack)
+        bare = [self._run(probe, [None], row) for row in range(ROWS)]
+        weight, first = self._telling_weight(probe, pack, bare[0][0])
         choices: list[Choice] = [{pack: weight}, None, {pack: -weight / 2}]
+        alone = [first, bare[1], self._run(probe, choices[2:], 2)]
         together, reads = self._run(probe, choices, None)
-        alone = [self._run(probe, [choice], row) for row, choice in enumerate(choices)]
         for name in reads:
-            self.keeps_rows[name] = _keeps_rows(
-                reads[name],
-                [apart.get(name, []) for _, apart in alone],
-            )
-        bare = [self._run(probe, [None], row)[0] for row in range(ROWS)]
+            apart = [calls.get(name, []) for _, calls in alone]
+            self.keeps_rows[name] = _keeps_rows(reads[name], apart)
+        effects = [_largest(distances(bare[r][0], alone[r][0]), self._exact) for r in (0, 2)]
         for row, (outputs, _) in enumerate(alone):
             own = [None if tensor is None else tensor[row : row + 1] for tensor in together]
             error = _largest(distances(own, outputs), self._exact)
-            effects = [_largest(distances(bare[r], alone[r][0]), self._exact) for r in (0, 2)]
             if not error <= _LARGEST_ERROR[self._exact] * max(effects) + 1e-6:
                 raise AttachError(
                     f"{type(self._model).__name__} does not keep the rows of a batch apart: row "
@@ -94,18 +92,20 @@ class RowSeparation:
                     "pack in a batch of their own"
                 )
 
-    def _telling_weight(self, probe: Probe, pack: int) -> float:
-        """A weight at which a pack changes the answers by more than rounding does."""
-        target, _ = self._run(probe, [None], 0)
+    def _telling_weight(
+        self, probe: Probe, pack: int, target: Outputs
+    ) -> tuple[float, tuple[Outputs, Reads]]:
+        """A weight at which a pack changes the answers to row 0 by more than rounding does, and
+        that row with it."""
         values = [tensor.float().flatten() for tensor in target if tensor is not None]
         scale = float(torch.cat(values).std()) if values else 0.0
-        best = _WEIGHTS[0]
+        best = _WEIGHTS[0], self._run(probe, [{pack: _WEIGHTS[0]}], 0)
         for weight in _WEIGHTS:
-            packed, _ = self._run(probe, [{pack: weight}], 0)
-            effect = _largest(distances(packed, target), self._exact)
+            run = best[1] if weight == best[0] else self._run(probe, [{pack: weight}], 0)
+            effect = _largest(distances(run[0], target), self._exact)
             if not effect < float("inf"):
                 break
-            best = weight
+            best = weight, run
             if effect >= _LEAST_EFFECT[self._exact] * scale:
                 break
         return best
