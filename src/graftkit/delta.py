@@ -114,8 +114,9 @@ class Checkpoint:
                         f"{file.name}; keep one of them"
                     )
                 tensors[info.name] = info
-        if not tensors:
-            raise CheckpointError(f"{path}: the checkpoint holds no tensors")
+        if not any(info.numel for info in tensors.values()):
+            count = f"{len(tensors)} tensors without a single weight" if tensors else "no tensors"
+            raise CheckpointError(f"{path}: the checkpoint holds {count}; save or download it again")
         return cls(path, name, revision, dict(sorted(tensors.items())))
 
     @cached_property

@@ -83,19 +83,31 @@ def eigenbasis(delta: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor
         weighted = delta if covariance is None else delta @ covariance
         summed = precise if rows <= _PRECISE_SIDE else torch.float32
         gram = (weighted.to(summed) @ delta.to(summed).T).to(precise)
-        energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        energies, vectors = _eigh((gram + gram.T) / 2)
         return energies.flip(0).clamp_(min=0).float(), vectors.flip(1).float()
     gram = (delta.T @ delta).to(precise)
     if covariance is None:
-        energies, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+        energies, vectors = _eigh((gram + gram.T) / 2)
         basis = vectors
     else:
         root = cholesky(covariance.to(precise))
-        energies, vectors = torch.linalg.eigh(root.T @ gram @ root)
+        energies, vectors = _eigh(root.T @ gram @ root)
         basis = root @ vectors
     energies, basis = energies.flip(0).clamp_(min=0), basis.flip(1)
     floor = energies[0].clamp(min=1e-30) * 1e-12
     return energies.float(), (basis / energies.clamp(min=floor).sqrt()).float()
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and vectors of a symmetric matrix, ascending.
+
+    LAPACK gives up on some float32 matrices whose eigenvalues coincide; float64 has room for them.
+    """
+    try:
+        energies, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:
+        energies, vectors = (part.to(gram.dtype) for part in torch.linalg.eigh(gram.double()))
+    return energies, vectors
 
 
 def left_vectors(delta: Tensor, basis: Tensor, rank: int) -> Tensor:

@@ -146,19 +146,25 @@ class _Collector:
     def save(self, store: CovarianceStore) -> None:
         """Write every sum as a mean over the scored tokens."""
         for key, total in self.sums.items():
-            if not total.sum().isfinite():
+            mean = (total / self.scored_tokens).float()
+            if not mean.isfinite().all():
                 raise CheckpointError(
                     f"{self.where}: {key} is not finite (NaN or infinity) on the calibration rows; "
                     "check the weights of the model"
                 )
-            store.put(key, (total / self.scored_tokens).float())
+            store.put(key, mean)
         for name in self.head_names:
             if HEAD_GRADIENT in store:
                 store.alias(GRADIENT + name, HEAD_GRADIENT)
 
     def _sample(self, logits: Tensor, span: slice) -> Tensor:
-        """∂ log p(y) / ∂ logits = [v = y] − p_v, with y drawn from p."""
+        """∂ log p(y) / ∂ logits = [v = y] − p_v, with y drawn from p. Raises: CheckpointError."""
         chances = logits.softmax(dim=1)
+        if not chances.isfinite().all():
+            raise CheckpointError(
+                f"{self.where}: the logits are not finite (NaN or infinity) on the calibration "
+                "rows; check the weights of the model, or pack without rows"
+            )
         self._add(HEAD_GRADIENT, (chances * (1 - chances)).sum(dim=0))
         # One random number a token: the draw does not depend on how the logits are cut in chunks.
         drawn = torch.rand((len(chances), 1), generator=self.generator)

@@ -92,18 +92,19 @@ def encode_lossy(
     appended: bytes,
     weighted: bool,
 ) -> Encoded:
-    """Encode with a delta codec.
+    """Encode with a delta codec; `zero` where what comes out would not fit the tuned dtype.
 
     Args:
         states: common rows of target (in the tuned dtype) and tuned.
         statistics: covariance (n, n) or None; bases (matrices, side, k) or None.
         weighted: measure the bound's distortion under the covariance.
     """
-    delta = states[1].to(torch.float32, copy=True).sub_(states[0])
+    delta = _delta(states)
     covariance, bases = statistics
-    if isinstance(precision, Zero) or not bool(delta.any()):
-        lost = (1.0, 1.0) if bool(delta.any()) else (0.0, 0.0)
-        return _finish(pair, scan, "zero", b"", appended, lost)
+    lost = (1.0, 1.0) if bool(delta.any()) else (0.0, 0.0)
+    nothing = _finish(pair, scan, "zero", b"", appended, lost)
+    if isinstance(precision, Zero) or lost == (0.0, 0.0):
+        return nothing
     parts = [
         encode_matrix(
             part.contiguous(),
@@ -114,7 +115,8 @@ def encode_lossy(
     ]
     body = join_payloads(parts)
     metric = covariance if weighted else None
-    return _measured(pair, scan, delta, metric, (precision.codec, body, appended))
+    measured = _measured(pair, scan, states, delta, metric, (precision.codec, body, appended))
+    return nothing if measured is None else measured
 
 
 def remeasured(
@@ -124,22 +126,31 @@ def remeasured(
     covariance: Tensor | None,
     codec: str,
     body: bytes,
-) -> Encoded:
-    """A tensor whose payload was changed after it was coded; it has no appended rows."""
-    delta = states[1].to(torch.float32, copy=True).sub_(states[0])
-    return _measured(pair, scan, delta, covariance, (codec, body, b""))
+) -> Encoded | None:
+    """A tensor whose payload was changed after it was coded; it has no appended rows.
+
+    None where it decodes to weights that the tuned dtype does not hold.
+    """
+    return _measured(pair, scan, states, _delta(states), covariance, (codec, body, b""))
+
+
+def _delta(states: tuple[Tensor, Tensor]) -> Tensor:
+    return states[1].to(torch.float32, copy=True).sub_(states[0])
 
 
 def _measured(
     pair: Pair,
     scan: Scan,
+    states: tuple[Tensor, Tensor],
     delta: Tensor,
     covariance: Tensor | None,
     coded: tuple[str, bytes, bytes],
-) -> Encoded:
-    """coded: codec, its payload, and the appended rows' payload."""
+) -> Encoded | None:
+    """coded: codec, its payload, and the appended rows' payload. None: a reader would refuse it."""
     codec, body, appended = coded
-    lost = _lost_energies(pair, delta, covariance, codec, memoryview(body))
+    lost = _lost_energies(pair, states[0], delta, covariance, codec, memoryview(body))
+    if lost is None:
+        return None
     distortion = lost[0] / _energy(delta, pair, None)
     error = math.sqrt(distortion)
     if covariance is not None:
@@ -148,19 +159,40 @@ def _measured(
 
 
 def _lost_energies(
-    pair: Pair, delta: Tensor, covariance: Tensor | None, codec: str, body: memoryview
-) -> tuple[float, float]:
-    """‖δ̂ − δ‖² without and with the covariance (0 where it is None), block by block."""
+    pair: Pair,
+    before: Tensor,
+    delta: Tensor,
+    covariance: Tensor | None,
+    codec: str,
+    body: memoryview,
+) -> tuple[float, float] | None:
+    """‖δ̂ − δ‖² without and with the covariance (0 where it is None), block by block.
+
+    None where before + δ̂, rounded as a reader rounds it, is not finite.
+    """
     count, shape = matrix_shape(tuple(delta.shape), pair.layout)
     plain = weighted = 0.0
-    for part, matrix in zip(split_payload(body, count), matrices(delta, pair.layout), strict=True):
+    sides = (matrices(tensor, pair.layout) for tensor in (before, delta))
+    for part, weight, matrix in zip(split_payload(body, count), *sides, strict=True):
         rows = decode_rows(codec, part, shape)
         for block in row_blocks(shape):
-            error = rows(block).sub_(matrix[block])
+            decoded = rows(block)
+            if not _fits(decoded, weight[block]):
+                return None
+            error = decoded.sub_(matrix[block])
             plain += output_energy(error, None)
             if covariance is not None:
                 weighted += output_energy(error, covariance)
     return plain, weighted
+
+
+def _fits(decoded: Tensor, weight: Tensor) -> bool:
+    """Whether the sum is finite in the weight's dtype; peaks alone nearly always tell."""
+    peaks = [float(end.abs()) for part in (decoded, weight) for end in torch.aminmax(part)]
+    if sum(peaks) < torch.finfo(weight.dtype).max / 2:
+        return True
+    total = (decoded + weight).to(weight.dtype)
+    return bool(decoded.isfinite().all()) and bool(total.isfinite().all())
 
 
 def _finish(

@@ -1,6 +1,7 @@
 """What packing learns about the weights before it decides anything: digests, energies, bases."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from graftkit.compress.energy import output_energy
 from graftkit.compress.feedback import cholesky
 from graftkit.compress.lowrank import eigenbasis, right_rows
 from graftkit.compress.quantize import feedback_gain
-from graftkit.delta import Checkpoint, tensor_digest
+from graftkit.delta import FLOAT_DTYPES, Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError
 from graftkit.models.architecture import ModuleKind
 from graftkit.models.calibration import HEAD, CovarianceStore, collect_covariances
@@ -55,21 +56,29 @@ Chosen on training rows of the nursery (docs/lab-log.md, 2026-11-22)."""
 UNKNOWN_SENSITIVITY = 0.1
 """Divergence for a relative error of 1 in a module that no gradient reached, such as an expert."""
 
+SMALLEST_DELTA, LARGEST_DELTA = 2.0**-40, 2.0**16
+"""Peak of a delta that lossy codecs take; others are stored exactly."""
+
 Progress = Callable[[str, int, int], None]
 """Called with the step's name, items done and items in all."""
 
 _SAMPLE = 2**22
+_SMALLEST_TRACE = 1e-30
 _QUANTILES = 16
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Digests and finiteness of one pair; changed: any bit differs between the two states."""
+    """Digests and finiteness of one pair.
+
+    changed: any bit differs between the two states. extreme: lossy codecs cannot hold the delta.
+    """
 
     name: str
     target_digest: str
     tuned_digest: str
     changed: bool
+    extreme: bool = False
 
 
 def scan_pair(pair: Pair, target: Checkpoint, tuned: Checkpoint) -> Scan:
@@ -83,12 +92,33 @@ def scan_pair(pair: Pair, target: Checkpoint, tuned: Checkpoint) -> Scan:
             )
     digests = tensor_digest(before), tensor_digest(after)
     same = digests[0] == digests[1] and before.dtype == after.dtype and not pair.resized
-    if not same and not before.is_floating_point():
+    if not same and pair.tuned.dtype not in FLOAT_DTYPES:
         raise CheckpointError(
-            f"{tuned.path}: {pair.name} is not a float tensor and differs from the target's; "
-            "graftkit moves float weights only"
+            f"{tuned.path}: {pair.name} is {pair.tuned.dtype} and differs from the target's; "
+            f"expected {', '.join(FLOAT_DTYPES)} for weights that change"
         )
-    return Scan(pair.name, *digests, changed=not same)
+    extreme = not same and pair.lossy and is_extreme(before, after)
+    return Scan(pair.name, *digests, changed=not same, extreme=extreme)
+
+
+def is_extreme(before: Tensor, after: Tensor) -> bool:
+    """Whether lossy codecs cannot hold after − before, or its error could leave after's dtype.
+
+    Codecs keep steps in float16 and square deltas in float32. Only rows that both states have are
+    looked at.
+    """
+    most = torch.finfo(after.dtype).max
+    rows = min(len(before), len(after))
+    old, new = (part[:rows].reshape(-1).split(_SAMPLE) for part in (before, after))
+    delta = result = 0.0
+    for first, second in zip(old, new, strict=True):
+        second = second.float()
+        peaks = [(second - first.to(after.dtype)).abs().max(), second.abs().max()]
+        delta, result = max(delta, float(peaks[0])), max(result, float(peaks[1]))
+        if not peaks[0].isfinite():  # max() above would lose a NaN
+            return True
+    largest = min(LARGEST_DELTA, most / 8)
+    return not (SMALLEST_DELTA <= delta <= largest or delta == 0) or result > most / 2
 
 
 @dataclass(frozen=True)
@@ -202,8 +232,8 @@ def _metric(pair: Pair, covariance: Tensor | None, sensitivity: Tensor | None) -
     if covariance is None or covariance.shape != (columns, columns):
         return Metric()
     trace = float(covariance.diagonal().sum())
-    if trace <= 0:
-        return Metric()
+    if not _SMALLEST_TRACE < trace < math.inf:
+        return Metric()  # no input of note: its directions are rounding errors
     covariance = covariance * ((1 - SHRINKAGE) * columns / trace)
     covariance.diagonal().add_(SHRINKAGE)
     if sensitivity is None:

@@ -148,8 +148,9 @@ class PackingJob:
             return scan_pair(pair, self.target, self.tuned)
 
     def _is_lossy(self, index: int) -> bool:
-        changed = self.scans[index].changed and self.config.recipe != "lossless"
-        return changed and self.pairs[index].lossy
+        scan, pair = self.scans[index], self.pairs[index]
+        codable = scan.changed and pair.lossy and not scan.extreme
+        return codable and self.config.recipe != "lossless"
 
     def _calibrate(self) -> tuple[Activity | None, CalibrationInfo | None]:
         if self.calibration is None or self.config.recipe == "lossless":
@@ -275,14 +276,18 @@ class PackingJob:
         )
         items = [(trained[name], file) for name, file in files.items()]
         measured = self._map("measuring again", self._retrained, items)
-        return dict(zip([i for i, _ in items], measured, strict=True))
+        pairs = zip([i for i, _ in items], measured, strict=True)
+        return {i: part for i, part in pairs if part is not None}
 
-    def _retrained(self, item: tuple[int, str]) -> Stored:
+    def _retrained(self, item: tuple[int, str]) -> Stored | None:
+        """None where the tensor is better kept as it was coded first."""
         index, file = item
         pair, scan, payload = self.pairs[index], self.scans[index], self.work.read(file) or b""
         with self._states(index) as states:
             covariance = self._metric(pair).covariance
             encoded = remeasured(pair, scan, states, covariance, "lowrank", payload)
+        if encoded is None:
+            return None
         return Stored(encoded.record, encoded.distortion, len(payload), file)
 
     def _bases(self, index: int) -> Tensor | None:

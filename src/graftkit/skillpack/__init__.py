@@ -32,6 +32,7 @@ from graftkit.skillpack.container import (
     parse_pack,
     payloads_digest,
     read_container,
+    readable_header,
     write_container,
 )
 from graftkit.skillpack.files import decode_file
@@ -95,6 +96,7 @@ class SkillPack:
     ) -> str:
         """Upload to a Hub model repository, made if it is missing. Returns the commit's address."""
         api = HfApi()
+        readable_header(self.manifest, {n: len(p) for n, p in self._payloads.items()})
         content = b"".join(self.parts())
         try:
             api.create_repo(repository, private=private, exist_ok=True)

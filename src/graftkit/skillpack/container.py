@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from graftkit.errors import (
     CorruptPackError,
+    OutputError,
     PackFault,
     PackFormatError,
     UnsupportedVersionError,
@@ -109,10 +110,41 @@ def write_container(
     path: Path, manifest: AnyManifest, payload: Callable[[str], bytes | memoryview]
 ) -> None:
     """Write a pack. `payload(name)` is called once per payload, in the order of the file, twice
-    over: for the sizes and for the bytes. Raises: OutputError."""
+    over: for the sizes and for the bytes. Raises: OutputError, also for what no reader takes."""
     sizes = {name: len(payload(name)) for name in manifest.payload_order}
     parts = (payload(name) for name in manifest.payload_order)
-    write_parts(path, build_header(manifest, sizes), parts)
+    try:
+        header = readable_header(manifest, sizes)
+    except PackFormatError as error:
+        raise OutputError(
+            f"{path}: not written, because a reader would refuse it: {str(error)[:_MAX_MESSAGE]}"
+        ) from error
+    write_parts(path, header, parts)
+
+
+def readable_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
+    """`build_header`, after every check that a reader makes before it looks at payloads.
+
+    Raises: PackFormatError.
+    """
+    try:
+        header = build_header(manifest, sizes)
+    except (UnicodeEncodeError, ValueError) as error:
+        raise CorruptPackError(
+            f"the manifest cannot be written as JSON in UTF-8 ({error})", PackFault.INVALID_MANIFEST
+        ) from error
+    text, version, _, _ = parse_header(memoryview(header), SKILLPACK)
+    parse_manifest(text, version)
+    if isinstance(manifest, Manifest):
+        told = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
+        told |= {ROUTER_ENTRY: manifest.router.nbytes} if manifest.router is not None else {}
+        for name, size in told.items():
+            if sizes[name] != size:
+                raise CorruptPackError(
+                    f"{name}: {sizes[name]} bytes, the manifest says {size}",
+                    PackFault.INVALID_OFFSETS,
+                )
+    return header
 
 
 def write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview]) -> None:
