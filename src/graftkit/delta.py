@@ -116,7 +116,9 @@ class Checkpoint:
                 tensors[info.name] = info
         if not any(info.numel for info in tensors.values()):
             count = f"{len(tensors)} tensors without a single weight" if tensors else "no tensors"
-            raise CheckpointError(f"{path}: the checkpoint holds {count}; save or download it again")
+            raise CheckpointError(
+                f"{path}: the checkpoint holds {count}; save or download it again"
+            )
         return cls(path, name, revision, dict(sorted(tensors.items())))
 
     @cached_property

@@ -167,9 +167,15 @@ def describe(codec: str, payload: memoryview, shape: tuple[int, int]) -> dict[st
 
 
 def encode_entries(delta: Tensor, covariance: Tensor | None, level: float) -> bytes:
-    """Every entry of δ (m, n) coded with feedback under Σ, column steps c / L_jj."""
+    """Every entry of δ (m, n) coded with feedback under Σ, column steps c / L_jj.
+
+    The steps are larger where an entry's code would be too large for the payload.
+    """
     lower = None if covariance is None else cholesky(covariance)
     base, octaves = column_steps(level, lower, delta.shape[1])
+    # A clamped entry loses more than all others gain by a finer step.
+    largest = float((delta.abs().amax(dim=0) / _steps(base, octaves)).max())
+    base *= max(1.0, largest / _LOUDEST)
     codes = feedback_codes(delta, _steps(base, octaves), lower)
     codes.clamp_(-LARGEST_CODE, LARGEST_CODE)
     flags = 0 if octaves.any() else _UNIFORM_STEPS

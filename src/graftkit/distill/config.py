@@ -6,14 +6,25 @@ Every sentence under a field is its documentation. Paths in the file are relativ
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graftkit.config import TRAIN_STEPS, Recipe
+from graftkit.precision import bfloat16_pays
 
 
 def located(reference: str, where: Path) -> str:
     """A directory beside the configuration, which lies in `where`, or a Hub id as it stands."""
     return str(where / reference) if (where / reference).exists() else reference
+
+
+Precision = Literal["float32", "bfloat16"]
+
+
+def _fastest_precision() -> Precision:
+    """Where bfloat16 is emulated, training in it takes ten times as long."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "bfloat16" if bfloat16_pays(device) else "float32"
 
 
 class Settings(BaseModel):
@@ -243,8 +254,9 @@ class Training(Settings):
     """Of AdamW."""
     max_tokens: int = Field(default=2048, ge=2)
     """Longer rows are dropped and counted."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the computation; weights and optimizer are float32."""
+    precision: Precision = Field(default_factory=_fastest_precision)
+    """Of the computation; weights and optimizer are float32. Bfloat16 where the GPU, or without one
+    the processor, multiplies in it, unless told otherwise."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     checkpoint_steps: int = Field(default=200, ge=1)
@@ -324,9 +336,9 @@ class DistillConfig(Settings):
     """How answers are judged."""
     selection: Selection = Selection()
     """Which of them are trained on."""
-    sft: Sft = Sft()
+    sft: Sft = Field(default_factory=Sft)
     """Supervised fine-tuning."""
-    dpo: Dpo | None = Dpo()
+    dpo: Dpo | None = Field(default_factory=Dpo)
     """Preference optimisation; `dpo = false` leaves it out."""
     transfer: Transfer | None = None
     """Explicit transfer beside SFT; sources must be models, run here."""

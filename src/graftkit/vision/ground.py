@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from graftkit.errors import BudgetError
+from graftkit.precision import bfloat16_pays
 from graftkit.vision.assembly import Limit
 from graftkit.vision.budget import Budget
 from graftkit.vision.curve import Point, measure_points
@@ -23,7 +24,7 @@ from graftkit.vision.paper import paper_scion, reads_of_one_stage
 from graftkit.vision.probe import Probe, fit_probe
 from graftkit.vision.probe_file import read_probes, write_probes
 from graftkit.vision.rootstock import Rootstock, Scion, grow
-from graftkit.vision.scoring import bfloat16_pays, logits_of
+from graftkit.vision.scoring import logits_of
 from graftkit.vision.selection import (
     Choice,
     choose_scion,

@@ -1,9 +1,8 @@
 """How good answers are: accuracy with its interval, cross-entropy, recall of every class."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from graftkit.errors import ImagesError
 
 Z = 1.959964  # of a two-sided 95 % interval
 BATCH = 64
-_BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,6 @@ def lead(own: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float]
     mean = float(differences.mean())
     half = Z * float(differences.std()) / math.sqrt(len(differences))
     return mean, (mean - half, mean + half)
-
-
-def bfloat16_pays() -> bool:
-    """Whether this processor multiplies in bfloat16. Emulated, it is ten times slower than float32.
-
-    Older torch does not tell; the answer is no then.
-    """
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(instruction) for instruction in _BFLOAT16_INSTRUCTIONS)
 
 
 @torch.inference_mode()

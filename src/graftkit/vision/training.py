@@ -26,10 +26,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from graftkit.errors import ConfigError, ImagesError
 from graftkit.files import replaced_file
+from graftkit.precision import bfloat16_pays
 from graftkit.vision.augment import augment, seeded
 from graftkit.vision.images import Part, Report
 from graftkit.vision.rootstock import Rootstock
-from graftkit.vision.scoring import bfloat16_pays, logits_of, score
+from graftkit.vision.scoring import logits_of, score
 from graftkit.vision.soft_labels import SoftLabels
 
 STEP = "fine-tuning"  # as `report` hears it
