@@ -27,6 +27,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from graftkit.errors import ConfigError
 from graftkit.fuse.running import Running, Skill
 
 RETENTION = 0.7
@@ -72,7 +73,10 @@ class Kif(Running):
         mixed = {}
         for name in names:
             before, now = self.statistics.get(name, 0.0), new.get(name, 0.0)
-            self.total[name] = self._fused(name, skill, new_share(before, now))
+            fused = self._fused(name, skill, new_share(before, now))
+            if not bool(fused.isfinite().all()):
+                raise ConfigError(f"{name}: the mean of the packs is beyond what float32 holds")
+            self.total[name] = fused
             mixed[name] = RETENTION * before + (1 - RETENTION) * now
         vectors = {name for name, tensor in self.total.items() if tensor.dim() < 2}
         self.statistics = normalized(mixed, vectors)

@@ -6,6 +6,7 @@ One pack that the rule leaves as it is is decoded, so that a lossless pack gives
 back.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,7 @@ class Mixture:
         if not self._parts or not self.changes(name):
             return before
         deltas = [pack.delta(name, before) for _, _, pack in self._parts]
-        weights = [weight for _, weight, _ in self._parts]
+        weights = self._scaled([weight for _, weight, _ in self._parts])
         keys = [f"{digest}/{name}" for digest, _, _ in self._parts]
         merged = self.method.merge(deltas, weights, keys)
         result = before.float().add_(merged, alpha=self.method.scaling).to(before.dtype)
@@ -150,6 +151,13 @@ class Mixture:
                 f"that {before.dtype} does not hold; use smaller ones"
             )
         return result
+
+    def _scaled(self, weights: list[float]) -> list[float]:
+        """Times a power of two where only proportions count: tiny weights vanish in float32."""
+        if not self.method.averages:
+            return weights
+        exponent = math.frexp(sum(weights))[1]
+        return [math.ldexp(weight, -exponent) for weight in weights]
 
     def side_files(self) -> dict[str, bytes]:
         """The target's side files, and those that all packs that take part change alike."""

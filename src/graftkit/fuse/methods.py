@@ -216,11 +216,19 @@ def check_weights(method: Method, weights: Sequence[float] | None, count: int) -
     """One weight per pack, default 1 each. Raises: ConfigError."""
     if count == 0:
         raise ConfigError("no packs to merge; name at least one")
-    result = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    try:
+        result = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"weights hold something that is no number of float64 ({error}); give one per pack"
+        ) from error
     if len(result) != count:
         raise ConfigError(f"{len(result)} weights for {count} packs; give one weight per pack")
-    if not all(abs(weight) <= LARGEST for weight in result):
-        raise ConfigError(f"weights {result} are too large; give numbers of at most {LARGEST:g}")
+    if not all(abs(weight) <= LARGEST for weight in result):  # NaN is not
+        raise ConfigError(
+            f"weights {result} are too large or no numbers; give numbers from {-LARGEST:g} to "
+            f"{LARGEST:g}"
+        )
     if method.averages and (min(result) < 0 or max(result) == 0):
         raise ConfigError(
             f"weights {result} have no mean; give weights of at least 0, one of them above, or "

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from graftkit.compress.codecs import Layout, assemble, matrices
+from graftkit.errors import ConfigError
 from graftkit.fuse.running import Running, Skill
 
+_SMALLEST, _LARGEST = 1e-15, 1e15  # entries whose squares float32 adds up
 TAKEN_SHARE = 0.5
 """α: the share of Σσ whose directions are closed to later packs; 0.5 in paper and code."""
 
@@ -40,7 +42,7 @@ def project_out(delta: Tensor, merged: Tensor, share: float = TAKEN_SHARE) -> Te
     Args:
         delta, merged: (out, in), float32.
     """
-    U, S, Vh = torch.linalg.svd(merged, full_matrices=False)
+    U, S, Vh = _svd(merged)
     rank = int((S[:1] * max(merged.shape) * torch.finfo(S.dtype).eps < S).sum())
     if rank == 0:
         return delta
@@ -56,6 +58,19 @@ def project_out(delta: Tensor, merged: Tensor, share: float = TAKEN_SHARE) -> Te
     return left
 
 
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vh; in float64 where float32 cannot hold the squares, or LAPACK gives up in it."""
+    peak = float(matrix.abs().max()) if matrix.numel() else 0.0
+    if peak == 0 or _SMALLEST <= peak <= _LARGEST:
+        try:
+            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+            return U, S, Vh
+        except torch.linalg.LinAlgError:
+            pass
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return U.float(), S.float(), Vh.float()
+
+
 @dataclass
 class Opcm(Running):
     """`total` is R; `statistics` are how many packs it took and the two norms."""
@@ -69,13 +84,13 @@ class Opcm(Running):
             delta = skill.deltas[name]
             squares += _square(delta)
             before = self.total.get(name)
-            if before is None:
-                self.total[name] = delta
-            else:
+            if before is not None:
                 layout = skill.layouts.get(name)
-                self.total[name] = before + (
-                    delta if layout is None else _projected(delta, before, layout)
-                )
+                added = delta if layout is None else _projected(delta, before, layout)
+                delta = before + added
+            if not bool(delta.isfinite().all()):
+                raise ConfigError(f"{name}: the sum of the packs is beyond what float32 holds")
+            self.total[name] = delta
         count = self.statistics.get("packs", 0) + 1
         mean = self.statistics.get("mean_norm", 0.0)
         mean += (math.sqrt(squares) - mean) / count

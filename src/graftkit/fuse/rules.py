@@ -144,7 +144,7 @@ def drop(delta: Tensor, density: float, key: str) -> Tensor:
     seed = int.from_bytes(blake3(key.encode()).digest(length=8), "little", signed=True)
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(delta.shape, generator=generator) < density
-    return delta * kept / density
+    return torch.where(kept, delta / density, 0.0)
 
 
 def _dropped(deltas: Sequence[Tensor], density: float, keys: Sequence[str]) -> list[Tensor]:

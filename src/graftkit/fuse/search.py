@@ -98,7 +98,12 @@ def search_weights(
 
     def loss(point: np.ndarray) -> float:
         chosen, scaling = _split(mixture, point)
-        tried.append(loss_of(chosen, scaling))
+        try:
+            tried.append(loss_of(chosen, scaling))
+        except (CheckpointError, ConfigError):
+            if not tried:
+                raise
+            tried.append(math.inf)  # beyond what the dtype holds: no place to go on from
         if progress is not None:
             progress("searching weights", len(tried), evaluations)
         return tried[-1]
