@@ -252,8 +252,10 @@ def _divergence(p: Tensor, q: Tensor) -> tuple[np.ndarray, int]:
             "vocabulary"
         )
     same = int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+    # A token that tuned never gives counts nothing, also where both logits are -inf.
+    parts = torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
     # Rounding can leave a sum of -1e-8 where the two are almost equal.
-    divergence = (p.exp() * (p - q)).sum(dim=-1).clamp_min(0)
+    divergence = parts.sum(dim=-1).clamp_min(0)
     return divergence.double().numpy(), same
 
 

@@ -17,6 +17,6 @@ def bfloat16_pays(device: str = "cpu") -> bool:
         device: cpu or cuda.
     """
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(known.get(instruction) for instruction in _BFLOAT16_INSTRUCTIONS)

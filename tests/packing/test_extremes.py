@@ -300,7 +300,7 @@ def test_any_matrix_in_range_decodes_to_finite_numbers(shape, form, exponent, ca
 
 
 def test_what_a_reader_would_refuse_is_not_written(tmp_path):
-    target, _ = states(tmp_path, torch.bfloat16, gaussian, 0.01)
+    states(tmp_path, torch.bfloat16, gaussian, 0.01)
     pack = pack_delta(tmp_path / "target", tmp_path / "tuned", recipe="lossless", workers=1)
     for change in (
         {"provenance": {"note": "\ud800"}},

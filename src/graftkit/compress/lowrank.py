@@ -105,7 +105,7 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         energies, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # LinAlgError is one
         energies, vectors = (part.to(gram.dtype) for part in torch.linalg.eigh(gram.double()))
     return energies, vectors
 

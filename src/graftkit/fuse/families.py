@@ -39,7 +39,8 @@ def emr_private(delta: Tensor, shared: Tensor) -> tuple[Tensor, float]:
     # By signs: a product of two small numbers may vanish.
     mask = (delta.sign() == shared.sign()) & (shared != 0)
     own, kept = _total(delta), _total(shared * mask)
-    return mask, own / kept if kept else 0.0
+    scale = own / kept if kept else 0.0
+    return mask, scale if scale <= torch.finfo(torch.float32).max else 0.0
 
 
 def tall_private(delta: Tensor, shared: Tensor, threshold: float) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graftkit.config import Budget
-from graftkit.errors import ConfigError, OutputError
+from graftkit.errors import ConfigError, FamilyError, OutputError
 from graftkit.fuse.family import Family
 from graftkit.fuse.family_file import (
     NAME_PATTERN,
@@ -238,7 +238,10 @@ class _Making:
                 mask, scale = rule.private(delta, common)
                 if name in stored:
                     coded[index].append((encode_mask(mask, common), scale))
-                lost.add(index, delta, apply_mask(mask, scale, common))
+                found = apply_mask(mask, scale, common)
+                if shared is not None:
+                    self._check_sum(index, name, before, found)
+                lost.add(index, delta, found)
         return [Masks.encode(masks) for masks in coded], lost.errors()
 
     def _errors(self, shared: SkillPack, private: Sequence[SkillPack]) -> list[float]:
@@ -246,8 +249,18 @@ class _Making:
         for name, deltas, before in self._deltas("errors"):
             common = shared.delta(name, before)
             for index, delta in enumerate(deltas):
-                lost.add(index, delta, common + private[index].delta(name, before))
+                found = common + private[index].delta(name, before)
+                self._check_sum(index, name, before, found)
+                lost.add(index, delta, found)
         return lost.errors()
+
+    def _check_sum(self, index: int, name: str, before: Tensor, found: Tensor) -> None:
+        """What the dtype does not hold could not be unfolded. Raises: FamilyError."""
+        if not bool((before + found).to(before.dtype).isfinite().all()):
+            raise FamilyError(
+                f"{name}: the family's {self.frame.names[index]} is beyond what {before.dtype} "
+                "holds; give it a larger budget, or keep the packs"
+            )
 
     def _explained(self, rule: FamilyMethod) -> float:
         """Share of the deltas' energy that the shared part explains: 1 − Σ‖Δ − τ‖² / Σ‖Δ‖²."""

@@ -40,9 +40,16 @@ def project_out(delta: Tensor, merged: Tensor, share: float = TAKEN_SHARE) -> Te
     rank of `merged`.
 
     Args:
-        delta, merged: (out, in), float32.
+        delta, merged: (out, in), float32; computed in float64 where that holds no squares of theirs.
     """
-    U, S, Vh = _svd(merged)
+    try:
+        if merged.dtype == torch.float32 and not _computable(merged, delta):
+            return project_out(delta.double(), merged.double(), share).float()
+        U, S, Vh = torch.linalg.svd(merged, full_matrices=False)
+    except RuntimeError:  # LinAlgError is one: LAPACK gave up
+        if merged.dtype == torch.float64:
+            raise
+        return project_out(delta.double(), merged.double(), share).float()
     rank = int((S[:1] * max(merged.shape) * torch.finfo(S.dtype).eps < S).sum())
     if rank == 0:
         return delta
@@ -58,17 +65,10 @@ def project_out(delta: Tensor, merged: Tensor, share: float = TAKEN_SHARE) -> Te
     return left
 
 
-def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, Vh; in float64 where float32 cannot hold the squares, or LAPACK gives up in it."""
-    peak = float(matrix.abs().max()) if matrix.numel() else 0.0
-    if peak == 0 or _SMALLEST <= peak <= _LARGEST:
-        try:
-            U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-            return U, S, Vh
-        except torch.linalg.LinAlgError:
-            pass
-    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return U.float(), S.float(), Vh.float()
+def _computable(*matrices: Tensor) -> bool:
+    """Whether float32 holds the squares of all entries."""
+    peaks = [float(matrix.abs().max()) for matrix in matrices if matrix.numel()]
+    return all(peak == 0 or _SMALLEST <= peak <= _LARGEST for peak in peaks)
 
 
 @dataclass

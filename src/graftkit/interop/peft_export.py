@@ -165,6 +165,11 @@ class _Export:
         modules = []
         for record in self.linear:
             own, left, right = self._factors(record, components.pop(record.name), rank)
+            if not bool(left.isfinite().all() and right.isfinite().all()):
+                raise ConfigError(
+                    f"{record.name}: its factors are beyond what {record.dtype} holds; merge the "
+                    "pack, or use it as it is"
+                )
             role = self.roles[record.name]
             tensors[f"{KEY_PREFIX}{role.module}.lora_A.weight"] = right.contiguous()
             tensors[f"{KEY_PREFIX}{role.module}.lora_B.weight"] = left.contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor
 from graftkit.compress.codecs import join_payloads, matrix_shape
 from graftkit.compress.factors import store
 from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, tensor_digest
-from graftkit.errors import CheckpointError, CheckpointMismatchError
+from graftkit.errors import CheckpointError, CheckpointMismatchError, CorruptPackError
 from graftkit.interop.adapter import Adapter
 from graftkit.interop.places import Place, Places
 from graftkit.packing.assemble import GENERATOR, target_info
@@ -117,7 +117,25 @@ class _Import:
             files=tuple(record for record, _ in files),
             tensors=tuple(record for record, _ in encoded),
         )
-        return SkillPack(manifest, {name: memoryview(part) for name, part in payloads.items()})
+        pack = SkillPack(manifest, {name: memoryview(part) for name, part in payloads.items()})
+        self._check_sums(pack, progress)
+        return pack
+
+    def _check_sums(self, pack: SkillPack, progress: Progress) -> None:
+        """Every reader adds the factors to the target and takes finite sums only.
+
+        Raises: CheckpointError.
+        """
+        records = [record for record in pack.manifest.tensors if record.codec == "factors"]
+        for done, record in enumerate(records):
+            progress("checking", done, len(records))
+            try:
+                pack.rebuild(record.name, self.target.read)
+            except CorruptPackError as error:
+                raise CheckpointError(
+                    f"{self.adapter.path}: {record.name}: target + adapter is beyond what "
+                    f"{record.result_dtype} holds; use the target in float32"
+                ) from error
 
     def _find_edits(self) -> dict[str, _Edit]:
         """Every change by the name of its tensor; all shapes are checked."""

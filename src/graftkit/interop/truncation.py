@@ -1,5 +1,6 @@
 """The best factors of a given rank, δ ≈ B A, with the loudness of each component shared evenly."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ class Components:
     """Loudest components of a matrix: δ ≈ left @ right; column k of left with row k of right.
 
     left: (out, k), right: (k, in), float32, loudest first, ‖left_k‖ = ‖right_k‖.
-    energies: squared singular values of all of δ, descending, float32.
+    energies: squared singular values of all of δ, descending, float64.
     """
 
     left: Tensor
@@ -27,10 +28,14 @@ def truncate(delta: Tensor, rank: int) -> Components:
 
     δ_r = U Uᵀ δ,   ‖δ − δ_r‖² = Σ_{k>r} s_k²
     """
+    # By a power of two, which changes no digit: squares of any delta then fit float32.
+    exponent = max(-100, min(100, math.frexp(float(delta.abs().max()))[1]))
+    delta = delta * 2.0**-exponent
     energies, basis = eigenbasis(delta, None)
     # Of a delta that has fewer components, left vectors of rounding noise lean on the loud ones.
     left = torch.linalg.qr(left_vectors(delta, basis, rank).double())[0].float()
-    return _balanced(left, left.T @ delta, energies)
+    right = left.T @ delta * 2.0**exponent
+    return _balanced(left, right, energies.double() * 4.0**exponent)
 
 
 def truncate_factors(left: Tensor, right: Tensor, rank: int) -> Components:
@@ -43,7 +48,7 @@ def truncate_factors(left: Tensor, right: Tensor, rank: int) -> Components:
     inner, values, outer = torch.linalg.svd(upper @ lower.T)
     rows = (values[:, None] * outer[: len(values)] @ second.T)[:rank]
     columns = (first @ inner[:, : len(values)])[:, :rank]
-    return _balanced(columns.float(), rows.float(), values.square().float())
+    return _balanced(columns.float(), rows.float(), values.square())
 
 
 def smallest_rank(energies: Sequence[Tensor], ranks: Sequence[int], share: float) -> int:

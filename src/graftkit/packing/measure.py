@@ -109,7 +109,7 @@ def is_extreme(before: Tensor, after: Tensor) -> bool:
     """
     most = torch.finfo(after.dtype).max
     rows = min(len(before), len(after))
-    old, new = (part[:rows].reshape(-1).split(_SAMPLE) for part in (before, after))
+    old, new = (torch.split(part[:rows].reshape(-1), _SAMPLE) for part in (before, after))
     delta = result = 0.0
     for first, second in zip(old, new, strict=True):
         second = second.float()

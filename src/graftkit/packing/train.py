@@ -324,7 +324,9 @@ def _divergence(logits: Tensor, tokens: Tensor, chances: Tensor) -> tuple[float,
     likely = log_q.gather(1, tokens)
     q = log_q.exp()
     rest_q = q.scatter(1, tokens, 0.0).sum(dim=1).clamp(min=1e-30)
-    divergence = torch.xlogy(chances, chances) - chances * likely
+    # A chance of 0 counts nothing, also where the logit is -inf.
+    crossed = torch.where(chances > 0, chances * likely, 0.0)
+    divergence = torch.xlogy(chances, chances) - crossed
     tail = torch.xlogy(rest, rest) - rest * rest_q.log()
     gradient = q * (1 - rest / rest_q)[:, None]
     gradient.scatter_(1, tokens, likely.exp() - chances)

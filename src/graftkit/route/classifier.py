@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graftkit.attach import attached
-from graftkit.errors import ConfigError, RowsError
+from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.files import replaced_file
 from graftkit.models.encoding import (
     LOGITS_BYTES,
@@ -157,6 +157,12 @@ def label_rows(
     for pack in packs.values():
         with attached(model, pack):
             losses.append(completion_losses(model, tokenizer, rows))
+    for name, found in zip(names, losses, strict=True):
+        if bool(found.isnan().any()):  # argmin would take it for the least
+            raise CheckpointError(
+                f"{name}: the logits are not finite (NaN or infinity) on the rows; check the "
+                "weights and the packs"
+            )
     return [names[best] for best in torch.stack(losses).argmin(dim=0).tolist()]
 
 
@@ -226,7 +232,7 @@ def _train(states: Tensor, labels: Sequence[int], classes: int, seed: int) -> di
         weight: Tensor = torch.randn(size, inputs, generator=generator) * (2 / inputs) ** 0.5
         return weight.requires_grad_()
 
-    spread = states.std(dim=0)
+    spread = states.std(dim=0) if len(states) > 1 else torch.zeros(width)
     tensors = {
         "center": states.mean(dim=0),
         "scale": spread + spread.mean() + torch.finfo(spread.dtype).tiny,

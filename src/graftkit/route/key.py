@@ -67,7 +67,8 @@ class RouterKey:
         Args:
             states: of the prompts behind `layer`, (prompts, width), unit scale or near it.
             blake3: digest of the prompts. encoder: name of the model, None for the target.
-        Raises: RowsError for fewer than MIN_PROMPTS states, or states that are all alike.
+        Raises: RowsError for fewer than MIN_PROMPTS states, or states that are all alike, or that
+            no file keeps.
         """
         if len(states) < MIN_PROMPTS:
             raise RowsError(
@@ -89,7 +90,13 @@ class RouterKey:
         )
         largest = directions.abs().amax(dim=1, keepdim=True)
         codes = (directions / largest * 127).round().to(torch.int8).contiguous()
-        return cls(info, mean.half(), codes, variances.float())
+        key = cls(info, mean.half(), codes, variances.float())
+        try:
+            return cls.from_bytes(info, key.to_bytes())
+        except CorruptPackError as error:
+            raise RowsError(
+                f"no router key can be kept of these prompts ({error}); give prompts that differ"
+            ) from error
 
     @classmethod
     def of(cls, pack: SkillPack) -> Self | None:

@@ -81,7 +81,8 @@ def pooled_states(
             default runs each prompt alone, so that its state does not depend on the others by a
             bit; together the last bits may differ.
     Returns: (prompts, `state_width(model)`) float32 on the CPU; zeros for one without tokens.
-    Raises: CheckpointError for a layer that the model lacks, or another model's tokenizer.
+    Raises: CheckpointError for a layer that the model lacks, another model's tokenizer, or states
+        that are not finite.
     """
     found = layer_count(model)
     if not 1 <= layer <= found:
@@ -97,6 +98,11 @@ def pooled_states(
             if filled:
                 ids, mask = pad_batch([encoded[index] for index in filled], pad_id(tokenizer))
                 states[filled] = _pooled(_behind_layer(model, layer, ids, mask), mask)
+    if not bool(states.isfinite().all()):
+        raise CheckpointError(
+            f"{type(model).__name__}: states behind layer {layer} are not finite (NaN or infinity) "
+            "on the prompts; check the weights"
+        )
     return states
 
 

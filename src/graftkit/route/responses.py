@@ -10,6 +10,7 @@ counts in standard deviations above what neutral text gives, module by module. T
 that text itself: no prompts of any pack are needed.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ from graftkit.attach.check import LiveTarget
 from graftkit.attach.routing import first_tensor
 from graftkit.attach.side import linear_updates
 from graftkit.attach.updates import LowRankUpdate, Update
+from graftkit.errors import CheckpointError
 from graftkit.models.encoding import vocabulary_size
 from graftkit.skillpack import SkillPack
 
@@ -49,6 +51,9 @@ def sketch_update(update: Update) -> Tensor | None:
         matrix = update.dense()
         tall = matrix.shape[0] > matrix.shape[1]
         sketch = torch.linalg.qr(matrix, mode="r").R if tall else matrix
+    peak = float(sketch.abs().max()) if sketch.numel() else 0.0
+    # By a power of two, which changes no digit: squares of any delta then fit float32.
+    sketch = sketch * 2.0 ** -max(-100, min(100, math.frexp(peak)[1]))
     norm = torch.linalg.matrix_norm(sketch)
     return sketch * (sketch.shape[1] ** 0.5 / norm) if norm > 0 else None
 
@@ -187,6 +192,11 @@ def neutral_tokens(model: Any) -> Tensor:
             output = model(input_ids=last.to(model.device), past_key_values=past, use_cache=True)
             past = output.past_key_values
             p = output.logits[:, -1].float().softmax(-1).cpu()
+            if not bool(p.isfinite().all()):
+                raise CheckpointError(
+                    f"{type(model).__name__}: the logits are not finite (NaN or infinity) on text "
+                    "of its own; check the weights"
+                )
             last = torch.multinomial(p, 1, generator=generator)
             tokens.append(last)
     return torch.cat(tokens, dim=1)
