@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -282,3 +283,10 @@ def test_the_nursery_answers_as_its_readme_says(shared):
     rows = read_rows(shared / "data" / "llm" / "clinc150_intent" / "test.jsonl")[:400]
     found = exact_match(load_model(tuned, torch.float32), load_tokenizer(tuned), rows)
     assert found == pytest.approx(0.795, abs=0.006)
+
+
+def test_tokens_that_neither_model_ever_gives_count_nothing():
+    p = torch.tensor([[0.5, 0.5, 0.0]]).log()
+    q = torch.tensor([[0.25, 0.75, 0.0]]).log()
+    [divergence], _ = evaluate._divergence(p, q)
+    assert divergence == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), rel=1e-5)

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from graftkit.distill import config as module
 from graftkit.distill.config import Settings
@@ -88,3 +89,19 @@ def test_every_setting_has_a_sentence():
     ]
     assert len(kinds) > 15
     assert not missing
+
+
+def test_bfloat16_is_the_default_only_where_the_device_multiplies_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "run.toml").write_text(LEAST, encoding="utf-8")
+    for instructions, expected in (
+        ({"avx2": True}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=instructions: found)
+        config = read_config(tmp_path / "run.toml")
+        assert (config.sft.precision, config.dpo.precision) == (expected, expected)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    assert read_config(tmp_path / "run.toml").sft.precision == "bfloat16"

@@ -255,3 +255,17 @@ def test_an_empty_folder_is_filled_and_holds_the_two_files_of_an_adapter(tmp_pat
     assert settings["task_type"] == "CAUSAL_LM"
     stored = load_file(tmp_path / "lora" / WEIGHTS)
     assert len(stored) == 2 * len(settings["target_modules"]) == 16
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e18])
+def test_deltas_of_any_size_are_exported(tmp_path, scale):
+    target, tuned = linear_pair(tmp_path, "llama")
+    weights = load_file(target / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    states = {"target": torch.zeros_like(weights[name]), "tuned": scale * weights[name]}
+    for folder, value in states.items():
+        save_file(weights | {name: value}, tmp_path / folder / "model.safetensors")
+    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    result = export_lora(pack, target, tmp_path / "lora", rank=64)
+    [module] = [module for module in result.modules if module.name == name]
+    assert module.relative_error < 1e-3

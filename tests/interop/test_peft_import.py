@@ -359,3 +359,10 @@ def test_a_pack_that_cannot_be_written_leaves_nothing(tmp_path, plain):
     with pytest.raises(OutputError, match="cannot be written"):
         import_lora(*plain, tmp_path / "missing" / "x.skillpack")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_whose_sums_leave_the_targets_dtype_is_refused(tmp_path):
+    target, adapter = make_adapter(tmp_path, "llama", torch.float16, **ATTENTION)
+    large = changed(adapter, tmp_path / "large", {"lora_alpha": 1e7})
+    words = refusal(tmp_path, target, large)
+    assert "q_proj.weight: target + adapter is beyond what F16 holds" in words

@@ -26,7 +26,7 @@ def test_no_other_factors_of_a_rank_come_closer(rows, columns, own, rank, seed):
         assert found.left.shape[1] == found.right.shape[0] <= rank
         error = float((delta - found.left @ found.right).norm())
         assert error <= least_error(delta, rank) * 1.001 + 1e-4 * float(delta.norm())
-        energy = torch.linalg.svdvals(delta).square()
+        energy = torch.linalg.svdvals(delta).square().double()
         size = min(len(energy), len(found.energies))
         torch.testing.assert_close(
             found.energies[:size], energy[:size], rtol=1e-3, atol=1e-4 * float(energy[0])
@@ -64,3 +64,16 @@ def test_padding_adds_components_that_change_nothing():
     wide, tall = pad_rank(left, right, 6)
     assert (wide.shape, tall.shape, wide.dtype) == ((5, 6), (6, 4), torch.bfloat16)
     assert torch.equal(wide.float() @ tall, left.float() @ right)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-25, 1e18, 1e37])
+@pytest.mark.parametrize("shape", [(20, 12), (12, 20), (1, 5), (5, 1)])
+def test_squares_that_float32_does_not_hold_take_no_component_away(scale, shape):
+    delta = (gaussian(*shape).double() * scale).float()
+    found = truncate(delta, 20)
+    assert found.left.isfinite().all()
+    assert found.right.isfinite().all()
+    error = (found.left.double() @ found.right.double() - delta.double()).norm()
+    assert float(error) <= 1e-4 * float(delta.double().norm()) + 1e-43
+    energy = float(delta.double().square().sum())
+    assert float(found.energies.sum()) == pytest.approx(energy, rel=1e-4)

@@ -260,3 +260,11 @@ def test_training_that_is_killed_goes_on_to_the_same_payloads(llama, tmp_path, m
     assert len(computed) == 40 - 31
     assert again.payloads == whole.payloads
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_without_a_chance_counts_nothing_in_the_divergence():
+    logits = torch.tensor([[1.0, 2.0, float("-inf")]])
+    chances, tokens = logits.softmax(dim=1).topk(3)
+    divergence, gradient = train._divergence(logits, tokens, chances)
+    assert divergence == pytest.approx(0.0, abs=1e-6)
+    assert gradient.isfinite().all()

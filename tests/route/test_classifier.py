@@ -10,10 +10,11 @@ from tiny_models import build, save_tokenizer
 
 from graftkit.attach import attached
 from graftkit.delta import Checkpoint
-from graftkit.errors import ConfigError, RowsError
+from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.packing import pack_delta
 from graftkit.route import TARGET
+from graftkit.route import classifier as classifier_module
 from graftkit.route.classifier import (
     Classifier,
     ClassifierRouter,
@@ -204,3 +205,25 @@ def test_a_net_of_another_width_is_refused(case):
     narrow = Classifier(1, {}, {"center": torch.zeros(7)})
     with pytest.raises(ConfigError, match="width 7"):
         ClassifierRouter(case.model, case.tokenizer, narrow)
+
+
+def test_a_pack_without_finite_logits_is_no_rows_best(case, monkeypatch):
+    def losses(model, tokenizer, rows):
+        found = completion_losses(model, tokenizer, rows)
+        return found if not hasattr(losses, "seen") else found * float("nan")
+
+    def once(*arguments):
+        found = losses(*arguments)
+        losses.seen = True
+        return found
+
+    monkeypatch.setattr(classifier_module, "completion_losses", once)
+    with pytest.raises(CheckpointError, match="digits: the logits are not finite"):
+        label_rows(case.model, case.tokenizer, case.packs, case.rows["digits"][:2])
+
+
+def test_one_row_gives_a_net_that_its_reader_takes(case, tmp_path):
+    rows = {TARGET: case.rows[TARGET][:1]}
+    net = train_classifier(case.model, case.tokenizer, case.packs, rows, labels="task")
+    net.save(tmp_path / "classifier.safetensors")
+    Classifier.load(tmp_path / "classifier.safetensors", case.digests)

@@ -158,3 +158,10 @@ def test_any_bytes_are_a_key_with_finite_scores_or_are_refused(content):
         return
     assert key.distance(torch.ones(10)) >= 0
     assert key.to_bytes() == content[:38]
+
+
+def test_a_key_that_its_reader_would_refuse_is_not_made():
+    for scale in (1e6, 1e-30):
+        with pytest.raises(RowsError) as refused:
+            RouterKey.fit(scale * cloud(40), 2, DIGEST)
+        assert "\n" not in str(refused.value)

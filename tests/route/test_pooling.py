@@ -112,3 +112,11 @@ def test_an_encoder_is_any_model_directory_with_a_tokenizer(tmp_path):
     found = encoder.states(["Add 1 2"], 2)
     expected = pooled_states(encoder.model, encoder.tokenizer, ["Add 1 2"], 2)[:, :32]
     assert torch.equal(found, expected)
+
+
+def test_states_that_are_not_finite_are_refused(tokenizer):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="behind layer 1 are not finite"):
+        pooled_states(model, tokenizer, ["abc"], 1)

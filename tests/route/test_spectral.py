@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import make_pair, save_tokenizer
 
 from graftkit.attach import attached
-from graftkit.attach.updates import make_update
+from graftkit.attach.updates import LowRankUpdate, make_update
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model, load_tokenizer
 from graftkit.route import TARGET
@@ -271,3 +271,11 @@ def test_a_token_gate_gives_shares_that_do_not_depend_on_the_batch(skills):
         found = logits(model)
         assert torch.equal(found[1], plain[1])
         assert not torch.equal(found[0], plain[0])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_a_score_does_not_depend_on_the_size_of_a_delta(scale):
+    left, right = torch.randn(6, 2), torch.randn(2, 5)
+    plain = sketch_update(LowRankUpdate(left, right))
+    scaled = sketch_update(LowRankUpdate(left * scale, right))
+    torch.testing.assert_close(scaled, plain, rtol=1e-4, atol=1e-5)

@@ -40,7 +40,7 @@ def project_out(delta: Tensor, merged: Tensor, share: float = TAKEN_SHARE) -> Te
     rank of `merged`.
 
     Args:
-        delta, merged: (out, in), float32; computed in float64 where that holds no squares of theirs.
+        delta, merged: (out, in), float32; in float64 where squares vanish or overflow.
     """
     try:
         if merged.dtype == torch.float32 and not _computable(merged, delta):

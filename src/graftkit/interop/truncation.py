@@ -29,13 +29,13 @@ def truncate(delta: Tensor, rank: int) -> Components:
     δ_r = U Uᵀ δ,   ‖δ − δ_r‖² = Σ_{k>r} s_k²
     """
     # By a power of two, which changes no digit: squares of any delta then fit float32.
-    exponent = max(-100, min(100, math.frexp(float(delta.abs().max()))[1]))
-    delta = delta * 2.0**-exponent
+    half = max(-50, min(50, math.frexp(float(delta.abs().max()))[1] // 2))
+    delta = delta * 4.0**-half
     energies, basis = eigenbasis(delta, None)
     # Of a delta that has fewer components, left vectors of rounding noise lean on the loud ones.
     left = torch.linalg.qr(left_vectors(delta, basis, rank).double())[0].float()
-    right = left.T @ delta * 2.0**exponent
-    return _balanced(left, right, energies.double() * 4.0**exponent)
+    found = _balanced(left, left.T @ delta, energies.double() * 16.0**half)
+    return Components(found.left * 2.0**half, found.right * 2.0**half, found.energies)
 
 
 def truncate_factors(left: Tensor, right: Tensor, rank: int) -> Components:
@@ -48,7 +48,8 @@ def truncate_factors(left: Tensor, right: Tensor, rank: int) -> Components:
     inner, values, outer = torch.linalg.svd(upper @ lower.T)
     rows = (values[:, None] * outer[: len(values)] @ second.T)[:rank]
     columns = (first @ inner[:, : len(values)])[:, :rank]
-    return _balanced(columns.float(), rows.float(), values.square())
+    found = _balanced(columns, rows, values.square())
+    return Components(found.left.float(), found.right.float(), found.energies)
 
 
 def smallest_rank(energies: Sequence[Tensor], ranks: Sequence[int], share: float) -> int:
