@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftkit.errors import CheckpointError, PackMismatchError
+from graftkit.weight_files import ADAPTER_CONFIG, INDEX, describe_file, weight_files
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -34,6 +35,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT_DTYPES = ("BF16", "F16", "F32")
+_CHECKED_AT_ONCE = 2**22
+_QUANTIZED_DTYPES = ("F8_", "F6_", "F4")
 
 # Everything that can change what a tokenizer or a generation does; a pack carries those that
 # the tuned model changed. Only these names are ever written next to merged weights.
@@ -51,8 +54,8 @@ SIDE_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Read to say what a repository without a model is.
+_TELLTALES = (ADAPTER_CONFIG, "modules.json", "model_index.json")
 
 # 64 bits tell a tensor from another by accident; the digest over all tensors keeps the full 256.
 TENSOR_DIGEST_HEX = 16
@@ -99,12 +102,12 @@ class Checkpoint:
         """
         path, name, revision = _locate(str(reference))
         tensors: dict[str, TensorInfo] = {}
-        for file, expected in _weight_files(path).items():
+        for file, expected in weight_files(path).items():
             found = _read_header(file)
             missing = (expected or set()) - found.keys()
             if missing:
                 raise CheckpointError(
-                    f"{file}: tensor {min(missing)} is listed in {_INDEX} but not in this shard; "
+                    f"{file}: tensor {min(missing)} is listed in {INDEX} but not in this shard; "
                     "download the checkpoint again"
                 )
             for info in found.values():
@@ -155,6 +158,16 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{info.file}: cannot read {name}: {error}") from error
 
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows start to end (exclusive) of the first extent of one tensor."""
+        info = self.tensors[name]
+        try:
+            with safe_open(info.file, framework="pt") as file:
+                rows: Tensor = file.get_slice(name)[start:end]
+                return rows
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{info.file}: cannot read {name}: {error}") from error
+
     def side_file(self, name: str) -> bytes | None:
         """Bytes of one of `SIDE_FILES`, or None where the directory lacks it."""
         file = self.path / name
@@ -164,6 +177,32 @@ class Checkpoint:
         """Contents of all side files that the directory has, by name."""
         found = {name: self.side_file(name) for name in SIDE_FILES}
         return {name: content for name, content in found.items() if content is not None}
+
+
+def difference(tuned: Tensor, target: Tensor) -> Tensor:
+    """tuned - target in float32, 0 where the target's weight is NaN or infinite.
+
+    Such a weight is the same in both states (packing refuses any other), so nothing was learned.
+    """
+    delta = tuned.to(torch.float32, copy=True).sub_(target)
+    return delta if all_finite(target) else delta.masked_fill_(~target.isfinite(), 0.0)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no weight is NaN or infinite."""
+    flat = tensor.reshape(-1)
+    return all(bool(torch.isfinite(part).all()) for part in torch.split(flat, _CHECKED_AT_ONCE))
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cast to a dtype that holds every number of the tensor; NaN keep their upper bits.
+
+    torch turns every NaN into one of its own on the way from float32 to bfloat16.
+    """
+    if (tensor.dtype, dtype) != (torch.float32, torch.bfloat16) or all_finite(tensor):
+        return tensor.to(dtype)
+    upper = (tensor.contiguous().view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(tensor.isnan(), upper, tensor.to(dtype))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -217,16 +256,17 @@ def _locate(reference: str) -> tuple[Path, str, str | None]:
     if path.is_dir():
         return path, path.resolve().name, None
     repository, _, revision = reference.partition("@")
-    if path.exists() or repository.count("/") > 1 or reference.startswith((".", "/", "~")):
-        kind = "a file" if path.exists() else "missing"
+    if path.exists():
+        raise CheckpointError(describe_file(path))
+    if repository.count("/") > 1 or reference.startswith((".", "/", "~")):
         raise CheckpointError(
-            f"{reference}: {kind}; expected a Hugging Face model directory or a Hub id (user/name)"
+            f"{reference}: missing; expected a Hugging Face model directory or a Hub id (user/name)"
         )
     try:
         folder = snapshot_download(
             repository,
             revision=revision or None,
-            allow_patterns=["*.safetensors", _INDEX, *SIDE_FILES],
+            allow_patterns=["*.safetensors", INDEX, *_TELLTALES, *SIDE_FILES],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -234,37 +274,6 @@ def _locate(reference: str) -> tuple[Path, str, str | None]:
             f"{reference}: no such directory here, and the Hub gave no such model ({reason})"
         ) from error
     return Path(folder), repository, Path(folder).name
-
-
-def _weight_files(path: Path) -> dict[Path, set[str] | None]:
-    """Every weight file of a directory with the tensors its index promises (None: no index)."""
-    index, single = path / _INDEX, path / _SINGLE
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards: dict[Path, set[str] | None] = {}
-            for name, file in weight_map.items():
-                shards.setdefault(path / Path(file).name, set()).add(name)  # type: ignore[union-attr]
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
-        for shard in shards:
-            if not shard.is_file():
-                raise CheckpointError(
-                    f"{shard}: this shard is listed in {_INDEX} but missing; download it again"
-                )
-        return shards
-    if single.is_file():
-        return {single: None}
-    loose = sorted(path.glob("*.safetensors"))
-    if loose:
-        return {file: None for file in loose}
-    pickles = sorted(file for pattern in _PICKLES for file in path.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{pickles[0]}: a pickle checkpoint can run code and is not read; save the model "
-            "as safetensors first (model.save_pretrained)"
-        )
-    raise CheckpointError(f"{path}: no {_SINGLE} here; expected a Hugging Face model directory")
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
@@ -279,6 +288,10 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             f"{file}: not a complete safetensors file ({error}); download it again"
         ) from error
     for info in infos.values():
+        if info.dtype.startswith(_QUANTIZED_DTYPES):
+            raise CheckpointError(
+                f"{file}: quantized ({info.dtype}, {info.name}); use the unquantized model"
+            )
         if info.dtype not in DTYPES:
             raise CheckpointError(
                 f"{file}: {info.name} has dtype {info.dtype}; expected one of {', '.join(DTYPES)}"

@@ -19,8 +19,13 @@ from transformers import GenerationConfig
 from graftkit.attach import attached
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, RowsError
-from graftkit.models.encoding import context_length, pad_id, usable_tokenizer
-from graftkit.models.loading import load_model
+from graftkit.models.encoding import (
+    context_length,
+    pad_id,
+    usable_tokenizer,
+    vocabulary_size,
+)
+from graftkit.models.loading import class_name, load_model
 from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
 
@@ -87,6 +92,12 @@ def compare(
         does not fit the model.
     """
     target, tuned = _opened(target), _opened(tuned)
+    names = class_name(target), class_name(tuned)
+    if names[0] != names[1]:
+        raise CheckpointMismatchError(
+            f"{tuned.path}: a {names[1]}, and the target is a {names[0]}; answers are compared of "
+            "two models of one class"
+        )
     pack = pack if isinstance(pack, SkillPack) else SkillPack.load(pack)
     tokenizer, target_tokenizer = usable_tokenizer(tuned), usable_tokenizer(target)
     model: Any = load_model(target, torch.float32)
@@ -196,7 +207,7 @@ def _check_prompts(rows: Sequence[Row], encoded: Sequence[tuple[list[int], int]]
 
 
 def _batch_tokens(model: Any) -> int:
-    vocabulary: int = model.get_input_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(model)
     return min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary))
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftkit.delta import DTYPE_NAMES, DTYPES, check_digest
+from graftkit.delta import DTYPE_NAMES, DTYPES, check_digest, narrowed
 from graftkit.errors import AttachError, PackMismatchError
-from graftkit.models.views import View, checkpoint_views, find_view, is_ignored
+from graftkit.models.views import View, checkpoint_views, find_view, is_ignored, is_unused
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import Record
 
@@ -74,8 +74,8 @@ class LiveTarget:
                 f"{self.name}: {view.name} is loaded as {_dtype_name(value)}, but the pack was "
                 f"made for {dtype}; load the model with dtype={wanted!s}"
             )
-        narrow = value.to(wanted)
-        if not torch.equal(narrow.to(value.dtype), value):
+        narrow = narrowed(value, wanted)
+        if not torch.equal(narrow.to(value.dtype).nan_to_num(), value.nan_to_num()):
             raise PackMismatchError(
                 f"{self.name}: {view.name} has values that {dtype} does not hold, so it is not the "
                 "target this pack was made for; use that target, or pack again for this one"
@@ -109,7 +109,7 @@ def check_packs(target: LiveTarget, packs: Sequence[SkillPack]) -> None:
             if record.base is not None or (record.name, *expected) in target.verified:
                 continue
             view = target.find(record.name)
-            if view is None and is_ignored(target.model, record.name):
+            if view is None and _may_lack(target.model, record):
                 continue
             if view is None:
                 raise PackMismatchError(
@@ -125,6 +125,16 @@ def check_packs(target: LiveTarget, packs: Sequence[SkillPack]) -> None:
             target.verified.add((record.name, *expected))
 
 
+def _may_lack(model: PreTrainedModel, record: Record) -> bool:
+    """Whether the model of this class answers the same without the tensor of a record.
+
+    Such are ignored buffers, and what only another class has where the pack does not change it: the
+    causal head of a target whose pack makes it a classifier.
+    """
+    unchanged = record.codec == "zero" and not record.appended_bytes
+    return is_ignored(model, record.name) or (unchanged and is_unused(model, record.name))
+
+
 def find_changes(target: LiveTarget, pack: SkillPack) -> list[Change]:
     """Every record of a checked pack with its place.
 
@@ -134,6 +144,8 @@ def find_changes(target: LiveTarget, pack: SkillPack) -> list[Change]:
     for record in pack.manifest.tensors:
         view = target.find(record.name)
         if view is None and record.base is None and record.codec == "zero":
+            continue
+        if view is None and is_ignored(target.model, record.name):
             continue
         if view is None:
             raise AttachError(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from graftkit.attach.check import Change, LiveTarget, find_changes
 from graftkit.delta import DTYPE_NAMES
 from graftkit.errors import AttachError
+from graftkit.models.embeddings import input_embeddings
 from graftkit.skillpack import SkillPack
 from graftkit.threads import in_threads
 
@@ -129,7 +130,7 @@ class MergedWeights:
     def _resize_config(
         self, model: PreTrainedModel, slots: tuple[str, ...], before: int, after: int
     ) -> None:
-        embedding = model.get_input_embeddings()
+        embedding = input_embeddings(model)
         if embedding not in [self._target.slot(slot)[0] for slot in slots]:
             return
         for owner in (model, model.base_model, model.config, model.config.get_text_config()):

@@ -5,10 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graftkit.cli import show
-from graftkit.delta import Checkpoint
+from graftkit.delta import Checkpoint, all_finite
 from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFault
 from graftkit.memory import peak_rss_bytes
 from graftkit.packing import pack_delta
@@ -81,8 +79,16 @@ def parse_weights(text: str | None) -> list[float] | None:
 
 
 def _check_finite(pack: SkillPack, name: str, target: Checkpoint) -> None:
-    tensor = pack.rebuild(name, target.read)
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    tensor, base = pack.rebuild(name, target.read), pack.record(name).target_name
+    if not tensor.is_floating_point() or all_finite(tensor):
+        return
+    odd = ~tensor.isfinite()
+    if base is not None:  # what the target has so is unchanged
+        before = target.read(base).isfinite()
+        before, odd = before.reshape(-1, *before.shape[1:]), odd.reshape(-1, *odd.shape[1:])
+        rows = min(before.shape[0], odd.shape[0])
+        odd[:rows] &= before[:rows]
+    if bool(odd.any()):
         raise CorruptPackError(
             f"tensor {name} decodes to NaN or infinite weights; pack the model again",
             PackFault.INVALID_PAYLOAD,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graftkit.compress.codecs import Layout
@@ -156,7 +157,9 @@ class Turns:
         if name not in self.rule.total:
             return before
         result = before.float().add_(self.rule.delta(name)).to(before.dtype)
-        if not result.isfinite().all():
+        if not result.isfinite().all():  # what the target has so is unchanged
+            result = torch.where(before.isfinite(), result, before)
+        if not (result.isfinite() | ~before.isfinite()).all():
             raise ConfigError(f"{name}: the merged values are beyond what {before.dtype} holds")
         return result
 

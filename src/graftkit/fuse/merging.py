@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from blake3 import blake3
 from torch import Tensor
 
@@ -145,7 +146,9 @@ class Mixture:
         keys = [f"{digest}/{name}" for digest, _, _ in self._parts]
         merged = self.method.merge(deltas, weights, keys)
         result = before.float().add_(merged, alpha=self.method.scaling).to(before.dtype)
-        if not result.isfinite().all():
+        if not result.isfinite().all():  # what the target has so is unchanged
+            result = torch.where(before.isfinite(), result, before)
+        if not (result.isfinite() | ~before.isfinite()).all():
             raise ConfigError(
                 f"{name}: weights {self.weights} and lambda {self.method.scaling:g} give values "
                 f"that {before.dtype} does not hold; use smaller ones"

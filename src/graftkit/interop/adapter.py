@@ -41,11 +41,14 @@ _KNOWN = {
 }
 # The other ways to start an adapter change the weights beside it (PiSSA, OLoRA, CorDA, LoftQ, ...).
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
-_INSTEAD = "merge the adapter with PEFT (merge_and_unload), save the model, and pack that"
+INSTEAD = "merge the adapter with PEFT (merge_and_unload), save the model, and pack that"
 
 # A, B of a linear layer; of an embedding, B and A transposed: (r, rows) and (columns, r).
 _LINEAR = (".lora_A.weight", ".lora_B.weight")
 _EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
+
+# PEFT saves a module that it trained whole up to three times where embeddings are saved too.
+_COPIES = re.compile(r"\.(?:modules_to_save(?:\.default)?|original_module)\.")
 
 _Positive = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -171,11 +174,11 @@ def _read_settings(file: Path) -> LoraSettings:
         ) from error
     if not isinstance(raw, dict) or str(raw.get("peft_type")).upper() != "LORA":
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
-        raise CheckpointError(f"{file}: peft_type is {kind}; only LORA is read; {_INSTEAD}")
+        raise CheckpointError(f"{file}: peft_type is {kind}; only LORA is read; {INSTEAD}")
     for key, value in raw.items():
         if key not in _KNOWN and value:
             raise CheckpointError(
-                f"{file}: {key} is set, but only plain LoRA (W + scale B A) is read; {_INSTEAD}"
+                f"{file}: {key} is set, but only plain LoRA (W + scale B A) is read; {INSTEAD}"
             )
     start = raw.get("init_lora_weights")
     if start not in _HARMLESS_INITS:
@@ -228,6 +231,8 @@ def _sort_keys(weights: Checkpoint) -> tuple[dict[str, tuple[str, str, bool]], d
     whole = {}
     for key in weights.tensors:
         name = key.removeprefix(KEY_PREFIX)
+        if _COPIES.sub(".", key) != key and _COPIES.sub(".", key) in weights.tensors:
+            continue
         kinds = [pair for pair in (_LINEAR, _EMBEDDING) if name.endswith(pair)]
         if kinds:
             [(right, left)] = kinds
@@ -238,7 +243,7 @@ def _sort_keys(weights: Checkpoint) -> tuple[dict[str, tuple[str, str, bool]], d
             modules[module] = (stem + left, stem + right, kinds[0] is _EMBEDDING)
         elif ".lora_" in name:
             raise CheckpointError(
-                f"{weights.path}: {key} is no part of a plain LoRA (W + scale B A); {_INSTEAD}"
+                f"{weights.path}: {key} is no part of a plain LoRA (W + scale B A); {INSTEAD}"
             )
         else:
             whole[name.replace(".base_layer.", ".")] = key

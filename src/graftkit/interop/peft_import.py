@@ -1,9 +1,11 @@
 """A LoRA adapter becomes a pack: factors word for word, whole tensors bit for bit."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +14,12 @@ from graftkit.compress.codecs import join_payloads, matrix_shape
 from graftkit.compress.factors import store
 from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError, CheckpointMismatchError, CorruptPackError
-from graftkit.interop.adapter import Adapter
+from graftkit.interop.adapter import INSTEAD, Adapter
 from graftkit.interop.places import Place, Places
 from graftkit.packing.assemble import GENERATOR, target_info
-from graftkit.packing.encode import draft_record, encode_lossless
+from graftkit.packing.encode import draft_record, encode_lossless, encode_rows
 from graftkit.packing.measure import Scan
+from graftkit.packing.pairs import Pair
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import file_entry, payloads_digest
 from graftkit.skillpack.files import changed_files, encode_file
@@ -95,6 +98,7 @@ class _Import:
         self.omitted: list[Omission] = []
         self.edits = self._find_edits()
         self.parted = self._part_tied()
+        self.tokens = self._find_vocabulary()
 
     def run(self, progress: Progress) -> SkillPack:
         """Digest the target, encode every edit, and put the pack together."""
@@ -159,6 +163,11 @@ class _Import:
         left, right = self.adapter.matrices(module)
         pair, found = self.places.pair(place), (left.shape[0], right.shape[1])
         _, expected = matrix_shape(pair.target.shape, pair.layout)
+        if pair.gathered and found[0] != expected[0] and found[1] == expected[1]:
+            raise CheckpointMismatchError(
+                f"{self.adapter.path}: {module} has factors for a vocabulary of {found[0]} tokens, "
+                f"the target {self.target.path} has {expected[0]} (it was resized); {INSTEAD}"
+            )
         if len(pair.target.shape) != 2 or found != expected:
             raise CheckpointMismatchError(
                 f"{self.adapter.path}: {module} is (out, in) = {list(found)}, in the target "
@@ -210,13 +219,45 @@ class _Import:
 
     def _is_target(self, place: Place, key: str) -> bool:
         """Whether a whole tensor is what the target holds already."""
-        shape, info = self.adapter.weights.tensors[key].shape, self.places.pair(place).target
-        if shape != info.shape:
+        pair = self._whole_pair(place, key)
+        if pair.resized:
+            return False
+        return _same_bits(self._whole(place, key), self.target.read(pair.target.name))
+
+    def _whole_pair(self, place: Place, key: str) -> Pair:
+        """The target's tensor and the one in its place, which may have more or fewer tokens.
+
+        Raises: CheckpointMismatchError for any other shape.
+        """
+        pair, shape = self.places.pair(place), self.adapter.weights.tensors[key].shape
+        pair = replace(pair, tuned=replace(pair.tuned, shape=shape))
+        if pair.resized and not pair.resizes_vocabulary:
             raise CheckpointMismatchError(
                 f"{self.adapter.path}: {key} is {list(shape)}, in the target {self.target.path} it "
-                f"is {list(info.shape)}; use the model that the adapter was trained on"
+                f"is {list(pair.target.shape)}; use the model that the adapter was trained on"
             )
-        return _same_bits(self._whole(place, key), self.target.read(info.name))
+        return pair
+
+    def _find_vocabulary(self) -> int | None:
+        """Tokens of a vocabulary that was resized for the adapter; None where it was not.
+
+        Raises: CheckpointMismatchError where embedding and head do not have the same tokens.
+        """
+        sizes = {
+            name: pair.tuned.shape[0]
+            for name, edit in self.edits.items()
+            if edit.whole and (pair := self._whole_pair(edit.place, edit.whole)).resized
+        }
+        if not sizes:
+            return None
+        parts = [*self.places.vocabulary(), *(self.places.tied if self.parted else ())]
+        missing = [name for name in parts if name not in sizes]
+        if missing or len(set(sizes.values())) != 1:
+            raise CheckpointMismatchError(
+                f"{self.adapter.path}: the vocabulary was resized ({min(sizes)}), but "
+                f"{(missing or sorted(sizes)[1:])[0]} does not have the same rows; {INSTEAD}"
+            )
+        return next(iter(sizes.values()))
 
     def _whole(self, place: Place, key: str) -> Tensor:
         """A whole tensor in the target's dtype. Raises: CheckpointError where that overflows."""
@@ -261,9 +302,17 @@ class _Import:
         pair = self.places.pair(edit.place)
         scan = scans[pair.target.name]
         if edit.whole is not None:
-            states = self.target.read(pair.target.name), self._whole(edit.place, edit.whole)
-            self._note_rounding(edit, states[1])
-            encoded = encode_lossless(pair, scan, states, b"")
+            pair, whole = (
+                self._whole_pair(edit.place, edit.whole),
+                self._whole(edit.place, edit.whole),
+            )
+            self._note_rounding(edit, whole)
+            before, added = self.target.read(pair.target.name), b""
+            if pair.resized:
+                rows = pair.common_rows
+                added = encode_rows(whole[rows:]) if whole.shape[0] > rows else b""
+                before, whole = before[:rows], whole[:rows]
+            encoded = encode_lossless(pair, scan, (before, whole), added)
             return encoded.record, encoded.payload
         codec = "factors" if edit.factors else "zero"
         draft = draft_record(pair, scan, codec, len(edit.factors), 0)
@@ -283,11 +332,31 @@ class _Import:
             for record, payload in changed_files(self.target, self.adapter.weights)
             if record.name not in _NOT_LEARNED and not self._says_the_same(record.name)
         ]
-        if self.parted:
-            untied = self.target.config | {"tie_word_embeddings": False}
-            text = json.dumps(untied, indent=2, sort_keys=True) + "\n"
+        if self.parted or self.tokens is not None:
+            text = json.dumps(self._changed_config(), indent=2, sort_keys=True) + "\n"
             files.insert(0, encode_file("config.json", text.encode(), config))
         return files
+
+    def _changed_config(self) -> dict[str, Any]:
+        """config.json where tied tensors parted or the vocabulary was resized.
+
+        Raises: CheckpointMismatchError where it has no place for the number of tokens.
+        """
+        config = copy.deepcopy(self.target.config)
+        if self.parted:
+            config["tie_word_embeddings"] = False
+        if self.tokens is not None:
+            nested = config.get("text_config")
+            holders = [part for part in (config, nested) if isinstance(part, dict)]
+            sized = [part for part in holders if "vocab_size" in part]
+            if not sized:
+                raise CheckpointMismatchError(
+                    f"{self.adapter.path}: the vocabulary was resized to {self.tokens} tokens, but "
+                    f"config.json of {self.target.path} has no vocab_size; {INSTEAD}"
+                )
+            for part in sized:
+                part["vocab_size"] = self.tokens
+        return config
 
     def _says_the_same(self, name: str) -> bool:
         """Whether a JSON file differs in its spelling only, as after loading and saving it."""

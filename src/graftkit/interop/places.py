@@ -11,8 +11,9 @@ from functools import cached_property
 from graftkit.delta import Checkpoint
 from graftkit.interop.experts import Stack
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
+from graftkit.models.embeddings import input_embeddings, output_embeddings
 from graftkit.models.loading import empty_model
-from graftkit.models.views import View, checkpoint_views, find_view, live_names
+from graftkit.models.views import View, checkpoint_views, find_views, live_names
 from graftkit.packing.pairs import Pair
 
 
@@ -52,6 +53,13 @@ class Places:
         info = self.target.tensors[place.base or place.name]
         return Pair(place.name, self._role(place), info, info, place.base)
 
+    def vocabulary(self) -> list[str]:
+        """Tensors on disk that have a row for every token: the input embedding, and the head."""
+        modules = (input_embeddings(self._model), output_embeddings(self._model))
+        ids = {id(module.weight) for module in modules if module is not None}
+        state = self._model.state_dict(keep_vars=True)
+        return [name for name, role in self._roles.items() if id(state.get(role.parameter)) in ids]
+
     def stacks(self, module: str) -> list[Stack]:
         """The 3-D parameters of a live module, where every part of them is one tensor on disk."""
         found = []
@@ -62,7 +70,7 @@ class Places:
             transposed = self._roles[names[0]].transposed
             experts, rows, columns = shape
             sides = (columns, rows) if transposed else (rows, columns)
-            placed = {name: find_view(self._model, self._views, name) for name in names}
+            placed = find_views(self._model, self._views, names)
             known = {name: view for name, view in placed.items() if view is not None}
             if len(known) == len(names):
                 found.append(Stack(parameter, experts, *sides, transposed, known))

@@ -1,7 +1,7 @@
 """What every tensor of a checkpoint is for, told by the classes of the modules that own it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -11,8 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError
+from graftkit.models.embeddings import input_embeddings, output_embeddings
 from graftkit.models.loading import empty_model
-from graftkit.models.views import checkpoint_views, is_ignored, live_names
+from graftkit.models.names import SAVED_WRAPPED, unwrapped_name
+from graftkit.models.quantized import refuse_quantized
+from graftkit.models.views import checkpoint_views, is_unused, live_names
 
 # Class names, nearest module first; attention before mlp, for BertSelfOutput is both.
 _NORM = re.compile(r"Norm")
@@ -59,25 +62,26 @@ class TensorRole:
     linear: bool
 
 
-def tensor_roles(checkpoint: Checkpoint) -> dict[str, TensorRole]:
-    """The role of every tensor on disk, in the checkpoint's order; reads no weights.
+def tensor_roles(
+    checkpoint: Checkpoint, names: Sequence[str] | None = None
+) -> dict[str, TensorRole]:
+    """The role of every tensor on disk, or of `names`, in the checkpoint's order; reads no weights.
 
     Raises: CheckpointError naming the first tensor that no module of the architecture owns, or
-        whose shape differs from what config.json announces.
+        whose shape differs from what config.json announces; for a quantized checkpoint.
     """
+    refuse_quantized(checkpoint)
     model = empty_model(checkpoint)
     state = model.state_dict(keep_vars=True)
     roles = {}
-    for name, parameter in live_names(model, list(checkpoint.tensors)).items():
+    chosen = list(checkpoint.tensors) if names is None else list(names)
+    for name, parameter in live_names(model, chosen).items():
         if parameter is not None:
             roles[name] = _role(model, name, parameter, state[parameter])
-        elif is_ignored(model, name):
+        elif is_unused(model, name):
             roles[name] = TensorRole(name, ModuleKind.OTHER, "", "", False, False)
         else:
-            raise CheckpointError(
-                f"{checkpoint.path}: no module of {type(model).__name__} owns tensor {name}; "
-                "correct architectures in config.json, or remove the tensor"
-            )
+            raise CheckpointError(_unowned(checkpoint, model, name))
     for name, role in roles.items():
         expected = tuple(state[role.parameter].shape) if role.linear else ()
         if role.linear and checkpoint.tensors[name].shape != expected:
@@ -86,6 +90,17 @@ def tensor_roles(checkpoint: Checkpoint) -> dict[str, TensorRole]:
                 f"config.json makes it {list(expected)}; correct config.json"
             )
     return roles
+
+
+def _unowned(checkpoint: Checkpoint, model: PreTrainedModel, name: str) -> str:
+    """What to do about a tensor that no module owns."""
+    plain = unwrapped_name(name)
+    if plain != name:
+        return f"{checkpoint.path}: tensor {name} {SAVED_WRAPPED}"
+    return (
+        f"{checkpoint.path}: no module of {type(model).__name__} owns tensor {name}; "
+        "correct architectures in config.json, or remove the tensor"
+    )
 
 
 def tied_names(checkpoint: Checkpoint) -> dict[str, str]:
@@ -126,9 +141,9 @@ def _kind(
     # A stack of experts keeps one bias per expert, so that biases can have two dimensions.
     if dims <= 1 or attribute.endswith("bias"):
         return ModuleKind.BIAS
-    if module is model.get_input_embeddings() or isinstance(module, nn.Embedding):
+    if module is input_embeddings(model) or isinstance(module, nn.Embedding):
         return ModuleKind.EMBEDDING
-    if module is model.get_output_embeddings():  # type: ignore[no-untyped-call]
+    if module is output_embeddings(model):
         return ModuleKind.HEAD
     ancestors = list(_ancestors(model, path))
     if _is_router(module, ancestors):

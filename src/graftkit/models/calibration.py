@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from graftkit.delta import SIDE_FILES, Checkpoint
 from graftkit.errors import CheckpointError, OutputError
+from graftkit.models.embeddings import output_embeddings
 from graftkit.models.encoding import (
     MICRO_BATCH_TOKENS,
     EncodedRow,
@@ -198,7 +199,7 @@ class _Collector:
                 f"{where}: an encoder-decoder model; only models of one stack can be calibrated, "
                 "so pack it without rows"
             )
-        self.head = model.get_output_embeddings()
+        self.head = output_embeddings(model)
         self.head_keys = [HEAD]
         model.config.use_cache = False
         for name in modules:

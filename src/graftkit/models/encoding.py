@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, RowsError
+from graftkit.models.embeddings import token_embedding
 from graftkit.models.loading import load_tokenizer
 from graftkit.rows import Row, batches_by_length, encode_row, sample_rows
 
@@ -87,8 +88,8 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def vocabulary_size(model: Any) -> int:
-    """Rows of the input embedding."""
-    size: int = model.get_input_embeddings().weight.shape[0]
+    """Rows of the input embedding. Raises: CheckpointError where there is none."""
+    size: int = token_embedding(model).weight.shape[0]
     return size
 
 

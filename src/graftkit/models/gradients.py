@@ -26,6 +26,7 @@ from graftkit.models.backward import (
     visit_logits,
 )
 from graftkit.models.calibration import CovarianceStore, Progress, job_digest
+from graftkit.models.embeddings import output_embeddings, token_embedding
 from graftkit.models.encoding import (
     EncodedRow,
     encode_rows,
@@ -91,7 +92,7 @@ def collect_sensitivities(
         encoded = encode_rows(tokenizer, rows, SENSITIVITY_TOKENS, seed, model, checkpoint.name)
         collector = _Collector(model, modules, seed, checkpoint.name)
         batches = backward_batches(model, list(map(len, encoded)), BACKWARD_TOKENS)
-        if model.get_output_embeddings() is None:
+        if output_embeddings(model) is None:
             batches = []
         for done, batch in enumerate(batches):
             report(done, len(batches))
@@ -123,9 +124,9 @@ class _Collector:
         self.scored_tokens = 0
         self.ids = self.scored = torch.empty(0)
         prepare_backward(model)
-        self.head = model.get_output_embeddings()
+        self.head = output_embeddings(model)
         self.head_names = []
-        model.get_input_embeddings().register_forward_hook(self._start)
+        token_embedding(model).register_forward_hook(self._start)
         for name in modules:
             module = submodule(model, name, where)
             if module is self.head:

@@ -15,6 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint
 from graftkit.errors import CheckpointError
+from graftkit.models.names import SAVED_WRAPPED, unwrapped_name
 
 # What from_pretrained raises for a configuration, a file or a tensor it cannot use.
 _LOAD_ERRORS = (
@@ -81,6 +82,11 @@ def empty_model(reference: str | Path | Checkpoint) -> PreTrainedModel:
     return empty
 
 
+def class_name(checkpoint: Checkpoint) -> str:
+    """Name of the class that the checkpoint is loaded by. Raises: CheckpointError."""
+    return type(empty_model(checkpoint)).__name__
+
+
 def load_tokenizer(reference: str | Path | Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory or Hub id.
 
@@ -131,6 +137,9 @@ def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
             trust_remote_code=False,
             **options,
         )
+    wrapped = [key for key in report["unexpected_keys"] if unwrapped_name(key) != key]
+    if report["missing_keys"] and wrapped:
+        raise CheckpointError(f"{checkpoint.path}: tensor {min(wrapped)} {SAVED_WRAPPED}")
     if report["missing_keys"]:
         raise CheckpointError(
             f"{checkpoint.path}: {min(report['missing_keys'])} is missing, and "

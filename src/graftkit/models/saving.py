@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint
 from graftkit.errors import CheckpointError, OutputError
-from graftkit.models.views import checkpoint_views, find_view, is_ignored
+from graftkit.models.views import checkpoint_views, find_views, is_unused
 from graftkit.sharded import write_checkpoint
 
 
@@ -23,7 +23,8 @@ class CheckpointWriter:
     """
 
     def __init__(self, model: Any, origin: Checkpoint):
-        self.model, self.origin, self.views = model, origin, checkpoint_views(model)
+        self.model, self.origin = model, origin
+        self.views = find_views(model, checkpoint_views(model), list(origin.tensors))
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> None:
         """Write a folder; it appears whole or not at all, and takes the place of an older one.
@@ -45,10 +46,10 @@ class CheckpointWriter:
             shutil.rmtree(partial, ignore_errors=True)
 
     def _tensor(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
-        view = find_view(self.model, self.views, name)
+        view = self.views[name]
         dtype = self.origin.tensors[name].dtype
         if view is None:
-            if not is_ignored(self.model, name):
+            if not is_unused(self.model, name):
                 raise CheckpointError(
                     f"{self.origin.path}: {name} is no part of one parameter of "
                     f"{type(self.model).__name__}, so what it learned cannot be written; save the "

@@ -7,7 +7,7 @@ alias, so that what comes out still says where in which parameter it lies.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from graftkit.errors import CheckpointError
+from graftkit.models.siblings import owned_by_sibling
 
 
 @dataclass(frozen=True)
@@ -105,18 +106,35 @@ def checkpoint_views(model: PreTrainedModel) -> dict[str, View]:
 
 
 def find_view(model: PreTrainedModel, views: Mapping[str, View], name: str) -> View | None:
-    """The view of checkpoint tensor `name`, also where the checkpoint was saved by another class.
+    """The view of one checkpoint tensor. See `find_views`."""
+    return find_views(model, views, [name])[name]
+
+
+def find_views(
+    model: PreTrainedModel, views: Mapping[str, View], names: Sequence[str]
+) -> dict[str, View | None]:
+    """The views of checkpoint tensors, also of those that another class or version saved.
 
     GPT2Model saves `h.0...`, GPT2LMHeadModel `transformer.h.0...`; both load into the other. Old
-    names (`gamma` for `weight`) are known as well. None when the model has no such tensor.
+    names (`gamma` for `weight`) are known as well, and names of the live model (experts stacked
+    in one tensor). None for a tensor that the model does not have.
     """
     prefix = f"{model.base_model_prefix}."
-    for candidate in (name, prefix + name, name.removeprefix(prefix)):
-        if candidate in views:
-            return views[candidate]
-    live = live_name(model, name)
-    whole = [view for view in views.values() if live in view.owners and view.whole]
-    return whole[0] if whole else None
+
+    def saved(name: str) -> View | None:
+        candidates = (name, prefix + name, name.removeprefix(prefix))
+        return next((views[other] for other in candidates if other in views), None)
+
+    found = {name: saved(name) for name in names}
+    unknown = [name for name, view in found.items() if view is None]
+    if unknown:
+        state = model.state_dict(keep_vars=True)
+        owners = _owners(state)
+        for name, (live, converted) in _resolve(model, state, unknown).items():
+            if live is not None and not converted:
+                whole = _blank(state[live], "meta")
+                found[name] = _view(name, live, owners[live], whole, whole.shape)
+    return found
 
 
 def live_name(model: PreTrainedModel, name: str) -> str | None:
@@ -126,30 +144,47 @@ def live_name(model: PreTrainedModel, name: str) -> str | None:
 
 def live_names(model: PreTrainedModel, names: list[str]) -> dict[str, str | None]:
     """`live_name` of many tensors at once."""
+    state = model.state_dict(keep_vars=True)
+    return {name: live for name, (live, _) in _resolve(model, state, names).items()}
+
+
+def _resolve(
+    model: PreTrainedModel, state: dict[str, Tensor], names: list[str]
+) -> dict[str, tuple[str | None, bool]]:
+    """The live parameter of every tensor, and whether transformers converts it on the way."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state = model.state_dict(keep_vars=True)
     prefix = model.base_model_prefix
 
-    def resolve(name: str) -> str | None:
+    def resolve(name: str) -> tuple[str | None, bool]:
         for rules in ((renamings, converters), ([], [])):
-            renamed, _ = rename_source_key(name, *rules, prefix, state)
+            renamed, converter = rename_source_key(name, *rules, prefix, state)
             if renamed in state:
-                return renamed
-        return None
+                return renamed, converter is not None
+        return None, False
 
     return {name: resolve(name) for name in names}
 
 
 def is_ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether the model's class knows tensor `name` from old checkpoints and does not use it."""
+    """Whether tensor `name`, which no module owns, is a buffer or layer that the class left out."""
     patterns = {
         *(model._keys_to_ignore_on_load_unexpected or ()),
         r"rotary_emb\.inv_freq",
         r"(^|\.)position_ids$",
+        r"\.(attn|attention)\.(masked_)?bias$",  # causal masks of GPT-2 and its relatives
     }
     return any(re.search(pattern, name) for pattern in patterns)
+
+
+def is_unused(model: PreTrainedModel, name: str) -> bool:
+    """Whether transformers leaves tensor `name` alone when it loads a model of this class.
+
+    Such are buffers of old checkpoints, and what other classes of the same model have: the file of
+    bert-base-uncased holds a head and a pooler that BertForMaskedLM has not.
+    """
+    return is_ignored(model, name) or owned_by_sibling(model, name)
 
 
 class _KeepViews(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ from graftkit.compress.codecs import (
     split_payload,
 )
 from graftkit.compress.energy import output_energy
-from graftkit.delta import TENSOR_DIGEST_HEX, Checkpoint, tensor_bytes
+from graftkit.delta import TENSOR_DIGEST_HEX, Checkpoint, difference, tensor_bytes
 from graftkit.packing.measure import Scan
 from graftkit.packing.pairs import Pair
 from graftkit.skillpack.manifest import TensorRecord
@@ -69,7 +69,11 @@ def encode_appended(pair: Pair, tuned: Checkpoint) -> bytes:
     """Rows of a grown vocabulary that the target lacks, lossless."""
     if not pair.resized or pair.tuned.shape[0] <= pair.target.shape[0]:
         return b""
-    rows = tuned.read(pair.tuned.name)[pair.target.shape[0] :]
+    return encode_rows(tuned.read(pair.tuned.name)[pair.target.shape[0] :])
+
+
+def encode_rows(rows: Tensor) -> bytes:
+    """Rows that have nothing to be compared with, lossless."""
     return encode_exact(rows.contiguous(), torch.zeros_like(rows))
 
 
@@ -99,7 +103,7 @@ def encode_lossy(
         statistics: covariance (n, n) or None; bases (matrices, side, k) or None.
         weighted: measure the bound's distortion under the covariance.
     """
-    delta = _delta(states)
+    delta = difference(states[1], states[0])
     covariance, bases = statistics
     lost = (1.0, 1.0) if bool(delta.any()) else (0.0, 0.0)
     nothing = _finish(pair, scan, "zero", b"", appended, lost)
@@ -131,11 +135,8 @@ def remeasured(
 
     None where it decodes to weights that the tuned dtype does not hold.
     """
-    return _measured(pair, scan, states, _delta(states), covariance, (codec, body, b""))
-
-
-def _delta(states: tuple[Tensor, Tensor]) -> Tensor:
-    return states[1].to(torch.float32, copy=True).sub_(states[0])
+    delta = difference(states[1], states[0])
+    return _measured(pair, scan, states, delta, covariance, (codec, body, b""))
 
 
 def _measured(

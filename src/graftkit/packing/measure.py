@@ -17,7 +17,7 @@ from graftkit.compress.energy import output_energy
 from graftkit.compress.feedback import cholesky
 from graftkit.compress.lowrank import eigenbasis, right_rows
 from graftkit.compress.quantize import feedback_gain
-from graftkit.delta import FLOAT_DTYPES, Checkpoint, tensor_digest
+from graftkit.delta import FLOAT_DTYPES, Checkpoint, all_finite, difference, tensor_digest
 from graftkit.errors import CheckpointError
 from graftkit.models.architecture import ModuleKind
 from graftkit.models.calibration import HEAD, CovarianceStore, collect_covariances
@@ -82,14 +82,14 @@ class Scan:
 
 
 def scan_pair(pair: Pair, target: Checkpoint, tuned: Checkpoint) -> Scan:
-    """Read both states once. Raises: CheckpointError when a weight is NaN or infinite."""
-    before, after = target.read(pair.target.name), tuned.read(pair.tuned.name)
-    for checkpoint, tensor in ((target, before), (tuned, after)):
-        if tensor.is_floating_point() and not _all_finite(tensor):
-            raise CheckpointError(
-                f"{checkpoint.path}: {pair.name} holds NaN or infinite weights; "
-                "train or save the model again"
-            )
+    """Read both states once.
+
+    Raises: CheckpointError when a weight is NaN or infinite in one state, and not alike in the
+        other.
+    """
+    before, after = pair.read_target(target), tuned.read(pair.tuned.name)
+    if before.is_floating_point() and after.is_floating_point():
+        _check_finite(pair, (target, before), (tuned, after))
     digests = tensor_digest(before), tensor_digest(after)
     same = digests[0] == digests[1] and before.dtype == after.dtype and not pair.resized
     if not same and pair.tuned.dtype not in FLOAT_DTYPES:
@@ -119,6 +119,28 @@ def is_extreme(before: Tensor, after: Tensor) -> bool:
             return True
     largest = min(LARGEST_DELTA, most / 8)
     return not (SMALLEST_DELTA <= delta <= largest or delta == 0) or result > most / 2
+
+
+def _check_finite(
+    pair: Pair, target: tuple[Checkpoint, Tensor], tuned: tuple[Checkpoint, Tensor]
+) -> None:
+    """Weights that are NaN or infinite must be the same in both states: they are unchanged."""
+    odd = [not all_finite(target[1]), not all_finite(tuned[1])]
+    if not any(odd):
+        return
+    before, after, added = target[1].to(tuned[1].dtype), tuned[1], tuned[1].new_zeros(0)
+    if pair.resized:
+        rows = pair.common_rows
+        before, after, added = before[:rows], after[:rows], after[rows:]
+    places = ~(before.isfinite() & after.isfinite())
+    alike = tensor_digest(before[places]) == tensor_digest(after[places])
+    if alike and all_finite(added):
+        return
+    checkpoint = target[0] if odd[0] and not odd[1] else tuned[0]
+    raise CheckpointError(
+        f"{checkpoint.path}: {pair.name} holds NaN or infinite weights that the other model has "
+        "not; train or save the model again"
+    )
 
 
 @dataclass(frozen=True)
@@ -280,7 +302,7 @@ def measure_pair(
     """
     before, after = states
     covariance = metric.covariance
-    delta = after.to(torch.float32, copy=True).sub_(before)
+    delta = difference(after, before)
     layout: Layout = pair.layout
     count, shape = matrix_shape(pair.common_shape, layout)
     energies, norms = np.zeros(min(shape)), np.zeros(min(shape))
@@ -291,7 +313,8 @@ def measure_pair(
         norms += values.numpy() if covariance is None else _squared_norms(matrix, basis)
         bases.append(basis)
     work.write_array(basis_name(index), torch.stack(bases).numpy())
-    output = sum(output_energy(part, covariance) for part in matrices(after, layout))
+    finite = after if all_finite(after) else after.nan_to_num(0.0, 0.0, 0.0)
+    output = sum(output_energy(part, covariance) for part in matrices(finite, layout))
     facts = {
         "shape": shape,
         "count": count,
@@ -343,11 +366,6 @@ def _kept_energy(delta: Tensor) -> list[tuple[float, float]]:
     return [
         (share, float(ordered[min(last, round(share * last))]) / total) for share in PRUNE_SHARES
     ]
-
-
-def _all_finite(tensor: Tensor) -> bool:
-    flat = tensor.reshape(-1)
-    return all(bool(torch.isfinite(part).all()) for part in torch.split(flat, _SAMPLE))
 
 
 def job_key(scans: list[Scan], settings: Mapping[str, object]) -> str:

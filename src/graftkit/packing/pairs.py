@@ -2,15 +2,20 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from graftkit.compress.codecs import Layout, matrix_shape
 from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, TensorInfo
 from graftkit.errors import CheckpointMismatchError
+from graftkit.models.aligned import AlignedCheckpoint, align
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
 
 SMALLEST_LOSSY = 4096
 """Matrices of fewer weights are stored exactly: side information would eat the saving."""
+
+ZEROS = ""
+"""Base of a tensor for which the target's class has no place: it is compared with zeros."""
 
 _LOSSY_KINDS = (
     ModuleKind.ATTENTION,
@@ -27,7 +32,7 @@ class Pair:
 
     name: tensor name in the result. role: its place in the model. target, tuned: where the two
     states lie; `base` is None where the target has this tensor itself, else the name of the
-    target tensor it is compared with (a head that training untied from the embedding).
+    target tensor it is compared with (a head that training untied from the embedding), or `ZEROS`.
     """
 
     name: str
@@ -40,6 +45,18 @@ class Pair:
     def resized(self) -> bool:
         """The vocabulary grew or shrank."""
         return self.target.shape != self.tuned.shape
+
+    @property
+    def resizes_vocabulary(self) -> bool:
+        """Whether only rows of a vocabulary came or went; a new extent elsewhere is another model.
+
+        A vocabulary grows to at most twice its size, or by 65,536 tokens.
+        """
+        before, after = self.target.shape, self.tuned.shape
+        biases = len(before) == 1 and self.role.kind is ModuleKind.BIAS
+        rows = bool(before) and len(before) == len(after) and before[1:] == after[1:]
+        fits = rows and after[0] <= max(2 * before[0], before[0] + 65_536)
+        return fits and (self.gathered or biases)
 
     @property
     def common_rows(self) -> int:
@@ -79,9 +96,15 @@ class Pair:
         """Embedding or head: pruned rather than factored by the paper's recipe."""
         return self.role.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD)
 
+    def read_target(self, target: Checkpoint) -> Tensor:
+        """What the target has, or zeros where it has nothing to compare with."""
+        if self.base == ZEROS:
+            return torch.zeros(self.target.shape, dtype=DTYPES[self.target.dtype])
+        return target.read(self.target.name)
+
     def read(self, target: Checkpoint, tuned: Checkpoint) -> tuple[Tensor, Tensor]:
         """The common rows of both states; the target's cast to the tuned dtype."""
-        before = target.read(self.target.name).to(DTYPES[self.tuned.dtype])
+        before = self.read_target(target).to(DTYPES[self.tuned.dtype])
         after = tuned.read(self.tuned.name)
         if self.resized:
             return before[: self.common_rows], after[: self.common_rows]
@@ -93,17 +116,11 @@ def match_tensors(target: Checkpoint, tuned: Checkpoint) -> tuple[Pair, ...]:
 
     Raises: CheckpointMismatchError naming the first thing in which the two models differ.
     """
-    kinds = [checkpoint.config.get("model_type") for checkpoint in (target, tuned)]
-    if kinds[0] != kinds[1]:
-        raise CheckpointMismatchError(
-            f"{tuned.path}: a {kinds[1]} model, but the target {target.path} is {kinds[0]}; "
-            "a pack needs two states of one model"
-        )
+    tuned = align(target, tuned)
     roles = tensor_roles(target)
-    shared = tied_names(tuned)
     pairs = []
     for name, info in target.tensors.items():
-        other = tuned.tensors.get(name) or tuned.tensors.get(shared.get(name, ""))
+        other = tuned.tensors.get(name)
         if other is None:
             raise CheckpointMismatchError(
                 f"{tuned.path}: lacks tensor {name}, which the target {target.path} has; "
@@ -116,21 +133,28 @@ def match_tensors(target: Checkpoint, tuned: Checkpoint) -> tuple[Pair, ...]:
     return tuple(sorted(pairs, key=lambda pair: pair.name))
 
 
-def _added_pairs(target: Checkpoint, tuned: Checkpoint) -> list[Pair]:
-    """Tensors that only the tuned model has: a head that training untied from the embedding."""
+def _added_pairs(target: Checkpoint, tuned: AlignedCheckpoint) -> list[Pair]:
+    """Tensors that only the tuned model has.
+
+    A head that training untied from the embedding is compared with that; what the target's class
+    has no place for, such as the score head of a classifier, is compared with zeros.
+    """
     added = [name for name in tuned.tensors if name not in target.tensors]
     if not added:
         return []
-    roles, owners = tensor_roles(tuned), tied_names(target)
+    roles, owners = tensor_roles(tuned, added), tied_names(tuned) | tied_names(target)
     pairs = []
     for name in added:
-        owner = owners.get(name)
-        if owner is None or owner not in target.tensors:
+        info, owner = tuned.tensors[name], owners.get(name)
+        if owner in target.tensors:
+            pairs.append(Pair(name, roles[name], target.tensors[owner], info, owner))
+        elif name in tuned.new:
+            pairs.append(Pair(name, roles[name], info, info, ZEROS))
+        else:
             raise CheckpointMismatchError(
                 f"{tuned.path}: has tensor {name}, which the target {target.path} lacks; "
                 "a pack needs two states of one model"
             )
-        pairs.append(Pair(name, roles[name], target.tensors[owner], tuned.tensors[name], owner))
     return pairs
 
 
@@ -142,19 +166,8 @@ def _check_pair(pair: Pair, tuned: Checkpoint) -> None:
             f"{tuned.path}: {pair.name} is {after.dtype}, in the target it is {before.dtype}; "
             f"expected one of {', '.join(FLOAT_DTYPES)} in both (dequantize the model first)"
         )
-    # Only a vocabulary may change its size: a new extent anywhere else is another model.
-    vocabulary = pair.gathered or (len(before.shape) == 1 and pair.role.kind is ModuleKind.BIAS)
-    same_tail = before.shape[1:] == after.shape[1:] and len(before.shape) == len(after.shape)
-    if before.shape != after.shape and not (
-        vocabulary and same_tail and before.shape and _is_vocabulary(pair)
-    ):
+    if pair.resized and not pair.resizes_vocabulary:
         raise CheckpointMismatchError(
             f"{tuned.path}: {pair.name} is {list(after.shape)}, in the target it is "
             f"{list(before.shape)}; a pack needs two states of one model"
         )
-
-
-def _is_vocabulary(pair: Pair) -> bool:
-    """A vocabulary grows to at most twice its size, or by 65,536 tokens."""
-    before, after = pair.target.shape[0], pair.tuned.shape[0]
-    return after <= max(2 * before, before + 65_536)

@@ -13,9 +13,11 @@ from graftkit.compress.bound import waterfilling_bits
 from graftkit.compress.codecs import Precision, matrix_shape
 from graftkit.config import PackConfig
 from graftkit.delta import Checkpoint
+from graftkit.errors import CheckpointMismatchError
+from graftkit.models.aligned import align
 from graftkit.models.architecture import ModuleKind, tied_names
 from graftkit.models.encoding import usable_tokenizer
-from graftkit.models.loading import stream_model
+from graftkit.models.loading import class_name, stream_model
 from graftkit.packing.assemble import GENERATOR, Assembly, Stored
 from graftkit.packing.correct import correct_codes
 from graftkit.packing.encode import (
@@ -70,11 +72,11 @@ class PackingJob:
         prompts: Sequence[str],
         progress: Progress,
     ):
-        self.target, self.tuned, self.config = target, tuned, config
+        self.target, self.tuned, self.config = target, align(target, tuned), config
         self.calibration, self.prompts, self.progress = calibration, prompts, progress
-        self.pairs = match_tensors(target, tuned)
+        self.pairs = match_tensors(target, self.tuned)
         self.files = changed_files(target, tuned)
-        self.tied_owners = set(tied_names(tuned).values())
+        self.tied_owners = set(tied_names(self.tuned).values())
         largest = max(pair.target.numel for pair in self.pairs)
         self.gate = MemoryGate(largest)
         budget = config.parsed_budget
@@ -155,6 +157,7 @@ class PackingJob:
     def _calibrate(self) -> tuple[Activity | None, CalibrationInfo | None]:
         if self.calibration is None or self.config.recipe == "lossless":
             return None, None
+        self._check_same_class()
         modules = sorted(
             {
                 pair.role.module
@@ -165,6 +168,18 @@ class PackingJob:
         weighing = self.config.recipe == "auto"
         seed, folder = self.config.seed, self.work.path
         return watch(self.tuned, self.calibration, modules, seed, folder, weighing, self.progress)
+
+    def _check_same_class(self) -> None:
+        """Rows run through the tuned model by the target's module names.
+
+        Raises: CheckpointMismatchError for two classes.
+        """
+        target, tuned = (class_name(checkpoint) for checkpoint in (self.target, self.tuned))
+        if target != tuned:
+            raise CheckpointMismatchError(
+                f"{self.tuned.path}: a {tuned}, and the target is a {target}; rows need two models "
+                "of one class, so pack without calibration"
+            )
 
     def _router_key(self) -> RouterKey | None:
         """The key of the prompts, fitted on the target; None where there are no prompts."""

@@ -18,6 +18,7 @@ from graftkit.compress.coded import CodedFactors, store_factors
 from graftkit.compress.codes import LARGEST_CODE
 from graftkit.compress.rates import bits_per_unit
 from graftkit.delta import Checkpoint
+from graftkit.models.embeddings import input_embeddings, output_embeddings
 from graftkit.models.encoding import submodule
 
 _FREE_CODES, _CODES_PER_VALUE = 2**25, 0.35
@@ -148,7 +149,7 @@ class _Latent:
 def _serves_as_head(model: Any, module: nn.Module) -> bool:
     """The tied input embedding; positions have embeddings too."""
     tied = model.config.get_text_config().tie_word_embeddings
-    found = model.get_output_embeddings() is not None and module is model.get_input_embeddings()
+    found = output_embeddings(model) is not None and module is input_embeddings(model)
     return bool(tied and found)
 
 

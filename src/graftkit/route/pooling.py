@@ -159,10 +159,11 @@ def _behind_layer(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
 
 def _layers(model: Any) -> nn.ModuleList:
     """The layers of a model, in the order they run. Raises: CheckpointError."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise CheckpointError(
-        f"{type(model).__name__} has no list of {count} layers; a router reads transformers only"
+        f"{type(model).__name__} has no list of {count or 'hidden'} layers; a router reads "
+        "transformers only"
     )

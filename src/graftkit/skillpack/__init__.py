@@ -24,7 +24,7 @@ from graftkit.compress.codecs import (
 from graftkit.compress.coded import CodedFactors, load_factors
 from graftkit.compress.factors import Factors
 from graftkit.compress.factors import load as load_plain_factors
-from graftkit.delta import DTYPES, Checkpoint, check_digest
+from graftkit.delta import DTYPES, Checkpoint, check_digest, difference
 from graftkit.errors import ConfigError, CorruptPackError, GraftError, PackMismatchError
 from graftkit.skillpack.container import (
     build_header,
@@ -169,10 +169,11 @@ class SkillPack:
         with _naming(record):
             common = self._decode_common(record, weight)
             if not record.appended_bytes:
-                return common if record.codec == "zero" else _finite(common)
+                return common if record.codec == "zero" else _finite(common, weight)
             extra = record.result_shape[0] - record.shape[0]
             zeros = torch.zeros((extra, *record.shape[1:]), dtype=weight.dtype)
-            return _finite(torch.cat([common, decode_exact(self._parts(record)[1], zeros)]))
+            added = _finite(decode_exact(self._parts(record)[1], zeros))
+            return torch.cat([_finite(common, weight), added])
 
     def rebuild(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """`decode` against what `read` gives for the target tensor that the record needs."""
@@ -190,11 +191,11 @@ class SkillPack:
                 body, _ = self._parts(record)
                 shape = tuple(weight.shape)
                 return _finite(decode_delta(record.codec, body, shape, record.layout))
-        tuned = self.decode(name, target).float()
+        tuned = self.decode(name, target)
         if not record.appended_bytes:
-            return tuned.sub_(weight)
-        tuned[: weight.shape[0]] -= weight
-        return tuned
+            return difference(tuned, weight)
+        common = difference(tuned[: weight.shape[0]], weight)
+        return torch.cat([common, tuned[weight.shape[0] :].float()])
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """left (out, r) and right (r, in), δ = left @ right in (out, in) orientation, float32.
@@ -333,11 +334,18 @@ class SkillPack:
         return weight if record.tuned_shape is None else weight[: self._common_shape(record)[0]]
 
 
-def _finite(tensor: Tensor) -> Tensor:
-    """Refuse what no writer wrote: packing takes finite weights only. Raises: CorruptPackError."""
-    if tensor.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
+def _finite(tensor: Tensor, target: Tensor | None = None) -> Tensor:
+    """Refuse what no writer wrote: NaN or infinite weights where the target's are finite.
+
+    Where the target's are not, they are unchanged to the bit.
+
+    Raises: CorruptPackError.
+    """
+    if not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
+        return tensor
+    if target is None or not bool((tensor.isfinite() | ~target.isfinite()).all()):
         raise CorruptPackError("the payload decodes to NaN or infinite weights")
-    return tensor
+    return torch.where(target.isfinite(), tensor, target)
 
 
 @contextmanager
