@@ -259,7 +259,6 @@ class _Import:
 
     def _files(self) -> list[tuple[FileRecord, bytes]]:
         """Tokenizer files that the adapter changed, and the config where tied tensors parted."""
-        config = self.target.side_file("config.json")
         files = [
             (record, payload)
             for record, payload in changed_files(self.target, self.adapter.weights)
@@ -268,7 +267,7 @@ class _Import:
         if self.parted:
             untied = self.target.config | {"tie_word_embeddings": False}
             text = json.dumps(untied, indent=2, sort_keys=True) + "\n"
-            files.insert(0, encode_file("config.json", text.encode(), config))
+            files.insert(0, encode_file("config.json", text.encode(), None))
         return files
 
     def _says_the_same(self, name: str) -> bool:

@@ -17,7 +17,7 @@ from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint
 from graftkit.errors import CheckpointError
 
 # What from_pretrained raises for a configuration, a file or a tensor it cannot use.
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
@@ -90,7 +90,7 @@ def load_tokenizer(reference: str | Path | Checkpoint) -> PreTrainedTokenizerBas
     try:
         with quiet():
             return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(
             f"{path}: no usable tokenizer ({_first_line(error)}); "
             "save the tokenizer into the model directory"
@@ -180,7 +180,7 @@ def quiet() -> Iterator[None]:
 def _one_line_errors(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint.path}: transformers cannot load it ({_first_line(error)}); "
             "check config.json and the weight files"

@@ -9,6 +9,9 @@ from graftkit.delta import SIDE_FILES, Checkpoint
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
 from graftkit.skillpack.manifest import FileRecord
 
+# Read where a pack is attached: a live model has no folder in which the target's file would be.
+_STORED_WHOLE = ("config.json", "generation_config.json")
+
 
 def changed_files(target: Checkpoint, tuned: Checkpoint) -> list[tuple[FileRecord, bytes]]:
     """Records and payloads of the side files that `tuned` has otherwise than `target`."""
@@ -16,7 +19,7 @@ def changed_files(target: Checkpoint, tuned: Checkpoint) -> list[tuple[FileRecor
     for name in SIDE_FILES:
         new, old = tuned.side_file(name), target.side_file(name)
         if new is not None and new != old:
-            changed.append(encode_file(name, new, old))
+            changed.append(encode_file(name, new, None if name in _STORED_WHOLE else old))
     return changed
 
 
