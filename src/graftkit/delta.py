@@ -5,6 +5,7 @@ BLAKE3 digest of every tensor's bytes and one digest over all of them.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftkit.errors import CheckpointError, PackMismatchError
+from graftkit.side_files import HUB_PATTERNS, SIDE_FILES
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
@@ -35,22 +37,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 
-# Everything that can change what a tokenizer or a generation does; a pack carries those that
-# the tuned model changed. Only these names are ever written next to merged weights.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -153,14 +139,26 @@ class Checkpoint:
             raise CheckpointError(f"{info.file}: cannot read {name}: {error}") from error
 
     def side_file(self, name: str) -> bytes | None:
-        """Bytes of one of `SIDE_FILES`, or None where the directory lacks it."""
+        """Bytes of a side file, or None where the directory lacks it."""
         file = self.path / name
         return file.read_bytes() if file.is_file() else None
 
     def side_files(self) -> dict[str, bytes]:
-        """Contents of all side files that the directory has, by name."""
+        """Contents of the `SIDE_FILES` that the directory has, by name."""
         found = {name: self.side_file(name) for name in SIDE_FILES}
         return {name: content for name, content in found.items() if content is not None}
+
+
+def count_weights(infos: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Number of weights by dtype, as torch calls it, of (safetensors dtype, weights) pairs.
+
+    Of floating dtypes only, where there are any.
+    """
+    counts: Counter[str] = Counter()
+    for dtype, numel in infos:
+        counts[str(DTYPES[dtype]).removeprefix("torch.")] += numel
+    floats = {name: n for name, n in counts.items() if getattr(torch, name).is_floating_point}
+    return floats or dict(counts)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -223,7 +221,7 @@ def _locate(reference: str) -> tuple[Path, str, str | None]:
         folder = snapshot_download(
             repository,
             revision=revision or None,
-            allow_patterns=["*.safetensors", _INDEX, *SIDE_FILES],
+            allow_patterns=["*.safetensors", _INDEX, *HUB_PATTERNS],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

@@ -257,15 +257,18 @@ def _settings(
             "the target's, and the target's was not found; load the model from the target's "
             "folder, or pack again"
         ) from error
-    if content is None:
-        return None
+    return None if content is None else parse_settings(name, content)
+
+
+def parse_settings(name: str, content: bytes | None) -> dict[str, Any]:
+    """The object in a JSON file of a pack. Raises: CorruptPackError."""
     try:
-        settings = json.loads(content)
+        settings = json.loads(content or b"")
     except (ValueError, RecursionError) as error:
         raise CorruptPackError(f"side file {name} is not JSON ({error})") from error
     if not isinstance(settings, dict):
         raise CorruptPackError(f"side file {name} is not a JSON object")
-    return settings
+    return dict(settings)
 
 
 def _loaded_file(model: PreTrainedModel, name: str) -> bytes | None:
