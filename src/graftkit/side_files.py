@@ -120,6 +120,11 @@ def is_tokenizer_file(name: str) -> bool:
     return name in _TOKENIZER_FILES or (is_side_file(name) and not is_other)
 
 
+def is_template(name: str) -> bool:
+    """Whether a side file shapes conversations only, not the tokens of a plain prompt."""
+    return name.endswith(".jinja") or name == "chat_template.json"
+
+
 class CarriedFiles(Mapping[str, bytes]):
     """The files of a checkpoint that is written from a target, by name; read when they are asked
     for.

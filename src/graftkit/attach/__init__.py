@@ -2,7 +2,8 @@
 
 live        which models packs can be attached to
 check       is this model the target, and where does each tensor belong
-configuration  a tuned config.json: undone with the weights, or refused
+configuration  a tuned config.json, undone with the weights, or refused
+tokenizers  the tokenizer of a tuned model, out of its pack
 merged      one pack in the model's own parameters, originals kept
 side        packs beside the model, chosen row by row of a batch
 modules     what packs do in one module

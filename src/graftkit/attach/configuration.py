@@ -75,6 +75,30 @@ def check_configuration(model: PreTrainedModel, pack: SkillPack) -> None:
         )
 
 
+def tuned_generation(
+    model: PreTrainedModel, pack: SkillPack, tuned: PretrainedConfig | None = None
+) -> Any:
+    """The generation settings of the merged checkpoint; the model's own where they are the same.
+
+    Args:
+        tuned: the tuned configuration: without a generation_config.json it makes the settings.
+    Raises: AttachError, CorruptPackError.
+    """
+    own = model.generation_config
+    settings = _settings(model, pack, GENERATION, None)
+    make: Any = GenerationConfig
+    try:
+        if settings is not None:
+            return make.from_dict(settings)
+        from_config = tuned is not None and getattr(own, "_from_model_config", False)
+        return make.from_model_config(tuned) if from_config else own
+    except LOAD_ERRORS as error:
+        raise AttachError(
+            f"{GENERATION} of {pack.manifest.tuned.name} cannot be used "
+            f"({' '.join(str(error).split())}); pack the model again"
+        ) from error
+
+
 class TunedConfiguration:
     """What config.json and generation_config.json of a pack change in a live model."""
 
@@ -86,10 +110,9 @@ class TunedConfiguration:
         """Make the changes. Raises: AttachError naming the keys, CorruptPackError; call `undo`."""
         settings = _settings(self._model, self._pack, CONFIG, None)
         tuned = None if settings is None else _configuration(self._model, self._pack, settings)
-        generation = _settings(self._model, self._pack, GENERATION, None)
         if tuned is not None:
             self._apply_configuration(tuned)
-        self._apply_generation(generation, tuned)
+        self._apply_generation(tuned)
 
     def undo(self) -> None:
         """Restore everything, last change first; a second call does nothing."""
@@ -178,24 +201,13 @@ class TunedConfiguration:
                 owner, source = getattr(owner, step), getattr(source, step)
             self._entry(vars(owner), key, vars(source).get(key, _MISSING))
 
-    def _apply_generation(
-        self, settings: dict[str, Any] | None, tuned: PretrainedConfig | None
-    ) -> None:
+    def _apply_generation(self, tuned: PretrainedConfig | None) -> None:
         own = getattr(self._model, "generation_config", None)
         if own is None:
             return
-        make: Any = GenerationConfig
-        try:
-            if settings is not None:
-                self._entry(vars(self._model), "generation_config", make.from_dict(settings))
-            elif tuned is not None and getattr(own, "_from_model_config", False):
-                made = make.from_model_config(tuned)
-                self._entry(vars(self._model), "generation_config", made)
-        except LOAD_ERRORS as error:
-            raise AttachError(
-                f"{GENERATION} of {self._pack.manifest.tuned.name} cannot be used "
-                f"({' '.join(str(error).split())}); pack the model again"
-            ) from error
+        made = tuned_generation(self._model, self._pack, tuned)
+        if made is not own:
+            self._entry(vars(self._model), "generation_config", made)
 
     def _submodule(self, path: str, keys: Sequence[str]) -> nn.Module:
         try:
