@@ -25,7 +25,7 @@ from graftkit.models.configuration import (
     computing_keys,
     may_compute,
     plain_attributes,
-    skeleton,
+    skeletons,
     tuned_config,
     volatile_buffers,
 )
@@ -126,7 +126,7 @@ class TunedConfiguration:
             self._set_configuration(live, live, tuned)
             return
         try:
-            base, built = (skeleton(type(self._model), part) for part in (live, tuned))
+            base, built = skeletons(type(self._model), live, tuned)
             differences = compare_models(base, built)
             if differences.structure or tuned.model_type != live.model_type:
                 self._refuse(computing_keys(type(self._model), live, tuned) or keys)

@@ -7,7 +7,9 @@ searched for its name as well.
 """
 
 import inspect
+import itertools
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
@@ -64,11 +66,13 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 # A configuration comes out of a file that anybody may have made: what is built from it is bounded.
 _LARGEST_INTEGER = 2**24
-_MOST_PARAMETERS = 100_000
+_EXTRA_PARAMETERS = 1_000
+_REAL = re.compile(r"theta|base|scal|factor|max_(length|size)")  # reals, and no counts
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-# What the base classes do before and behind a forward pass: load, save, sample.
-_NOT_FORWARD = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation")
+# What the base classes do before and behind a forward pass: load, save, sample. Layers of torch
+# are looked at one by one, since what one reads is nothing to another.
+_NOT_FORWARD = ("builtins", "torch.", "transformers.modeling_utils", "transformers.generation")
 _SET_UP = ("__init__", "_init_weights", "post_init", "extra_repr")
 
 
@@ -98,6 +102,7 @@ def tuned_config(config: PretrainedConfig, settings: dict[str, Any]) -> Pretrain
 
     Raises: UnknownEffectError for settings that the class refuses.
     """
+    _check_integers(settings)
     try:
         with quiet():
             tuned: Any = type(config).from_dict(deepcopy(settings))
@@ -105,27 +110,50 @@ def tuned_config(config: PretrainedConfig, settings: dict[str, Any]) -> Pretrain
             tuned._experts_implementation = config._experts_implementation
     except (*LOAD_ERRORS, RecursionError) as error:
         raise UnknownEffectError(f"{type(config).__name__} refuses it: {_reason(error)}") from error
-    before = vars(config)
-    for key, value in vars(tuned).items():
-        if isinstance(value, int) and value > _LARGEST_INTEGER and value != before.get(key):
-            raise UnknownEffectError(f"{key} is {value}, at most {_LARGEST_INTEGER} is supported")
     result: PretrainedConfig = tuned
     return result
 
 
-def skeleton(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A model of that configuration whose parameters are empty and whose buffers have values.
+def _check_integers(settings: dict[str, Any], path: str = "") -> None:
+    """Raises: UnknownEffectError for numbers of layers, labels or positions that no model has."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            _check_integers(value, f"{path}{key}.")
+        elif isinstance(value, int) and value > _LARGEST_INTEGER and not _REAL.search(key):
+            raise UnknownEffectError(
+                f"{path}{key} is {value}; at most {_LARGEST_INTEGER} is supported"
+            )
+
+
+def skeletons(
+    model_class: type[PreTrainedModel], before: PretrainedConfig, after: PretrainedConfig
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two models of one class, the second built within bounds that the first one sets.
 
     Raises: UnknownEffectError.
     """
+    base = skeleton(model_class, before)
+    most = 2 * sum(1 for _ in base.parameters()) + _EXTRA_PARAMETERS
+    return base, skeleton(model_class, after, most)
+
+
+def skeleton(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, most: int = sys.maxsize
+) -> PreTrainedModel:
+    """A model of that configuration whose parameters are empty and whose buffers have values.
+
+    Args:
+        most: parameters that it may have.
+    Raises: UnknownEffectError.
+    """
     thread = threading.get_ident()
-    room = iter(range(_MOST_PARAMETERS))
+    room = itertools.count()
 
     def empty(module: nn.Module, name: str, parameter: Any) -> Any:
         if threading.get_ident() != thread or parameter is None or parameter.is_meta:
             return None
-        if next(room, None) is None:
-            raise ValueError(f"it has more than {_MOST_PARAMETERS} parameters")
+        if next(room) >= most:
+            raise ValueError(f"it has more than {most} parameters")
         return nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(empty)
@@ -196,7 +224,7 @@ def computing_keys(
     changed = [pair for pair in changed_keys(before, after) if not _is_inert(pair[1])]
     if not changed:
         return []
-    base, tuned = skeleton(model_class, before), skeleton(model_class, after)
+    base, tuned = skeletons(model_class, before, after)
     names = _names_read(base) | _names_read(tuned)
     built = _computes(compare_models(base, tuned), base, names)
     found = [
@@ -257,19 +285,30 @@ def _computes(differences: Differences, base: nn.Module, names: set[str]) -> boo
     if differences.buffers or differences.replaced or differences.structure:
         return True
     return any(
-        attribute in names - _ROW_COUNTS and not _TRAINING.search(attribute)
+        _is_read(base.get_submodule(path), attribute, names)
         for path, attribute in differences.attributes
-        # A plain embedding looks at its padding_idx in the backward pass only.
-        if not isinstance(base.get_submodule(path), (nn.Embedding, nn.modules.dropout._DropoutNd))
     )
+
+
+def _is_read(module: nn.Module, attribute: str, names: set[str]) -> bool:
+    """Whether a forward pass in eval mode may read an attribute of a module."""
+    if attribute in _ROW_COUNTS or _TRAINING.search(attribute):
+        return False
+    # An embedding looks at its padding_idx in the backward pass, dropout at its p in training.
+    if attribute == "padding_idx" and isinstance(module, nn.Embedding):
+        return attribute in names and type(module) is not nn.Embedding
+    if attribute == "p" and isinstance(module, nn.modules.dropout._DropoutNd):
+        return False
+    classes = [cls for cls in type(module).__mro__ if _is_of_torch(cls)]
+    own = [_names_of(value) for cls in classes for value in vars(cls).values()]
+    return attribute in names.union(*own)
 
 
 def _names_read(model: PreTrainedModel) -> set[str]:
     """Every attribute that the code of a forward pass may read of a module or configuration."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
-    owned = [cls for cls in classes if cls.__module__ != "builtins" and not _is_foreign(cls)]
-    sources = {inspect.getmodule(cls) for cls in owned if not cls.__module__.startswith("torch.")}
-    sources |= {masking_utils, cache_utils}
+    owned = [cls for cls in classes if not cls.__module__.startswith(_NOT_FORWARD)]
+    sources = {inspect.getmodule(cls) for cls in owned} | {masking_utils, cache_utils}
     kinds = [vars(module).get("rope_type") for module in model.modules()]
     if any(kind in str(found) for kind in _LENGTH_DEPENDENT_ROPE for found in kinds):
         sources.add(rope_utils)
@@ -282,8 +321,8 @@ def _names_read(model: PreTrainedModel) -> set[str]:
     return names
 
 
-def _is_foreign(cls: type) -> bool:
-    return cls.__module__.startswith(_NOT_FORWARD)
+def _is_of_torch(cls: type) -> bool:
+    return cls.__module__.startswith("torch.nn.") and cls is not nn.Module
 
 
 def _own_functions(module: ModuleType) -> list[Any]:
