@@ -5,6 +5,7 @@ BLAKE3 digest of every tensor's bytes and one digest over all of them.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftkit.errors import CheckpointError, PackMismatchError
+from graftkit.side_files import HUB_PATTERNS, SIDE_FILES
 from graftkit.weight_files import ADAPTER_CONFIG, INDEX, describe_file, weight_files
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -38,22 +40,6 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 _CHECKED_AT_ONCE = 2**22
 _QUANTIZED_DTYPES = ("F8_", "F6_", "F4")
 
-# Everything that can change what a tokenizer or a generation does; a pack carries those that
-# the tuned model changed. Only these names are ever written next to merged weights.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 # Read to say what a repository without a model is.
 _TELLTALES = (ADAPTER_CONFIG, "modules.json", "model_index.json")
 
@@ -169,12 +155,12 @@ class Checkpoint:
             raise CheckpointError(f"{info.file}: cannot read {name}: {error}") from error
 
     def side_file(self, name: str) -> bytes | None:
-        """Bytes of one of `SIDE_FILES`, or None where the directory lacks it."""
+        """Bytes of a side file, or None where the directory lacks it."""
         file = self.path / name
         return file.read_bytes() if file.is_file() else None
 
     def side_files(self) -> dict[str, bytes]:
-        """Contents of all side files that the directory has, by name."""
+        """Contents of the `SIDE_FILES` that the directory has, by name."""
         found = {name: self.side_file(name) for name in SIDE_FILES}
         return {name: content for name, content in found.items() if content is not None}
 
@@ -203,6 +189,18 @@ def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(dtype)
     upper = (tensor.contiguous().view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(tensor.isnan(), upper, tensor.to(dtype))
+
+
+def count_weights(infos: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """Number of weights by dtype, as torch calls it, of (safetensors dtype, weights) pairs.
+
+    Of floating dtypes only, where there are any.
+    """
+    counts: Counter[str] = Counter()
+    for dtype, numel in infos:
+        counts[str(DTYPES[dtype]).removeprefix("torch.")] += numel
+    floats = {name: n for name, n in counts.items() if getattr(torch, name).is_floating_point}
+    return floats or dict(counts)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -266,7 +264,7 @@ def _locate(reference: str) -> tuple[Path, str, str | None]:
         folder = snapshot_download(
             repository,
             revision=revision or None,
-            allow_patterns=["*.safetensors", INDEX, *_TELLTALES, *SIDE_FILES],
+            allow_patterns=["*.safetensors", INDEX, *_TELLTALES, *HUB_PATTERNS],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]

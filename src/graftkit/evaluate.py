@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from graftkit.attach import attached
+from graftkit.attach.tokenizers import tuned_tokenizer
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, RowsError
 from graftkit.models.encoding import (
@@ -100,6 +101,7 @@ def compare(
         )
     pack = pack if isinstance(pack, SkillPack) else SkillPack.load(pack)
     tokenizer, target_tokenizer = usable_tokenizer(tuned), usable_tokenizer(target)
+    own = tuned_tokenizer(target, pack)
     model: Any = load_model(target, torch.float32)
     stages = 4 if model.can_generate() else 1
     tell = progress or (lambda done, total: None)
@@ -114,7 +116,7 @@ def compare(
     tuned_model: Any = load_model(tuned, torch.float32)
     goal = answers(tuned_model, tokenizer, 1)
     with attached(model, pack):
-        after = answers(model, tokenizer, 2)
+        after = answers(model, own, 2)
         fidelity = token_fidelity(tuned_model, model, tokenizer, rows, report(stages - 1))
     return Comparison(
         **asdict(fidelity),

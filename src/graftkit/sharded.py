@@ -77,6 +77,7 @@ def write_checkpoint(
     shards.append(_save(folder, shard, len(shards)))
     _name_shards(folder, shards)
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
         (folder / name).write_bytes(content)
     step_done(len(names))
 

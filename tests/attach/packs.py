@@ -22,6 +22,7 @@ class MemoryPack(SkillPack):
             tensors=tuple(records),
             target=SimpleNamespace(name=name),
             tuned=SimpleNamespace(name="tuned"),
+            files=(),
         )
         self._records = {record.name: record for record in records}
         self.tuned = {}

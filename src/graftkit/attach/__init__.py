@@ -2,6 +2,8 @@
 
 live        which models packs can be attached to
 check       is this model the target, and where does each tensor belong
+configuration  a tuned config.json, undone with the weights, or refused
+tokenizers  the tokenizer of a tuned model, out of its pack
 merged      one pack in the model's own parameters, originals kept
 side        packs beside the model, chosen row by row of a batch
 modules     what packs do in one module
@@ -21,6 +23,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from graftkit.attach.check import LiveTarget, check_packs
+from graftkit.attach.configuration import check_configuration
 from graftkit.attach.live import Uncopied, attachment_of, check_model, claimed, release
 from graftkit.attach.merged import MergedWeights
 from graftkit.attach.mixtures import Choice, Gate, choose_rows
@@ -79,6 +82,7 @@ class Attachment(Uncopied):
         """
         paths = self._side_paths()
         check_packs(self._target, [pack])
+        check_configuration(self.model, pack)
         paths.add(self._next, pack)
         self.packs[self._next] = pack
         self._next += 1

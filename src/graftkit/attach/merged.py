@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftkit.attach.check import Change, LiveTarget, find_changes
+from graftkit.attach.configuration import TunedConfiguration
 from graftkit.delta import DTYPE_NAMES
 from graftkit.errors import AttachError
 from graftkit.models.embeddings import input_embeddings
@@ -30,6 +31,9 @@ class MergedWeights:
 
     def apply(self) -> None:
         """Write all changed tensors. Raises: AttachError; call `undo` then."""
+        configuration = TunedConfiguration(self._target.model, self._pack)
+        self._undo.append(configuration.undo)
+        configuration.apply()
         changes = find_changes(self._target, self._pack)
         split = _split_from_owner(changes)
         with torch.no_grad():

@@ -223,14 +223,20 @@ def merge(
     evaluations: Evaluations = None,
     state: State = None,
     task_rows: TaskRows = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Also copy the target's files of code.")
+    ] = False,
     json_output: show.Json = False,
 ) -> None:
-    """Write target + packs as an ordinary Hugging Face checkpoint."""
+    """Write target + packs as an ordinary Hugging Face checkpoint.
+
+    Every file of the target that is neither weight nor code comes along.
+    """
     from graftkit.cli.fusing import merge_files, mixing, print_merged
 
     settings = {"scaling": scaling, "density": density, "select": select, "ratio": ratio}
     choice = mixing(method, weights, state, task_rows, seed=seed, **settings)
-    result = merge_files(target, files, output, choice, search, evaluations)
+    result = merge_files(target, files, output, choice, search, evaluations, trust_remote_code)
     show.json_or(json_output, result, lambda: print_merged(result))
 
 

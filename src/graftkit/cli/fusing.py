@@ -9,6 +9,7 @@ from rich.table import Table
 
 from graftkit.cli import show
 from graftkit.cli.packing import parse_weights
+from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError, OutputError
 from graftkit.fuse.heatmap import draw_interference
 from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
@@ -18,6 +19,7 @@ from graftkit.fuse.methods import IN_TURN, check_weights, find_method
 from graftkit.fuse.packing import fuse_packs
 from graftkit.fuse.search import EVALUATIONS, search_weights
 from graftkit.rows import read_rows
+from graftkit.side_files import code_names
 from graftkit.skillpack.summary import pack_summary
 
 
@@ -28,13 +30,22 @@ def merge_files(
     choice: dict[str, Any],
     search: Path | None,
     evaluations: int | None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Merge into a folder; `choice` is what `mixing` gives."""
     with show.progress() as report:
         found = _searched(target, files, choice, search, evaluations, report)
         merge = merge_in_turn if choice["method"] in IN_TURN else merge_packs
-        merge(target, files, output, progress=report, **choice)
-    return _result(output, files, choice) | found
+        merge(
+            target,
+            files,
+            output,
+            progress=report,
+            trust_remote_code=trust_remote_code,
+            **choice,
+        )
+    left = [] if trust_remote_code else code_names(Checkpoint.open(target).path)
+    return _result(output, files, choice) | found | {"left_out": left}
 
 
 def fuse_files(
@@ -100,6 +111,8 @@ def print_merged(result: dict[str, Any]) -> None:
     """After `merge`."""
     _print_search(result)
     show.merged(Path(result["output"]), len(result["packs"]))
+    if result["left_out"]:
+        print(f"without {', '.join(result['left_out'])}: --trust-remote-code copies code, too")
 
 
 def print_fused(result: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from graftkit.attach import attached
+from graftkit.attach.tokenizers import tuned_tokenizer
 from graftkit.delta import Checkpoint
 from graftkit.errors import AttachError, ConfigError
 from graftkit.library import Library
@@ -15,6 +16,7 @@ from graftkit.route import TARGET, Route, Router
 from graftkit.route.centroid import CentroidRouter
 from graftkit.route.fixed import FixedRouter
 from graftkit.route.key import RouterKey
+from graftkit.side_files import is_template
 from graftkit.skillpack import SkillPack
 
 
@@ -46,6 +48,9 @@ def generate_answers(
 ) -> list[dict[str, Any]]:
     """Greedy answers: of the target without packs, else one per pack, in their order.
 
+    Each answers as its merged checkpoint would: packs that bring a tokenizer or settings of their
+    own run alone, all others in one batch.
+
     Args:
         route: "auto", a file's name without its ending, or "target": only what it chooses answers.
     Raises: ConfigError for a route that cannot be; AttachError for a model that cannot generate.
@@ -59,9 +64,27 @@ def generate_answers(
     if route is not None:
         chosen = _chosen(model, tokenizer, files, packs, route, prompt)
         files, packs = [files[i] for i in chosen], [packs[i] for i in chosen]
+    if not packs:
+        [text] = _texts(model, tokenizer, [], prompt, max_new_tokens)
+        return [{"pack": None, "text": text}]
+    together = [i for i, pack in enumerate(packs) if _is_weights_only(pack)]
+    texts: dict[int, str] = {}
+    if together:
+        chosen_packs = [packs[i] for i in together]
+        found = _texts(model, tokenizer, chosen_packs, prompt, max_new_tokens)
+        texts = dict(zip(together, found, strict=True))
+    for i in set(range(len(packs))) - texts.keys():
+        own = tuned_tokenizer(checkpoint, packs[i])
+        [texts[i]] = _texts(model, own, [packs[i]], prompt, max_new_tokens)
+    return [{"pack": file.name, "text": texts[i]} for i, file in enumerate(files)]
+
+
+def _texts(
+    model: Any, tokenizer: Any, packs: list[SkillPack], prompt: str, max_new_tokens: int
+) -> list[str]:
+    """One answer for each pack, or that of the target, in one batch."""
     ids = torch.tensor([tokenizer.encode(prompt)])
-    count = max(1, len(packs))
-    batch = ids.repeat(count, 1)
+    batch = ids.repeat(max(1, len(packs)), 1)
     options: dict[str, Any] = {
         "attention_mask": torch.ones_like(batch),
         "max_new_tokens": max_new_tokens,
@@ -70,9 +93,13 @@ def generate_answers(
         "eos_token_id": tokenizer.eos_token_id,
     }
     output = _generate(model, batch, packs, options)
-    texts = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    names: list[str | None] = [file.name for file in files] or [None]
-    return [{"pack": name, "text": text} for name, text in zip(names, texts, strict=True)]
+    texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def _is_weights_only(pack: SkillPack) -> bool:
+    """Whether a pack has the target's tokenizer and settings: only then it can share a batch."""
+    return all(is_template(file.name) for file in pack.manifest.files)
 
 
 def _chosen(

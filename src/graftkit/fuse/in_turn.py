@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graftkit.compress.codecs import Layout
-from graftkit.delta import Checkpoint
+from graftkit.delta import Checkpoint, count_weights
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import replaced_file
 from graftkit.fuse.importance import measure_importances
@@ -21,8 +21,10 @@ from graftkit.fuse.kif import Kif
 from graftkit.fuse.memory import Header, Taken, read_memory, write_memory
 from graftkit.fuse.merging import (
     Progress,
+    check_computation,
     check_shapes,
     check_token_ids,
+    merge_note,
     pack_digest,
     write_mixture,
 )
@@ -30,6 +32,7 @@ from graftkit.fuse.opcm import Opcm
 from graftkit.fuse.packing import check_output, pack_merged
 from graftkit.fuse.running import Running, Skill
 from graftkit.rows import Row
+from graftkit.side_files import written_files
 from graftkit.skillpack import SkillPack
 
 RULES: dict[str, type[Running]] = {rule.method: rule for rule in (Opcm, Kif)}
@@ -47,6 +50,7 @@ def merge_in_turn(
     state: str | Path | None = None,
     rows: TaskRows | None = None,
     progress: Progress | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write target + what the packs in this order, after those of the state, leave behind.
 
@@ -58,6 +62,7 @@ def merge_in_turn(
         method: opcm or kif. state: a file that is read if it is there, and then written; None
             begins anew and remembers nothing.
         rows: kif only: rows of each pack's task, to measure what matters for it.
+        trust_remote_code: files of code come along, too.
     Returns: output_dir.
     Raises: PackMismatchError for a pack or state of another target, packs that change shapes or
         differ in the tokenizer; ConfigError for an unknown method, a pack that was taken already or
@@ -65,6 +70,7 @@ def merge_in_turn(
         Nothing is written in any of these cases.
     """
     with _turns(target, packs, method, state, rows, progress) as turns:
+        turns.code = trust_remote_code
         return write_mixture(turns, Path(output_dir), progress)
 
 
@@ -96,11 +102,13 @@ class Turns:
 
     Attributes:
         taken: the packs so far.
+        code: whether the target's code is written, too.
     """
 
     def __init__(self, target: Checkpoint, rule: Running):
         self.target, self.rule = target, rule
         self.taken: list[Taken] = []
+        self.code = False
         self._fingerprint = ""
         self._files: dict[str, str] = {}  # digests of side files that all packs changed alike
         self._contents: dict[str, bytes] = {}
@@ -163,9 +171,12 @@ class Turns:
             raise ConfigError(f"{name}: the merged values are beyond what {before.dtype} holds")
         return result
 
-    def side_files(self) -> dict[str, bytes]:
-        """The target's side files, and those that all packs change alike."""
-        return self.target.side_files() | self._contents
+    def side_files(self) -> Mapping[str, bytes]:
+        """The target's files, and the side files that all packs change alike."""
+        infos = self.target.tensors.values()
+        weights = count_weights((info.dtype, info.numel) for info in infos)
+        note = merge_note(self.target, [taken.name for taken in self.taken])
+        return written_files(self.target.path, self._contents, weights, note, self.code)
 
     def provenance(self) -> dict[str, str]:
         """The method and every pack in its turn, for a manifest."""
@@ -190,6 +201,8 @@ class Turns:
         before = self._files if self.taken else changed
         alike = dict(before.items() & changed.items())
         check_token_ids(pack, (before.keys() | changed.keys()) - alike.keys())
+        # Deltas are projected and added here, also that of a single pack.
+        check_computation(pack, self.target, ())
         self._fingerprint, self._files = fingerprint, alike
 
 

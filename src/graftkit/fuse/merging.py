@@ -16,26 +16,20 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from graftkit.delta import Checkpoint
-from graftkit.errors import ConfigError, PackMismatchError
+from graftkit.attach.configuration import changed_computation, parse_settings
+from graftkit.delta import Checkpoint, count_weights
+from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.fuse.methods import Method, check_weights, find_method
+from graftkit.models.configuration import differing_settings
+from graftkit.models.loading import empty_model
 from graftkit.packing.job import MemoryGate
 from graftkit.sharded import fresh_folder, write_checkpoint
+from graftkit.side_files import code_names, is_tokenizer_file, written_files
 from graftkit.skillpack import SkillPack
 from graftkit.threads import in_threads
 
 Progress = Callable[[str, int, int], None]
 Packs = str | Path | SkillPack | Sequence[str | Path | SkillPack]
-
-# What decides the meaning of token ids: two packs that differ in it cannot be one model.
-_TOKENIZER_FILES = {
-    "tokenizer.json",
-    "tokenizer.model",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-}
 
 
 def merge_packs(
@@ -46,8 +40,12 @@ def merge_packs(
     progress: Progress | None = None,
     method: str = "task_arithmetic",
     settings: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write target + λ · merged deltas as a Hugging Face directory.
+
+    Every file of the target that is no weight comes along (graftkit.side_files); config.json says
+    the dtype that is written.
 
     Tensor by tensor: the peak of memory is a shard of the result, and the largest tensor's delta in
     float32 for every pack (ties and dare: with a copy). The packs' order does not matter.
@@ -58,12 +56,16 @@ def merge_packs(
         weights: one per pack, default 1 each; a pack of weight 0 takes no part.
         method: a name of `graftkit.fuse.methods.METHODS`. settings: values of its fields, such as
             {"density": 0.2, "scaling": 0.5}.
+        trust_remote_code: files of code come along, too.
     Returns: output_dir.
-    Raises: PackMismatchError when a pack is of another target, or the packs cannot be merged;
+    Raises: PackMismatchError when a pack is of another target, or the packs cannot be merged, such
+        as one whose config.json changes the computation and that is weighted or not alone;
         ConfigError for wrong weights or settings; OutputError; nothing is written in any of these
         cases.
     """
     mixture = open_mixture(target, packs, weights, method, settings)
+    mixture.check_configurations()
+    mixture.carry_code(trust_remote_code)
     return write_mixture(mixture, Path(output_dir), progress)
 
 
@@ -98,8 +100,8 @@ class Merged(Protocol):
     def tensor(self, name: str) -> Tensor:
         """One tensor of the result."""
 
-    def side_files(self) -> dict[str, bytes]:
-        """Contents of its side files by name."""
+    def side_files(self) -> Mapping[str, bytes]:
+        """Contents of all files beside its weights, by name."""
 
 
 class Mixture:
@@ -109,6 +111,7 @@ class Mixture:
         self, target: Checkpoint, packs: list[SkillPack], weights: list[float], method: Method
     ):
         self.target, self.packs, self.weights, self.method = target, packs, weights, method
+        self._code = False
         # Sums are rounded in this order, whatever the order in which packs were named.
         takes_part = [
             (pack_digest(pack), weight, pack)
@@ -162,14 +165,38 @@ class Mixture:
         exponent = math.frexp(sum(weights))[1]
         return [math.ldexp(weight, -exponent) for weight in weights]
 
-    def side_files(self) -> dict[str, bytes]:
-        """The target's side files, and those that all packs that take part change alike."""
+    def side_files(self) -> Mapping[str, bytes]:
+        """The target's files, and the side files that all packs that take part change alike."""
         packs = [pack for _, _, pack in self._parts]
-        files = self.target.side_files()
-        if not packs:
-            return files
-        changed = packs[0].side_files(self.target)
-        return files | {name: changed[name] for name in _changed_alike(packs)}
+        changed = packs[0].side_files(self.target) if packs else {}
+        alike = {name: changed[name] for name in _changed_alike(packs)}
+        names = [pack.manifest.tuned.name for pack in packs]
+        return written_files(
+            self.target.path, alike, self._written(), merge_note(self.target, names), self._code
+        )
+
+    def _written(self) -> dict[str, int]:
+        """Number of weights of the result by dtype."""
+        if self._kept is None:
+            infos = self.target.tensors.values()
+            return count_weights((info.dtype, info.numel) for info in infos)
+        records = self._kept.manifest.tensors
+        return count_weights((record.result_dtype, record.numel) for record in records)
+
+    def carry_code(self, allowed: bool) -> None:
+        """Have the target's code come along. Raises: PackMismatchError where a pack's differs."""
+        self._code = allowed
+        for pack in self.packs if allowed else ():
+            check_code(pack, self.target)
+
+    def check_configurations(self) -> None:
+        """Raises: PackMismatchError for a change of the computation that is weighted, or that only
+        some packs make."""
+        parts = [pack for _, _, pack in self._parts]
+        if self._kept is None:
+            alike = _changed_alike(parts) if len(parts) > 1 else set()
+            for pack in parts:
+                check_computation(pack, self.target, alike)
 
     def check_addable(self) -> None:
         """Raises: PackMismatchError for packs whose deltas cannot be weighted or summed."""
@@ -192,17 +219,61 @@ def check_shapes(pack: SkillPack) -> None:
 def check_token_ids(pack: SkillPack, unlike: Iterable[str]) -> None:
     """Raises: PackMismatchError where one of the files that packs change differently, or not at
     all, is the tokenizer's."""
-    for name in sorted(_TOKENIZER_FILES.intersection(unlike)):
+    for name in sorted(filter(is_tokenizer_file, unlike)):
         raise PackMismatchError(
             f"{name}: the pack of {pack.manifest.tuned.name} changes the tokenizer otherwise than "
             "another, or not at all, so their token ids differ; merge it alone"
         )
 
 
+def check_computation(pack: SkillPack, target: Checkpoint, alike: Iterable[str]) -> None:
+    """Raises: PackMismatchError where the pack's config.json, not among the files that all packs
+    change `alike`, changes what the model computes."""
+    if "config.json" in alike:
+        return
+    keys = config_changes(pack, target)
+    if keys:
+        raise PackMismatchError(
+            f"config.json of {pack.manifest.tuned.name} has another {', '.join(keys)}, which "
+            "changes what the model computes and cannot be weighted or added; merge this pack alone"
+        )
+
+
+def config_changes(pack: SkillPack, target: Checkpoint) -> list[str]:
+    """Keys of the pack's config.json that change, or may change, what the model computes."""
+    if all(file.name != "config.json" for file in pack.manifest.files):
+        return []
+    try:
+        model = empty_model(target)
+    except CheckpointError:  # an architecture that this transformers cannot build
+        content = pack.side_file("config.json", lambda: target.side_file("config.json"))
+        return differing_settings(target.config, parse_settings("config.json", content))
+    return changed_computation(model, pack, target.side_file)
+
+
+def check_code(pack: SkillPack, target: Checkpoint) -> None:
+    """Raises: PackMismatchError where the tuned model had other code than the target."""
+    own = {part.name for part in pack.manifest.omitted} & set(code_names(target.path))
+    if own:
+        raise PackMismatchError(
+            f"{min(own)}: the code of {pack.manifest.tuned.name} differs from the target's, and a "
+            "pack holds no code; merge without --trust-remote-code, and copy its code by hand"
+        )
+
+
+def merge_note(target: Checkpoint, names: Sequence[str]) -> str:
+    """What a merged model's card begins with."""
+    packs = ", ".join(names) or "no pack"
+    return (
+        f"Merged by graftkit from {target.name} and {packs}. What follows is the card of "
+        f"{target.name}."
+    )
+
+
 def _changed_alike(packs: Sequence[SkillPack]) -> set[str]:
     """Names of the side files that every pack changes to the same content."""
     changes = [{(file.name, file.blake3) for file in pack.manifest.files} for pack in packs]
-    return {name for name, _ in set.intersection(*changes)}
+    return {name for name, _ in set.intersection(*changes)} if changes else set()
 
 
 def pack_digest(pack: SkillPack) -> str:

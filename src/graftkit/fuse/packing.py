@@ -46,6 +46,7 @@ def fuse_packs(
     """
     output = check_output(Path(file))
     mixture = open_mixture(target, packs, weights, method, settings)
+    mixture.check_configurations()
     name = f"{method}-of-{len(mixture.packs)}-packs"
     licences = [pack.manifest.licence for pack in mixture.packs]
     provenance = _provenance(mixture, method)

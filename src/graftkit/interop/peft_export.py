@@ -16,6 +16,7 @@ from graftkit.compress.codecs import Layout, matrices
 from graftkit.delta import DTYPES, Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.evaluate import TokenFidelity, token_fidelity
+from graftkit.fuse.merging import config_changes
 from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from graftkit.interop.peft_import import Progress, read_lora
 from graftkit.interop.peft_loading import loadable_modules
@@ -140,6 +141,12 @@ class _Export:
         loadable = loadable_modules(target, linear.values(), self._config(linear)) if linear else ()
         self.linear = [record for record in changed if linear.get(record.name) in loadable]
         self.rest = [record for record in changed if linear.get(record.name) not in loadable]
+        keys = config_changes(pack, target)
+        if keys:
+            raise ConfigError(
+                f"config.json of {pack.manifest.tuned.name} has another {', '.join(keys)}, which "
+                "changes what the model computes, and a LoRA cannot carry that; use graftkit merge"
+            )
         if not self.linear:
             raise ConfigError(
                 f"the pack of {pack.manifest.tuned.name} changes no linear layer that PEFT would "

@@ -326,7 +326,6 @@ class _Import:
 
     def _files(self) -> list[tuple[FileRecord, bytes]]:
         """Tokenizer files that the adapter changed, and the config where tied tensors parted."""
-        config = self.target.side_file("config.json")
         files = [
             (record, payload)
             for record, payload in changed_files(self.target, self.adapter.weights)
@@ -334,7 +333,7 @@ class _Import:
         ]
         if self.parted or self.tokens is not None:
             text = json.dumps(self._changed_config(), indent=2, sort_keys=True) + "\n"
-            files.insert(0, encode_file("config.json", text.encode(), config))
+            files.insert(0, encode_file("config.json", text.encode(), None))
         return files
 
     def _changed_config(self) -> dict[str, Any]:

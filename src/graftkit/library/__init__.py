@@ -18,11 +18,13 @@ from tempfile import TemporaryDirectory
 from threading import RLock
 from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overload
 
+from graftkit.attach.tokenizers import check_tokenizer
 from graftkit.delta import Checkpoint
 from graftkit.distill.config import located
 from graftkit.distill.pipeline import run_distill
 from graftkit.distill.reading import read_config
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
+from graftkit.fuse.merging import config_changes
 from graftkit.library.answers import Answer, Mix, generate_texts, unanswerable
 from graftkit.library.audit import Audit, audit_pack
 from graftkit.library.folder import CLASSIFIER, LEARNING, PackFolder
@@ -147,7 +149,8 @@ class Library:
                 of one that it has.
             update: the name may be taken; the pack becomes its next version.
         Raises: PackFormatError; PackMismatchError for a pack of another target, or one that
-            changes the vocabulary's size; ConfigError for the name or too few prompts;
+            changes the vocabulary's size, the tokens of a text, or by its config.json what the
+            model computes; ConfigError for the name or too few prompts;
             LibraryError, OutputError. The library is then as before.
         """
         file = Path(file)
@@ -385,6 +388,17 @@ class Library:
                     f"{file}: changes the shape of {record.name}, so it cannot serve beside other "
                     "packs; attach or merge it alone"
                 )
+        if not pack.manifest.files:
+            return
+        checkpoint = self.checkpoint()
+        check_tokenizer(checkpoint, pack)
+        keys = config_changes(pack, checkpoint)
+        if keys:
+            raise PackMismatchError(
+                f"{file}: config.json of {pack.manifest.tuned.name} has another "
+                f"{', '.join(keys)}, which changes what every row of a batch computes, so it "
+                "cannot serve beside other packs; attach or merge it alone"
+            )
 
 
 def _check_options(mix: str, max_new_tokens: int) -> None:

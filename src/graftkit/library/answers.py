@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graftkit.evaluate import BATCH_TOKENS
-from graftkit.library.live import LiveLibrary
+from graftkit.library.live import LiveLibrary, Voice
 from graftkit.library.memory import Mixture
 from graftkit.models.encoding import pad_id
 from graftkit.route import Route
@@ -59,8 +59,9 @@ def generate_texts(
     """
     texts = [""] * len(prompts)
     limits = [_room(live, ids, max_new_tokens) for ids in prompts]
+    voices = [live.voice(mixture) for mixture in mixtures]
     for part in live.memory.parts(mixtures):
-        for rows in _batches(part, prompts, limits):
+        for rows in _batches(part, prompts, list(zip(limits, voices, strict=True))):
             chosen = [prompts[row] for row in rows], [mixtures[row] for row in rows]
             found = _generate(live, *chosen, mix, limits[rows[0]])
             for row, text in zip(rows, found, strict=True):
@@ -69,14 +70,22 @@ def generate_texts(
 
 
 def _batches(
-    part: Sequence[int], prompts: Sequence[list[int]], limits: Sequence[int]
+    part: Sequence[int], prompts: Sequence[list[int]], ends: Sequence[tuple[int, Voice]]
 ) -> Iterator[list[int]]:
-    """Rows of similar length; an answer must not be cut short for the sake of another row."""
-    for limit in sorted({limits[row] for row in part}):
-        alike = [row for row in part if limits[row] == limit]
-        lengths = [len(prompts[row]) + limit for row in alike]
+    """Rows of similar length; an answer must not be cut short for the sake of another row.
+
+    Args:
+        ends: of each row, the most tokens of its answer, and what else decides when it ends.
+    """
+    for end in dict.fromkeys(sorted((ends[row] for row in part), key=_end_order)):
+        alike = [row for row in part if ends[row] == end]
+        lengths = [len(prompts[row]) + end[0] for row in alike]
         for batch in batches_by_length(lengths, BATCH_TOKENS):
             yield [alike[place] for place in batch]
+
+
+def _end_order(end: tuple[int, Voice]) -> tuple[int, str, str]:
+    return end[0], str(end[1].end), end[1].settings
 
 
 def _room(live: LiveLibrary, ids: Sequence[int], max_new_tokens: int) -> int:
@@ -94,22 +103,28 @@ def _generate(
 ) -> list[str]:
     ids, mask = pad_batch(prompts, pad_id(live.tokenizer), left=True)
     ids, mask = ids.to(live.model.device), mask.to(live.model.device)
+    voices = [live.voice(mixture) for mixture in mixtures]
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
         "pad_token_id": pad_id(live.tokenizer),
-        "eos_token_id": live.tokenizer.eos_token_id,
+        "eos_token_id": voices[0].end,
     }
-    if mix == "deltas":
-        live.memory.route(mixtures)
-        output = live.model.generate(ids, attention_mask=mask, **options)
-    else:
-        shares = [_with_target(live, mixture) for mixture in mixtures]
-        output = generate_averaged(live.model, live.attachment, ids, mask, shares, **options)
-    texts: list[str] = live.tokenizer.batch_decode(
-        output[:, ids.shape[1] :], skip_special_tokens=True
-    )
-    return texts
+    own, live.model.generation_config = live.model.generation_config, voices[0].generation
+    try:
+        if mix == "deltas":
+            live.memory.route(mixtures)
+            output = live.model.generate(ids, attention_mask=mask, **options)
+        else:
+            shares = [_with_target(live, mixture) for mixture in mixtures]
+            output = generate_averaged(live.model, live.attachment, ids, mask, shares, **options)
+    finally:
+        live.model.generation_config = own
+    written = output[:, ids.shape[1] :]
+    return [
+        str(voice.tokenizer.decode(row, skip_special_tokens=True))
+        for voice, row in zip(voices, written, strict=True)
+    ]
 
 
 def _with_target(live: LiveLibrary, mixture: Mixture) -> dict[int | None, float]:

@@ -123,7 +123,8 @@ def _score(
         found = {who: 0.0 for who in (choice, name, TARGET)}
         for who in found:
             live.use(mixtures[who])
-            found[who] = exact_match(live.model, live.tokenizer, group) * len(group)
+            reader = live.voice(mixtures[who]).tokenizer
+            found[who] = exact_match(live.model, reader, group) * len(group)
         matched["routed"] += found[choice]
         matched["oracle"] += found[name]
         matched["target"] += found[TARGET]

@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from graftkit.delta import SIDE_FILES, Checkpoint
+from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, OutputError
 from graftkit.models.embeddings import output_embeddings
 from graftkit.models.encoding import (
@@ -36,6 +36,7 @@ from graftkit.models.encoding import (
 )
 from graftkit.models.loading import stream_model
 from graftkit.rows import Row, pad_batch
+from graftkit.side_files import SIDE_FILES
 
 CALIBRATION_TOKENS = 16_384  # tokens measured: more than any input of a common layer has columns
 HEAD, TOKENS = "head", "tokens"  # store keys: H of the output head's input; token counts (vocab,)

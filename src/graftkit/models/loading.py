@@ -18,7 +18,7 @@ from graftkit.errors import CheckpointError
 from graftkit.models.names import SAVED_WRAPPED, unwrapped_name
 
 # What from_pretrained raises for a configuration, a file or a tensor it cannot use.
-_LOAD_ERRORS = (
+LOAD_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
@@ -96,7 +96,7 @@ def load_tokenizer(reference: str | Path | Checkpoint) -> PreTrainedTokenizerBas
     try:
         with quiet():
             return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(
             f"{path}: no usable tokenizer ({_first_line(error)}); "
             "save the tokenizer into the model directory"
@@ -189,7 +189,7 @@ def quiet() -> Iterator[None]:
 def _one_line_errors(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         yield
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise CheckpointError(
             f"{checkpoint.path}: transformers cannot load it ({_first_line(error)}); "
             "check config.json and the weight files"

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint
+from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, count_weights
 from graftkit.errors import CheckpointError, OutputError
 from graftkit.models.views import checkpoint_views, find_views, is_unused
 from graftkit.sharded import write_checkpoint
+from graftkit.side_files import written_files
 
 
 class CheckpointWriter:
@@ -35,7 +36,11 @@ class CheckpointWriter:
         """
         partial = folder.with_name(folder.name + ".writing")
         shutil.rmtree(partial, ignore_errors=True)
-        names, files = sorted(self.origin.tensors), self.origin.side_files()
+        names, infos = sorted(self.origin.tensors), self.origin.tensors.values()
+        weights = count_weights((info.dtype, info.numel) for info in infos)
+        called = self.origin.name
+        note = f"Trained by graftkit from {called}. What follows is the card of {called}."
+        files = written_files(self.origin.path, {}, weights, note)
         try:
             write_checkpoint(partial, names, lambda n: self._tensor(n, state), files, _nothing)
             shutil.rmtree(folder, ignore_errors=True)

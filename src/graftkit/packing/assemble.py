@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from blake3 import blake3
 
@@ -13,12 +14,14 @@ from graftkit.packing.job import WorkFolder
 from graftkit.packing.measure import Scan
 from graftkit.packing.pairs import Pair
 from graftkit.route.key import RouterKey
+from graftkit.side_files import changed_code
 from graftkit.skillpack.container import build_header, file_entry, payloads_digest
 from graftkit.skillpack.manifest import (
     ROUTER_ENTRY,
     CalibrationInfo,
     FileRecord,
     Manifest,
+    Omission,
     TargetInfo,
     TensorRecord,
     TunedInfo,
@@ -107,6 +110,13 @@ class Assembly:
         others = {file_entry(record.name): payload for record, payload in self.files if payload}
         return others if self.router is None else others | {ROUTER_ENTRY: self.router.to_bytes()}
 
+    @cached_property
+    def omitted(self) -> tuple[Omission, ...]:
+        """What the tuned model has otherwise and no pack holds: code, which would be executed."""
+        reason = "code of the tuned model, which differs from the target's"
+        names = changed_code(self.target.path, self.tuned.path)
+        return tuple(Omission(name=name, reason=reason) for name in names)
+
     def _other_sizes(self) -> dict[str, int]:
         return {name: len(payload) for name, payload in self.others().items()}
 
@@ -126,6 +136,7 @@ class Assembly:
             provenance=self.config.provenance,
             bound_bits_per_parameter=bound,
             payload_blake3=digest,
+            omitted=self.omitted,
             router=None if self.router is None else self.router.info,
             files=files,
             tensors=tuple(records),

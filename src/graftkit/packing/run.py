@@ -49,6 +49,7 @@ from graftkit.packing.recipes import plan_graftllm
 from graftkit.packing.train import Plan
 from graftkit.route.centroid import fit_key
 from graftkit.route.key import RouterKey
+from graftkit.side_files import check_carried
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.files import changed_files
 from graftkit.skillpack.manifest import (
@@ -75,6 +76,7 @@ class PackingJob:
         self.target, self.tuned, self.config = target, align(target, tuned), config
         self.calibration, self.prompts, self.progress = calibration, prompts, progress
         self.pairs = match_tensors(target, self.tuned)
+        check_carried(target.path, tuned.path)
         self.files = changed_files(target, tuned)
         self.tied_owners = set(tied_names(self.tuned).values())
         largest = max(pair.target.numel for pair in self.pairs)

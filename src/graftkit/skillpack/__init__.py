@@ -241,6 +241,19 @@ class SkillPack:
             for record in self.manifest.files
         }
 
+    def side_file(self, name: str, old: Callable[[], bytes | None]) -> bytes | None:
+        """Content of one side file of the tuned model, None where it is the target's.
+
+        Args:
+            old: gives the target's file of that name; called where the pack holds a part only.
+        Raises: CorruptPackError; PackMismatchError for a file of another target.
+        """
+        for record in self.manifest.files:
+            if record.name == name:
+                shared = record.prefix + record.suffix > 0
+                return self._side_file(record, old() if shared else None)
+        return None
+
     @property
     def router_key(self) -> tuple[RouterInfo, memoryview] | None:
         """Description and bytes of the key by which prompts find this pack, None where it has none.

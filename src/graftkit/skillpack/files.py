@@ -5,18 +5,23 @@ import zlib
 import numpy as np
 from blake3 import blake3
 
-from graftkit.delta import SIDE_FILES, Checkpoint
+from graftkit.delta import Checkpoint
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
+from graftkit.side_files import SIDE_FILES, carried_names, is_side_file
 from graftkit.skillpack.manifest import FileRecord
+
+# Read where a pack is attached: a live model has no folder in which the target's file would be.
+_STORED_WHOLE = ("config.json", "generation_config.json")
 
 
 def changed_files(target: Checkpoint, tuned: Checkpoint) -> list[tuple[FileRecord, bytes]]:
     """Records and payloads of the side files that `tuned` has otherwise than `target`."""
     changed = []
-    for name in SIDE_FILES:
+    others = [name for name in carried_names(tuned.path) if is_side_file(name)]
+    for name in dict.fromkeys((*SIDE_FILES, *others)):
         new, old = tuned.side_file(name), target.side_file(name)
         if new is not None and new != old:
-            changed.append(encode_file(name, new, old))
+            changed.append(encode_file(name, new, None if name in _STORED_WHOLE else old))
     return changed
 
 

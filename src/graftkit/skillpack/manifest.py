@@ -91,7 +91,7 @@ class FileRecord(Part):
     """A side file that the tuned model changed."""
 
     name: str
-    """One of delta.SIDE_FILES."""
+    """One of the names that section 4 allows."""
     bytes: Annotated[int, Field(ge=0, le=_MAX_FILE_BYTES)]
     """Length of the file."""
     blake3: Digest

@@ -7,8 +7,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from graftkit.delta import DTYPES, FLOAT_DTYPES, SIDE_FILES
+from graftkit.delta import DTYPES, FLOAT_DTYPES
 from graftkit.errors import CorruptPackError, PackFault
+from graftkit.side_files import is_side_file
 from graftkit.skillpack.manifest import (
     FILE_PREFIX,
     FORMAT_VERSION,
@@ -97,7 +98,7 @@ def _check_names(manifest: AnyManifest) -> None:
 def check_files(files: Sequence[FileRecord]) -> None:
     """What records of side files must keep. Raises: CorruptPackError."""
     names = [record.name for record in files]
-    bad = [name for name in names if name not in SIDE_FILES]
+    bad = [name for name in names if not is_side_file(name)]
     if bad:
         raise CorruptPackError(f"name {bad[0]!r} is not allowed", PackFault.INVALID_NAME)
     if len(set(names)) != len(names):

@@ -1,0 +1,304 @@
+"""A tuned config.json on a live model: attached, it computes what the merged checkpoint does.
+
+config.json decides what a model computes beside its weights: the base of its rotary embedding, the
+epsilon of its norms, its activation. Classes read it when they are built and when they run. What
+a class made of it is found by building the class twice (graftkit.models.configuration), and set on
+the live modules; what it reads later is set in the live configuration. All of it can be undone.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from graftkit.errors import AttachError, CorruptPackError, PackMismatchError
+from graftkit.models.configuration import (
+    Differences,
+    UnknownEffectError,
+    changed_keys,
+    compare_models,
+    computing_keys,
+    may_compute,
+    plain_attributes,
+    skeletons,
+    tuned_config,
+    volatile_buffers,
+)
+from graftkit.models.loading import LOAD_ERRORS
+from graftkit.models.values import holds_no_values
+from graftkit.skillpack import SkillPack
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+TargetFile = Callable[[str], bytes | None]
+"""Gives a side file of the target by name."""
+
+_MISSING: Any = object()
+
+
+def changed_computation(
+    model: PreTrainedModel, pack: SkillPack, target_file: TargetFile | None = None
+) -> list[str]:
+    """Keys of the pack's config.json that change, or may change, what the model computes.
+
+    Args:
+        model: the target; it may be without weights. target_file: default the files of the folder
+            that the model was loaded from.
+    Raises: AttachError where the pack's config.json cannot be read; CorruptPackError.
+    """
+    settings = _settings(model, pack, CONFIG, target_file)
+    if settings is None:
+        return []
+    tuned = _configuration(model, pack, settings)
+    try:
+        return computing_keys(type(model), model.config, tuned)
+    except UnknownEffectError:
+        return may_compute(model.config, tuned)
+
+
+def check_configuration(model: PreTrainedModel, pack: SkillPack) -> None:
+    """Refuse a pack whose config.json changes the computation, which no single row can follow.
+
+    Raises: AttachError naming the keys; as `changed_computation`.
+    """
+    keys = changed_computation(model, pack)
+    if keys:
+        raise AttachError(
+            f"{CONFIG} of {pack.manifest.tuned.name} has another {', '.join(keys)}, which changes "
+            "what every row of a batch computes, so the pack cannot be attached beside the model; "
+            'attach with mode="merged", or merge it into a checkpoint'
+        )
+
+
+def tuned_generation(
+    model: PreTrainedModel, pack: SkillPack, tuned: PretrainedConfig | None = None
+) -> Any:
+    """The generation settings of the merged checkpoint; the model's own where they are the same.
+
+    Args:
+        tuned: the tuned configuration: without a generation_config.json it makes the settings.
+    Raises: AttachError, CorruptPackError.
+    """
+    own = model.generation_config
+    settings = _settings(model, pack, GENERATION, None)
+    make: Any = GenerationConfig
+    try:
+        if settings is not None:
+            return make.from_dict(settings)
+        from_config = tuned is not None and getattr(own, "_from_model_config", False)
+        return make.from_model_config(tuned) if from_config else own
+    except LOAD_ERRORS as error:
+        raise AttachError(
+            f"{GENERATION} of {pack.manifest.tuned.name} cannot be used "
+            f"({' '.join(str(error).split())}); pack the model again"
+        ) from error
+
+
+class TunedConfiguration:
+    """What config.json and generation_config.json of a pack change in a live model."""
+
+    def __init__(self, model: PreTrainedModel, pack: SkillPack):
+        self._model, self._pack = model, pack
+        self._undo: list[Callable[[], None]] = []
+
+    def apply(self) -> None:
+        """Make the changes. Raises: AttachError naming the keys, CorruptPackError; call `undo`."""
+        settings = _settings(self._model, self._pack, CONFIG, None)
+        tuned = None if settings is None else _configuration(self._model, self._pack, settings)
+        if tuned is not None:
+            self._apply_configuration(tuned)
+        self._apply_generation(tuned)
+
+    def undo(self) -> None:
+        """Restore everything, last change first; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _apply_configuration(self, tuned: PretrainedConfig) -> None:
+        live = self._model.config
+        keys = may_compute(live, tuned)
+        if not keys:
+            self._set_configuration(live, live, tuned)
+            return
+        try:
+            base, built = skeletons(type(self._model), live, tuned)
+            differences = compare_models(base, built)
+            if differences.structure or tuned.model_type != live.model_type:
+                self._refuse(computing_keys(type(self._model), live, tuned) or keys)
+        except UnknownEffectError as error:
+            self._refuse(keys, f" ({error})")
+        with torch.no_grad():
+            self._follow(differences, base, built, keys)
+        seen: set[int] = set()
+        for places in _configurations(self._model, base, built):
+            if id(places[0]) not in seen:
+                seen.add(id(places[0]))
+                self._set_configuration(*places)
+
+    def _refuse(self, keys: Sequence[str], why: str = "") -> None:
+        raise AttachError(
+            f"{CONFIG} of {self._pack.manifest.tuned.name} has another {', '.join(keys)}, which "
+            f"makes another model of {type(self._model).__name__}{why}; merge the pack into a "
+            "checkpoint instead"
+        )
+
+    def _follow(
+        self, differences: Differences, base: nn.Module, built: nn.Module, keys: Sequence[str]
+    ) -> None:
+        """Give the live modules what the class makes of the tuned configuration."""
+        for path in differences.replaced:
+            parent, name = self._submodule(path.rpartition(".")[0], keys), path.rpartition(".")[2]
+            device = next(self._model.parameters()).device
+            self._entry(parent._modules, name, built.get_submodule(path).to(device))
+        touched = {path for path, _ in (*differences.attributes, *differences.buffers)}
+        for path in sorted(touched):
+            self._keep(self._submodule(path, keys))
+        for path, name in differences.attributes:
+            value = plain_attributes(built.get_submodule(path)).get(name, _MISSING)
+            if holds_no_values(value):
+                self._refuse(keys, f" ({path}.{name} cannot be made without weights)")
+            self._entry(vars(self._submodule(path, keys)), name, value)
+        for path, name in differences.buffers:
+            module = self._submodule(path, keys)
+            self._set_buffer(module, name, base.get_submodule(path), built.get_submodule(path))
+
+    def _keep(self, module: nn.Module) -> None:
+        """Have a module back as it is: its forward pass may go on from what is changed here.
+
+        A rotary embedding of dynamic length writes its frequencies and their length when it runs.
+        """
+        attributes, buffers = plain_attributes(module), dict(volatile_buffers(module))
+        is_leaf = not module._parameters and not module._modules
+
+        def restore() -> None:
+            for name in plain_attributes(module).keys() - attributes.keys() if is_leaf else ():
+                del vars(module)[name]
+            vars(module).update(attributes)
+            module._buffers.update(buffers)
+
+        self._undo.append(restore)
+        module._buffers.update({name: value.clone() for name, value in buffers.items()})
+
+    def _set_buffer(self, module: nn.Module, name: str, base: nn.Module, built: nn.Module) -> None:
+        live, old, new = (owner._buffers.get(name) for owner in (module, base, built))
+        if new is not None and live is not None:
+            cast = old is not None and old.dtype != live.dtype and new.is_floating_point()
+            new = new.to(live.device, live.dtype if cast else new.dtype)
+        self._entry(module._buffers, name, _MISSING if new is None else new)
+
+    def _set_configuration(
+        self, live: PretrainedConfig, base: PretrainedConfig, tuned: PretrainedConfig
+    ) -> None:
+        """Every key that differs, in one configuration object and those inside it."""
+        for path, key in list(changed_keys(base, tuned)):
+            owner, source = live, tuned
+            for step in path.split(".")[:-1]:
+                owner, source = getattr(owner, step), getattr(source, step)
+            self._entry(vars(owner), key, vars(source).get(key, _MISSING))
+
+    def _apply_generation(self, tuned: PretrainedConfig | None) -> None:
+        own = getattr(self._model, "generation_config", None)
+        if own is None:
+            return
+        made = tuned_generation(self._model, self._pack, tuned)
+        if made is not own:
+            self._entry(vars(self._model), "generation_config", made)
+
+    def _submodule(self, path: str, keys: Sequence[str]) -> nn.Module:
+        try:
+            return self._model.get_submodule(path)
+        except AttributeError:
+            self._refuse(keys, f" (the live model has no {path})")
+            raise
+
+    def _entry(self, owner: dict[str, Any], name: str, value: Any) -> None:
+        """Set or, for `_MISSING`, delete one entry; `undo` puts back the very object."""
+        original = owner.get(name, _MISSING)
+        self._undo.append(lambda: _put(owner, name, original))
+        _put(owner, name, value)
+
+
+def _put(owner: dict[str, Any], name: str, value: Any) -> None:
+    if value is _MISSING:
+        owner.pop(name, None)
+    else:
+        owner[name] = value
+
+
+def _configurations(
+    live: nn.Module, base: nn.Module, built: nn.Module
+) -> Iterator[tuple[PretrainedConfig, PretrainedConfig, PretrainedConfig]]:
+    """Every configuration that a live module holds, with what it is in the two built models."""
+    modules = [dict(model.named_modules()) for model in (live, base, built)]
+    for path, module in modules[1].items():
+        owners = [part.get(path) for part in modules]
+        for name, value in vars(module).items():
+            if isinstance(value, PretrainedConfig):
+                found = [vars(owner).get(name) for owner in owners if owner is not None]
+                if len(found) == 3 and all(isinstance(one, PretrainedConfig) for one in found):
+                    yield found[0], found[1], found[2]  # type: ignore[misc]
+
+
+def _configuration(
+    model: PreTrainedModel, pack: SkillPack, settings: dict[str, Any]
+) -> PretrainedConfig:
+    """The tuned configuration. Raises: AttachError."""
+    try:
+        return tuned_config(model.config, settings)
+    except UnknownEffectError as error:
+        raise AttachError(
+            f"{CONFIG} of {pack.manifest.tuned.name}: {error}; use a transformers that knows it"
+        ) from error
+
+
+def _settings(
+    model: PreTrainedModel, pack: SkillPack, name: str, target_file: TargetFile | None
+) -> dict[str, Any] | None:
+    """A JSON file of the pack, None where it is the target's."""
+    read = target_file or (lambda name: _loaded_file(model, name))
+    try:
+        content = pack.side_file(name, lambda: read(name))
+    except PackMismatchError as error:
+        raise AttachError(
+            f"the pack of {pack.manifest.tuned.name} holds only what its {name} has otherwise than "
+            "the target's, and the target's was not found; load the model from the target's "
+            "folder, or pack again"
+        ) from error
+    return None if content is None else parse_settings(name, content)
+
+
+def parse_settings(name: str, content: bytes | None) -> dict[str, Any]:
+    """The object in a JSON file of a pack. Raises: CorruptPackError."""
+    try:
+        settings = json.loads(content or b"")
+    except (ValueError, RecursionError) as error:
+        raise CorruptPackError(f"side file {name} is not JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise CorruptPackError(f"side file {name} is not a JSON object")
+    return dict(settings)
+
+
+def _loaded_file(model: PreTrainedModel, name: str) -> bytes | None:
+    """A file of the folder or cached repository that a model was loaded from."""
+    origin = str(getattr(model.config, "_name_or_path", "") or "")
+    if not origin:
+        return None
+    file = Path(origin) / name
+    if not file.is_file():
+        revision = getattr(model.config, "_commit_hash", None)
+        try:
+            cached = try_to_load_from_cache(origin, name, revision=revision)
+        except ValueError:
+            return None
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
