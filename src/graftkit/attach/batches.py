@@ -130,11 +130,18 @@ class Batches(Uncopied):
         """Watch the reads of an outermost call, where none like it was seen with these modules."""
         if self._running or call in self._seen_calls or not self._routing.rows.packs:
             return None
+        changed = {
+            id(getattr(path.module, attribute)): f"{name}.{attribute}"
+            for name, path in self._paths.items()
+            for attribute in path.attributes
+        }
+        # A tied weight may be read in every module that owns it, also where it is not changed.
         watch = ReadWatch(
             [
-                ChangedWeight(f"{name}.{attribute}", getattr(path.module, attribute), path.module)
-                for name, path in self._paths.items()
-                for attribute in path.attributes
+                ChangedWeight(changed[id(value)], value, module)
+                for module in self._model.modules()
+                for value in (*module._parameters.values(), *module._buffers.values())
+                if value is not None and id(value) in changed
             ]
         )
         watch.start()
