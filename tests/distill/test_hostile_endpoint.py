@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pytest
 
+from graftkit.distill.card import data_card
 from graftkit.distill.config import EndpointSource
 from graftkit.distill.records import Prompt
 from graftkit.distill.sources import endpoint, open_source
@@ -293,3 +294,21 @@ def test_what_is_no_http_or_no_error_is_a_failure_in_one_line(respond):
     with pytest.raises(SourceError) as caught:
         ask(serve(respond), timeout_seconds=5)
     assert "\n" not in str(caught.value)
+
+
+def test_a_servers_words_are_no_markup_of_the_data_card():
+    words = "<script>x</script> `code` ![a](http://b) | \x1b[2J"
+    answers = dict(answers=1, passed=1, mean_reward=0.0, tokens_in=1, tokens_out=1, cost=0.0)
+    text = data_card(
+        {
+            "prompts": {"file": "p", "used": 1, "dropped": {}},
+            "seed": 0,
+            "answers": {"s": answers | {"refused": {words: 2}, "failed": {}}},
+            "sft": {"rows": 1, "dropped": {}},
+            "pairs": {"pairs": 0, "dropped": {}},
+            "sources": [],
+            "scores": [],
+        }
+    )
+    line = r"s: refused: `<script>x</script> 'code' ![a](http://b) | \x1b[2J` 2."
+    assert line in text.splitlines()
