@@ -111,7 +111,7 @@ def print_merged(result: dict[str, Any]) -> None:
     _print_search(result)
     show.merged(Path(result["output"]), len(result["packs"]))
     if result["left_out"]:
-        print(f"without {', '.join(result['left_out'])}: --trust-remote-code copies code, too")
+        show.line(f"without {', '.join(result['left_out'])}: --trust-remote-code copies code, too")
 
 
 def print_fused(result: dict[str, Any]) -> None:
