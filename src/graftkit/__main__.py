@@ -4,6 +4,7 @@ import os
 import sys
 
 from graftkit.errors import GraftError
+from graftkit.text import printable
 
 
 def main() -> None:
@@ -16,7 +17,7 @@ def main() -> None:
     try:
         app()
     except GraftError as error:
-        line = " ".join(str(error).split())
+        line = printable(" ".join(str(error).split()))
         print(f"graftkit: {line}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

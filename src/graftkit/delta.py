@@ -116,7 +116,7 @@ class Checkpoint:
         file = self.path / "config.json"
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{file}: cannot be read as JSON ({error}); a model directory needs its config.json"
             ) from error

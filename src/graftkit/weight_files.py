@@ -83,7 +83,7 @@ def _explicit_file(folder: Path) -> Path | None:
     """The weights that config.json names itself. Raises: CheckpointError where there are none."""
     try:
         name = json.loads((folder / "config.json").read_text("utf-8")).get("transformers_weights")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     if not isinstance(name, str):
         return None
@@ -100,7 +100,7 @@ def _shards(index: Path) -> dict[Path, set[str] | None]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         entries = [(str(name), str(file)) for name, file in weight_map.items()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from error
     shards: dict[Path, set[str]] = {}
     for name, file in entries:
@@ -142,7 +142,7 @@ def _sentence_transformers(folder: Path) -> str | None:
     try:
         parts: list[dict[str, Any]] = json.loads((folder / "modules.json").read_text("utf-8"))
         names = [str(part["path"]) for part in parts if part.get("path")]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     models = [name for name in names if _is_model(folder / name)]
     if not models:

@@ -136,33 +136,39 @@ def test_an_answer_that_only_pretends_does_not_pass(answer):
     assert failure(answer) is not None
 
 
-def test_the_secret_is_nowhere_that_the_answer_can_look():
-    answer = f"""
+def test_the_tests_are_nowhere_that_the_answer_can_look():
+    answer = """
 import gc, os, sys
-def looked_at():
-    frame = sys._getframe()
-    while frame is not None:
-        yield from (frame.f_locals, frame.f_globals, frame.f_code.co_consts, sys.argv)
-        frame = frame.f_back
-found = []
+seen = set()
 def search(thing, depth=0):
-    if isinstance(thing, bytes) and len(thing) >= {fence.TOKEN_BYTES}:
-        found.append(thing)
-    elif depth < 4 and isinstance(thing, dict):
+    if isinstance(thing, str) and "4" + "711" in thing:
+        raise SystemExit
+    if isinstance(thing, (bytes, bytearray)) and b"4" + b"711" in thing:
+        raise SystemExit
+    if depth == 5 or id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, dict):
         [search(part, depth + 1) for part in list(thing.values())]
-    elif depth < 4 and isinstance(thing, (list, tuple, set)):
-        [search(part, depth + 1) for part in thing]
-for thing in looked_at():
-    search(thing)
-assert not [secret for secret in found if b" " not in secret and len(secret) < 64], found
-for descriptor in range(3, 30):
-    try:
-        os.lseek(descriptor, 0, 0)
-        assert not os.read(descriptor, 100)
-    except OSError:
-        pass
+    elif isinstance(thing, (list, tuple, set)):
+        [search(part, depth + 1) for part in list(thing)]
+    elif hasattr(thing, "__dict__"):
+        search(vars(thing), depth + 1)
+def double(x):
+    frame = sys._getframe(1)
+    while frame is not None:
+        search((dict(frame.f_locals), frame.f_globals, frame.f_code.co_consts, sys.argv))
+        frame = frame.f_back
+    search(sys.modules)
+    for descriptor in range(3):
+        try:
+            search(os.pread(descriptor, 10_000, 0))
+        except OSError:
+            pass
+    return 2 * x
 """
-    assert failure(answer, "") is None
+    assert failure(answer, "assert double(2) == 4 and 4711") is None
+    assert failure(answer + "search('4711')", TESTS) == "SystemExit"
     for function in ("get_objects()", "get_referents(1)", "get_referrers(1)"):
         assert failure(f"import gc\ngc.{function}", "") == "PermissionError"
     assert failure("import sys\nsys._current_frames()", "") == "PermissionError"
@@ -244,7 +250,7 @@ def test_nothing_outlives_a_killed_run(tmp_path):
 time.sleep(60)', '', 60, {MEMORY})"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as run:
-        inside = _wait_for_processes(psutil.Process(run.pid), 2)
+        inside = _wait_for_processes(psutil.Process(run.pid), 4)
         run.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(inside, timeout=10)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
@@ -333,19 +339,19 @@ def test_processes_that_leave_their_group_end_with_the_first(tmp_path, missing):
     assert not [p for p in late if "time.sleep(3600)" in " ".join(p.info["cmdline"] or [])]
 
 
-def run_in_fence(folder: Path, answer: str) -> bytes:
-    """The report where the kernel gives no walls at all."""
+def run_in_fence(folder: Path, answer: str) -> str:
+    """ "passed", or the exception, where the kernel gives no walls at all."""
     source = Path(fence.__file__).read_text()
+    source += "\nimport json\nenclose(sys.argv[1], [], json.loads(sys.argv[2]))\n"
+    source += "try:\n    exec(sys.argv[3], {'__name__': '__main__'})\nexcept Exception as error:\n"
+    source += "    print(type(error).__name__)\nelse:\n    print('passed')"
     readable = json.dumps([sys.base_prefix, sys.prefix, "/usr/lib"])
-    command = [sys.executable, "-P", "-s", "-B", "-c", source, str(folder), "[]", readable]
-    secret = b"s" * fence.TOKEN_BYTES
-    request = folder.parent / "request"
-    request.write_bytes(secret + json.dumps({"answer": answer, "tests": ""}).encode())
-    with request.open("rb") as stdin:
-        done = subprocess.run(
-            command, stdin=stdin, capture_output=True, cwd=folder, timeout=60, check=True
-        )
-    return b"passed" if done.stdout == secret else done.stdout
+    command = [sys.executable, "-P", "-s", "-B", "-c", source, str(folder), readable, answer]
+    (folder.parent / "request").write_text("not for the answer")
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, timeout=60, check=True
+    )
+    return done.stdout.strip()
 
 
 @pytest.mark.parametrize(
@@ -377,7 +383,7 @@ def run_in_fence(folder: Path, answer: str) -> bytes:
 def test_without_the_kernels_walls_the_fence_still_refuses(tmp_path, answer):
     folder = tmp_path / "work"
     folder.mkdir()
-    assert run_in_fence(folder, answer) == b"PermissionError"
+    assert run_in_fence(folder, answer) == "PermissionError"
 
 
 def test_without_the_kernels_walls_honest_code_still_works(tmp_path):
@@ -385,7 +391,7 @@ def test_without_the_kernels_walls_honest_code_still_works(tmp_path):
     folder.mkdir()
     code = "import os, json, random\nopen('own', 'w').write('x')\nassert os.listdir() == ['own']\n\
 os.rename('own', 'mine')\nos.remove('mine')\nassert not os.listdir('.')"
-    assert run_in_fence(folder, code) == b"passed"
+    assert run_in_fence(folder, code) == "passed"
 
 
 # The rule.

@@ -19,6 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # square brackets of the help are square brackets
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -65,7 +66,7 @@ TaskRows = Annotated[
 
 def _version(value: bool) -> None:
     if value:
-        print(f"graftkit {VERSION}")
+        show.line(f"graftkit {VERSION}")
         raise typer.Exit
 
 

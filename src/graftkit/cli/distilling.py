@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from graftkit.cli import show
 from graftkit.distill.pipeline import estimate_run, run_distill
@@ -21,19 +20,19 @@ def distill_into(config: Path, folder: Path, only: str | None, dry_run: bool) ->
 
 def print_run(result: dict[str, Any]) -> None:
     """Every stage with its seconds and counts."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = show.Table()
     for header in ("stage", "seconds", "result"):
         table.add_column(header, justify="right" if header == "seconds" else "left")
     for stage, entry in result["stages"].items():
         table.add_row(stage, f"{entry['seconds']:,.1f}", _told(entry))
     Console().print(table)
-    print(f"{result['output']}: done")
+    show.line(f"{result['output']}: done")
 
 
 def print_estimate(found: dict[str, Any]) -> None:
     """Counts, memory, disk and time of a run that has not begun."""
-    print(f"{found['prompts']:,} prompts, {found['prompt_tokens']:,} tokens")
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    show.line(f"{found['prompts']:,} prompts, {found['prompt_tokens']:,} tokens")
+    table = show.Table()
     headers = ("stage", "rows", "steps", "tokens", "memory", "time", "cost")
     for header in headers:
         table.add_column(header, justify="left" if header == "stage" else "right")
@@ -48,7 +47,7 @@ def print_estimate(found: dict[str, Any]) -> None:
             f"{entry['cost']:,.2f}" if entry.get("cost") else "",
         )
     Console().print(table)
-    print(
+    show.line(
         f"disk: {show.size(found['disk_bytes'])}. Tokens, time, cost and disk are those of answers "
         "of full length; time is arithmetic alone, memory without activations"
     )

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from graftkit.cli import show
 
@@ -84,11 +83,11 @@ def unfold(
 def _print_family(result: dict[str, Any], file: Path) -> None:
     manifest = result["manifest"]
     settings = "".join(f", {name} {value:g}" for name, value in manifest["settings"].items())
-    print(
+    show.line(
         f"{file}: {manifest['method']}{settings}, {show.size(result['bytes'])}, "
         f"{100 * result['ratio']:.2f} % of the target {manifest['target']['name']}"
     )
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = show.Table()
     for header in ("part", "bytes", "error", "pack"):
         table.add_column(header, justify="right" if header in ("bytes", "error") else "left")
     table.add_row("shared", f"{result['shared_bytes']:,}", "", "")
@@ -99,4 +98,4 @@ def _print_family(result: dict[str, Any], file: Path) -> None:
 
 
 def _print_unfolded(result: dict[str, Any]) -> None:
-    print(f"{result['output']}: {result['skill']}, {show.size(result['pack_bytes'])}, lossless")
+    show.line(f"{result['output']}: {result['skill']}, {show.size(result['pack_bytes'])}, lossless")

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from graftkit.cli import show
 from graftkit.cli.packing import parse_weights
@@ -112,7 +111,7 @@ def print_merged(result: dict[str, Any]) -> None:
     _print_search(result)
     show.merged(Path(result["output"]), len(result["packs"]))
     if result["left_out"]:
-        print(f"without {', '.join(result['left_out'])}: --trust-remote-code copies code, too")
+        show.line(f"without {', '.join(result['left_out'])}: --trust-remote-code copies code, too")
 
 
 def print_fused(result: dict[str, Any]) -> None:
@@ -120,7 +119,7 @@ def print_fused(result: dict[str, Any]) -> None:
     _print_search(result)
     count = len(result["packs"])
     made = f"{count} packs in one" if result.get("state") is None else f"{count} more in one pack"
-    print(
+    show.line(
         f"{result['output']}: {made}, "
         f"{show.size(result['pack_bytes'])}, {100 * result['ratio']:.2f} % of the target"
     )
@@ -128,7 +127,7 @@ def print_fused(result: dict[str, Any]) -> None:
 
 def print_interference(result: dict[str, Any]) -> None:
     """One line per pair, and one per kind of module below it."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = show.Table()
     headers = ("packs", "modules", "cosine", "sign conflicts", "weighted", "top 10 % shared")
     for header in headers:
         table.add_column(header, justify="left" if header in headers[:2] else "right")
@@ -138,7 +137,7 @@ def print_interference(result: dict[str, Any]) -> None:
             table.add_row("", kind, *_cells(numbers))
     Console().print(table)
     if result["figure"] is not None:
-        print(f"{result['figure']}: every tensor of every pair")
+        show.line(f"{result['figure']}: every tensor of every pair")
 
 
 def _searched(
@@ -190,7 +189,7 @@ def _print_search(result: dict[str, Any]) -> None:
         return
     search, settings = result["search"], result["settings"]
     weights = ", ".join(f"{weight:.3f}" for weight in result["weights"])
-    print(
+    show.line(
         f"weights {weights}, lambda {settings['scaling']:.3f}: {search['loss']:.4f} nats per token "
         f"on the rows ({search['loss_given']:.4f} where the search began, "
         f"{search['loss_target']:.4f} with the target alone; {search['evaluations']} tries)"

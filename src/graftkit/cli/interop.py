@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from graftkit.cli import show
 from graftkit.errors import ConfigError, OutputError
@@ -40,24 +39,24 @@ def export_adapter(
 def print_import(result: dict[str, Any]) -> None:
     """One line of numbers, and one for each tensor that was rounded."""
     changed = [tensor["codec"] for tensor in result["tensors"] if tensor["codec"] != "zero"]
-    print(
+    show.line(
         f"{result['output']}: {show.size(result['pack_bytes'])}, {changed.count('factors')} "
         f"matrices by their factors, {changed.count('exact')} tensors exactly"
     )
     for part in result["omitted"]:
-        print(f"{part['name']}: {part['reason']}")
+        show.line(f"{part['name']}: {part['reason']}")
 
 
 def print_export(result: dict[str, Any]) -> None:
     """What was written and lost in a few lines, and a table of what a LoRA cannot carry."""
-    print(
+    show.line(
         f"{result['output']}: rank {result['rank']}, {show.size(result['adapter_bytes'])}, "
         f"{len(result['modules'])} layers, relative error {result['relative_error']:.4f}; "
         f"{result['relative_error_overall']:.4f} with what a LoRA cannot carry"
     )
     fidelity = result["fidelity"]
     if fidelity is not None:
-        print(
+        show.line(
             f"target + LoRA against target + pack: KL {fidelity['kl_mean']:.5f} mean, "
             f"{fidelity['kl_p99']:.4f} at the 99th percentile, top-1 agreement "
             f"{100 * fidelity['top1_agreement']:.2f} %, {fidelity['tokens']} tokens"
@@ -65,7 +64,7 @@ def print_export(result: dict[str, Any]) -> None:
     kinds: dict[str, list[float]] = {}
     for part in result["left_out"]:
         kinds.setdefault(part["kind"], []).append(part["energy_share"])
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = show.Table()
     for header in ("not carried", "tensors", "share of the energy"):
         table.add_column(header, justify="left" if header == "not carried" else "right")
     for kind, shares in sorted(kinds.items()):

@@ -1,13 +1,11 @@
 """`graftkit library`: packs of one target in a folder. Commands, and what a person sees of them."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from graftkit.cli import show
 
@@ -41,7 +39,7 @@ def init(
 
     library = Library.init(folder, target)
     result = {"library": str(folder), "target": library.index.target.model_dump()}
-    show.json_or(json_output, result, lambda: print(f"{folder}: an empty library for {target}"))
+    show.json_or(json_output, result, lambda: show.line(f"{folder}: an empty library for {target}"))
 
 
 @app.command()
@@ -174,7 +172,9 @@ def train_router(folder: Folder, rows: NamedRows, json_output: show.Json = False
     library = Library.open(folder)
     library.train_router(_read_named(rows))
     result = {"library": str(folder), "packs": list(library.index.newest)}
-    show.json_or(json_output, result, lambda: print(f"{folder}: the router classifier is trained"))
+    show.json_or(
+        json_output, result, lambda: show.line(f"{folder}: the router classifier is trained")
+    )
 
 
 def _open_to_route(folder: Path, router: str) -> "Library":
@@ -184,10 +184,10 @@ def _open_to_route(folder: Path, router: str) -> "Library":
     library = Library.open(folder)
     keyless = [name for name, entry in library.index.newest.items() if not entry.has_key]
     if router == "centroid" and keyless:
-        print(
+        show.line(
             f"graftkit: {', '.join(keyless)} without a router key, never chosen; add with "
             "--prompts and --update",
-            file=sys.stderr,
+            error=True,
         )
     return library
 
@@ -212,17 +212,17 @@ def _entry(entry: "Entry") -> dict[str, Any]:
 
 def _print_added(entry: "Entry") -> None:
     told = "with a router key" if entry.has_key else "without a router key (--prompts gives it one)"
-    print(f"{entry.label}: {show.size(entry.bytes)}, digest {entry.digest[:12]}, {told}")
+    show.line(f"{entry.label}: {show.size(entry.bytes)}, digest {entry.digest[:12]}, {told}")
 
 
 def _print_removed(gone: "list[Entry]", remains: list[str]) -> None:
-    print(f"removed {', '.join(entry.label for entry in gone)}")
+    show.line(f"removed {', '.join(entry.label for entry in gone)}")
     for place in remains:
-        print(f"{place}: the answers and the tuned model it was made from are still here")
+        show.line(f"{place}: the answers and the tuned model it was made from are still here")
 
 
 def _print_list(target: str, packs: "tuple[Entry, ...]") -> None:
-    print(f"target {target}")
+    show.line(f"target {target}")
     table = _table("pack", "size", "digest", "added", "router key", right=("size",))
     for entry in packs:
         added = f"{entry.added:%Y-%m-%d %H:%M}"
@@ -250,7 +250,7 @@ def _print_scores(result: dict[str, Any]) -> None:
     Console().print(table)
     foreign = result["false_acceptance"]
     told = "" if foreign is None else f", {100 * foreign:.1f} % of foreign rows accepted"
-    print(
+    show.line(
         f"{100 * result['accuracy']:.1f} % of the rows routed right{told}, "
         f"{result['milliseconds_per_prompt']:.1f} ms a prompt"
     )
@@ -258,7 +258,7 @@ def _print_scores(result: dict[str, Any]) -> None:
 
 def _print_audit(result: dict[str, Any]) -> None:
     pack = result["pack"]
-    print(f"{pack['name']}@{pack['version']}: {show.size(pack['bytes'])}")
+    show.line(f"{pack['name']}@{pack['version']}: {show.size(pack['bytes'])}")
     columns = ("tensors", "weights", "changed", "energy", "relative norm")
     table = _table("where", *columns, right=columns)
     for kind, change in result["kinds"].items():
@@ -267,7 +267,7 @@ def _print_audit(result: dict[str, Any]) -> None:
         table.add_row(f"layer {layer}" if layer else "outside of layers", *_change(change))
     Console().print(table)
     for name, rows in result["vocabulary"].items():
-        print(
+        show.line(
             f"{name}: {rows['moved']} of {rows['rows']} rows move, {rows['most']} of them hold "
             "90 % of the energy"
         )
@@ -278,14 +278,14 @@ def _print_audit(result: dict[str, Any]) -> None:
     if result["leans"]:
         Console().print(leans)
     for place in result["remains"]:
-        print(f"{place}: stays when the pack is removed")
+        show.line(f"{place}: stays when the pack is removed")
     if "proof" in result:
         _print_proof(result["proof"])
 
 
 def _print_proof(proof: dict[str, Any]) -> None:
     same = [what for what in ("files", "routes", "logits", "tokens") if proof[what]]
-    print(
+    show.line(
         f"without the pack, on {proof['prompts']} prompts ({proof['changed_by_pack']} of them "
         f"answered otherwise by it): {', '.join(same) or 'nothing'} equal to those of a library "
         f"that never had it, bit for bit{'' if proof['holds'] else '; the rest is NOT'}"
@@ -306,8 +306,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _table(*headers: str, right: tuple[str, ...] = ()) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+def _table(*headers: str, right: tuple[str, ...] = ()) -> show.Table:
+    table = show.Table()
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left")
     return table

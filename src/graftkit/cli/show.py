@@ -1,6 +1,7 @@
 """What a person sees: tables and lines on stdout, progress on stderr."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +18,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from graftkit.text import printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Report = Callable[[str, int, int], None]
+
+
+def line(text: str, *, error: bool = False) -> None:
+    """One line on stdout, or on stderr; what foreign names hold neither ends it nor controls it."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
+class Table(RichTable):
+    """A table without lines. Cells are shown as they are: brackets are no markup."""
+
+    def __init__(self, *, title: str | None = None):
+        super().__init__(box=None, header_style="bold", pad_edge=False, title=title)
+
+    def add_row(self, *cells: Any, **style: Any) -> None:
+        """One row of texts."""
+        super().add_row(*(Text(printable(str(cell))) for cell in cells), **style)
 
 
 def json_or(
@@ -28,23 +48,43 @@ def json_or(
 ) -> None:
     """One JSON value on stdout, or what `otherwise` prints."""
     if wanted:
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         otherwise()
+
+
+def json_text(value: Any) -> str:
+    """One line of JSON; numbers that are not finite, which JSON does not have, are null."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def progress() -> Iterator[Report]:
     """A bar per step on stderr; silent when stderr is not a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn())
+    columns = (
+        TextColumn("{task.description:>20}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+    )
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     bar = Progress(*columns, *times, console=console, disable=not sys.stderr.isatty())
     tasks: dict[str, Any] = {}
 
     def report(step: str, done: int, total: int) -> None:
         if step not in tasks:
-            tasks[step] = bar.add_task(step, total=total)
+            tasks[step] = bar.add_task(printable(step), total=total)
         bar.update(tasks[step], completed=done, total=total)
 
     with bar:
@@ -56,7 +96,7 @@ def pack_result(summary: dict[str, Any], output: Path, dry_run: bool) -> None:
     name = f"{output} (not written)" if dry_run else str(output)
     limit = summary["budget_bytes"]
     of = f" of {size(limit)} allowed" if limit else ""
-    print(
+    line(
         f"{name}: {size(summary['pack_bytes'])}{of}, {100 * summary['ratio']:.2f} % of the "
         f"target, {summary['bits_per_parameter']:.3f} bits/parameter, "
         f"{summary['seconds']:.1f} s, peak memory {size(summary['peak_rss_bytes'])}"
@@ -84,8 +124,8 @@ def pack_table(summary: dict[str, Any], file: Path) -> None:
         "files": ", ".join(record["name"] for record in manifest["files"]) or "none changed",
     }
     for key, value in rows.items():
-        print(f"{key:>15}  {value}")
-    table = Table(box=None, header_style="bold", pad_edge=False)
+        line(f"{key:>15}  {value}")
+    table = Table()
     for header, justify in _COLUMNS:
         table.add_column(header, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for tensor in summary["tensors"]:
@@ -119,7 +159,7 @@ _COLUMNS = (
 def verified(result: dict[str, Any], file: Path, target: str) -> None:
     """After `verify`."""
     more = ", every tensor decodes to finite weights" if result["decoded"] else ""
-    print(
+    line(
         f"{file}: sound (format {result['format_version']}, {result['tensors']} tensors, "
         f"{size(result['pack_bytes'])}), made for {target}{more}"
     )
@@ -127,14 +167,14 @@ def verified(result: dict[str, Any], file: Path, target: str) -> None:
 
 def comparison(result: dict[str, Any], file: Path) -> None:
     """After `compare`."""
-    print(
+    line(
         f"{file}: {result['rows']} rows, {result['tokens']} tokens: "
         f"KL {result['kl_mean']:.5f} mean, {result['kl_p99']:.4f} at the 99th percentile, "
         f"top-1 agreement {100 * result['top1_agreement']:.2f} %"
     )
     if result["exact_match_tuned"] is None:
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table()
     for header in ("exact match", "target", "tuned", "target + pack", "recovered"):
         table.add_column(header, justify="right" if header != "exact match" else "left")
     recovered = result["recovered"]
@@ -148,13 +188,14 @@ def comparison(result: dict[str, Any], file: Path) -> None:
 
 def merged(output: Path, count: int) -> None:
     """After `merge`."""
-    print(f"{output}: target + {count} pack{'s' if count > 1 else ''}, an ordinary checkpoint")
+    line(f"{output}: target + {count} pack{'s' if count > 1 else ''}, an ordinary checkpoint")
 
 
 def answers(found: list[dict[str, Any]]) -> None:
     """After `generate`: the text alone, or labelled where there are several."""
     for answer in found:
-        print(answer["text"] if len(found) == 1 else f"[{answer['pack']}] {answer['text']}")
+        text = answer["text"] if len(found) == 1 else f"[{answer['pack']}] {answer['text']}"
+        print(printable(text, keep="\n\t"))
 
 
 def _kinds(tensors: list[dict[str, Any]]) -> Table:
@@ -162,7 +203,7 @@ def _kinds(tensors: list[dict[str, Any]]) -> Table:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for tensor in tensors:
         groups.setdefault((tensor["kind"], tensor["codec"]), []).append(tensor)
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table()
     for header in ("kind", "codec", "tensors", "bytes", "mean error"):
         table.add_column(header, justify="left" if header in ("kind", "codec") else "right")
     for (kind, codec), members in sorted(groups.items()):

@@ -1,7 +1,5 @@
 """`graftkit vision`: rootstocks. Commands, and what a person sees of them."""
 
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from graftkit.cli import show
 from graftkit.memory import peak_rss_bytes
+from graftkit.text import printable
 
 if TYPE_CHECKING:
     from graftkit.vision.images import Skipped
@@ -103,13 +100,13 @@ def predict(
 
 
 def _print_graft(result: dict[str, Any], output: Path) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = show.Table()
     for header in ("", "bytes", "parameters", "MMAC", "ms", "validation", "test", "95 %", "lead"):
         table.add_column(header, justify="right" if header else "left", no_wrap=True)
     for name, found in {"rootstock": result, **result["baselines"]}.items():
         low, high = found["test_interval"]
         table.add_row(
-            Text(name),
+            name,
             show.size(found["bytes"]),
             f"{found['parameters']:,}",
             f"{found['macs'] / 1e6:.1f}",
@@ -121,13 +118,13 @@ def _print_graft(result: dict[str, Any], output: Path) -> None:
         )
     Console(width=max(120, Console().width)).print(table)
     int8 = result["int8"]
-    print(
+    show.line(
         f"int8: {show.size(result['int8_bytes'])}, test {int8['test_accuracy']:.3f}, "
         f"{int8['p50_ms']:.2f} ms"
     )
     for warning in (*_left_out(result["skipped"]), *result["warnings"]):
-        print(f"note: {_printable(warning)}")
-    print(f"{output}: rootstock.onnx, rootstock.int8.onnx, graft.json; look at report.html")
+        show.line(f"note: {warning}")
+    show.line(f"{output}: rootstock.onnx, rootstock.int8.onnx, graft.json; look at report.html")
 
 
 def _left_out(skipped: list[dict[str, str]]) -> list[str]:
@@ -148,7 +145,7 @@ def _predict(predictor: "Predictor", places: list[Path], top: int, json_output: 
     if broken:
         raise ImagesError(
             f"{len(broken)} of {len(found)} images cannot be read, the first is "
-            f"{_printable(broken[0].name)} ({broken[0].reason})"
+            f"{printable(broken[0].name)} ({broken[0].reason})"
         )
 
 
@@ -159,13 +156,13 @@ def _watch(predictor: "Predictor", places: list[Path], top: int, json_output: bo
     if len(places) != 1 or not places[0].is_dir():
         raise ConfigError("--watch takes one folder; name the folder that the camera writes to")
     arrivals = Arrivals(places[0])
-    print(f"graftkit: watching {_printable(str(places[0]))}, Ctrl-C ends", file=sys.stderr)
+    show.line(f"graftkit: watching {places[0]}, Ctrl-C ends", error=True)
     try:
         while True:
             time.sleep(POLL_SECONDS)
             for found in predictor.predict(arrivals.poll()):
-                line = json.dumps(_record(found)) if json_output else _line(found, top)
-                print(line, flush=True)
+                line = show.json_text(_record(found)) if json_output else _line(found, top)
+                show.line(line)
     except KeyboardInterrupt:
         return
 
@@ -179,7 +176,7 @@ def _measure(predictor: "Predictor", model: Path, places: list[Path], json_outpu
         f"p95 {measured.p95_ms:.2f} ms, least {measured.min_ms:.2f} ms; reading it "
         f"{measured.preprocessing_ms:.2f} ms; peak memory {show.size(memory['peak_rss_bytes'])}"
     )
-    show.json_or(json_output, result, lambda: print(told))
+    show.json_or(json_output, result, lambda: show.line(told))
 
 
 def _find(places: list[Path]) -> list[Path]:
@@ -198,23 +195,22 @@ def _record(found: "Prediction | Skipped") -> dict[str, Any]:
 
 
 def _print_table(results: "Sequence[Prediction | Skipped]", top: int) -> None:
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = show.Table()
     for header in ("file", "class", "confidence"):
         right = header == "confidence"
         table.add_column(header, justify="right" if right else "left", no_wrap=True)
     for found in results:
-        name = _printable(found.name)
+        name = found.name
         for label, told in _answers(found, top):
-            # Text, as brackets in a name would be read as colours.
-            table.add_row(Text(name), Text(_printable(label)), told)
+            table.add_row(name, label, told)
             name = ""
     # A narrow terminal must not cut the names that a reader looks for.
     Console(width=max(200, Console().width)).print(table)
 
 
 def _line(found: "Prediction | Skipped", top: int) -> str:
-    answers = ", ".join(f"{_printable(label)} {told}" for label, told in _answers(found, top))
-    return f"{_printable(found.name)}  {answers}"
+    answers = ", ".join(f"{label} {told}" for label, told in _answers(found, top))
+    return f"{found.name}  {answers}"
 
 
 def _answers(found: "Prediction | Skipped", top: int) -> list[tuple[str, str]]:
@@ -225,8 +221,3 @@ def _answers(found: "Prediction | Skipped", top: int) -> list[tuple[str, str]]:
         return [(found.reason, "–")]
     best = sorted(found.scores.items(), key=lambda score: -score[1])[:top]
     return [(label, f"{score:.3f}") for label, score in best]
-
-
-def _printable(text: str) -> str:
-    """Names of files may hold what no terminal should be given."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -11,6 +11,7 @@ from graftkit.demo.embedded import SKILLS, Skill
 from graftkit.demo.folder import DemoFolder
 from graftkit.demo.result import DemoResult, MixedAnswer, SkillResult
 from graftkit.rows import Row
+from graftkit.text import printable
 
 SHOWN_CHARACTERS = 64  # of a target's answer; it rambles on until it is stopped
 
@@ -31,7 +32,7 @@ class Story:
 
     def say(self, line: str, *, wrap: bool = True) -> None:
         """One line, as it is; what is there to be copied is not wrapped."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=not wrap)
+        self.console.print(printable(line), markup=False, highlight=False, soft_wrap=not wrap)
 
     def table(self, results: tuple[SkillResult, ...], rows: int) -> None:
         """Numbers of every skill."""
@@ -59,10 +60,12 @@ class Story:
         table.add_column("right")
         for answer in answers:
             right = answer.packed == answer.expected
-            packed = Text(answer.packed, style="green" if right else "yellow")
+            packed = Text(printable(answer.packed), style="green" if right else "yellow")
             # One line each: a prompt ends with a line feed and a word such as "Intent:".
-            prompt = Text(" ".join(answer.prompt.split()))
-            table.add_row(prompt, Text(_clipped(answer.target)), packed, "yes" if right else "no")
+            prompt = Text(printable(" ".join(answer.prompt.split())))
+            table.add_row(
+                prompt, Text(printable(_clipped(answer.target))), packed, "yes" if right else "no"
+            )
         self.console.print(table)
 
     def explore(self, result: DemoResult, folder: DemoFolder) -> None:

@@ -11,6 +11,7 @@ from graftkit.distill.config import DistillConfig, ModelSource, Source
 from graftkit.distill.records import Scored
 from graftkit.distill.sampling import PromptSet, SourceSummary
 from graftkit.distill.selection import Selected
+from graftkit.text import printable
 
 Card = dict[str, Any]
 """Counts and settings, as JSON."""
@@ -86,6 +87,7 @@ def licence(config: DistillConfig) -> str | None:
 def data_card(card: Card) -> str:
     """The data card as Markdown."""
     prompts, sft, pairs = card["prompts"], card["sft"], card["pairs"]
+    answers = list(card["answers"].items())
     parts = [
         "# Data card",
         f"Prompts: `{prompts['file']}`, {prompts['used']:,} used. Seed {card['seed']}.",
@@ -98,10 +100,13 @@ def data_card(card: Card) -> str:
                     *(name, a["answers"], a["passed"], f"{a['mean_reward']:.3f}"),
                     *(a["tokens_in"], a["tokens_out"], f"{a['cost']:.2f}"),
                 )
-                for name, a in card["answers"].items()
+                for name, a in answers
             ],
         ),
-        *(_dropped(f"{name}: refused", a["refused"]) for name, a in card["answers"].items()),
+        *(
+            _dropped(f"{name}: refused", _quoted(a["refused"]))
+            for name, a in card["answers"].items()
+        ),
         *(_dropped(f"{name}: did not pass", a["failed"]) for name, a in card["answers"].items()),
         "## Rows for SFT",
         f"{sft['rows']:,} rows.",
@@ -166,6 +171,11 @@ def _source_line(source: Source) -> str:
     return f"{name}, {source.samples} samples, {drawn}"
 
 
+def _quoted(counts: Mapping[str, int]) -> dict[str, int]:
+    """Reasons in a server's words, which must be no markup of the card."""
+    return {f"`{printable(why).replace('`', chr(39))}`": count for why, count in counts.items()}
+
+
 def _dropped(title: str, counts: Mapping[str, int]) -> str:
     present = {reason: count for reason, count in counts.items() if count}
     if not present:
@@ -196,4 +206,4 @@ def _public(reference: str) -> str:
 
 
 def _yaml(text: str | None) -> str:
-    return '"' + str(text).replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return '"' + printable(str(text)).replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -87,7 +87,7 @@ class Endpoint(Settings):
     concurrency: int = Field(default=8, ge=1, le=1024)
     """Requests in flight."""
     timeout_seconds: float = Field(default=120, gt=0)
-    """Longest wait for one answer."""
+    """Longest wait for one answer, from the request to its last byte; anew for every attempt."""
     retries: int = Field(default=8, ge=0)
     """Further attempts of a request, each after a longer wait."""
 

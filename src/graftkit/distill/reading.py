@@ -42,12 +42,12 @@ def read_config(path: str | Path) -> DistillConfig:
             Budget.parse(config.pack.budget)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML ({error})") from error
     except BudgetError as error:
         raise ConfigError(f"{path}: pack.budget: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(error)}") from error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+        raise ConfigError(f"{path}: not TOML ({error})") from error
     return config
 
 

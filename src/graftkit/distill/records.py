@@ -88,14 +88,21 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise RowsError(
-                        f"{path}:{number}: not JSON ({error}); delete the file and run again"
-                    ) from error
+                yield _record(line, f"{path}:{number}")
     except OSError as error:
         raise RowsError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise RowsError(f"{path}: not UTF-8 ({error}); delete the file and run again") from error
+
+
+def _record(line: str, origin: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RowsError(f"{origin}: not JSON ({error}); delete the file and run again") from error
+    if not isinstance(record, dict):
+        raise RowsError(f"{origin}: not a JSON object; delete the file and run again")
+    return record
 
 
 class Journal:
@@ -117,11 +124,14 @@ class Journal:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
+            records = [json.loads(line) for line in whole.splitlines()]
+        except (ValueError, RecursionError) as error:
             raise OutputError(
                 f"{self.path}: damaged ({error}); delete it to begin this stage anew"
             ) from error
+        if not all(isinstance(record, dict) for record in records):
+            raise OutputError(f"{self.path}: damaged; delete it to begin this stage anew")
+        return records
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one unit; it is on disk when this returns. Raises: OutputError."""

@@ -25,10 +25,17 @@ class StageBook:
         if self.path.is_file():
             try:
                 self.entries = json.loads(self.path.read_text(encoding="utf-8"))
-            except ValueError as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise OutputError(
                     f"{self.path}: not JSON ({error}); delete it to redo every stage"
                 ) from error
+            entries: Any = self.entries
+            if not isinstance(entries, dict) or not all(
+                isinstance(entry, dict) for entry in entries.values()
+            ):
+                raise OutputError(
+                    f"{self.path}: holds no stages by name; delete it to redo every stage"
+                )
 
     def done(self, stage: str, key: str, outputs: Iterable[Path]) -> bool:
         """Whether the stage was finished for this key and its outputs are there."""
@@ -62,12 +69,17 @@ def only_run(folder: Path) -> Iterator[None]:
     """Keep a second run out of the folder; the processes of one launch are one run.
 
     The lock is the system's: it ends with its process, however that ends.
-    Raises: ConfigError where another run is at work.
+    Raises: ConfigError where another run is at work; OutputError for a lock that is no file.
     """
     if not is_main():
         yield
         return
-    with (folder / ".lock").open("a") as file:
+    lock = folder / ".lock"
+    try:
+        opened = lock.open("a")
+    except OSError as error:
+        raise OutputError(f"{lock}: cannot be opened ({error.strerror}); remove it") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -8,6 +8,7 @@ from typing import Any
 from graftkit.errors import ConfigError
 from graftkit.files import replaced_file
 from graftkit.fuse.interference import Interference, Pair
+from graftkit.text import printable
 
 _MEASURES = {  # attribute: title, lowest and highest colour
     "cosine": ("cosine", -1.0, 1.0),
@@ -25,21 +26,24 @@ def draw_interference(pairs: Sequence[Pair], names: Sequence[str], file: Path) -
     Raises: ConfigError without matplotlib; OutputError.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(
             "--figure needs matplotlib, which is not here; pip install 'graftkit[report]', or "
             "leave --figure out"
         ) from error
-    rows = len(pairs[0].tensors)
-    figure: Any = Figure(figsize=(12, max(4.0, 1 + _ROW_INCHES * min(rows, 2 * _LABELLED_ROWS))))
-    figure.set_layout_engine("constrained")
-    squares, modules = figure.subfigures(1, 2, width_ratios=(1, 2))
-    for axes, measure in zip(squares.subplots(len(_MEASURES), 1), _MEASURES, strict=True):
-        _draw_square(axes, pairs, names, measure)
-    _draw_modules(modules.subplots(), pairs, names)
-    with replaced_file(file) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    rows, names = len(pairs[0].tensors), [printable(name) for name in names]
+    with rc_context({"text.parse_math": False}):  # a name may hold dollar signs
+        size = 12, max(4.0, 1 + _ROW_INCHES * min(rows, 2 * _LABELLED_ROWS))
+        figure: Any = Figure(figsize=size)
+        figure.set_layout_engine("constrained")
+        squares, modules = figure.subfigures(1, 2, width_ratios=(1, 2))
+        for axes, measure in zip(squares.subplots(len(_MEASURES), 1), _MEASURES, strict=True):
+            _draw_square(axes, pairs, names, measure)
+        _draw_modules(modules.subplots(), pairs, names)
+        with replaced_file(file) as partial:
+            figure.savefig(partial, format="png", dpi=120)
 
 
 def _draw_square(axes: Any, pairs: Sequence[Pair], names: Sequence[str], measure: str) -> None:
@@ -62,6 +66,7 @@ def _draw_square(axes: Any, pairs: Sequence[Pair], names: Sequence[str], measure
 
 def _draw_modules(axes: Any, pairs: Sequence[Pair], names: Sequence[str]) -> None:
     tensors = list(pairs[0].tensors)
+    titles = [printable(name) for name in tensors]
     values = [[_value(pair.tensors[name], "cosine") for pair in pairs] for name in tensors]
     image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     axes.figure.colorbar(image, ax=axes)
@@ -69,7 +74,7 @@ def _draw_modules(axes: Any, pairs: Sequence[Pair], names: Sequence[str]) -> Non
     labels = [f"{names[pair.first]}\n{names[pair.second]}" for pair in pairs]
     axes.set_xticks(range(len(pairs)), labels, rotation=30, ha="right", fontsize=6)
     shown = len(tensors) <= _LABELLED_ROWS
-    axes.set_yticks(range(len(tensors)) if shown else [], tensors if shown else [], fontsize=6)
+    axes.set_yticks(range(len(tensors)) if shown else [], titles if shown else [], fontsize=6)
 
 
 def _value(found: Interference, measure: str) -> float:

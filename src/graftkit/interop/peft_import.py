@@ -362,7 +362,7 @@ class _Import:
         states = self.target.side_file(name), self.adapter.weights.side_file(name)
         try:
             old, new = (json.loads(content or b"") for content in states)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         return bool(old == new)
 

@@ -102,7 +102,7 @@ class Index(_Part):
         """
         try:
             values = tomllib.loads(text)
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise LibraryError(f"{where}: damaged, it is not TOML ({error}); {_REMEDY}") from error
         found = values.get("format")
         if type(found) is int and found > FORMAT:

@@ -15,6 +15,8 @@ from graftkit.vision.images.sources import Folder, is_image_name, read_file
 
 try:
     import onnxruntime
+
+    from graftkit.vision.onnx_file import FILE_LIMIT_BYTES, check_model, open_session
 except ImportError as error:
     raise ConfigError(
         "a rootstock runs in onnxruntime, which is missing; pip install 'graftkit[vision]'"
@@ -22,6 +24,12 @@ except ImportError as error:
 
 BATCH = 32
 """Images that are classified at once."""
+SIDE_OF_WHOLE_BATCHES, LONGEST_SIDE = 512, 2048
+"""Pixels: images up to the first come in batches of BATCH, beyond the second is no rootstock."""
+
+
+Signature = tuple[str, str, tuple[int | str | None, ...]]
+"""Name, type and shape of an input or output."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +86,25 @@ class Predictor:
         Args:
             threads: of one inference, default as onnxruntime chooses: one for each core.
 
-        Raises: RootstockError when the file is missing, no ONNX, or not a rootstock.
+        Raises: RootstockError when the file is missing, no ONNX, not a rootstock, or would need
+            more memory than a rootstock.
         """
         path = Path(path)
         if not path.is_file():
             raise RootstockError(f"{path}: no such file; name a rootstock.onnx")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # What is wrong is said by our own error.
-        options.intra_op_num_threads = threads or 0
+        content = _read_model(path)
         try:
-            session = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
-            )
+            session = open_session(content, threads)
+            metadata = session.get_modelmeta().custom_metadata_map
+            inputs, outputs = session.get_inputs(), session.get_outputs()
+            signatures = [[_signature(value) for value in side] for side in (inputs, outputs)]
         except Exception as error:  # onnxruntime's errors have no base of their own.
             raise RootstockError(
                 f"{path}: not an ONNX file that onnxruntime can read; it may be truncated "
                 f"({_first_line(error)})"
             ) from error
-        classes, size = _read_metadata(path, session.get_modelmeta().custom_metadata_map)
-        _check_shapes(path, session, len(classes), size)
+        classes, size = _read_metadata(path, metadata)
+        _check_shapes(path, signatures, len(classes), size)
         return cls(session, classes, size, path)
 
     def logits(self, pixels: np.ndarray) -> np.ndarray:
@@ -104,9 +112,11 @@ class Predictor:
 
         Raises: RootstockError when the network cannot run, or gives numbers that are not finite.
         """
+        # Fewer at once where they are large, so that memory stays bounded.
+        batch = max(1, min(BATCH, BATCH * SIDE_OF_WHOLE_BATCHES**2 // self.size**2))
         parts = [
-            self._run(pixels[start : start + BATCH].astype(np.float32))
-            for start in range(0, len(pixels), BATCH)
+            self._run(pixels[start : start + batch].astype(np.float32))
+            for start in range(0, len(pixels), batch)
         ]
         return np.concatenate(parts) if parts else np.empty((0, len(self.classes)), np.float32)
 
@@ -230,30 +240,56 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...
         classes, size = json.loads(metadata["classes"]), int(metadata["size"])
     except (KeyError, ValueError, RecursionError) as error:
         raise RootstockError(f"{path}: its classes or its size are missing or damaged") from error
+    if not 0 < size <= LONGEST_SIDE:
+        raise RootstockError(
+            f"{path}: reads images of {metadata['size'][:20]} pixels a side; expected 1 to "
+            f"{LONGEST_SIDE}"
+        )
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if not named or len(set(classes)) < max(2, len(classes)):
         raise RootstockError(f"{path}: its classes are not a list of two or more different names")
     return tuple(classes), size
 
 
-def _check_shapes(
-    path: Path, session: onnxruntime.InferenceSession, classes: int, size: int
-) -> None:
-    inputs, outputs = session.get_inputs(), session.get_outputs()
-    found = [(each.name, each.type, *each.shape[1:]) for each in (*inputs, *outputs)]
+def _read_model(path: Path) -> bytes:
+    """The bytes of a file that onnxruntime may be given. Raises: RootstockError."""
+    try:
+        if (size := path.stat().st_size) > FILE_LIMIT_BYTES:
+            raise RootstockError(
+                f"{path}: {size:,} bytes, more than {FILE_LIMIT_BYTES:,}; expected a rootstock.onnx"
+            )
+        content = path.read_bytes()
+    except OSError as error:
+        raise RootstockError(f"{path}: cannot be read ({error.strerror}); check it") from error
+    try:
+        check_model(content)
+    except ValueError as error:
+        raise RootstockError(
+            f"{path}: not a rootstock, or damaged: {error}; export it again, or fetch it again"
+        ) from error
+    return content
+
+
+def _check_shapes(path: Path, signatures: list[list[Signature]], classes: int, size: int) -> None:
+    inputs, outputs = signatures
+    found = [(name, kind, *shape[1:]) for name, kind, shape in (*inputs, *outputs)]
     expected = [
         ("image", "tensor(float)", 3, size, size),
         ("logits", "tensor(float)", classes),
     ]
-    if found != expected or isinstance(inputs[0].shape[0], int):
+    if found != expected or isinstance(inputs[0][2][0], int):
         raise RootstockError(
-            f"{path}: reads and writes {_signature(inputs)} -> {_signature(outputs)}; expected "
+            f"{path}: reads and writes {_shown(inputs)} -> {_shown(outputs)}; expected "
             f"image (batch, 3, {size}, {size}) -> logits (batch, {classes}), both float32"
         )
 
 
-def _signature(values: Sequence[Any]) -> str:
-    return ", ".join(f"{value.name} {value.type} {value.shape}" for value in values)
+def _signature(value: Any) -> Signature:
+    return value.name, value.type, tuple(value.shape)
+
+
+def _shown(signatures: list[Signature]) -> str:
+    return ", ".join(f"{name} {kind} {[*shape]}" for name, kind, shape in signatures)
 
 
 def _milliseconds(work: Callable[[], object], runs: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Scores: what an answer is worth.
 
 checks      exact, number, json: the same as the reference
-code        the prompt's tests, run behind the answer's code (sandbox, jail, fence)
+code        the prompt's tests, run on the answer's code in two processes (sandbox.py)
 reward      a reward model
 judge       a grade from a model behind an endpoint
 agreement   the source's other samples; its own likelihood

@@ -1,20 +1,14 @@
-"""What runs behind the walls: answer, then tests, and a word that says they came to their end.
+"""The fence inside Python, which both processes of a verdict stand behind.
 
-sandbox.py gives this source to a fresh interpreter; it needs no file of graftkit. Standard input
-holds TOKEN_BYTES of a secret and {"answer", "tests"} as JSON, standard output takes the report:
-the secret and the walls that stand, or the name of the exception.
+An audit hook that refuses processes, sockets, foreign functions and looks behind the scenes; files
+too, where the kernel does not see to them. It needs no other file of graftkit.
 """
 
 import _posixsubprocess
-import builtins
-import json
 import os
 import sys
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
-
-TOKEN_BYTES = 32
 
 FORBIDDEN = frozenset(
     {
@@ -34,42 +28,10 @@ LISTING = frozenset({"os.listdir", "os.scandir", "os.walk", "os.fwalk"})
 CHANGING = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2}  # paths, as many folders
 
 
-def main() -> None:
-    """Report on one answer, and end the process whatever else runs in it."""
-    report = os.dup(1)
-    os.dup2(2, 1)  # /dev/null
-    try:
-        # While the answer runs, the secret is an operand on the interpreter's own stack: no
-        # variable, frame or container holds it, and `os.write` has been looked up already.
-        os.write(report, os.read(0, TOKEN_BYTES) + _run())
-    except BaseException as error:
-        os.write(report, type(error).__name__.encode()[:64])
-    os._exit(0)
-
-
-def _run() -> bytes:
-    """Execute answer and tests. Returns: the walls. Raises: whatever they raise."""
-    folder, walls, readable = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-    with open(0, "rb", closefd=False) as file:
-        source = json.loads(file.read())
-    os.dup2(2, 0)
-    program = types.ModuleType("__main__")
-    names = vars(program)
-    # Compiled apart, so that an open string or block of the answer cannot swallow the tests; each
-    # with built-in names of its own.
-    parts = [
-        (compile(source[part], f"<{part}>", "exec"), dict(vars(builtins)))
-        for part in ("answer", "tests")
-    ]
-    del source, sys.argv[1:]
-    sys.modules["__main__"] = program
+def enclose(folder: str, walls: Sequence[str], readable: list[str]) -> None:
+    """Put up the fence, for as long as the process lives."""
     vars(_posixsubprocess)["fork_exec"] = None
     sys.addaudithook(_hook(None if "landlock" in walls else _files_rule(folder, readable)))
-    execute = exec
-    for code, own_builtins in parts:
-        names["__builtins__"] = own_builtins
-        execute(code, names)
-    return " ".join(walls).encode()
 
 
 def _hook(files_are_fine: Callable[[str, Sequence[Any]], bool] | None) -> Any:
@@ -116,7 +78,3 @@ def _files_rule(folder: str, readable: list[str]) -> Callable[[str, Sequence[Any
         return event in harmless or event.partition(".")[0] not in ("os", "sqlite3")
 
     return fine
-
-
-if __name__ == "__main__":
-    main()

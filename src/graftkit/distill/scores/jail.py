@@ -49,8 +49,13 @@ def main() -> None:
     if child == 0:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
         os.execv(command[0], [*command, folder, json.dumps(walls), json.dumps(readable)])
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
+    signal.signal(signal.SIGTERM, lambda *_: _kill(child))
     os.waitpid(child, 0)
+
+
+def _kill(child: int) -> None:
+    with suppress(ProcessLookupError):  # it has just ended by itself
+        os.kill(child, signal.SIGKILL)
 
 
 def _own_namespaces(folder: str) -> None:

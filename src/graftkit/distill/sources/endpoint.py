@@ -12,17 +12,26 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import islice
 from typing import Any
+from urllib.parse import urlsplit
 
 import openai
 
 from graftkit.distill.config import EndpointSource
 from graftkit.distill.records import Answer, Finish, Prompt
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
+from graftkit.distill.sources.bounded import (
+    BoundedClient,
+    Mask,
+    UnreadableAnswerError,
+    finish_within,
+    largest_answer,
+)
 from graftkit.errors import ConfigError, SourceError
 
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.5, 60.0  # before a further attempt; it doubles
 MOST_ASKED_SECONDS = 900.0  # a server that asks for a longer wait ends the run
 REASON_CHARACTERS = 300  # of a server's message
+MOST_TOKENS = 10**9  # that a server can mean by a count
 UNSUITABLE = (400, 413, 422)  # the server does not want this one prompt
 PASSING = (408, 409, 425, 429)  # another attempt may succeed, as with 500 and above
 GO_ON = "what is finished is kept; run the same command to go on"
@@ -128,19 +137,17 @@ class Client:
     """
 
     def __init__(self, settings: EndpointSource):
-        if not settings.url.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"source {settings.name}: url is {settings.url!r}; expected a base URL such as "
-                "http://localhost:8000/v1"
-            )
         self.settings = settings
-        self._key = _key(settings)
+        key = _key(settings)
+        _check_url(settings, key)
+        self._mask = Mask(key)
         self._pace = Pace(settings.requests_per_minute)
-        client: Any = openai.OpenAI(
+        client: Any = openai.AsyncOpenAI(
             base_url=settings.url,
-            api_key=self._key or "none",
+            api_key=key or "none",
             max_retries=0,
             timeout=settings.timeout_seconds,
+            http_client=BoundedClient(largest_answer(settings.max_new_tokens)),
         )
         completions = client.chat.completions if settings.chat else client.completions
         self._create = completions.with_raw_response.create
@@ -155,22 +162,27 @@ class Client:
         attempt = 0
         while True:
             _pause(self._pace.turn(), stopped)
+            asked = 0.0
             try:
-                response = self._create(model=self.settings.model, **body)
-                completion = _completion(response.http_response.content)
+                request = self._create(model=self.settings.model, **body)
+                response = finish_within(self.settings.timeout_seconds, request)
+                completion = self._completion(response.http_response.content)
                 if completion is not None:
                     return completion
-                found, asked = "the answer holds no completion", 0.0
+                found = "the answer holds no completion"
             except openai.APIStatusError as error:
                 if error.status_code in UNSUITABLE:
                     return Completion(None, reason=self._shown(_said(error)))
                 if error.status_code not in PASSING and error.status_code < 500:
-                    raise self._refused(error) from error
+                    raise self._refused(error) from None  # which repeats all that the server says
                 found, asked = self._shown(_said(error)), _retry_after(error.response.headers)
-            except openai.APITimeoutError:
-                found, asked = f"no answer within {self.settings.timeout_seconds:g} s", 0.0
-            except openai.APIConnectionError as error:
-                found, asked = self._shown(str(error.__cause__ or error)), 0.0
+            except (openai.APITimeoutError, TimeoutError):
+                found = f"no answer within {self.settings.timeout_seconds:g} s"
+            except (openai.OpenAIError, UnreadableAnswerError, OSError) as error:
+                found = self._shown(_cause(error))
+            except (ValueError, LookupError, RecursionError) as error:
+                # openai reads the bodies of errors, which may be anything.
+                found = f"an answer that cannot be read ({type(error).__name__})"
             attempt += 1
             if attempt > self.settings.retries or asked > MOST_ASKED_SECONDS:
                 patience = f", and it asks to wait {asked:.0f} s" if asked else ""
@@ -190,8 +202,28 @@ class Client:
 
     def _shown(self, message: str) -> str:
         """A server's words in one line, without the key, which some servers repeat."""
-        line = " ".join(_readable(message).split())
-        return (line.replace(self._key, "***") if self._key else line)[:REASON_CHARACTERS]
+        line = " ".join(self._mask.message(_readable(message)).split())
+        return self._mask.message(line)[:REASON_CHARACTERS]
+
+    def _completion(self, content: bytes) -> Completion | None:
+        """What a response says, None where it is no completion."""
+        try:
+            response = json.loads(content)
+            choice, usage = response["choices"][0], response.get("usage") or {}
+            message = choice.get("message") or {"content": choice.get("text")}
+            text, refusal, finish = (
+                message["content"],
+                message.get("refusal"),
+                choice["finish_reason"],
+            )
+            counts = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+            reason = self._shown(str(refusal)) if refusal else None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return None
+        if not isinstance(text, str | None) or not isinstance(finish, str | None):
+            return None
+        said = None if text is None else self._mask.answer(_readable(text))
+        return Completion(said, finish and self._shown(finish), *counts, reason=reason)
 
 
 class Pace:
@@ -211,6 +243,27 @@ class Pace:
         return turn - now
 
 
+def _check_url(settings: EndpointSource, key: str | None) -> None:
+    """Raises: ConfigError for a URL without http, or with a secret in it, as cards show it."""
+    try:
+        parts = urlsplit(settings.url)
+        secret = (
+            "@" in parts.netloc or bool(parts.query) or (key is not None and key in settings.url)
+        )
+    except ValueError:
+        parts, secret = urlsplit(""), False
+    if secret:
+        raise ConfigError(
+            f"source {settings.name}: the url holds a password, a query or the key; write it "
+            "without, and name the variable of the key in key_env"
+        )
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"source {settings.name}: url is {settings.url!r}; expected a base URL such as "
+            "http://localhost:8000/v1"
+        )
+
+
 def _key(settings: EndpointSource) -> str | None:
     if settings.key_env is None:
         return None
@@ -224,34 +277,28 @@ def _key(settings: EndpointSource) -> str | None:
     return key
 
 
-def _completion(content: bytes) -> Completion | None:
-    """What a response says, None where it is no completion."""
-    try:
-        response = json.loads(content)
-        choice, usage = response["choices"][0], response.get("usage") or {}
-        message = choice.get("message") or {"content": choice.get("text")}
-        text, refusal, finish = message["content"], message.get("refusal"), choice["finish_reason"]
-        counts = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return None
-    if not isinstance(text, str | None) or not isinstance(finish, str | None):
-        return None
-    return Completion(
-        None if text is None else _readable(text),
-        finish,
-        *counts,
-        reason=_readable(str(refusal)) if refusal else None,
-    )
-
-
 def _said(error: openai.APIStatusError) -> str:
     """Status and message of a server; what has no message as it is."""
     said = error.body.get("message") if isinstance(error.body, dict) else None
     return f"{error.status_code} {said or error.body or ''}"
 
 
+def _cause(error: BaseException) -> str:
+    """What lies behind an error of a connection, in words."""
+    while not isinstance(error, UnreadableAnswerError):
+        inner = error.__cause__ or error.__context__
+        if isinstance(error, BaseExceptionGroup):
+            inner = error.exceptions[0]
+        if inner is None:
+            break
+        error = inner
+    number = error.errno if isinstance(error, OSError) else None
+    return os.strerror(number) if number else str(error) or type(error).__name__
+
+
 def _count(tokens: Any) -> int:
-    return tokens if isinstance(tokens, int) and tokens > 0 else 0
+    """A number of tokens; 0 for what is none, or more than any model reads."""
+    return tokens if type(tokens) is int and 0 < tokens <= MOST_TOKENS else 0
 
 
 def _readable(text: str) -> str:
@@ -269,7 +316,7 @@ def _retry_after(headers: Mapping[str, str]) -> float:
     try:
         asked: datetime = parsedate_to_datetime(value)
         return max(0.0, (asked - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return 0.0
 
 

@@ -193,7 +193,12 @@ def _preprocessor(path: str, revision: str | None) -> Mapping[str, Any]:
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
     )
-    settings = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+    try:
+        settings = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise DonorError(
+            f"{path}: preprocessor_config.json cannot be read as JSON ({error}); fetch it again"
+        ) from error
     return settings if isinstance(settings, dict) else {}
 
 

@@ -61,6 +61,8 @@ def list_images(path: Path) -> Listing:
         listing = _by_folders(Folder(path))
     elif not path.exists():
         raise ImagesError(f"{path}: no such folder or file; give a folder, a .zip or a .csv")
+    elif not path.is_file():
+        raise ImagesError(f"{path}: no ordinary file; give a folder, a .zip or a .csv")
     elif path.suffix.lower() == ".csv":
         listing = _by_csv(path)
     elif zipfile.is_zipfile(path):

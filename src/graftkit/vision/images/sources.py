@@ -2,6 +2,7 @@
 
 import os
 import stat
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,9 @@ from graftkit.vision.images.decoding import SUFFIXES
 
 FILE_LIMIT_BYTES = 2**28
 """Larger files are not read: a small archive may hold a member that fills the memory."""
+
+DIRECTORY_LIMIT_BYTES = 2**26
+"""Larger lists of an archive's files are not read: each entry takes ten times its bytes."""
 
 Read = Callable[[str], bytes]
 """The bytes of one file. Raises: ImagesError, its message the reason alone."""
@@ -40,7 +44,7 @@ class Folder:
 
     def __contains__(self, name: str) -> bool:
         # Not a pipe or a device: reading one would wait for ever.
-        return (self.path / name).is_file()
+        return os.path.isfile(self.path / name)  # False also for a name that no file can have
 
     def stamp(self, name: str) -> tuple[int, int]:
         """What differs when the file was changed."""
@@ -58,6 +62,7 @@ class Archive:
 
     def __init__(self, path: Path):
         self.path = path
+        _check_directory(path)
         try:
             with zipfile.ZipFile(path) as archive:
                 members = archive.infolist()
@@ -99,6 +104,7 @@ class Archive:
 
 
 Source = Folder | Archive
+_LONGEST_TAIL = 2**16 + 22 + 20 + 56 + 2**10  # records at the end of a zip, and their comment
 
 
 def read_file(path: Path) -> bytes:
@@ -126,6 +132,30 @@ def plain_name(name: str) -> str:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
+
+
+def _check_directory(path: Path) -> None:
+    """The size of a list of files, before zipfile reads it (APPNOTE.TXT, 4.3.14 to 4.3.16).
+
+    Raises: ImagesError.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LONGEST_TAIL))
+            tail = file.read()
+    except OSError as error:
+        raise ImagesError(f"{path}: cannot be read ({error.strerror})") from error
+    place, size = tail.rfind(b"PK\5\6"), 0
+    if 0 <= place <= len(tail) - 22:
+        (size,) = struct.unpack_from("<I", tail, place + 12)
+    place = tail.rfind(b"PK\6\6")
+    if 0 <= place <= len(tail) - 56:
+        size = max(size % (2**32 - 1), struct.unpack_from("<Q", tail, place + 40)[0])
+    if size > DIRECTORY_LIMIT_BYTES:
+        raise ImagesError(
+            f"{path}: lists files in {size:,} bytes, more than {DIRECTORY_LIMIT_BYTES:,}; unpack "
+            "it and give the folder"
+        )
 
 
 def _check_size(count: int) -> None:

@@ -1,0 +1,18 @@
+"""Text of others on its way to a terminal, a page or a picture."""
+
+import re
+
+# What moves the cursor, changes colours, begins a line, or turns the direction of letters around:
+# C0, DEL and C1; line and paragraph separators; bidirectional controls; halves of characters.
+_CONTROLS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """With escapes, such as \\x1b, in place of control characters, except those in `keep`."""
+
+    def escaped(match: re.Match[str]) -> str:
+        return match[0] if match[0] in keep else ascii(match[0])[1:-1]
+
+    return _CONTROLS.sub(escaped, text)
