@@ -35,7 +35,7 @@ CARRIED = {
 LEFT = (
     *("model.onnx", "model.onnx_data", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin"),
     *("model-q4.gguf", "consolidated.00.pth", "last.ckpt", "optimizer.pt", "rng_state.pth"),
-    *("training_args.bin", "scheduler.pt", "adapter_config.json", "adapter_model.safetensors"),
+    *("training_args.bin", "scheduler.pt", "adapter_model.safetensors"),
     *("pytorch_model.bin.index.json", "tf_model.h5.index.json", "trainer_state.json"),
     *(".git/config", ".cache/x.json", ".gitattributes", "checkpoint-50/config.json"),
     *("onnx/config.json", "2_Dense/config.json", "2_Dense/pytorch_model.bin", "runs/log.txt"),
@@ -125,7 +125,8 @@ def test_a_pack_that_names_another_file_is_refused(pair, tmp_path):
     bad = manifest.model_copy(update={"files": (record.model_copy(update={"name": "a/b.spm"}),)})
     pack = SkillPack.load(tmp_path / "x.skillpack")
     payloads = {name: pack.payload(name) for name in bad.payload_order if "file:" not in name}
-    SkillPack(bad, payloads | {"file:a/b.spm": pack.payload("file:source.spm")}).save(forged)
+    broken = SkillPack(bad, payloads | {"file:a/b.spm": pack.payload("file:source.spm")})
+    forged.write_bytes(b"".join(broken.parts()))
     with pytest.raises(CorruptPackError, match=r"a/b\.spm"):
         SkillPack.load(forged)
 
