@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Report = Callable[[str, int, int], None]
 
