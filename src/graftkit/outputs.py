@@ -308,7 +308,7 @@ def _check_own(path: Path, given: Path, text: str) -> None:
     if not os.path.lexists(path):
         return
     if not path.is_dir():
-        raise OutputError(f"{given}: is no folder; name a new or an empty folder")
+        raise OutputError(f"{given}: cannot be made, a file is there; choose another folder")
     marker = path / MARKER
     found = marker.read_bytes() if marker.is_file() and not marker.is_symlink() else None
     if found == text.encode() or not set(os.listdir(path)) - ({MARKER} if found == b"" else set()):

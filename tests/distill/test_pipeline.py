@@ -14,7 +14,7 @@ from distill.tiny import tiny_llama, write_jsonl
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
 from graftkit.distill.reading import read_config
 from graftkit.distill.stages import StageBook, only_run
-from graftkit.errors import ConfigError, RowsError, SelectionError
+from graftkit.errors import ConfigError, OutputError, RowsError, SelectionError
 from graftkit.skillpack import SkillPack
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -153,7 +153,7 @@ def test_answers_are_never_thrown_away_without_being_asked(place):
 def test_answers_of_somebody_else_are_not_written_over(place):
     (place / "out").mkdir()
     (place / "out" / "samples.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="was sampled with other sources"):
+    with pytest.raises(OutputError, match="holds files that are not of this command"):
         run(place)
     assert (place / "out" / "samples.jsonl").read_text() == "{}\n"
 
@@ -273,8 +273,8 @@ def test_mixed_pairs_are_trained_with_weighted_rewards(place):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(place):
-    with only_run(place), pytest.raises(ConfigError, match="another run is at work here"):
-        run(place, out=".")
+    with only_run(place / "out"), pytest.raises(OutputError, match="another run is at work here"):
+        run(place)
 
 
 def test_missing_libraries_are_named_with_what_to_install(place, monkeypatch):

@@ -37,7 +37,8 @@ def run_distill(
     """Run every stage that is not done yet, or one.
 
     Args:
-        config_file: see `DistillConfig`. folder: made if missing; results and what is unfinished.
+        config_file: see `DistillConfig`.
+        folder: of results and what is unfinished; new, empty, or made by an earlier call.
         only: one stage; those before it must be done.
         progress: called with (step, done, total).
     Returns: by stage, seconds and counts.
