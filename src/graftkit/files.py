@@ -12,6 +12,7 @@ from typing import Self
 
 from graftkit.errors import OutputError
 
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<process>\d{1,10})(-\d+)?\.tmp")
 _ATTEMPTS = 1000  # to lock a file that others keep removing
 
 
@@ -55,9 +56,10 @@ def replaced_file(path: Path) -> Iterator[Path]:
                 partial.unlink()
 
 
-def is_temporary(name: str, of: str) -> bool:
-    """Whether a file of that name is what `replaced_file` writes before it becomes `of`."""
-    return _process_of(name, of) is not None
+def temporary_of(name: str) -> str | None:
+    """The name that a file of this name gets when `replaced_file` is done; None for others."""
+    found = _TEMPORARY.fullmatch(name)
+    return None if found is None else found["name"]
 
 
 class Lock:
@@ -121,14 +123,9 @@ def _remove_stale(path: Path) -> None:
     """Remove what dead processes left of writing `path`."""
     with suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
-            process = _process_of(entry.name, path.name)
-            if process is not None and not _is_alive(process):
+            found = _TEMPORARY.fullmatch(entry.name)
+            if found and found["name"] == path.name and not _is_alive(int(found["process"])):
                 os.unlink(entry.path)
-
-
-def _process_of(name: str, of: str) -> int | None:
-    found = re.fullmatch(rf"\.{re.escape(of)}\.(\d{{1,10}})(-\d+)?\.tmp", name)
-    return None if found is None else int(found[1])
 
 
 def _is_alive(process: int) -> bool:

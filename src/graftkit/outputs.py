@@ -357,7 +357,7 @@ def _place_noted(move: dict[str, Any]) -> None:
 
 
 def _is_placed(move: dict[str, Any]) -> bool:
-    return _identity(Path(move["to"])) == move["identity"]
+    return bool(_identity(Path(move["to"])) == move["identity"])
 
 
 def _can_be_placed(move: dict[str, Any]) -> bool:
@@ -368,11 +368,11 @@ def _can_be_placed(move: dict[str, Any]) -> bool:
     return os.path.lexists(path)
 
 
-def _identity(path: Path) -> Any:
+def _identity(path: Path) -> list[Any] | None:
     """What tells a file, or a folder by its files, from any other; None where nothing is."""
     try:
         if path.is_dir():
-            return [[entry.name, *_identity(Path(entry.path))] for entry in _sorted(path)]
+            return [[entry.name, _identity(Path(entry.path))] for entry in _sorted(path)]
         status = path.stat()
     except OSError:
         return None

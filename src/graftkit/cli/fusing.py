@@ -100,7 +100,8 @@ def interference_of(
     target: str, files: list[Path], figure: Path | None, force: bool
 ) -> dict[str, Any]:
     """Every pair of packs, by tensor, by kind and together; draws the figure where it is asked."""
-    names, inputs = _labels(files), [target, *files]
+    names = _labels(files)
+    inputs: list[str | Path] = [target, *files]
     with show.progress() as report:
         if figure is None:
             pairs = measure_interference(target, files, report)

@@ -3,6 +3,7 @@
 Every function returns counts for the book of stages.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -35,7 +36,9 @@ def sample(space: Workspace) -> dict[str, Any]:
     """Ask the sources."""
     prompts = space.prompts.prompts
     # There already where a run was killed between its last answer and the book of stages.
-    if not (space.folder / "samples.jsonl").exists():
+    if (space.folder / "samples.jsonl").exists():
+        shutil.rmtree(space.folder / "samples.partial", ignore_errors=True)
+    else:
         sample_answers(space.config, prompts, space.folder, space.where, space.progress)
     found = read_summaries(space.folder)
     return {

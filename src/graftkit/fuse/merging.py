@@ -78,7 +78,7 @@ def merge_packs(
 
 def named_inputs(target: str | Path | Checkpoint, packs: Packs) -> list[str | Path]:
     """Where target and packs lie; a pack in memory is named by its digest."""
-    several = packs if isinstance(packs, (list, tuple)) else [packs]
+    several: Any = packs if isinstance(packs, (list, tuple)) else [packs]
     named = [pack.digest if isinstance(pack, SkillPack) else pack for pack in several]
     return [target.path if isinstance(target, Checkpoint) else target, *named]
 
