@@ -263,8 +263,8 @@ def check_output(
     """Refuse early, before long work, what `claimed` would refuse then. Raises: OutputError."""
     path = _resolved(Path(output)) if folder else _destination(Path(output), False)[0]
     check_inputs(path, inputs)
-    if not _lock_of(path).exists():  # else a killed run may have made what is there
-        with writing(path):
+    with writing(path):
+        if not _lock_of(path).exists():  # else a killed run may have made what is there
             _refuse_existing(path, folder, force)
 
 
