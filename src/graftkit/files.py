@@ -13,6 +13,7 @@ from typing import Self
 from graftkit.errors import OutputError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<process>\d{1,10})(-\d+)?\.tmp")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _ATTEMPTS = 1000  # to lock a file that others keep removing
 
 
@@ -32,6 +33,22 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error}); free some space or choose "
             "another place"
+        ) from error
+
+
+@contextmanager
+def told_of_full_disk(path: Path) -> Iterator[None]:
+    """Say in one line that the disk is full, wherever on the way to `path` that shows.
+
+    Raises: OutputError; other errors as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
         ) from error
 
 

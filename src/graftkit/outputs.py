@@ -18,7 +18,7 @@ from typing import Any
 from blake3 import blake3
 
 from graftkit.errors import OutputError
-from graftkit.files import Busy, Lock, writing
+from graftkit.files import Busy, Lock, told_of_full_disk, writing
 from graftkit.work import WorkFolder
 
 MARKER = ".graftkit"
@@ -160,7 +160,8 @@ def claimed(
             try:
                 claim.begin(force)
                 begun = True
-                yield claim
+                with told_of_full_disk(path):
+                    yield claim
                 if not claim.committed and os.path.lexists(claim.result):
                     claim.commit()
             except BaseException:
@@ -203,7 +204,8 @@ def own_folder(
             lock.remove()
             raise
     try:
-        yield path
+        with told_of_full_disk(given):
+            yield path
     finally:
         lock.release()
 
