@@ -285,6 +285,17 @@ def test_one_work_folder_serves_one_job_at_a_time(tmp_path):
     assert second.read("step") is None
 
 
+def test_work_that_does_not_go_on_begins_empty(tmp_path):
+    for _ in range(2):
+        work = WorkFolder(tmp_path / "work")
+        work.open_empty()
+        assert [path.name for path in (tmp_path / "work").iterdir()] == ["graftkit-job"]
+        work.write("step", b"")
+        work.close()
+    work.remove()
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_folder_of_results_belongs_to_one_command(tmp_path):
     with own_folder(tmp_path / "out", "distill") as folder:
         (folder / "result").write_text("")

@@ -52,9 +52,7 @@ class Claim:
 
     def open_work(self) -> Path:
         """The empty folder of unfinished work. Raises: OutputError."""
-        if self._work.open(self.job):
-            self._work.remove()
-            self._work.open(self.job)
+        self._work.open_empty()
         return self.work
 
     def commit(self, *others: "Claim") -> None:

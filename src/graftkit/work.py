@@ -35,14 +35,22 @@ class WorkFolder:
         """
         key = blake3(job.encode()).hexdigest()
         with writing(self.path):
-            lock = self._taken()
-            if lock.read() == key:
+            if self._taken().read() == key:
                 return True
+            self.open_empty().write(key)
+        return False
+
+    def open_empty(self) -> Lock:
+        """As `open`, for work that does not go on: whatever was left there is thrown away.
+
+        Raises: OutputError.
+        """
+        with writing(self.path):
+            lock = self._taken()
             # Until all of it is gone, what is left belongs to no job.
             lock.write("")
             self._clear()
-            lock.write(key)
-        return False
+        return lock
 
     def close(self) -> None:
         """Let other runs have the folder; the finished steps stay."""
@@ -55,11 +63,7 @@ class WorkFolder:
         try:
             if self._lock is None and not self.is_there():
                 return
-            lock = self._taken()
-            # Killed on the way, the next run finds steps of no job.
-            lock.write("")
-            self._clear()
-            lock.remove()
+            self.open_empty().remove()
             self._lock = None
             self.path.rmdir()
         except (OSError, OutputError):

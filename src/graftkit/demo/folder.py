@@ -69,7 +69,7 @@ class DemoFolder:
         tuned = self.tuned(skill)
         # A merge wants an empty folder; an earlier run, or somebody, may have left files in this.
         work = WorkFolder(self.out / "merge.partial")
-        work.open(skill.name)
+        work.open_empty()
         try:
             with self.writing():
                 merged = merge_packs(self.target, pack, work.path / skill.name)

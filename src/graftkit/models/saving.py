@@ -41,7 +41,7 @@ class CheckpointWriter:
         called = self.origin.name
         note = f"Trained by graftkit from {called}. What follows is the card of {called}."
         files = written_files(self.origin.path, {}, weights, note)
-        work.open("")
+        work.open_empty()
         result = work.path / "result"
         try:
             with writing(folder):
