@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from distill.tiny import tiny_llama, write_jsonl
+from killing import Forked, killed_at, tree
 
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
 from graftkit.distill.reading import read_config
@@ -288,6 +289,36 @@ def test_a_launcher_shares_the_trainings_only(place, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="only sft and dpo share their work"):
         run(place)
+
+
+def test_stages_killed_at_changes_of_files_end_as_undisturbed(place):
+    """At every seventh change, and at the last ones."""
+
+    def stages(out: str) -> None:
+        for stage in ("sample", "score", "select"):
+            run(place, stage, out)
+
+    def results(out: str) -> dict[str, bytes]:
+        return {name: text for name, text in tree(place / out).items() if name != "stages.json"}
+
+    stages("whole")
+    for count in range(1, 1000, 7):
+        out = f"killed-{count}"
+        if killed_at(place / out, count, lambda out=out: stages(out)) != -signal.SIGKILL:
+            break
+        assert Forked(lambda out=out: stages(out)).end() == 0
+        assert results(out) == results("whole"), f"killed at change {count}"
+    assert count > 14
+
+
+def test_inputs_do_not_lie_where_a_run_writes(place):
+    run(place, "sample")
+    rows = (place / "prompts.jsonl").read_bytes()
+    (place / "out" / "sft.jsonl").write_bytes(rows)
+    change(place, 'file = "prompts.jsonl"', 'file = "out/sft.jsonl"')
+    with pytest.raises(OutputError, match="is read by this command"):
+        run(place)
+    assert (place / "out" / "sft.jsonl").read_bytes() == rows
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def run_distill(
             f"{processes()} processes were launched, but only sft and dpo share their work; run "
             "the other stages without a launcher, and these with --only"
         )
-    with only_run(space.folder):
+    with only_run(space.folder, [config_file, *space.inputs]):
         book = StageBook(space.folder)
         for stage in stages if only is None else (only,):
             _do(stage, space, book)
