@@ -399,6 +399,7 @@ def test_a_killed_run_is_run_again_as_if_nothing_had_been(name, models, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", KILLED)
 def test_a_run_killed_at_any_change_is_run_again_as_if_nothing_had_been(name, models, tmp_path):
     work = KILLED[name](models)
