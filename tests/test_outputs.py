@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 from collections.abc import Callable, Sequence
@@ -196,6 +197,15 @@ def test_the_state_of_a_running_merge_may_be_read_alike(models, tmp_path):
 def test_a_place_that_cannot_be_is_told_in_one_line(name, place, models, tmp_path, line):
     line(*COMMANDS[name](models, tmp_path / place))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_unfinished_work_in_a_folder_of_the_target_is_not_carried_over(models, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(models / "target", target)
+    merge_packs(target, models / "1.skillpack", target / "merged")
+    assert {path.name for path in (target / "merged").iterdir()} == {
+        path.name for path in (models / "target").iterdir()
+    }
 
 
 def test_folders_made_for_an_output_go_with_it(models, tmp_path):

@@ -16,6 +16,11 @@ MARKER = "graftkit-job"
 """The file that makes a folder ours; it says whose steps are here, and is locked meanwhile."""
 
 
+def is_work_folder(folder: Path) -> bool:
+    """Whether a folder holds unfinished work of ours."""
+    return (folder / MARKER).is_file()
+
+
 class WorkFolder:
     """Finished steps of one job, each a file; files appear whole or not at all.
 
