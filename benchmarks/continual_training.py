@@ -14,8 +14,8 @@ from graftkit.delta import Checkpoint
 from graftkit.models import load_model
 from graftkit.models.encoding import EncodedRow, pad_id, scored_tokens, usable_tokenizer
 from graftkit.models.saving import CheckpointWriter
+from graftkit.outputs import claimed
 from graftkit.rows import Row, encode_row, pad_batch
-from graftkit.sharded import fresh_folder
 
 RATE = 8e-4  # of full fine-tuning, as the nursery's fine-tunes were made
 LORA_RATE = 4e-3  # as in transfer.py
@@ -60,8 +60,9 @@ def tune_adapter(
     _train(model.get_base_model(), tokenizer, rows, steps, batch, groups, LORA_RATE)
     for weight in weights:
         weight.data = weight.data.bfloat16()
-    with fresh_folder(output) as partial:
-        model.save_pretrained(partial)
+    with claimed(output, ["adapter"], folder=True) as claim:
+        claim.open_work()
+        model.save_pretrained(claim.result)
     return output
 
 

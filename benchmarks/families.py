@@ -161,6 +161,7 @@ class Bench:
     ) -> tuple[int, dict[str, Read]]:
         file = self.work / f"{case.replace(' ', '-')}-{line.method}-{line.percent:g}.skillfamily"
         budget, settings = f"{line.percent:g}%", dict(line.settings)
+        file.unlink(missing_ok=True)
         family = make_family(self.target.path, files, file, line.method, settings, budget, names)
         return family.nbytes, {
             name: lambda tensor, before, name=name: family.tensor(name, tensor, before)

@@ -27,6 +27,7 @@ from graftkit.distill.pipeline import run_distill
 from graftkit.evaluate import exact_match
 from graftkit.models import load_model
 from graftkit.models.encoding import usable_tokenizer
+from graftkit.outputs import MARKER
 from graftkit.rows import read_rows
 from graftkit.skillpack import SkillPack
 
@@ -120,19 +121,24 @@ def run_way(options: argparse.Namespace, seed: int, way: str) -> tuple[Path, Rec
     for place in (draw, folder):
         place.mkdir(parents=True, exist_ok=True)
         config = settings(options.shared, seed, way)
-        (place / "run.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
+        _config_of(place).write_text(tomli_w.dumps(config), encoding="utf-8")
     for stage in ("sample", "score"):
-        run_distill(draw / "run.toml", draw, stage)
-    for name in ("samples.jsonl", "samples.summary.jsonl", "scores.jsonl"):
+        run_distill(_config_of(draw), draw, stage)
+    for name in (MARKER, "samples.jsonl", "samples.summary.jsonl", "scores.jsonl"):
         shutil.copyfile(draw / name, folder / name)
     if not (folder / "stages.json").exists():
         shutil.copyfile(draw / "stages.json", folder / "stages.json")
         _take_sft(options.work / f"sft-{seed}", folder, way)
     started = sum(os.times()[:4])
-    stages = run_distill(folder / "run.toml", folder)
+    stages = run_distill(_config_of(folder), folder)
     cpu = sum(os.times()[:4]) - started
     seconds = {stage: entry["seconds"] for stage, entry in stages.items()}
     return folder, {"cpu_seconds": round(cpu, 1), "stage_seconds": seconds, **_counts(stages)}
+
+
+def _config_of(folder: Path) -> Path:
+    """Beside the folder: what a run reads does not lie where it writes."""
+    return folder.with_name(f"{folder.name}.toml")
 
 
 def _take_sft(done: Path, folder: Path, way: str) -> None:

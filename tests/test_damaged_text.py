@@ -65,9 +65,10 @@ def test_damage_is_read_or_refused_in_one_line_naming_the_file(tmp_path, name, c
     assert "\n" not in said
 
 
-def test_a_lock_that_is_a_folder_is_refused(tmp_path):
-    (tmp_path / ".lock").mkdir()
-    with pytest.raises(GraftError, match=r"\.lock: cannot be opened"), only_run(tmp_path):
+@pytest.mark.parametrize("name", [".graftkit", ".lock"])
+def test_a_marker_or_lock_that_is_a_folder_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(GraftError), only_run(tmp_path):
         pass
 
 

@@ -30,6 +30,7 @@ def demo(tmp_path_factory):
     (earlier / "model.safetensors").write_bytes(b"half a file")
     (earlier / "mine.txt").write_text("mine")
     (out / "mine.txt").write_text("mine")
+    (out / ".graftkit").write_text("graftkit demo\n")
     printed = io.StringIO()
     result = run_demo(out, console=Console(file=printed, width=100))
     return result, DemoFolder(out), printed.getvalue()
@@ -123,7 +124,8 @@ def test_files_of_others_are_left_alone_and_nothing_half_done_stays(demo):
     for file in (out.out / "mine.txt", out.tuned(SKILLS[0]) / "mine.txt"):
         assert file.read_text() == "mine"
     names = {file.name for file in out.out.iterdir()}
-    assert names == {"checkpoints", "packs", "rows", "demo.json", "NOTICE.md", "mine.txt"}
+    results = {"checkpoints", "packs", "rows", "demo.json", "NOTICE.md"}
+    assert names == results | {"mine.txt", ".graftkit"}
 
 
 def test_the_embedded_data_is_small():

@@ -1,51 +1,33 @@
 """Write a Hugging Face directory tensor by tensor, never more than a shard in memory."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graftkit.errors import OutputError
-
 SHARD_BYTES = 2 * 10**9
 """Tensors are collected up to this size before a file is written: the peak of memory."""
 
 
-@contextmanager
-def fresh_folder(output: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `output` when the block ends well, and vanishes otherwise.
+def save_tensors(
+    tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file, as readable as any other new file.
 
-    The block makes it. Raises: OutputError.
+    Raises: OSError, also where safetensors calls it otherwise.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError(f"{output}: exists and is not an empty folder; choose another name")
-    partial = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(partial, ignore_errors=True)
+    # safetensors makes files that only their owner can read; what `open` makes follows the umask.
+    with file.open("wb") as made:
+        mode = os.fstat(made.fileno()).st_mode & 0o777
     try:
-        yield partial
-        if output.is_dir():
-            output.rmdir()
-        partial.rename(output)
-    except OSError as error:
-        raise OutputError(
-            f"{output}: cannot be written ({error.strerror or error}); free some space or choose "
-            "another place"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write one safetensors file. Raises: OSError, also where safetensors calls it otherwise."""
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(dict(tensors), file, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:  # how it reports a full disk
         raise OSError(str(error)) from error
+    os.chmod(file, mode)
 
 
 def write_checkpoint(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.errors import CheckpointError
+from graftkit.work import is_work_folder
 
 SIDE_FILES = (
     "config.json",
@@ -258,7 +259,8 @@ def _walk(folder: Path, root: Path) -> Iterator[str]:
         if entry.name.startswith(".") or not _stays_inside(entry, name, root):
             continue
         if entry.is_dir():
-            if not _NO_MODEL_FOLDERS.fullmatch(entry.name) and not _holds_weights(entry):
+            ours = is_work_folder(entry)  # such as that of a merge into a folder of its target
+            if not (ours or _NO_MODEL_FOLDERS.fullmatch(entry.name) or _holds_weights(entry)):
                 yield from _walk(entry, root)
         elif entry.is_file() and not _WEIGHTS.fullmatch(entry.name):
             yield name

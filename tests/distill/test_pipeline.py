@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from distill.tiny import tiny_llama, write_jsonl
+from killing import Forked, killed_at, tree
 
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
 from graftkit.distill.reading import read_config
 from graftkit.distill.stages import StageBook, only_run
-from graftkit.errors import ConfigError, RowsError, SelectionError
+from graftkit.errors import ConfigError, OutputError, RowsError, SelectionError
 from graftkit.skillpack import SkillPack
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -153,7 +154,7 @@ def test_answers_are_never_thrown_away_without_being_asked(place):
 def test_answers_of_somebody_else_are_not_written_over(place):
     (place / "out").mkdir()
     (place / "out" / "samples.jsonl").write_text("{}\n")
-    with pytest.raises(ConfigError, match="was sampled with other sources"):
+    with pytest.raises(OutputError, match="holds files that are not of this command"):
         run(place)
     assert (place / "out" / "samples.jsonl").read_text() == "{}\n"
 
@@ -273,8 +274,8 @@ def test_mixed_pairs_are_trained_with_weighted_rewards(place):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(place):
-    with only_run(place), pytest.raises(ConfigError, match="another run is at work here"):
-        run(place, out=".")
+    with only_run(place / "out"), pytest.raises(OutputError, match="another run is at work here"):
+        run(place)
 
 
 def test_missing_libraries_are_named_with_what_to_install(place, monkeypatch):
@@ -288,6 +289,36 @@ def test_a_launcher_shares_the_trainings_only(place, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="only sft and dpo share their work"):
         run(place)
+
+
+def test_stages_killed_at_changes_of_files_end_as_undisturbed(place):
+    """At every seventh change, and at the last ones."""
+
+    def stages(out: str) -> None:
+        for stage in ("sample", "score", "select"):
+            run(place, stage, out)
+
+    def results(out: str) -> dict[str, bytes]:
+        return {name: text for name, text in tree(place / out).items() if name != "stages.json"}
+
+    stages("whole")
+    for count in range(1, 1000, 7):
+        out = f"killed-{count}"
+        if killed_at(place / out, count, lambda out=out: stages(out)) != -signal.SIGKILL:
+            break
+        assert Forked(lambda out=out: stages(out)).end() == 0
+        assert results(out) == results("whole"), f"killed at change {count}"
+    assert count > 14
+
+
+def test_inputs_do_not_lie_where_a_run_writes(place):
+    run(place, "sample")
+    rows = (place / "prompts.jsonl").read_bytes()
+    (place / "out" / "sft.jsonl").write_bytes(rows)
+    change(place, 'file = "prompts.jsonl"', 'file = "out/sft.jsonl"')
+    with pytest.raises(OutputError, match="is read by this command"):
+        run(place)
+    assert (place / "out" / "sft.jsonl").read_bytes() == rows
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def test_fuse_writes_one_pack_and_its_numbers(run, skills, files, tmp_path):
     assert result["settings"] == {"scaling": 1, "density": 0.9, "seed": 3}
     method = SkillPack.load(file).manifest.provenance["method"]
     assert method == "dare density=0.9 scaling=1 seed=3"
-    code, out, _ = run("fuse", skills.target, *files, "-o", file, *options)
+    code, out, _ = run("fuse", skills.target, *files, "-o", file, *options, "--force")
     assert code == 0
     assert out.startswith(f"{file}: 3 packs in one, ")
 

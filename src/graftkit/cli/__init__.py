@@ -127,6 +127,7 @@ def pack(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but write the file.")
     ] = False,
+    force: show.Force = False,
     json_output: show.Json = False,
 ) -> None:
     """Compress what TUNED learned beyond TARGET into one file.
@@ -140,6 +141,7 @@ def pack(
         tuned,
         output,
         dry_run,
+        force,
         budget=budget,
         recipe=recipe,
         calibration=calibration,
@@ -262,6 +264,7 @@ def fuse(
     calibration: Annotated[
         Path | None, typer.Option(help="rows.jsonl of the packs' tasks; without it, data-free.")
     ] = None,
+    force: show.Force = False,
     json_output: show.Json = False,
 ) -> None:
     """Make one pack of several packs of one target."""
@@ -269,7 +272,7 @@ def fuse(
 
     settings = {"scaling": scaling, "density": density, "select": select, "ratio": ratio}
     choice = mixing(method, weights, state, task_rows, seed=seed, **settings)
-    packing = {"budget": budget, "recipe": recipe, "calibration": calibration}
+    packing = {"budget": budget, "recipe": recipe, "calibration": calibration, "force": force}
     result = fuse_files(target, files, output, choice, search, evaluations, **packing)
     show.json_or(json_output, result, lambda: print_fused(result))
 
@@ -281,12 +284,13 @@ def interference(
     figure: Annotated[
         Path | None, typer.Option(help="A PNG to draw (needs the extra report).")
     ] = None,
+    force: show.Force = False,
     json_output: show.Json = False,
 ) -> None:
     """Do packs get in each other's way? Cosine, sign conflicts and overlap of every pair."""
     from graftkit.cli.fusing import interference_of, print_interference
 
-    result = interference_of(target, files, figure)
+    result = interference_of(target, files, figure, force)
     show.json_or(json_output, result, lambda: print_interference(result))
 
 
@@ -346,12 +350,13 @@ def import_lora(
     target: Target,
     adapter: Annotated[Path, typer.Argument(help="A PEFT LoRA directory of this target.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The .skillpack to write.")],
+    force: show.Force = False,
     json_output: show.Json = False,
 ) -> None:
     """Turn a LoRA adapter into a pack, every A and B word for word."""
     from graftkit.cli.interop import import_adapter, print_import
 
-    result = import_adapter(target, adapter, output)
+    result = import_adapter(target, adapter, output, force)
     show.json_or(json_output, result, lambda: print_import(result))
 
 

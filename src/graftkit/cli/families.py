@@ -36,6 +36,7 @@ def make(
     names: Annotated[
         str | None, typer.Option(help="Names of the skills, a,b,... Default: the files' names.")
     ] = None,
+    force: show.Force = False,
     json_output: show.Json = False,
 ) -> None:
     """Write several packs of one target as one file."""
@@ -45,7 +46,7 @@ def make(
     given = {name: value for name, value in settings.items() if value is not None}
     called = None if names is None else names.split(",")
     with show.progress() as report:
-        family = make_family(target, files, output, method, given, budget, called, report)
+        family = make_family(target, files, output, method, given, budget, called, report, force)
     result = {"output": str(output)} | family.summary()
     show.json_or(json_output, result, lambda: _print_family(result, output))
 
@@ -65,17 +66,19 @@ def unfold(
     skill: Annotated[str, typer.Option("--skill", help="Name of the skill.")],
     target: Annotated[str, typer.Option("--target", help="The target of the family.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The .skillpack to write.")],
+    force: show.Force = False,
     json_output: show.Json = False,
 ) -> None:
     """Write one skill as an ordinary lossless pack, which every other command takes."""
     from graftkit.fuse.family import Family
-    from graftkit.fuse.packing import check_output
+    from graftkit.outputs import claimed
 
-    check_output(output)
-    family = Family.open(file)
-    with show.progress() as report:
-        pack = family.pack(skill, target, report)
-    pack.save(output)
+    job = ["unfold", file, skill, target]
+    with (
+        show.progress() as report,
+        claimed(output, job, inputs=[file, target], force=force) as claim,
+    ):
+        Family.open(file).pack(skill, target, report, claim.open_work()).save(claim.result)
     result = {"output": str(output), "skill": skill, "pack_bytes": output.stat().st_size}
     show.json_or(json_output, result, lambda: _print_unfolded(result))
 

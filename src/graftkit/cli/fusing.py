@@ -9,7 +9,7 @@ from rich.console import Console
 from graftkit.cli import show
 from graftkit.cli.packing import parse_weights
 from graftkit.delta import Checkpoint
-from graftkit.errors import ConfigError, OutputError
+from graftkit.errors import ConfigError
 from graftkit.fuse.heatmap import draw_interference
 from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
 from graftkit.fuse.interference import Pair, measure_interference
@@ -17,6 +17,7 @@ from graftkit.fuse.merging import merge_packs
 from graftkit.fuse.methods import IN_TURN, check_weights, find_method
 from graftkit.fuse.packing import fuse_packs
 from graftkit.fuse.search import EVALUATIONS, search_weights
+from graftkit.outputs import check_output, claimed
 from graftkit.rows import read_rows
 from graftkit.side_files import code_names
 from graftkit.skillpack.summary import pack_summary
@@ -32,6 +33,8 @@ def merge_files(
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Merge into a folder; `choice` is what `mixing` gives."""
+    read = [file for file in (search, choice.get("state")) if file is not None]
+    check_output(output, folder=True, inputs=[target, *files, *read])
     with show.progress() as report:
         found = _searched(target, files, choice, search, evaluations, report)
         merge = merge_in_turn if choice["method"] in IN_TURN else merge_packs
@@ -56,7 +59,9 @@ def fuse_files(
     evaluations: int | None,
     **packing: Any,
 ) -> dict[str, Any]:
-    """Fuse into one pack; `choice` is what `mixing` gives, `packing` goes to `pack_delta`."""
+    """Fuse into one pack; `choice` is what `mixing` gives, `packing` goes to `fuse_packs`."""
+    read = [file for file in (search, choice.get("state")) if file is not None]
+    check_output(output, inputs=[target, *files, *read], force=packing.get("force", False))
     with show.progress() as report:
         found = _searched(target, files, choice, search, evaluations, report)
         fuse = fuse_in_turn if choice["method"] in IN_TURN else fuse_packs
@@ -90,15 +95,21 @@ def mixing(
     return {"method": method, "state": state, "rows": rows}
 
 
-def interference_of(target: str, files: list[Path], figure: Path | None) -> dict[str, Any]:
+def interference_of(
+    target: str, files: list[Path], figure: Path | None, force: bool
+) -> dict[str, Any]:
     """Every pair of packs, by tensor, by kind and together; draws the figure where it is asked."""
     names = _labels(files)
-    if figure is not None and not figure.parent.is_dir():
-        raise OutputError(f"{figure}: there is no folder {figure.parent}; make it first")
+    inputs: list[str | Path] = [target, *files]
     with show.progress() as report:
-        pairs = measure_interference(target, files, report)
-    if figure is not None:
-        draw_interference(pairs, names, figure)
+        if figure is None:
+            pairs = measure_interference(target, files, report)
+        else:
+            job = ["interference", *inputs]
+            with claimed(figure, job, inputs=inputs, force=force) as claim:
+                pairs = measure_interference(target, files, report)
+                claim.open_work()
+                draw_interference(pairs, names, claim.result)
     return {
         "packs": [str(file) for file in files],
         "figure": None if figure is None else str(figure),

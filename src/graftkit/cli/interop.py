@@ -7,20 +7,16 @@ from typing import Any
 from rich.console import Console
 
 from graftkit.cli import show
-from graftkit.errors import ConfigError, OutputError
+from graftkit.errors import ConfigError
 from graftkit.interop import export_lora, import_lora
 from graftkit.rows import read_rows
 from graftkit.skillpack.summary import pack_summary
 
 
-def import_adapter(target: str, adapter: Path, output: Path) -> dict[str, Any]:
+def import_adapter(target: str, adapter: Path, output: Path, force: bool) -> dict[str, Any]:
     """Write the pack of an adapter and return its numbers. Raises: OutputError."""
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder; name the .skillpack file to write")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: there is no folder {output.parent}; make it first")
     with show.progress() as report:
-        pack = import_lora(target, adapter, output, report)
+        pack = import_lora(target, adapter, output, report, force)
     omitted = [part.model_dump() for part in pack.manifest.omitted]
     return {"output": str(output)} | pack_summary(pack) | {"omitted": omitted}
 

@@ -1,6 +1,5 @@
 """Behind `pack`, `verify` and `merge`: files and numbers, no printing."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,36 +8,49 @@ from graftkit.cli import show
 from graftkit.delta import Checkpoint, all_finite
 from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFault
 from graftkit.memory import peak_rss_bytes
+from graftkit.outputs import Claim, check_output, claimed
 from graftkit.packing import pack_delta
 from graftkit.packing.measure import Progress
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.summary import pack_summary
+from graftkit.work import WorkFolder
 
 
 def pack_to_file(
-    target: str, tuned: str, output: Path, dry_run: bool, **options: Any
+    target: str, tuned: str, output: Path, dry_run: bool, force: bool, **options: Any
 ) -> dict[str, Any]:
-    """Pack into `output` (nothing is written on a dry run) and return the numbers."""
+    """Pack into `output` (nothing is written on a dry run) and return the numbers.
+
+    force: a file that is there may be replaced.
+    """
     started = time.perf_counter()
-    if output.is_dir():
-        raise OutputError(f"{output}: is a folder; name the .skillpack file to write")
-    if not output.parent.is_dir():
-        raise OutputError(f"{output}: there is no folder {output.parent}; make it first")
-    partial = output.with_name(output.name + ".partial")
+    rows = [file for name in ("calibration", "prompts") if (file := options.get(name))]
     with show.progress() as report:
-        work_dir = None if dry_run else partial
-        pack = pack_delta(target, tuned, work_dir=work_dir, progress=report, **options)
-    if not dry_run:
-        try:
-            pack.save(output)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        if dry_run:
+            check_output(output, inputs=[target, tuned, *rows], force=True)
+            pack = pack_delta(target, tuned, progress=report, **options)
+        else:
+            job = ["pack", target, tuned, options]
+            inputs = [target, tuned, *rows]
+            with claimed(output, job, inputs=inputs, force=force, resumable=True) as claim:
+                pack = pack_delta(target, tuned, work_dir=claim.work, progress=report, **options)
+                _save(pack, claim)
     summary = pack_summary(pack)
     if not dry_run:
         # The size quoted is the size of the file.
         summary["pack_bytes"] = output.stat().st_size
     measured = {"seconds": time.perf_counter() - started, "peak_rss_bytes": peak_rss_bytes()}
     return {"output": None if dry_run else str(output)} | summary | measured
+
+
+def _save(pack: SkillPack, claim: Claim) -> None:
+    """Write the pack and put it in place; where that fails, nothing stays. Raises: OutputError."""
+    try:
+        pack.save(claim.result)
+        claim.commit()
+    except OutputError:
+        WorkFolder(claim.work).remove()
+        raise
 
 
 def verify_file(file: Path, target: str, full: bool, progress: Progress) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from rich.text import Text
 
 from graftkit.text import printable
 
+Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Report = Callable[[str, int, int], None]
 

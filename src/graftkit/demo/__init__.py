@@ -23,6 +23,7 @@ from graftkit.demo.story import Story, budgets_line, explore_commands
 from graftkit.errors import GraftError
 from graftkit.evaluate import SLACK_TOKENS, exact_match
 from graftkit.models.loading import load_model, load_tokenizer
+from graftkit.outputs import own_folder
 from graftkit.packing import pack_delta
 from graftkit.rows import Row, encode_prompt, pad_batch, read_rows
 from graftkit.skillpack import SkillPack
@@ -44,20 +45,22 @@ def run_demo(
     Offline; 20 seconds of one core. A later run replaces the demo's own files.
 
     Args:
-        out: folder for checkpoints, packs, rows and demo.json; made where it is missing.
+        out: folder for checkpoints, packs, rows and demo.json: a new or empty one, or one that an
+            earlier run made.
         console: where the story is printed; default standard output.
         progress: called with (step, done, total).
     Raises: OutputError; GraftError when a promise does not hold: a checkpoint is not rebuilt
         exactly, or detaching leaves other bytes behind.
     """
-    demo = _Demo(DemoFolder(Path(out)), Story(console or Console()), progress)
-    demo.rebuild()
-    demo.pack()
-    results = demo.measure()
-    mixed = demo.mix()
-    result = DemoResult(results, mixed, bytes_restored=True, commands=demo.commands())
-    demo.folder.write_json(json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
-    demo.story.explore(result, demo.folder)
+    with own_folder(out, "demo"):
+        demo = _Demo(DemoFolder(Path(out)), Story(console or Console()), progress)
+        demo.rebuild()
+        demo.pack()
+        results = demo.measure()
+        mixed = demo.mix()
+        result = DemoResult(results, mixed, bytes_restored=True, commands=demo.commands())
+        demo.folder.write_json(json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
+        demo.story.explore(result, demo.folder)
     return result
 
 

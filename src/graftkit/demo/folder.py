@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from graftkit.delta import Checkpoint
 from graftkit.demo.embedded import NOTICE, SKILLS, TARGET, Skill, fingerprint_of
 from graftkit.errors import GraftError, OutputError
+from graftkit.files import replaced_file
 from graftkit.fuse import merge_packs
 from graftkit.skillpack import SkillPack
+from graftkit.work import WorkFolder
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,16 @@ class DemoFolder:
         pack = SkillPack.load(skill.lossless)
         tuned = self.tuned(skill)
         # A merge wants an empty folder; an earlier run, or somebody, may have left files in this.
-        with self.writing(), TemporaryDirectory(dir=self.out, prefix=".merge-") as folder:
-            merged = merge_packs(self.target, pack, Path(folder) / skill.name)
-            tuned.mkdir(exist_ok=True)
-            for file in merged.iterdir():
-                os.replace(file, tuned / file.name)
+        work = WorkFolder(self.out / "merge.partial")
+        work.open_empty()
+        try:
+            with self.writing():
+                merged = merge_packs(self.target, pack, work.path / skill.name)
+                tuned.mkdir(exist_ok=True)
+                for file in merged.iterdir():
+                    os.replace(file, tuned / file.name)
+        finally:
+            work.remove()
         found = fingerprint_of(Checkpoint.open(tuned))
         expected = pack.manifest.provenance["tuned_fingerprint"]
         if found != expected:
@@ -82,8 +88,8 @@ class DemoFolder:
 
     def write_json(self, text: str) -> None:
         """Write the result. Raises: OutputError."""
-        with self.writing():
-            self.json.write_text(text, encoding="utf-8")
+        with replaced_file(self.json) as partial:
+            partial.write_text(text, encoding="utf-8")
 
     @contextmanager
     def writing(self) -> Iterator[None]:

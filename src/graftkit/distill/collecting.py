@@ -7,6 +7,7 @@ killed run goes on, and writes the same bytes.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,22 +67,29 @@ def collect_distributions(
     job = _job(source, [tokenizer, target_tokenizer], _end_tokens(model), rows, config)
     if file.is_file() and (finished := Distributions(file)).job == job:
         return finished.summary
-    work = WorkFolder(file.with_name(file.name + ".partial"))
-    work.open(job)
-    reader = _Reader(source, model, tokenizer, target_tokenizer, config)
+    with closing(WorkFolder(file.with_name(file.name + ".partial"))) as work:
+        work.open(job)
+        reader = _Reader(source, model, tokenizer, target_tokenizer, config)
+        shards = _read_shards(reader, rows, work, progress or (lambda done, total: None))
+        seen = torch.stack([shard.pop("seen") for shard in shards]).sum(dim=0)
+        aligned, too_long = seen.tolist()
+        tokens = sum(len(shard["counts"]) for shard in shards)
+        summary = Summary(len(rows), tokens, aligned, too_long)
+        write_distributions(shards, summary, job, file)
+        work.remove()
+    return summary
+
+
+def _read_shards(
+    reader: "_Reader", rows: Sequence[Row], work: WorkFolder, progress: Progress
+) -> list[dict[str, Tensor]]:
+    """What the source expects in the rows, shard by shard; finished shards are not read again."""
     starts = range(0, len(rows), SHARD_ROWS)
     for start in starts:
         if work.read(str(start)) is None:
             work.write(str(start), save(reader.read(rows[start : start + SHARD_ROWS])))
-        if progress:
-            progress(min(start + SHARD_ROWS, len(rows)), len(rows))
-    shards = [load(work.read(str(start)) or b"") for start in starts]
-    aligned, too_long = torch.stack([shard.pop("seen") for shard in shards]).sum(dim=0).tolist()
-    tokens = sum(len(shard["counts"]) for shard in shards)
-    summary = Summary(len(rows), tokens, aligned, too_long)
-    write_distributions(shards, summary, job, file)
-    work.remove()
-    return summary
+        progress(min(start + SHARD_ROWS, len(rows)), len(rows))
+    return [load(work.read(str(start)) or b"") for start in starts]
 
 
 def _job(

@@ -7,7 +7,6 @@ a cross-entropy (FuseLLM, arXiv 2401.10491). `collecting` writes the file.
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from graftkit.errors import OutputError, RowsError
+from graftkit.errors import RowsError
+from graftkit.files import replaced_file
+from graftkit.sharded import save_tensors
 
 NEVER = -math.inf  # log-probability of what cannot be
 _KEY = "graftkit.distributions"  # of the file's only metadata; several would come in any order
@@ -138,13 +138,9 @@ def write_distributions(
         tensors["ids"] = tensors["ids"].to(torch.uint16)
     for name in ("row_tokens", "row_entries"):
         tensors[name] = torch.cat([torch.zeros(1, dtype=torch.int64), tensors[name].cumsum(0)])
-    partial = file.with_name(file.name + ".writing")
     metadata = {_KEY: json.dumps({"job": job, **asdict(summary)})}
-    try:
-        save_file(tensors, partial, metadata)
-        os.replace(partial, file)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{file}: cannot be written ({error})") from error
+    with replaced_file(file) as partial:
+        save_tensors(tensors, partial, metadata)
 
 
 def merge_duplicates(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:

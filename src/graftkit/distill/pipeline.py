@@ -37,7 +37,8 @@ def run_distill(
     """Run every stage that is not done yet, or one.
 
     Args:
-        config_file: see `DistillConfig`. folder: made if missing; results and what is unfinished.
+        config_file: see `DistillConfig`.
+        folder: of results and what is unfinished; new, empty, or made by an earlier call.
         only: one stage; those before it must be done.
         progress: called with (step, done, total).
     Returns: by stage, seconds and counts.
@@ -53,7 +54,7 @@ def run_distill(
             f"{processes()} processes were launched, but only sft and dpo share their work; run "
             "the other stages without a launcher, and these with --only"
         )
-    with only_run(space.folder):
+    with only_run(space.folder, [config_file, *space.inputs]):
         book = StageBook(space.folder)
         for stage in stages if only is None else (only,):
             _do(stage, space, book)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from graftkit.errors import OutputError, RowsError
+from graftkit.files import replaced_file
 
 Finish = Literal["stop", "length", "refused"]
 """stop: ended by itself; length: cut; refused: the source could not answer (see `reason`)."""
@@ -72,15 +73,9 @@ def answer_record(answer: Answer) -> dict[str, Any]:
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines; the file appears whole or not at all. Raises: OutputError."""
-    partial = path.with_name(path.name + ".writing")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+    with replaced_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

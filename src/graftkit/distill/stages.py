@@ -1,9 +1,7 @@
 """Which stages of a folder are done, and whether what they were made from is still the same."""
 
-import fcntl
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,9 @@ from typing import Any
 from blake3 import blake3
 
 from graftkit.distill.launch import is_main
-from graftkit.errors import ConfigError, OutputError
+from graftkit.errors import OutputError
+from graftkit.files import replaced_file
+from graftkit.outputs import own_folder
 
 FILE = "stages.json"
 
@@ -56,36 +56,21 @@ class StageBook:
 
     def _write(self, stage: str, entry: dict[str, Any]) -> None:
         self.entries[stage] = entry
-        partial = self.path.with_name(FILE + ".writing")
-        try:
+        with replaced_file(self.path) as partial:
             partial.write_text(json.dumps(self.entries, indent=1), encoding="utf-8")
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Keep a second run out of the folder; the processes of one launch are one run.
+def only_run(folder: Path, inputs: Sequence[str | Path] = ()) -> Iterator[None]:
+    """A folder that is ours, without a second run in it; the processes of one launch are one run.
 
-    The lock is the system's: it ends with its process, however that ends.
-    Raises: ConfigError where another run is at work; OutputError for a lock that is no file.
+    inputs: what the run reads, none of which may lie in the folder.
+    Raises: OutputError as `own_folder`.
     """
     if not is_main():
         yield
         return
-    lock = folder / ".lock"
-    try:
-        opened = lock.open("a")
-    except OSError as error:
-        raise OutputError(f"{lock}: cannot be opened ({error.strerror}); remove it") from error
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"{folder}: another run is at work here; wait for it, or choose another folder"
-            ) from error
+    with own_folder(folder, "distill", inputs):
         yield
 
 

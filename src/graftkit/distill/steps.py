@@ -24,17 +24,21 @@ from graftkit.distill.selection import select as select_answers
 from graftkit.distill.template import Template
 from graftkit.distill.workspace import Workspace
 from graftkit.errors import ConfigError, SelectionError
+from graftkit.files import replaced_file
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model
 from graftkit.route.key import MIN_PROMPTS
 from graftkit.rows import Row, read_rows
+from graftkit.work import WorkFolder
 
 
 def sample(space: Workspace) -> dict[str, Any]:
     """Ask the sources."""
     prompts = space.prompts.prompts
     # There already where a run was killed between its last answer and the book of stages.
-    if not (space.folder / "samples.jsonl").exists():
+    if (space.folder / "samples.jsonl").exists():
+        shutil.rmtree(space.folder / "samples.partial", ignore_errors=True)
+    else:
         sample_answers(space.config, prompts, space.folder, space.where, space.progress)
     found = read_summaries(space.folder)
     return {
@@ -68,7 +72,8 @@ def select(space: Workspace) -> dict[str, Any]:
     if config.dpo:
         pairs = [_pair_record(pair, template) for pair in chosen.pairs]
         write_lines(space.folder / "pairs.jsonl", pairs)
-    (space.folder / "data_card.md").write_text(cards.data_card(card), encoding="utf-8")
+    with replaced_file(space.folder / "data_card.md") as partly:
+        partly.write_text(cards.data_card(card), encoding="utf-8")
     write_lines(space.folder / "data_card.json", [card])
     write_lines(space.folder / "sft.jsonl", rows)
     return {"rows": len(chosen.rows), "pairs": len(chosen.pairs)}
@@ -162,7 +167,7 @@ def pack(space: Workspace) -> dict[str, Any]:
     rows = learned[: settings.calibration_rows]
     calibration = space.folder / "calibration.jsonl"
     write_lines(calibration, rows)
-    work = space.folder / "skill.partial"
+    work = WorkFolder(space.folder / "skill.partial")
     packed = pack_delta(
         space.target.path,
         space.folder / "tuned",
@@ -174,16 +179,17 @@ def pack(space: Workspace) -> dict[str, Any]:
         train_steps=settings.train_steps,
         licence=cards.licence(config),
         provenance=cards.provenance(config, card),
-        work_dir=work,
+        work_dir=work.path,
         progress=lambda step, done, total: space.progress(f"pack: {step}", done, total),
     )
     file = space.folder / "skill.skillpack"
     packed.save(file)
-    shutil.rmtree(work, ignore_errors=True)
+    work.remove()
     stages = ("sft", "dpo") if config.dpo else ("sft",)
     curves = {stage: _ends(list(read_lines(_log_file(space, stage)))) for stage in stages}
     readme = cards.model_card(config, card, curves)
-    (space.folder / "README.md").write_text(readme, encoding="utf-8")
+    with replaced_file(space.folder / "README.md") as partly:
+        partly.write_text(readme, encoding="utf-8")
     return {"pack_bytes": file.stat().st_size, "file": str(file)}
 
 

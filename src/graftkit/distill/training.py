@@ -7,7 +7,7 @@ weights. The reference of DPO is an argument, never inferred: the directory afte
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +167,22 @@ class _Stage:
         options: dict[str, Any],
     ) -> Log:
         """Train from the start or the last whole checkpoint, and write the directory."""
-        work = WorkFolder(self.partial)
-        if is_main():
-            work.open(self._job(arguments, records))
+        with closing(WorkFolder(self.partial)) as work:
+            if is_main():
+                work.open(self._job(arguments, records))
+            log = self._train(trainer_class, arguments, records, tokenizer, options)
+            if is_main():
+                work.remove()
+        return log
+
+    def _train(
+        self,
+        trainer_class: Any,
+        arguments: Any,
+        records: list[dict[str, Any]],
+        tokenizer: Any,
+        options: dict[str, Any],
+    ) -> Log:
         model: Any = load_model(self.start, torch.float32)
         model.config.use_cache = False
         writer = CheckpointWriter(model, self.start)
@@ -193,7 +206,6 @@ class _Stage:
         state = self._state(trainer)
         if is_main():
             writer.write(state, self.folder)
-            work.remove()
         trainer.accelerator.wait_for_everyone()
         return list(trainer.state.log_history)
 

@@ -11,7 +11,6 @@ from graftkit.distill.sampling import INDIFFERENT, PromptSet, read_prompts
 from graftkit.distill.scoring import wants
 from graftkit.distill.stages import digest_of
 from graftkit.distill.template import Template
-from graftkit.errors import OutputError
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model
 
@@ -24,15 +23,10 @@ class Workspace:
 
     Args:
         where: the folder that relative paths in the configuration refer to.
-    Raises: OutputError when the folder cannot be made.
     """
 
     def __init__(self, config: DistillConfig, folder: Path, where: Path, progress: Progress):
         self.config, self.folder, self.where, self.progress = config, folder, where, progress
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be made ({error.strerror})") from error
 
     @cached_property
     def prompts(self) -> PromptSet:
@@ -53,6 +47,19 @@ class Workspace:
         longest = min(t.max_tokens for t in (config.sft, config.dpo) if t)
         tokenizer, model = usable_tokenizer(self.target), empty_model(self.target)
         return Template(tokenizer, model, config.prompts.chat, longest)
+
+    @property
+    def inputs(self) -> list[str | Path]:
+        """Files and models that the configuration names."""
+        config = self.config
+        named: list[str | Path] = [self.where / config.prompts.file]
+        named.append(located(config.target, self.where))
+        for source in config.sources:
+            if isinstance(source, ModelSource):
+                named.append(located(source.model, self.where))
+            elif source.kind == "answers":
+                named.append(self.where / source.file)
+        return named
 
     @property
     def models(self) -> list[ModelSource]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError, CorruptPackError, FamilyError
+from graftkit.files import writing
 from graftkit.fuse.family_file import FamilyParts, Masks, Member, read_family
 from graftkit.fuse.merging import Progress
 from graftkit.fuse.packing import joined_licences
@@ -75,12 +76,16 @@ class Family:
         return self.delta(skill, name, before).add_(before).to(before.dtype)
 
     def pack(
-        self, skill: str, target: str | Path | Checkpoint, progress: Progress | None = None
+        self,
+        skill: str,
+        target: str | Path | Checkpoint,
+        progress: Progress | None = None,
+        work_dir: Path | None = None,
     ) -> SkillPack:
         """One skill as a lossless pack, which gives `tensor` of every tensor bit for bit.
 
-        The skill's checkpoint is on disk while this runs. The pack has no router key: `library
-        add` makes one from prompts.
+        The skill's checkpoint is on disk while this runs, in `work_dir` or a temporary folder. The
+        pack has no router key: `library add` makes one from prompts.
 
         Raises: as `delta`; PackMismatchError for another target.
         """
@@ -89,15 +94,16 @@ class Family:
         self.check_target(checkpoint)
         report = progress or (lambda step, done, total: None)
         names = list(checkpoint.tensors)
-        with TemporaryDirectory(prefix="graftkit-") as folder:
+        with TemporaryDirectory(prefix="graftkit-", dir=work_dir) as folder:
             tuned = Path(folder) / skill
-            write_checkpoint(
-                tuned,
-                names,
-                lambda name: self.tensor(skill, name, checkpoint.read(name)),
-                checkpoint.side_files() | self._side_files(member, checkpoint),
-                lambda done: report("unfolding", done, len(names)),
-            )
+            with writing(tuned):
+                write_checkpoint(
+                    tuned,
+                    names,
+                    lambda name: self.tensor(skill, name, checkpoint.read(name)),
+                    checkpoint.side_files() | self._side_files(member, checkpoint),
+                    lambda done: report("unfolding", done, len(names)),
+                )
             return pack_delta(
                 target.path if isinstance(target, Checkpoint) else target,
                 tuned,

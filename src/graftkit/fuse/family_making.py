@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from graftkit.config import Budget
-from graftkit.errors import ConfigError, FamilyError, OutputError
+from graftkit.errors import ConfigError, FamilyError
+from graftkit.files import writing
 from graftkit.fuse.family import Family
 from graftkit.fuse.family_file import (
     NAME_PATTERN,
@@ -29,8 +30,8 @@ from graftkit.fuse.family_file import (
 )
 from graftkit.fuse.family_frame import FamilyFrame
 from graftkit.fuse.family_methods import FamilyMethod, MaskMethod, find_family_method
-from graftkit.fuse.merging import Mixture, Progress, open_mixture
-from graftkit.fuse.packing import sibling_folder
+from graftkit.fuse.merging import Mixture, Progress, named_inputs, open_mixture
+from graftkit.outputs import claimed
 from graftkit.packing import pack_delta
 from graftkit.sharded import write_checkpoint
 from graftkit.skillpack import SkillPack
@@ -51,6 +52,7 @@ def make_family(
     budget: str | None = None,
     names: Sequence[str] | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Family:
     """Write packs of one target as one file: a shared part, and a private one for each.
 
@@ -59,7 +61,7 @@ def make_family(
 
     Args:
         packs: two or more. Better ones make a better family: lossless packs lose nothing before.
-        file: the .skillfamily file to write.
+        file: the .skillfamily file to write. force: it may be there, and is replaced.
         method: emr, tall or twin. settings: values of its fields, such as {"scaling": 0.3}.
         budget: largest file, as in `pack_delta`; default 10 % of the target for every skill.
         names: of the skills; default the packs' file names, or those of their tuned models.
@@ -68,23 +70,22 @@ def make_family(
         or changes the tokenizer; ConfigError for a wrong method, setting or name, or fewer than two
         packs; BudgetError, which says what would do; OutputError. Nothing is written then.
     """
-    output = Path(file)
-    if output.is_dir() or not output.parent.is_dir():
-        raise OutputError(f"{output}: name a .skillfamily file in a folder that exists")
     if len(packs) < 2:
         raise ConfigError(f"{len(packs)} packs make no family; name two or more, or keep the pack")
     rule = find_family_method(method, settings or {}, len(packs))
     called = _skill_names(packs, names)
     limit = Budget.parse(budget or f"{min(100, BUDGET_PER_SKILL * len(packs))}%")
-    mixture = open_mixture(target, list(packs), None, "task_arithmetic", None)
+    inputs = named_inputs(target, list(packs))
+    job = ["family", *inputs, method, settings, budget, called]
     report = progress or (lambda step, done, total: None)
-    frame = FamilyFrame(mixture, called, method, rule, limit)
-    with sibling_folder(output) as folder:
-        making = _Making(target, mixture, frame, folder, report)
+    with claimed(file, job, inputs=inputs, force=force) as claim:
+        mixture = open_mixture(target, list(packs), None, "task_arithmetic", None)
+        frame = FamilyFrame(mixture, called, method, rule, limit)
+        making = _Making(target, mixture, frame, claim.open_work(), report)
         split = making.masked(rule) if isinstance(rule, MaskMethod) else making.rests(rule)
         private = [_content(part) for part in split.private]
-        frame.write(output, split.shared, private, split.errors)
-    return Family.open(output)
+        frame.write(claim.result, split.shared, private, split.errors)
+    return Family.open(file)
 
 
 def _skill_names(
@@ -214,9 +215,10 @@ class _Making:
             return before.float().add_(delta(tensor, before)).to(dtype)
 
         step = f"{name}, state"
-        write_checkpoint(
-            folder, names, changed, files, lambda done: self.report(step, done, len(names))
-        )
+        with writing(folder):
+            write_checkpoint(
+                folder, names, changed, files, lambda done: self.report(step, done, len(names))
+            )
         try:
             return pack_delta(
                 self.reference,

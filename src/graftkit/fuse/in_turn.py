@@ -6,6 +6,7 @@ adding them in one call. The state and the result appear together or not at all.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from graftkit.compress.codecs import Layout
 from graftkit.delta import Checkpoint, count_weights
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
-from graftkit.files import replaced_file
+from graftkit.files import writing
 from graftkit.fuse.importance import measure_importances
 from graftkit.fuse.kif import Kif
 from graftkit.fuse.memory import Header, Taken, read_memory, write_memory
@@ -25,12 +26,14 @@ from graftkit.fuse.merging import (
     check_shapes,
     check_token_ids,
     merge_note,
+    named_inputs,
     pack_digest,
     write_mixture,
 )
 from graftkit.fuse.opcm import Opcm
-from graftkit.fuse.packing import check_output, pack_merged
+from graftkit.fuse.packing import pack_merged, packing_inputs
 from graftkit.fuse.running import Running, Skill
+from graftkit.outputs import Claim, claimed
 from graftkit.rows import Row
 from graftkit.side_files import written_files
 from graftkit.skillpack import SkillPack
@@ -69,9 +72,16 @@ def merge_in_turn(
         rows that do not belong; CheckpointError for a damaged state; RowsError; OutputError.
         Nothing is written in any of these cases.
     """
-    with _turns(target, packs, method, state, rows, progress) as turns:
-        turns.code = trust_remote_code
-        return write_mixture(turns, Path(output_dir), progress)
+    code = {"trust_remote_code": trust_remote_code}
+    call = _Call(target, packs, method, state, rows, code)
+    with call.claimed(output_dir, folder=True) as (claim, kept):
+        if claim is not None:
+            turns = call.turns(kept, progress)
+            turns.code = trust_remote_code
+            claim.open_work()
+            write_mixture(turns, claim.result, progress)
+            _keep(turns, kept, claim)
+    return Path(output_dir)
 
 
 def fuse_in_turn(
@@ -82,19 +92,26 @@ def fuse_in_turn(
     state: str | Path | None = None,
     rows: TaskRows | None = None,
     progress: Progress | None = None,
+    force: bool = False,
     **packing: Any,
 ) -> SkillPack:
     """As `merge_in_turn`, and pack what comes out.
 
     Args:
-        file: the .skillpack file to write. packing: further arguments of `pack_delta`.
+        file: the .skillpack file to write. force: it may be there, and is replaced.
+        packing: further arguments of `pack_delta`.
     Raises: as `merge_in_turn` and `pack_delta`.
     """
-    output = check_output(Path(file))
-    with _turns(target, packs, method, state, rows, progress) as turns:
+    call = _Call(target, packs, method, state, rows, packing)
+    with call.claimed(file, force=force) as (claim, kept):
+        if claim is None:
+            return SkillPack.load(file)
+        turns = call.turns(kept, progress)
         name = f"{method}-of-{len(turns.taken)}-packs"
         licences, told = [taken.licence for taken in turns.taken], turns.provenance()
-        return pack_merged(target, turns, output, name, licences, told, progress, **packing)
+        pack = pack_merged(target, turns, claim, name, licences, told, progress, **packing)
+        _keep(turns, kept, claim)
+        return pack
 
 
 class Turns:
@@ -232,38 +249,80 @@ def _layouts(pack: SkillPack) -> dict[str, Layout]:
     }
 
 
-@contextmanager
-def _turns(
-    target: str | Path,
-    packs: Sequence[str | Path | SkillPack],
-    method: str,
-    state: str | Path | None,
-    rows: TaskRows | None,
-    progress: Progress | None,
-) -> Iterator[Turns]:
-    """All packs taken; the state appears under its name when the block ends well."""
-    if method not in RULES:
-        raise ConfigError(f"method {method!r} has no memory; choose one of {', '.join(RULES)}")
-    if rows is not None and (method != "kif" or len(rows) != len(packs)):
-        raise ConfigError(
-            f"{len(rows)} sets of rows for {len(packs)} packs and {method}; rows go with kif, one "
-            "set for each pack"
-        )
-    if not packs:
-        raise ConfigError("no packs to merge; name at least one")
-    opened = [p if isinstance(p, SkillPack) else SkillPack.load(p) for p in packs]
-    checkpoint, file = Checkpoint.open(target), None if state is None else Path(state)
-    if file is not None and file.exists():
-        turns = Turns.load(file, checkpoint, method)
-    else:
-        turns = Turns(checkpoint, RULES[method]())
-    for index, pack in enumerate(opened):
-        if progress is not None:
-            progress("adding packs", index, len(opened))
-        turns.add(pack, None if rows is None else rows[index])
-    if file is None:
-        yield turns
-        return
-    with replaced_file(file) as partial:
-        turns.save(partial)
-        yield turns
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call, checked.
+
+    Raises: ConfigError.
+    """
+
+    target: str | Path
+    packs: Sequence[str | Path | SkillPack]
+    method: str
+    state: str | Path | None
+    rows: TaskRows | None
+    packing: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in RULES:
+            raise ConfigError(
+                f"method {self.method!r} has no memory; choose one of {', '.join(RULES)}"
+            )
+        if self.rows is not None and (self.method != "kif" or len(self.rows) != len(self.packs)):
+            raise ConfigError(
+                f"{len(self.rows)} sets of rows for {len(self.packs)} packs and {self.method}; "
+                "rows go with kif, one set for each pack"
+            )
+        if not self.packs:
+            raise ConfigError("no packs to merge; name at least one")
+
+    @contextmanager
+    def claimed(
+        self, output: str | Path, folder: bool = False, force: bool = False
+    ) -> Iterator[tuple[Claim | None, Claim | None]]:
+        """The right to write output and state, which are put in place together.
+
+        The output's is None where a run of this very call was killed when both were there.
+        """
+        inputs = named_inputs(self.target, list(self.packs))
+        rows = [[[row.prompt, row.completion] for row in rows] for rows in self.rows or ()]
+        job = [self.method, *inputs, self.state, rows, Path(output).resolve(), self.packing]
+        read = [*inputs, *packing_inputs(self.packing)]
+        if self.state is None:
+            with claimed(output, job, folder=folder, inputs=read, force=force) as claim:
+                yield claim, None
+            return
+        # The state's lock is the last to go: it tells what the two belong to.
+        with claimed(self.state, job, inputs=[*read, output], force=True) as kept:
+            if kept.done:
+                yield None, kept
+                return
+            read.append(self.state)
+            with claimed(output, job, folder=folder, inputs=read, force=force) as claim:
+                yield claim, kept
+
+    def turns(self, kept: Claim | None, progress: Progress | None) -> "Turns":
+        """All packs taken, after those of the state. Raises: as `merge_in_turn`."""
+        opened = [p if isinstance(p, SkillPack) else SkillPack.load(p) for p in self.packs]
+        checkpoint = Checkpoint.open(self.target)
+        if kept is not None and kept.path.exists():
+            turns = Turns.load(kept.path, checkpoint, self.method)
+        else:
+            turns = Turns(checkpoint, RULES[self.method]())
+        for index, pack in enumerate(opened):
+            if progress is not None:
+                progress("adding packs", index, len(opened))
+            turns.add(pack, None if self.rows is None else self.rows[index])
+        return turns
+
+
+def _keep(turns: "Turns", kept: Claim | None, claim: Claim) -> None:
+    """Write the state, if one is kept, and put it in place together with the result.
+
+    Raises: OutputError.
+    """
+    if kept is not None:
+        kept.open_work()
+        with writing(kept.path):
+            turns.save(kept.result)
+        kept.commit(claim)

@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from graftkit.delta import Checkpoint, tensor_bytes
 from graftkit.errors import CheckpointError
+from graftkit.sharded import save_tensors
 
 FORMAT = "graftkit-running-merge"
 VERSION = 1
@@ -53,10 +53,7 @@ def write_memory(file: Path, header: Header, tensors: dict[str, Tensor]) -> None
     """Write a file. Raises: OSError."""
     text = header.model_dump_json()
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contiguous, file, {FORMAT: f"{_digest(text, contiguous)} {text}"})
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(str(error)) from error
+    save_tensors(contiguous, file, {FORMAT: f"{_digest(text, contiguous)} {text}"})
 
 
 def read_memory(file: Path, target: Checkpoint) -> tuple[Header, dict[str, Tensor]]:

@@ -19,11 +19,13 @@ from torch import Tensor
 from graftkit.attach.configuration import changed_computation, parse_settings
 from graftkit.delta import Checkpoint, count_weights
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
+from graftkit.files import writing
 from graftkit.fuse.methods import Method, check_weights, find_method
 from graftkit.models.configuration import differing_settings
 from graftkit.models.loading import empty_model
+from graftkit.outputs import claimed
 from graftkit.packing.job import MemoryGate
-from graftkit.sharded import fresh_folder, write_checkpoint
+from graftkit.sharded import write_checkpoint
 from graftkit.side_files import code_names, is_tokenizer_file, written_files
 from graftkit.skillpack import SkillPack
 from graftkit.threads import in_threads
@@ -63,10 +65,22 @@ def merge_packs(
         ConfigError for wrong weights or settings; OutputError; nothing is written in any of these
         cases.
     """
-    mixture = open_mixture(target, packs, weights, method, settings)
-    mixture.check_configurations()
-    mixture.carry_code(trust_remote_code)
-    return write_mixture(mixture, Path(output_dir), progress)
+    inputs = named_inputs(target, packs)
+    job = ["merge", *inputs, weights, method, settings, trust_remote_code]
+    with claimed(output_dir, job, folder=True, inputs=inputs) as claim:
+        mixture = open_mixture(target, packs, weights, method, settings)
+        mixture.check_configurations()
+        mixture.carry_code(trust_remote_code)
+        claim.open_work()
+        write_mixture(mixture, claim.result, progress)
+    return Path(output_dir)
+
+
+def named_inputs(target: str | Path | Checkpoint, packs: Packs) -> list[str | Path]:
+    """Where target and packs lie; a pack in memory is named by its digest."""
+    several: Any = packs if isinstance(packs, (list, tuple)) else [packs]
+    named = [pack.digest if isinstance(pack, SkillPack) else pack for pack in several]
+    return [target.path if isinstance(target, Checkpoint) else target, *named]
 
 
 def open_mixture(
@@ -281,19 +295,12 @@ def pack_digest(pack: SkillPack) -> str:
     return blake3(pack.manifest.to_json().encode()).hexdigest()
 
 
-def write_mixture(mixture: Merged, output: Path, progress: Progress | None) -> Path:
-    """Write all tensors and files of a mixture into a folder, whole or not at all.
+def write_mixture(mixture: Merged, folder: Path, progress: Progress | None) -> None:
+    """Write a new folder: tensors in shards, then the index and the side files.
 
     Raises: OutputError.
     """
-    with fresh_folder(output) as written:
-        _write(mixture, written, progress or (lambda step, done, total: None))
-    return output
-
-
-def _write(mixture: Merged, folder: Path, progress: Progress) -> None:
-    """Tensors in shards, then the index and the side files."""
-    names = mixture.names
+    names, report = mixture.names, progress or (lambda step, done, total: None)
     gate = MemoryGate(max(info.numel for info in mixture.target.tensors.values()))
 
     def merged(name: str) -> Tensor:
@@ -302,9 +309,10 @@ def _write(mixture: Merged, folder: Path, progress: Progress) -> None:
             return mixture.tensor(name)
 
     results = in_threads(merged, names)
-    step_done = partial(_report, progress, len(names))
+    step_done = partial(_report, report, len(names))
     files = mixture.side_files()
-    write_checkpoint(folder, names, lambda name: next(results), files, step_done)
+    with writing(folder):
+        write_checkpoint(folder, names, lambda name: next(results), files, step_done)
 
 
 def _report(progress: Progress, total: int, done: int) -> None:

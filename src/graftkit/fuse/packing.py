@@ -1,21 +1,20 @@
 """Several packs as one: merged in a temporary folder, and packed again for the same target."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from graftkit.errors import OutputError
 from graftkit.fuse.merging import (
     Merged,
     Mixture,
     Packs,
     Progress,
+    named_inputs,
     open_mixture,
     pack_digest,
     write_mixture,
 )
+from graftkit.outputs import Claim, claimed
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack
 
@@ -28,6 +27,7 @@ def fuse_packs(
     progress: Progress | None = None,
     method: str = "task_arithmetic",
     settings: Mapping[str, Any] | None = None,
+    force: bool = False,
     **packing: Any,
 ) -> SkillPack:
     """Merge packs and write what comes out as one pack of the same target.
@@ -38,68 +38,60 @@ def fuse_packs(
 
     Args:
         target, packs, weights, progress, method, settings: as in `merge_packs`.
-        file: the .skillpack file to write.
+        file: the .skillpack file to write. force: it may be there, and is replaced.
         packing: further arguments of `pack_delta`, such as `budget="5%"`, `recipe="auto"` or
             `calibration="rows.jsonl"`.
     Returns: the pack.
     Raises: as `merge_packs` and `pack_delta`; nothing is written in any of these cases.
     """
-    output = check_output(Path(file))
-    mixture = open_mixture(target, packs, weights, method, settings)
-    mixture.check_configurations()
-    name = f"{method}-of-{len(mixture.packs)}-packs"
-    licences = [pack.manifest.licence for pack in mixture.packs]
-    provenance = _provenance(mixture, method)
-    return pack_merged(target, mixture, output, name, licences, provenance, progress, **packing)
+    inputs = named_inputs(target, packs)
+    job = ["fuse", *inputs, weights, method, settings, packing]
+    read = [*inputs, *packing_inputs(packing)]
+    with claimed(file, job, inputs=read, force=force) as claim:
+        mixture = open_mixture(target, packs, weights, method, settings)
+        mixture.check_configurations()
+        name = f"{method}-of-{len(mixture.packs)}-packs"
+        licences = [pack.manifest.licence for pack in mixture.packs]
+        provenance = _provenance(mixture, method)
+        return pack_merged(target, mixture, claim, name, licences, provenance, progress, **packing)
 
 
-def check_output(output: Path) -> Path:
-    """A file that a pack may be written to. Raises: OutputError, before any work is done."""
-    if output.is_dir() or not output.parent.is_dir():
-        raise OutputError(f"{output}: name a .skillpack file in a folder that exists")
-    return output
+def packing_inputs(packing: Mapping[str, Any]) -> list[str | Path]:
+    """The files among the arguments of `pack_delta`."""
+    named = [packing.get("calibration"), packing.get("prompts")]
+    return [value for value in named if isinstance(value, str | Path)]
 
 
 def pack_merged(
     target: str | Path,
     merged: Merged,
-    output: Path,
+    claim: Claim,
     name: str,
     licences: Sequence[str | None],
     provenance: Mapping[str, str],
     progress: Progress | None,
     **packing: Any,
 ) -> SkillPack:
-    """Write a merged checkpoint as one pack; the checkpoint is on disk meanwhile.
+    """Write a merged checkpoint as the pack of a claim; the checkpoint is on disk meanwhile.
 
     Args:
         name: of the tuned model in the manifest. licences: of everything that went in.
         packing: further arguments of `pack_delta`.
     Raises: as `pack_delta`.
     """
-    with sibling_folder(output) as folder:
-        write_mixture(merged, folder / name, progress)
-        fused = pack_delta(
-            target,
-            folder / name,
-            licence=joined_licences(licences),
-            provenance=provenance,
-            progress=progress,
-            **packing,
-        )
-        fused.save(output)
+    folder = claim.open_work()
+    write_mixture(merged, folder / name, progress)
+    fused = pack_delta(
+        target,
+        folder / name,
+        licence=joined_licences(licences),
+        provenance=provenance,
+        work_dir=folder / "steps",
+        progress=progress,
+        **packing,
+    )
+    fused.save(claim.result)
     return fused
-
-
-@contextmanager
-def sibling_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside the file. Raises: OutputError."""
-    try:
-        folder = TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.")
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror})") from error
-    with folder as path:
-        yield Path(path)
 
 
 def _provenance(mixture: Mixture, method: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from graftkit.compress.codecs import Layout, matrices
 from graftkit.delta import DTYPES, Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.evaluate import TokenFidelity, token_fidelity
+from graftkit.files import writing
 from graftkit.fuse.merging import config_changes
 from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from graftkit.interop.peft_import import Progress, read_lora
@@ -30,8 +31,9 @@ from graftkit.interop.truncation import (
 from graftkit.models.architecture import ModuleKind, tensor_roles
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model
+from graftkit.outputs import claimed
 from graftkit.rows import Row
-from graftkit.sharded import fresh_folder, save_tensors
+from graftkit.sharded import save_tensors
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import Record
 
@@ -117,17 +119,23 @@ def export_lora(
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1")
-    opened = pack if isinstance(pack, SkillPack) else SkillPack.load(pack)
-    checkpoint = target if isinstance(target, Checkpoint) else Checkpoint.open(target)
-    opened.check_target(checkpoint.read, set(checkpoint.tensors), str(checkpoint.path))
     report = progress or (lambda step, done, total: None)
-    job = _Export(opened, checkpoint, rank)
-    with fresh_folder(Path(directory).resolve()) as folder:
-        folder.mkdir(parents=True)
-        result = job.write(folder, str(directory), report)
+    inputs = [
+        pack.digest if isinstance(pack, SkillPack) else pack,
+        target.path if isinstance(target, Checkpoint) else target,
+    ]
+    with claimed(directory, ["export", *inputs, rank], folder=True, inputs=inputs) as claim:
+        opened = pack if isinstance(pack, SkillPack) else SkillPack.load(pack)
+        checkpoint = target if isinstance(target, Checkpoint) else Checkpoint.open(target)
+        opened.check_target(checkpoint.read, set(checkpoint.tensors), str(checkpoint.path))
+        export = _Export(opened, checkpoint, rank)
+        claim.open_work()
+        with writing(claim.path):
+            claim.result.mkdir()
+            result = export.write(claim.result, str(directory), report)
         if rows is None:
             return result
-        return _measured(result, opened, checkpoint, folder, rows, report)
+        return _measured(result, opened, checkpoint, claim.result, rows, report)
 
 
 class _Export:

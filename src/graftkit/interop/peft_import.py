@@ -16,6 +16,7 @@ from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError, CheckpointMismatchError, CorruptPackError
 from graftkit.interop.adapter import INSTEAD, Adapter
 from graftkit.interop.places import Place, Places
+from graftkit.outputs import claimed
 from graftkit.packing.assemble import GENERATOR, target_info
 from graftkit.packing.encode import draft_record, encode_lossless, encode_rows
 from graftkit.packing.measure import Scan
@@ -55,16 +56,20 @@ def import_lora(
     adapter: str | Path,
     file: str | Path,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> SkillPack:
     """Write a PEFT LoRA adapter of `target` as a pack (see `read_lora`).
 
     Args:
-        file: the .skillpack to write.
+        file: the .skillpack to write. force: it may be there, and is replaced.
     Returns: the pack.
     Raises: as `read_lora`; OutputError. Nothing is written then.
     """
-    pack = read_lora(target, adapter, progress)
-    pack.save(file)
+    inputs = [target.path if isinstance(target, Checkpoint) else target, adapter]
+    with claimed(file, ["import-lora", *inputs], inputs=inputs, force=force) as claim:
+        pack = read_lora(target, adapter, progress)
+        claim.open_work()
+        pack.save(claim.result)
     return pack
 
 

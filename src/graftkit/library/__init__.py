@@ -27,7 +27,7 @@ from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merging import config_changes
 from graftkit.library.answers import Answer, Mix, generate_texts, unanswerable
 from graftkit.library.audit import Audit, audit_pack
-from graftkit.library.folder import CLASSIFIER, LEARNING, PackFolder
+from graftkit.library.folder import LEARNING, PackFolder
 from graftkit.library.index import Entry, Index
 from graftkit.library.live import LiveLibrary, describe_target, open_target
 from graftkit.library.memory import Mixture, parse_memory
@@ -316,7 +316,7 @@ class Library:
         classifier = train_classifier(
             load_model(checkpoint), usable_tokenizer(checkpoint), packs, rows
         )
-        classifier.save(self.path / CLASSIFIER)
+        self._folder.save_classifier(classifier)
         self._routers.clear()
 
     @_in_turn

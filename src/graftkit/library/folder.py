@@ -26,8 +26,9 @@ from blake3 import blake3
 from filelock import FileLock, Timeout
 
 from graftkit.errors import LibraryError, OutputError
-from graftkit.files import replaced_file
+from graftkit.files import replaced_file, temporary_of
 from graftkit.library.index import FORMAT, PACK_FILE, PACKS, Entry, Index, LibraryTarget, file_of
+from graftkit.route.classifier import Classifier
 from graftkit.skillpack import SkillPack
 
 FILE = "library.toml"
@@ -39,7 +40,6 @@ LOCK_SECONDS = 120.0
 
 _LOCK = ".lock"
 _CHANGE = ".change"
-_TEMPORARY = ".*.tmp"
 
 
 class PackFolder:
@@ -58,13 +58,10 @@ class PackFolder:
         folder = cls(path)
         with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
+            folder._check_new()  # before a lock is laid into a folder of somebody else
         with folder._locked():
-            found = {file.name for file in path.iterdir() if not file.match(_TEMPORARY)}
-            if FILE in found:
-                raise LibraryError(f"{path}: a library already; add packs to it")
-            if found - {_LOCK, _CHANGE, PACKS}:
-                raise LibraryError(f"{path}: holds other files; name a new or an empty folder")
             with _writing(path):
+                folder._check_new()
                 (path / PACKS).mkdir(exist_ok=True)
             folder._write(Index(format=FORMAT, target=target))
         return folder
@@ -168,6 +165,19 @@ class PackFolder:
             copy._write(index)
         return copy
 
+    def save_classifier(self, classifier: Classifier) -> None:
+        """Keep a trained router. Raises: OutputError."""
+        with self._locked():
+            classifier.save(self.path / CLASSIFIER)
+
+    def _check_new(self) -> None:
+        """Raises: LibraryError where there is a library, or something else, already."""
+        found = {file.name for file in self.path.iterdir() if not _is_leftover(file)}
+        if FILE in found:
+            raise LibraryError(f"{self.path}: a library already; add packs to it")
+        if found - {_LOCK, _CHANGE, PACKS}:
+            raise LibraryError(f"{self.path}: holds other files; name a new or an empty folder")
+
     @contextmanager
     def _changing(self) -> Iterator[Index]:
         """The lock, and no leftovers before or after."""
@@ -205,7 +215,8 @@ class PackFolder:
         change = self.path / _CHANGE
         with _writing(self.path):
             (self.path / PACKS).mkdir(exist_ok=True)
-            leftovers = [*self.path.glob(_TEMPORARY), *(self.path / PACKS).glob(_TEMPORARY)]
+            places = (self.path, self.path / PACKS)
+            leftovers = [file for place in places for file in place.iterdir() if _is_leftover(file)]
             if change.exists():
                 named = change.read_text(encoding="utf-8", errors="replace").split("\n")
                 gone = [name for name in named if PACK_FILE.fullmatch(name) and name not in listed]
@@ -226,6 +237,14 @@ class PackFolder:
                 partial.write_text(text, encoding="utf-8")
                 _sync(partial)
             _sync(self.path)
+
+
+def _is_leftover(file: Path) -> bool:
+    """Whether a file is one of ours that a killed process had not written to its end."""
+    name = temporary_of(file.name)
+    return name in (FILE, CLASSIFIER, _CHANGE) or (
+        name is not None and PACK_FILE.fullmatch(f"{PACKS}/{name}") is not None
+    )
 
 
 def file_digest(file: Path) -> str:

@@ -1,7 +1,6 @@
 """A live model's weights, written as the checkpoint they were loaded from."""
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, count_weights
-from graftkit.errors import CheckpointError, OutputError
+from graftkit.errors import CheckpointError
+from graftkit.files import writing
 from graftkit.models.views import checkpoint_views, find_views, is_unused
 from graftkit.sharded import write_checkpoint
 from graftkit.side_files import written_files
+from graftkit.work import WorkFolder
 
 
 class CheckpointWriter:
@@ -34,21 +35,22 @@ class CheckpointWriter:
             state: parameters and buffers by the model's own names, whole.
         Raises: CheckpointError where a tensor on disk is put together from several; OutputError.
         """
-        partial = folder.with_name(folder.name + ".writing")
-        shutil.rmtree(partial, ignore_errors=True)
+        work = WorkFolder(folder.with_name(f"{folder.name}.writing"))
         names, infos = sorted(self.origin.tensors), self.origin.tensors.values()
         weights = count_weights((info.dtype, info.numel) for info in infos)
         called = self.origin.name
         note = f"Trained by graftkit from {called}. What follows is the card of {called}."
         files = written_files(self.origin.path, {}, weights, note)
+        work.open_empty()
+        result = work.path / "result"
         try:
-            write_checkpoint(partial, names, lambda n: self._tensor(n, state), files, _nothing)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be written ({error.strerror or error})") from error
+            with writing(folder):
+                write_checkpoint(result, names, lambda n: self._tensor(n, state), files, _nothing)
+                if folder.exists():  # at no time half of it is there
+                    os.replace(folder, work.path / "replaced")
+                os.replace(result, folder)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            work.remove()
 
     def _tensor(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
         view = self.views[name]

@@ -92,12 +92,14 @@ def _run(job: PackingJob, scans: list, work: WorkFolder) -> SkillPack:  # type: 
     try:
         work.open(job.key(scans))
         manifest, files = job.run(scans, work)
+        payloads = {name: mapped_file(work.path / file) for name, file in files.items()}
+        payloads |= {n: memoryview(content) for n, content in job.assembly.others().items()}
     except GraftError:
         # Refused inputs leave nothing behind; an interruption leaves what was finished.
         work.remove()
         raise
-    payloads = {name: mapped_file(work.path / file) for name, file in files.items()}
-    payloads |= {n: memoryview(content) for n, content in job.assembly.others().items()}
+    finally:
+        work.close()
     return SkillPack(manifest, _ordered(payloads, manifest.payload_order))
 
 

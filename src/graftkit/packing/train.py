@@ -107,7 +107,7 @@ def train_codes(
     report = progress or (lambda done, total: None)
     with ExitStack() as stack:
         stack.enter_context(one_thread())
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="graftkit-")))
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="models-", dir=work.path)))
         tokenizer = usable_tokenizer(teacher)
         live = _load(teacher, folder / "teacher")
         student = Student(_load(packed, folder / "packed"), factors, packed)

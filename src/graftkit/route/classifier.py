@@ -16,7 +16,6 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graftkit.attach import attached
@@ -33,6 +32,7 @@ from graftkit.models.encoding import (
 from graftkit.route import TARGET, Route
 from graftkit.route.pooling import Reader, pooled_states, state_width
 from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
+from graftkit.sharded import save_tensors
 from graftkit.skillpack import SkillPack
 
 Labels = Literal["loss", "task"]
@@ -79,7 +79,7 @@ class Classifier:
         """Write a safetensors file, whole or not at all. Raises: OutputError."""
         told = _Description(layer=self.layer, packs=self.packs).model_dump_json()
         with replaced_file(Path(path)) as partial:
-            save_file(self.tensors, partial, metadata={"classifier": told})
+            save_tensors(self.tensors, partial, {"classifier": told})
 
     @classmethod
     def load(cls, path: str | Path, packs: Mapping[str, str]) -> Self:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
@@ -66,15 +67,16 @@ def measure_points(
     report("cost of every cut", 0, len(probes))
     whole = scion_of(table, table.columns(range(len(probes))))
     uncut = fold_rootstock(grow(donor, whole, images.classes, probes[-1].head()))
-    export_onnx(uncut, cache / "uncut.onnx", donor.size, images.classes, donor.name)
     macs = list(accumulate(cost.macs for cost in layer_costs(donor)))
-    model = onnx.load(cache / "uncut.onnx")
+    with TemporaryDirectory(prefix="graftkit-") as folder:
+        export_onnx(uncut, Path(folder) / "uncut.onnx", donor.size, images.classes, donor.name)
+        model = onnx.load(Path(folder) / "uncut.onnx")
     points = []
     for cut, probe in enumerate(probes, start=1):
         cut_model = cut_graph(model, cut, probe.head())
         describe(cut_model, donor.size, images.classes, donor.name, "float32")
         trunk = sum(weights.numel() for weights in uncut.trunk[:cut].parameters())
-        size, p50 = _file_cost(cut_model, cache / "cut.onnx", images.pixels[:1])
+        size, p50 = _file_cost(cut_model, images.pixels[:1])
         head = probe.weight.numel() + probe.bias.numel()
         points.append(
             Point(
@@ -95,11 +97,12 @@ def measure_points(
     return points
 
 
-def _file_cost(model: ModelProto, file: Path, image: np.ndarray) -> tuple[int, float]:
-    """Bytes and median milliseconds of a model; `file` is there in between."""
-    size = write_model(model, file)
-    p50, _ = file_latency(file, image)
-    file.unlink()
+def _file_cost(model: ModelProto, image: np.ndarray) -> tuple[int, float]:
+    """Bytes and median milliseconds of a model as a file."""
+    with TemporaryDirectory(prefix="graftkit-") as folder:
+        file = Path(folder) / "cut.onnx"
+        size = write_model(model, file)
+        p50, _ = file_latency(file, image)
     return size, p50
 
 

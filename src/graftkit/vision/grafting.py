@@ -18,6 +18,7 @@ from torch import nn
 
 from graftkit.errors import ConfigError, OutputError
 from graftkit.memory import kept_memory
+from graftkit.outputs import own_folder
 from graftkit.vision.assembly import assemble
 from graftkit.vision.budget import Budget
 from graftkit.vision.donor import Donor, open_donor
@@ -111,13 +112,28 @@ def graft(
 
     Args:
         donor: as `open_donor` takes it. data: as `open_images` takes it.
+        output: a new or empty folder, or one that an earlier call made.
         cache: of everything that another run can use again; default `output`/cache.
     Returns: what graft.json holds.
     Raises: ImagesError, DonorError, BudgetError, OutputError.
     """
-    started = time.monotonic()
     budget = Budget.parse(settings.budget)
-    output = Path(output)
+    inputs = [data, *([donor] if isinstance(donor, str | Path) else [])]
+    with own_folder(output, "vision graft", inputs) as folder:
+        return _graft(donor, data, folder, settings, budget, cache, report)
+
+
+def _graft(
+    donor: str | Path | nn.Module,
+    data: str | Path,
+    output: Path,
+    settings: GraftSettings,
+    budget: Budget,
+    cache: str | Path | None,
+    report: Report,
+) -> dict[str, Any]:
+    """As `graft`, into a folder that is ours."""
+    started = time.monotonic()
     cache = Path(cache or output / "cache")
     _make_folders(cache, output / BASELINES)
     ground = prepare(donor, Path(data), settings, cache, report)

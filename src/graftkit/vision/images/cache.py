@@ -16,6 +16,7 @@ import numpy as np
 from blake3 import blake3
 
 from graftkit.errors import ImagesError, OutputError
+from graftkit.files import replaced_file
 from graftkit.vision.images.decoding import Skipped, decode_image
 from graftkit.vision.images.sources import Source
 
@@ -76,19 +77,15 @@ def decode_to_cache(
     Raises: ImagesError when more than a tenth of the files are no images, OutputError when the
     cache cannot be written. Nothing stays behind then.
     """
-    partial = file.with_name(f"{file.stem}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replaced_file(file) as partial:
             decoded = _write_pixels(partial, source, names, size, report)
-            partial.replace(file)
-            record = {"contents": decoded.contents, "digest": decoded.digest}
-            skipped = [[skip.name, skip.reason] for skip in decoded.skipped]
+        record = {"contents": decoded.contents, "digest": decoded.digest}
+        skipped = [[skip.name, skip.reason] for skip in decoded.skipped]
+        with replaced_file(file.with_suffix(".json")) as partial:
             partial.write_text(json.dumps(record | {"skipped": skipped}))
-            partial.replace(file.with_suffix(".json"))
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, OutputError) as error:
         raise OutputError(f"{file}: the cache of images cannot be written ({error})") from error
     return decoded
 
