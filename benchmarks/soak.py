@@ -12,6 +12,7 @@ one.
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -29,9 +30,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 from ledger import commit, machine
+from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
-from tiny_models import ARCHITECTURES, CAUSAL, build, inputs, make_pair, perturb, save_tokenizer
+from tiny_models import ARCHITECTURES, CAUSAL, inputs, make_pair, perturb, save_tokenizer
 
 from graftkit import Library, SkillPack, attached, pack_delta
 from graftkit.errors import GraftError
@@ -40,7 +42,9 @@ from graftkit.models.loading import load_model
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "shutil.rmtree")
 LATEST_CHANGE = 60  # kills come before one of so many changes of files
 TUNED = ("one", "two", "three")
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 180
+FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = ["graftkit.cli.packing", "graftkit.cli.fusing", "graftkit.cli.library", "transformers"]
 SHARE = 0.02  # largest error of a row, as a share of what its pack changes
 
 
@@ -48,60 +52,46 @@ class Finding(Exception):
     """Something is wrong; the message says what was seen."""
 
 
-@dataclass
 class Child:
-    """A `graftkit` command in a process of its own."""
+    """A `graftkit` command in a process of its own, forked from one that has computed nothing.
 
-    pid: int
-    status: int | None = None
+    Args:
+        kill_at: the process is killed before its so many-th change of files; None for never.
+    """
 
-    @classmethod
-    def start(cls, arguments: Sequence[object], kill_at: int | None, log: Path) -> "Child":
-        """Fork; the child is killed before its `kill_at`-th change of files, or never."""
-        pid = os.fork()
-        if pid:
-            return cls(pid)
-        status = 99
-        try:
-            if kill_at is not None:
-                sys.addaudithook(_killer(kill_at))
-            status = _run_command([str(argument) for argument in arguments], log)
-        except BaseException:
-            with log.open("a") as file:
-                traceback.print_exc(file=file)
-        finally:
-            os._exit(status)
+    def __init__(self, arguments: Sequence[object], kill_at: int | None, place: Path):
+        words = [str(argument) for argument in arguments]
+        self._process = FORKS.Process(target=_run_command, args=(words, kill_at, place))
+        self._process.start()
 
     def wait(self) -> int:
         """Exit status, negative for a signal. Raises: Finding when it does not end."""
-        end = time.monotonic() + TIMEOUT_SECONDS
-        while self.status is None:
-            pid, state = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(state)
-            elif time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                raise Finding(f"a command does not end within {TIMEOUT_SECONDS} s")
-            else:
-                time.sleep(0.005)
-        return self.status
+        self._process.join(TIMEOUT_SECONDS)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+            raise Finding(f"a command does not end within {TIMEOUT_SECONDS} s")
+        return self._process.exitcode
 
 
-def _run_command(arguments: list[str], log: Path) -> int:
+def _run_command(arguments: list[str], kill_at: int | None, place: Path) -> None:
     from graftkit.__main__ import main
 
+    os.chdir(place)
+    torch.set_num_threads(1)
     sys.argv = ["graftkit", *arguments]
     text = io.StringIO()
+    if kill_at is not None:
+        sys.addaudithook(_killer(kill_at))
     try:
         with redirect_stdout(text), redirect_stderr(text):
             main()
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:
+        traceback.print_exc(file=text)
+        raise
     finally:
-        with log.open("a") as file:
+        with Path("log").open("a") as file:
             file.write(text.getvalue())
-    return 0
 
 
 def _killer(count: int) -> Callable[[str, tuple[object, ...]], None]:
@@ -118,6 +108,15 @@ def _killer(count: int) -> Callable[[str, tuple[object, ...]], None]:
     return hook
 
 
+def small_llama() -> LlamaForCausalLM:
+    """A random model whose matrices are large enough for lossy codecs."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, eos_token_id=2, **sizes))
+    perturb(model, seed=0, scale=0.05)
+    return model.eval()
+
+
 @dataclass
 class World:
     """A tiny target, its tuned states, and what undisturbed commands make of them."""
@@ -128,11 +127,11 @@ class World:
 
     def build(self) -> None:
         """Make the models and run every command once, undisturbed."""
-        model = build("llama", torch.float32)
+        model = small_llama()
         model.save_pretrained(self.folder / "target")
         save_tokenizer(self.folder / "target")
         for seed, name in enumerate(TUNED, start=1):
-            tuned = build("llama", torch.float32)
+            tuned = small_llama()
             perturb(tuned, seed=seed, scale=0.05)
             tuned.save_pretrained(self.folder / name)
             save_tokenizer(self.folder / name)
@@ -191,13 +190,8 @@ def run_all(
     allowed: Sequence[int] = (0, 1, -9),
 ) -> list[int]:
     """Run commands at once in a folder. Raises: Finding for a traceback or another status."""
-    before = Path.cwd()
-    os.chdir(place)
-    try:
-        children = [Child.start(args, kill_at, place / "log") for args, kill_at in commands]
-        statuses = [child.wait() for child in children]
-    finally:
-        os.chdir(before)
+    children = [Child(arguments, kill_at, place) for arguments, kill_at in commands]
+    statuses = [child.wait() for child in children]
     log = (place / "log").read_text() if (place / "log").exists() else ""
     if "Traceback" in log or any(status not in allowed for status in statuses):
         raise Finding(f"exit {statuses} of {commands[0][0][0]}: {log.strip()[-400:]}")
@@ -377,6 +371,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    FORKS.set_forkserver_preload(PRELOADED)
     findings: list[str] = []
     started = time.monotonic()
     done = 0
