@@ -287,7 +287,8 @@ def _destination(output: Path, folder: bool) -> tuple[Path, list[Path]]:
                 raise OutputError(f"{output}: is a folder; name the file to write")
             if not path.parent.is_dir():
                 raise OutputError(
-                    f"{output}: cannot be written, there is no folder {output.parent}; make it first"
+                    f"{output}: cannot be written, there is no folder {output.parent}; make it "
+                    "first"
                 )
             return path, made
         made = [parent for parent in path.parents if not parent.exists()]
