@@ -151,7 +151,8 @@ def claimed(
     """
     path, made = _destination(Path(output), folder)
     try:
-        check_inputs(path, inputs)
+        if not folder:  # a folder that is read is no empty one
+            check_inputs(path, inputs)
         with locked(path, keep=True) as lock:
             claim = Claim(path, _digest(job), folder, lock)
             begun = False
@@ -262,7 +263,8 @@ def check_output(
 ) -> None:
     """Refuse early, before long work, what `claimed` would refuse then. Raises: OutputError."""
     path = _resolved(Path(output)) if folder else _destination(Path(output), False)[0]
-    check_inputs(path, inputs)
+    if not folder:
+        check_inputs(path, inputs)
     with writing(path):
         if not _lock_of(path).exists():  # else a killed run may have made what is there
             _refuse_existing(path, folder, force)
@@ -284,7 +286,10 @@ def _destination(output: Path, folder: bool) -> tuple[Path, list[Path]]:
             if path.is_dir():
                 raise OutputError(f"{output}: is a folder; name the file to write")
             if not path.parent.is_dir():
-                raise OutputError(f"{output}: there is no folder {output.parent}; make it first")
+                raise OutputError(
+                    f"{output}: cannot be written, there is no folder {output.parent}; make it "
+                    "first"
+                )
             return path, made
         made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def test_an_adapter_becomes_a_pack_that_is_verified_and_used(tmp_path, models, c
     assert run("verify", file, "--target", target, "--full") == 0
     assert run("inspect", file) == 0
     assert run("generate", target, "--pack", file, "--prompt", "abc", "--max-new-tokens", 3) == 0
-    assert run("import-lora", target, adapter, "-o", file) == 0
+    assert run("import-lora", target, adapter, "-o", file, "--force") == 0
     assert "2 matrices by their factors, 1 tensors exactly" in capsys.readouterr().out
 
 
@@ -63,7 +63,7 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, models, capsys):
     assert "is a folder" in refused(capsys, "import-lora", target, adapter, "-o", tmp_path)
     missing = tmp_path / "no" / "x.skillpack"
     assert "make it first" in refused(capsys, "import-lora", target, adapter, "-o", missing)
-    assert run("import-lora", target, adapter, "-o", file) == 0
+    assert run("import-lora", target, adapter, "-o", file, "--force") == 0
     to = ("-o", tmp_path / "lora")
     line = refused(capsys, "export", file, "--target", target, "--format", "gguf", *to)
     assert "format 'gguf' is unknown" in line
