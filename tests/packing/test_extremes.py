@@ -283,7 +283,7 @@ def test_any_matrix_in_range_decodes_to_finite_numbers(shape, form, exponent, ca
             covariance = torch.diag(torch.full((columns,), 0.01))
             covariance[0, 0] = 0.99 * columns
     _, basis = eigenbasis(delta, covariance)
-    level, rank = share * 2.0**exponent, min(shape)
+    level, rank = share * float(delta.abs().max()), min(shape)
     statistics = Statistics(covariance, basis)
     precisions = {
         "dense": Entries(level),
