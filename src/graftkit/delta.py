@@ -5,7 +5,6 @@ BLAKE3 digest of every tensor's bytes and one digest over all of them.
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,18 +188,6 @@ def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(dtype)
     upper = (tensor.contiguous().view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
     return torch.where(tensor.isnan(), upper, tensor.to(dtype))
-
-
-def count_weights(infos: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Number of weights by dtype, as torch calls it, of (safetensors dtype, weights) pairs.
-
-    Of floating dtypes only, where there are any.
-    """
-    counts: Counter[str] = Counter()
-    for dtype, numel in infos:
-        counts[str(DTYPES[dtype]).removeprefix("torch.")] += numel
-    floats = {name: n for name, n in counts.items() if getattr(torch, name).is_floating_point}
-    return floats or dict(counts)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

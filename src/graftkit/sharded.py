@@ -2,12 +2,15 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from graftkit.side_files import written_config
 
 SHARD_BYTES = 2 * 10**9
 """Tensors are collected up to this size before a file is written: the peak of memory."""
@@ -40,7 +43,8 @@ def write_checkpoint(
     """Write tensors in shards, then their index and the side files, into a new folder.
 
     Args:
-        tensor: gives a tensor by name; called once for each. files: contents by file name.
+        tensor: gives a tensor by name; called once for each. files: contents by file name; in
+            config.json the dtype becomes the one written.
         step_done: called with the number of tensors taken so far.
     Raises: OSError.
     """
@@ -48,9 +52,12 @@ def write_checkpoint(
     shard: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     size = 0
+    weights: Counter[str] = Counter()
     for done, name in enumerate(names):
         step_done(done)
         value = tensor(name)
+        if value.is_floating_point():
+            weights[str(value.dtype).removeprefix("torch.")] += value.numel()
         if shard and size + value.nbytes > SHARD_BYTES:
             shards.append(_save(folder, shard, len(shards)))
             shard, size = {}, 0
@@ -60,7 +67,8 @@ def write_checkpoint(
     _name_shards(folder, shards)
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
-        (folder / name).write_bytes(content)
+        is_config = name == "config.json"
+        (folder / name).write_bytes(written_config(content, weights) if is_config else content)
     step_done(len(names))
 
 

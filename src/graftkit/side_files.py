@@ -189,8 +189,9 @@ def check_carried(target: Path, tuned: Path) -> None:
             )
 
 
-def with_dtype(config: bytes, weights: Mapping[str, int]) -> bytes:
-    """A config.json that says the dtype of the weights beside it, where it says any.
+def written_config(config: bytes, weights: Mapping[str, int]) -> bytes:
+    """A config.json that tells of the weights beside it: their dtype, where it says any, and their
+    file is the one that every reader looks for.
 
     Args:
         weights: number of weights by dtype, as torch calls it. A dtype that some have is left as
@@ -201,7 +202,11 @@ def with_dtype(config: bytes, weights: Mapping[str, int]) -> bytes:
         settings = json.loads(config)
     except (ValueError, RecursionError):
         return config
-    if not weights or not _say_dtype(settings, weights):
+    if not isinstance(settings, dict):
+        return config
+    named = settings.pop("transformers_weights", None) is not None
+    wrong = bool(weights) and _say_dtype(settings, weights)
+    if not named and not wrong:
         return config
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
@@ -217,7 +222,6 @@ def with_note(card: bytes, note: str) -> bytes:
 def written_files(
     folder: Path,
     changed: Mapping[str, bytes],
-    weights: Mapping[str, int],
     note: str,
     code: bool = False,
 ) -> CarriedFiles:
@@ -226,12 +230,10 @@ def written_files(
     The target's model card tells of the target, so a note in it says what is here instead.
 
     Args:
-        changed: side files of the tuned model. weights: as in `with_dtype`. note: of the card.
+        changed: side files of the tuned model. note: of the card.
     """
     own = CarriedFiles(folder, changed, code)
     noted = dict(changed)
-    if "config.json" in own:
-        noted["config.json"] = with_dtype(own["config.json"], weights)
     if _CARD in own:
         noted[_CARD] = with_note(own[_CARD], note)
     return CarriedFiles(folder, noted, code)

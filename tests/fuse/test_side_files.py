@@ -18,8 +18,8 @@ from graftkit.fuse.packing import fuse_packs
 from graftkit.interop import export_lora
 from graftkit.models.saving import CheckpointWriter
 from graftkit.packing import pack_delta
-from graftkit.side_files import carried_names, is_side_file, with_dtype, with_note
-from graftkit.skillpack import SkillPack
+from graftkit.side_files import carried_names, is_side_file, with_note, written_config
+from graftkit.skillpack.rules import parse_manifest
 
 CARRIED = {
     "preprocessor_config.json": b"{}",
@@ -35,7 +35,7 @@ CARRIED = {
 LEFT = (
     *("model.onnx", "model.onnx_data", "tf_model.h5", "flax_model.msgpack", "pytorch_model.bin"),
     *("model-q4.gguf", "consolidated.00.pth", "last.ckpt", "optimizer.pt", "rng_state.pth"),
-    *("training_args.bin", "scheduler.pt", "adapter_model.safetensors"),
+    *("training_args.bin", "scheduler.pt", "lora/adapter_config.json"),
     *("pytorch_model.bin.index.json", "tf_model.h5.index.json", "trainer_state.json"),
     *(".git/config", ".cache/x.json", ".gitattributes", "checkpoint-50/config.json"),
     *("onnx/config.json", "2_Dense/config.json", "2_Dense/pytorch_model.bin", "runs/log.txt"),
@@ -115,20 +115,14 @@ def test_no_other_name_is_a_side_file(name):
     assert not is_side_file(name)
 
 
-def test_a_pack_that_names_another_file_is_refused(pair, tmp_path):
+def test_a_pack_that_names_another_file_is_refused(pair):
     target, tuned = pair
     write(tuned, {"source.spm": b"x"})
-    pack_delta(target, tuned, recipe="lossless").save(tmp_path / "x.skillpack")
-    forged = tmp_path / "forged.skillpack"
-    manifest = SkillPack.load(tmp_path / "x.skillpack").manifest
-    [record] = manifest.files
-    bad = manifest.model_copy(update={"files": (record.model_copy(update={"name": "a/b.spm"}),)})
-    pack = SkillPack.load(tmp_path / "x.skillpack")
-    payloads = {name: pack.payload(name) for name in bad.payload_order if "file:" not in name}
-    broken = SkillPack(bad, payloads | {"file:a/b.spm": pack.payload("file:source.spm")})
-    forged.write_bytes(b"".join(broken.parts()))
+    manifest = pack_delta(target, tuned, recipe="lossless").manifest
+    assert [file.name for file in manifest.files] == ["source.spm"]
+    forged = manifest.to_json().replace("source.spm", "a/b.spm")
     with pytest.raises(CorruptPackError, match=r"a/b\.spm"):
-        SkillPack.load(forged)
+        parse_manifest(forged)
 
 
 def test_code_comes_along_only_where_it_is_trusted(pair, tmp_path, capsys):
@@ -187,11 +181,21 @@ def test_config_json_says_the_dtype_of_the_tensors(tmp_path, architecture, key):
 
 def test_dtypes_of_inner_configurations_follow_and_right_ones_stay():
     config = {"dtype": "float32", "text_config": {"dtype": "float16", "x": {"dtype": "odd"}}}
-    found = json.loads(with_dtype(json.dumps(config).encode(), {"float32": 1, "bfloat16": 9}))
+    found = json.loads(written_config(json.dumps(config).encode(), {"float32": 1, "bfloat16": 9}))
     inner = {"dtype": "bfloat16", "x": {"dtype": "odd"}}
     assert found == {"dtype": "float32", "text_config": inner}
     for right in (b'{"dtype":"bfloat16"}', b'{"dtype": null}', b"{}", b"no json"):
-        assert with_dtype(right, {"bfloat16": 1}) == right
+        assert written_config(right, {"bfloat16": 1}) == right
+
+
+def test_config_json_does_not_name_weights_that_are_not_there(pair, tmp_path):
+    target, tuned = pair
+    for folder in pair:
+        (folder / "model.safetensors").rename(folder / "own.safetensors")
+        set_config(folder, transformers_weights="own.safetensors")
+    merged = merge_packs(target, pack_delta(target, tuned, recipe="lossless"), tmp_path / "m")
+    assert Checkpoint.open(merged).tensors.keys() == Checkpoint.open(tuned).tensors.keys()
+    assert "transformers_weights" not in json.loads((merged / "config.json").read_text())
 
 
 def test_a_trained_checkpoint_keeps_the_files_and_dtype_of_its_target(tmp_path):

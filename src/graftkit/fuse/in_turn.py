@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from graftkit.compress.codecs import Layout
-from graftkit.delta import Checkpoint, count_weights
+from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
 from graftkit.fuse.importance import measure_importances
@@ -190,10 +190,8 @@ class Turns:
 
     def side_files(self) -> Mapping[str, bytes]:
         """The target's files, and the side files that all packs change alike."""
-        infos = self.target.tensors.values()
-        weights = count_weights((info.dtype, info.numel) for info in infos)
         note = merge_note(self.target, [taken.name for taken in self.taken])
-        return written_files(self.target.path, self._contents, weights, note, self.code)
+        return written_files(self.target.path, self._contents, note, self.code)
 
     def provenance(self) -> dict[str, str]:
         """The method and every pack in its turn, for a manifest."""

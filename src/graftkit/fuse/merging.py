@@ -17,7 +17,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from graftkit.attach.configuration import changed_computation, parse_settings
-from graftkit.delta import Checkpoint, count_weights
+from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
 from graftkit.fuse.methods import Method, check_weights, find_method
@@ -185,17 +185,7 @@ class Mixture:
         changed = packs[0].side_files(self.target) if packs else {}
         alike = {name: changed[name] for name in _changed_alike(packs)}
         names = [pack.manifest.tuned.name for pack in packs]
-        return written_files(
-            self.target.path, alike, self._written(), merge_note(self.target, names), self._code
-        )
-
-    def _written(self) -> dict[str, int]:
-        """Number of weights of the result by dtype."""
-        if self._kept is None:
-            infos = self.target.tensors.values()
-            return count_weights((info.dtype, info.numel) for info in infos)
-        records = self._kept.manifest.tensors
-        return count_weights((record.result_dtype, record.numel) for record in records)
+        return written_files(self.target.path, alike, merge_note(self.target, names), self._code)
 
     def carry_code(self, allowed: bool) -> None:
         """Have the target's code come along. Raises: PackMismatchError where a pack's differs."""

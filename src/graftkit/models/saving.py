@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, count_weights
+from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.files import writing
 from graftkit.models.views import checkpoint_views, find_views, is_unused
@@ -36,11 +36,10 @@ class CheckpointWriter:
         Raises: CheckpointError where a tensor on disk is put together from several; OutputError.
         """
         work = WorkFolder(folder.with_name(f"{folder.name}.writing"))
-        names, infos = sorted(self.origin.tensors), self.origin.tensors.values()
-        weights = count_weights((info.dtype, info.numel) for info in infos)
+        names = sorted(self.origin.tensors)
         called = self.origin.name
         note = f"Trained by graftkit from {called}. What follows is the card of {called}."
-        files = written_files(self.origin.path, {}, weights, note)
+        files = written_files(self.origin.path, {}, note)
         work.open_empty()
         result = work.path / "result"
         try:
