@@ -112,6 +112,12 @@ class SkillPack:
             ) from error
         return str(commit.commit_url)
 
+    def __copy__(self) -> Self:
+        """Another object with the same manifest and payloads."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
+
     def __deepcopy__(self, memo: object) -> Self:
         """The pack itself: nothing in it ever changes."""
         return self
