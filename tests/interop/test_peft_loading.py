@@ -34,10 +34,24 @@ def mixture_with_a_dense_layer():
     return transformers.AfmoeForCausalLM(config)
 
 
+def pooling_by_attention():
+    """A vision tower whose pooling hands the weight of a projection to torch.nn.functional."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    config = transformers.SiglipVisionConfig(
+        **sizes, num_hidden_layers=1, image_size=16, patch_size=8
+    )
+    return transformers.SiglipVisionModel(config)
+
+
 @pytest.mark.parametrize(
-    ("make", "lost"), [(mamba, "mixer.out_proj"), (mixture_with_a_dense_layer, "mlp.down_proj")]
+    ("make", "lost"),
+    [
+        (pooling_by_attention, "attention.out_proj"),
+        (mamba, "mixer.out_proj"),
+        (mixture_with_a_dense_layer, "mlp.down_proj"),
+    ],
 )
-def test_what_peft_does_not_load_is_left_out_and_listed(tmp_path, make, lost):
+def test_what_peft_does_not_load_or_call_is_left_out_and_listed(tmp_path, make, lost):
     peft = pytest.importorskip("peft")
     model = make().eval()
     model.save_pretrained(tmp_path / "target")
@@ -47,7 +61,7 @@ def test_what_peft_does_not_load_is_left_out_and_listed(tmp_path, make, lost):
     export = export_lora(pack, tmp_path / "target", tmp_path / "lora", rank=4)
     modules = {module.module for module in export.modules}
     assert modules
-    assert not any(lost in module for module in modules)
+    assert not any(lost in module and "self_" not in module for module in modules)
     assert any(lost in tensor.name for tensor in export.left_out)
 
     on_disk = load_file(tmp_path / "lora" / "adapter_model.safetensors")

@@ -9,7 +9,14 @@ from transformers import PreTrainedModel
 
 from graftkit.delta import DTYPE_NAMES, DTYPES, check_digest, narrowed
 from graftkit.errors import AttachError, PackMismatchError
-from graftkit.models.views import View, checkpoint_views, find_view, is_ignored, is_unused
+from graftkit.models.views import (
+    View,
+    checkpoint_views,
+    find_view,
+    is_ignored,
+    is_unused,
+    live_name,
+)
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import Record
 
@@ -101,7 +108,8 @@ def check_packs(target: LiveTarget, packs: Sequence[SkillPack]) -> None:
     What was verified is remembered with the target: any number of packs of one target, checked
     together or one after another, read it once.
 
-    Raises: PackMismatchError naming the first tensor that is missing or differs.
+    Raises: PackMismatchError naming the first tensor that is missing or differs; AttachError for
+        one that has no place of its own in memory.
     """
     for pack in packs:
         for record in pack.manifest.tensors:
@@ -111,6 +119,11 @@ def check_packs(target: LiveTarget, packs: Sequence[SkillPack]) -> None:
             view = target.find(record.name)
             if view is None and _may_lack(target.model, record):
                 continue
+            if view is None and live_name(target.model, record.name) is not None:
+                raise AttachError(
+                    f"{record.name} is split or permuted when {target.name} is loaded, so a pack "
+                    "is not attached to it; merge the pack into a checkpoint (graftkit merge)"
+                )
             if view is None:
                 raise PackMismatchError(
                     f"{target.name} lacks tensor {record.name}; "

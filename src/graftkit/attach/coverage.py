@@ -32,12 +32,12 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation between `start` and `stop`.
 
     Attributes:
-        missed: the first changed weight that was read while none of its modules was being called.
+        missed: the changed weights that were read while none of their modules was being called.
     """
 
     def __init__(self, weights: Sequence[ChangedWeight]):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.missed: str | None = None
+        self.missed: list[str] = []
         self._weights = weights
         self._calls: Counter[nn.Module] = Counter()
         self._handles: list[RemovableHandle] = []
@@ -61,9 +61,9 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Raises: AttachError naming a weight that was missed."""
-        if self.missed is not None:
+        if self.missed:
             raise AttachError(
-                f"{self.missed} is read without its module being called, so a pack beside the "
+                f"{self.missed[0]} is read without its module being called, so a pack beside the "
                 'model would change nothing there; attach with mode="merged"'
             )
 
@@ -77,7 +77,7 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.missed is None and not _reads_no_values(func):
+        if not _reads_no_values(func):
             for value in tree_leaves((args, kwargs)):
                 if isinstance(value, Tensor):
                     self._check(value)
@@ -89,7 +89,7 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # A tied weight stands here once for each of its modules; any of them may read it.
         touched = [w for span, w in owners if span.start < place.stop and place.start < span.stop]
         if touched and not any(self._calls[weight.module] for weight in touched):
-            self.missed = touched[0].name
+            self.missed += [weight.name for weight in touched if weight.name not in self.missed]
 
 
 def _reads_no_values(func: Any) -> bool:

@@ -1,5 +1,6 @@
 """Short batches of random inputs, run to see how a live model treats the rows of a batch."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -117,11 +118,10 @@ def _random_inputs(model: PreTrainedModel, generator: torch.Generator) -> Inputs
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids.flip(0)
+        if _has_two_towers(model):
+            inputs["pixel_values"] = _random_images(config, generator)
     elif main == "pixel_values" and hasattr(config, "image_size"):
-        size = config.image_size
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (ROWS, getattr(config, "num_channels", 3), height, width)
-        inputs = {main: torch.randn(shape, generator=generator)}
+        inputs = {main: _random_images(config, generator)}
     elif main == "input_values":
         inputs = {main: torch.randn((ROWS, _AUDIO_SAMPLES), generator=generator)}
     else:
@@ -131,6 +131,22 @@ def _random_inputs(model: PreTrainedModel, generator: torch.Generator) -> Inputs
         name: value.to(model.device, floats if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
+
+
+def _has_two_towers(model: PreTrainedModel) -> bool:
+    """Whether a model reads texts and images apart from each other, as CLIP does."""
+    config = model.config
+    in_one_sequence = any(hasattr(config, f"image_token_{name}") for name in ("id", "index"))
+    has_images = hasattr(getattr(config, "vision_config", None), "image_size")
+    reads_both = "pixel_values" in inspect.signature(model.forward).parameters
+    return reads_both and has_images and not in_one_sequence
+
+
+def _random_images(config: Any, generator: torch.Generator) -> Tensor:
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (ROWS, getattr(config, "num_channels", 3), height, width)
+    return torch.randn(shape, generator=generator)
 
 
 def _continuations(model: PreTrainedModel, generator: torch.Generator) -> Tensor:

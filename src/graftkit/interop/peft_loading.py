@@ -3,6 +3,7 @@
 PEFT rewrites some adapters as it loads them: on models whose experts transformers stacks, targets
 called gate_proj, up_proj or down_proj become parameters of the experts, also where a dense layer
 has that name; on Mamba models it refuses out_proj. What is lost so it says in a warning at most.
+And beside a layer whose weight another module reads, an adapter does nothing.
 """
 
 import json
@@ -16,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graftkit.attach.coverage import ChangedWeight, ReadWatch
+from graftkit.attach.probe import Probe, Unrunnable
 from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
@@ -25,13 +28,13 @@ from graftkit.models.loading import empty_model, quiet
 def loadable_modules(
     target: Checkpoint, modules: Iterable[str], config: dict[str, Any]
 ) -> set[str]:
-    """Those of the live modules whose LoRA weights arrive when PEFT loads an adapter of them all.
+    """Those of the live modules whose LoRA weights arrive and count when PEFT loads them all.
 
     Args:
         config: the adapter's, with any target_modules.
     Raises: ConfigError where PEFT is not installed.
     """
-    names = sorted(modules)
+    names = sorted(set(modules) - _read_past(_weightless(empty_model(target)), modules))
     loaded = _loaded(target, names, config)
     if loaded is None:
         # PEFT refuses some of them, and goes by the last part of a name.
@@ -44,6 +47,24 @@ def loadable_modules(
     while loaded and (again := _loaded(target, sorted(loaded), config) or set()) != loaded:
         loaded = again
     return loaded
+
+
+def _read_past(model: Any, modules: Iterable[str]) -> set[str]:
+    """Modules whose weights the model reads without calling them, as far as random inputs tell."""
+    watched = {name: model.get_submodule(name) for name in modules}
+    watch = ReadWatch(
+        [ChangedWeight(name, module.weight, module) for name, module in watched.items()]
+    )
+    try:
+        probe = Probe(model)
+        watch.start()
+        try:
+            probe.run(0)
+        finally:
+            watch.stop()
+    except Unrunnable:
+        return set()
+    return set(watch.missed)
 
 
 def _loaded(target: Checkpoint, names: list[str], config: dict[str, Any]) -> set[str] | None:
@@ -87,6 +108,9 @@ def _weightless(model: Any) -> Any:
             if value is not None:
                 zeros = torch.zeros((), dtype=value.dtype).expand(value.shape)
                 module._parameters[name] = torch.nn.Parameter(zeros, requires_grad=False)
+        for name, value in list(module._buffers.items()):
+            if value is not None:
+                module._buffers[name] = torch.zeros(value.shape, dtype=value.dtype)
     return model
 
 

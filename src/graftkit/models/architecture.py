@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from graftkit.models.embeddings import input_embeddings, output_embeddings
 from graftkit.models.loading import empty_model
 from graftkit.models.names import SAVED_WRAPPED, unwrapped_name
 from graftkit.models.quantized import refuse_quantized
-from graftkit.models.views import checkpoint_views, is_unused, live_names
+from graftkit.models.views import checkpoint_views, converted_names, is_unused, live_names
 
 # Class names, nearest module first; attention before mlp, for BertSelfOutput is both.
 _NORM = re.compile(r"Norm")
@@ -82,6 +82,9 @@ def tensor_roles(
             roles[name] = TensorRole(name, ModuleKind.OTHER, "", "", False, False)
         else:
             raise CheckpointError(_unowned(checkpoint, model, name))
+    # Forward hooks do not see what a tensor in another layout on disk would be multiplied with.
+    for name in converted_names(model, chosen) & roles.keys():
+        roles[name] = replace(roles[name], linear=False)
     for name, role in roles.items():
         expected = tuple(state[role.parameter].shape) if role.linear else ()
         if role.linear and checkpoint.tensors[name].shape != expected:

@@ -148,6 +148,13 @@ def live_names(model: PreTrainedModel, names: list[str]) -> dict[str, str | None
     return {name: live for name, (live, _) in _resolve(model, state, names).items()}
 
 
+def converted_names(model: PreTrainedModel, names: list[str]) -> set[str]:
+    """The tensors that transformers does not load as they are: split, joined or permuted."""
+    state = model.state_dict(keep_vars=True)
+    resolved = _resolve(model, state, names)
+    return {name for name, (_, is_converted) in resolved.items() if is_converted}
+
+
 def _resolve(
     model: PreTrainedModel, state: dict[str, Tensor], names: list[str]
 ) -> dict[str, tuple[str | None, bool]]:
