@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import graftkit as gk
-from graftkit.attach import attach
+from graftkit.attachment import attach
 from graftkit.errors import GraftError
 
 CELLS = ("pack", "merge", "merged", "side", "rows", "generate", "one matrix", "export")

@@ -20,7 +20,7 @@ from continual_states import Size, Skills, States
 from continual_training import adapted_model
 from ledger import Ledger, Record, command_line
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.evaluate import exact_match
 from graftkit.models import load_model
 from graftkit.route import TARGET

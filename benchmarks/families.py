@@ -20,7 +20,7 @@ from ledger import Ledger, Record, command_line
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graftkit.attach.check import LiveTarget
+from graftkit.attachment.check import LiveTarget
 from graftkit.delta import Checkpoint
 from graftkit.fuse.family_making import make_family
 from graftkit.fuse.search import answering_model, loss_batches, summed_loss

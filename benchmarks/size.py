@@ -21,7 +21,7 @@ from baselines.problem import remembering
 from ledger import ROOT, Ledger
 from size_report import write_report
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.delta import Checkpoint
 from graftkit.errors import BudgetError
 from graftkit.evaluate import exact_match, token_fidelity

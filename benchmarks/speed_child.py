@@ -15,7 +15,7 @@ from typing import Any
 
 from speed_stages import Parts, decode_stages, use_full_svd
 
-from graftkit.attach import attach
+from graftkit.attachment import attach
 from graftkit.delta import Checkpoint
 from graftkit.models.loading import load_model
 from graftkit.packing import pack_delta

@@ -21,7 +21,7 @@ import torch
 from ledger import ROOT, Ledger, Record, command_line
 from transfer_report import write_report
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.delta import Checkpoint
 from graftkit.distill.pipeline import run_distill
 from graftkit.evaluate import exact_match

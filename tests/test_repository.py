@@ -96,3 +96,14 @@ def test_the_commands_in_the_readme_exist() -> None:
     used |= set(re.findall(r"`graftkit ([\w-]+)", readme))
     assert used
     assert used <= known
+
+
+def test_no_public_name_is_hidden_by_a_module_of_its_name():
+    code = (
+        "import graftkit, pkgutil, importlib, types\n"
+        "names = [n for n in graftkit.__all__ if n != '__version__']\n"
+        "for name in names: getattr(graftkit, name)\n"
+        "print([n for n in names if isinstance(getattr(graftkit, n), types.ModuleType)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

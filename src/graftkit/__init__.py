@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graftkit.config import VERSION as __version__
 
 if TYPE_CHECKING:
-    from graftkit.attach import Attachment, attach, attached, detach
+    from graftkit.attachment import Attachment, attach, attached, detach
     from graftkit.distill.config import DistillConfig
     from graftkit.distill.pipeline import run_distill
     from graftkit.evaluate import Comparison, compare
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "pack_delta": "graftkit.packing",
     "SkillPack": "graftkit.skillpack",
-    "attach": "graftkit.attach",
-    "detach": "graftkit.attach",
-    "attached": "graftkit.attach",
-    "Attachment": "graftkit.attach",
+    "attach": "graftkit.attachment",
+    "detach": "graftkit.attachment",
+    "attached": "graftkit.attachment",
+    "Attachment": "graftkit.attachment",
     "merge_packs": "graftkit.fuse",
     "compare": "graftkit.evaluate",
     "Comparison": "graftkit.evaluate",

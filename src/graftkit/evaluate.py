@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from graftkit.attach import attached
-from graftkit.attach.tokenizers import tuned_tokenizer
+from graftkit.attachment import attached
+from graftkit.attachment.tokenizers import tuned_tokenizer
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, RowsError
 from graftkit.models.encoding import (

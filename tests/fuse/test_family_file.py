@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.compress.codes import encode_codes
 from graftkit.delta import Checkpoint
 from graftkit.errors import (

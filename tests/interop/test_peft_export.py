@@ -7,7 +7,7 @@ from interop.adapters import CONFIG, WEIGHTS, logits, make_adapter, peft_model, 
 from safetensors.torch import load_file, save_file
 from tiny_models import build, make_pair, perturb, save_tokenizer
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.compress.factors import Factors, store
 from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError, OutputError, PackMismatchError, RowsError

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from skillpack.forge import ROOT
 from tiny_models import ARCHITECTURES, build, save_tokenizer
 
-from graftkit.attach import attached
-from graftkit.attach.updates import LowRankUpdate
+from graftkit.attachment import attached
+from graftkit.attachment.updates import LowRankUpdate
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, OutputError
 from graftkit.fuse import merge_packs

@@ -6,7 +6,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build, make_pair, perturb
 
-from graftkit.attach import attach
+from graftkit.attachment import attach
 from graftkit.delta import Checkpoint
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.fuse import merge_packs

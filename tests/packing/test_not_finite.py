@@ -9,7 +9,7 @@ from commands import run
 from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.delta import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError
 from graftkit.fuse import merge_packs

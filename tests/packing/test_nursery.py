@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.delta import Checkpoint
 from graftkit.evaluate import exact_match, token_fidelity
 from graftkit.models.calibration import usable_tokenizer

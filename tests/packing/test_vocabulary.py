@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import build, make_pair, perturb
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.delta import Checkpoint, tensor_digest
 from graftkit.fuse import merge_packs
 from graftkit.models.loading import load_model

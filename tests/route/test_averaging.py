@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from attach.packs import low_rank_pack
+from attachment.packs import low_rank_pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import inputs, make_pair
 
-from graftkit.attach import attach, attached
+from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError, ConfigError
 from graftkit.models import load_model
 from graftkit.route.averaging import Copies, averaged_log_probabilities, generate_averaged

@@ -5,7 +5,7 @@ import torch
 from tiny_models import ARCHITECTURES, CAUSAL, build, make_pair, save_tokenizer
 from transformers import BertModel
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.packing import pack_delta

@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from attach.packs import empty_pack, exact_pack, low_rank_pack
-from attach.test_attach import bytes_of, logits
+from attachment.packs import empty_pack, exact_pack, low_rank_pack
+from attachment.test_attach import bytes_of, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import make_pair, save_tokenizer
 
-from graftkit.attach import attached
-from graftkit.attach.updates import LowRankUpdate, make_update
+from graftkit.attachment import attached
+from graftkit.attachment.updates import LowRankUpdate, make_update
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model, load_tokenizer
 from graftkit.route import TARGET

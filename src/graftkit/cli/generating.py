@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from graftkit.attach import attached
-from graftkit.attach.tokenizers import tuned_tokenizer
+from graftkit.attachment import attached
+from graftkit.attachment.tokenizers import tuned_tokenizer
 from graftkit.delta import Checkpoint
 from graftkit.errors import AttachError, ConfigError
 from graftkit.library import Library

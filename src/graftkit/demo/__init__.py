@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.delta import fingerprint, tensor_digest
 from graftkit.demo.embedded import SKILLS, TRAIN_STEPS, Skill
 from graftkit.demo.folder import DemoFolder

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from graftkit.attach import attached
-from graftkit.attach.check import LiveTarget
+from graftkit.attachment import attached
+from graftkit.attachment.check import LiveTarget
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.fuse.search import answering_model, loss_batches, summed_loss

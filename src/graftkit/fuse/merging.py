@@ -16,7 +16,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from graftkit.attach.configuration import changed_computation, parse_settings
+from graftkit.attachment.configuration import changed_computation, parse_settings
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing

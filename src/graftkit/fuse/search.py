@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftkit.attach.check import LiveTarget
+from graftkit.attachment.check import LiveTarget
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.fuse.merging import Mixture, Packs, Progress, open_mixture

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.compress.codecs import Layout, matrices
 from graftkit.delta import DTYPES, Checkpoint
 from graftkit.errors import ConfigError

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graftkit.attach.coverage import ChangedWeight, ReadWatch
-from graftkit.attach.probe import Probe, Unrunnable
+from graftkit.attachment.coverage import ChangedWeight, ReadWatch
+from graftkit.attachment.probe import Probe, Unrunnable
 from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS

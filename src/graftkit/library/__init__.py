@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from threading import RLock
 from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overload
 
-from graftkit.attach.tokenizers import check_tokenizer
+from graftkit.attachment.tokenizers import check_tokenizer
 from graftkit.delta import Checkpoint
 from graftkit.distill.config import located
 from graftkit.distill.pipeline import run_distill

@@ -7,9 +7,9 @@ from typing import Any
 
 from blake3 import blake3
 
-from graftkit.attach import attach
-from graftkit.attach.configuration import tuned_generation
-from graftkit.attach.tokenizers import check_tokenizer, tuned_tokenizer
+from graftkit.attachment import attach
+from graftkit.attachment.configuration import tuned_generation
+from graftkit.attachment.tokenizers import check_tokenizer, tuned_tokenizer
 from graftkit.delta import Checkpoint, fingerprint, tensor_digest
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.library.index import Entry, LibraryTarget

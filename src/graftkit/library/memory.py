@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from graftkit.attach import Attachment
+from graftkit.attachment import Attachment
 from graftkit.config import Budget
 from graftkit.errors import BudgetError, ConfigError
 from graftkit.library.index import Entry

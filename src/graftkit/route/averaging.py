@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from graftkit.attach import Attachment
+from graftkit.attachment import Attachment
 from graftkit.errors import AttachError, ConfigError
 
 Weights = Mapping[int | None, float]

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from graftkit.attach import attached
+from graftkit.attachment import attached
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.files import replaced_file
 from graftkit.models.encoding import (

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.attach import bare
+from graftkit.attachment import bare
 from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models.encoding import context_length, pad_id, usable_tokenizer, vocabulary_size

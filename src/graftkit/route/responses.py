@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.attach import bare
-from graftkit.attach.check import LiveTarget
-from graftkit.attach.routing import first_tensor
-from graftkit.attach.side import linear_updates
-from graftkit.attach.updates import LowRankUpdate, Update
+from graftkit.attachment import bare
+from graftkit.attachment.check import LiveTarget
+from graftkit.attachment.routing import first_tensor
+from graftkit.attachment.side import linear_updates
+from graftkit.attachment.updates import LowRankUpdate, Update
 from graftkit.errors import CheckpointError
 from graftkit.models.encoding import vocabulary_size
 from graftkit.skillpack import SkillPack

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftkit.attach import Choice
-from graftkit.attach.check import LiveTarget, check_packs
+from graftkit.attachment import Choice
+from graftkit.attachment.check import LiveTarget, check_packs
 from graftkit.errors import AttachError
 from graftkit.models.encoding import context_length
 from graftkit.route import Route

@@ -2,10 +2,10 @@ import hashlib
 
 import pytest
 import torch
-from attach.packs import empty_pack, exact_pack, low_rank_pack
+from attachment.packs import empty_pack, exact_pack, low_rank_pack
 from tiny_models import ARCHITECTURES, CAUSAL, inputs, make_pair
 
-from graftkit.attach import attach, attached, detach
+from graftkit.attachment import attach, attached, detach
 from graftkit.delta import tensor_bytes
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model

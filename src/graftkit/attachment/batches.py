@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from graftkit.attach.coverage import ChangedWeight, ReadWatch
-from graftkit.attach.live import OpaqueHook, Uncopied, forget_compiled_code
-from graftkit.attach.mixtures import choose_rows
-from graftkit.attach.modules import ModulePath
-from graftkit.attach.probe import Probe, Unrunnable
-from graftkit.attach.routing import Routing, first_tensor
+from graftkit.attachment.coverage import ChangedWeight, ReadWatch
+from graftkit.attachment.live import OpaqueHook, Uncopied, forget_compiled_code
+from graftkit.attachment.mixtures import choose_rows
+from graftkit.attachment.modules import ModulePath
+from graftkit.attachment.probe import Probe, Unrunnable
+from graftkit.attachment.routing import Routing, first_tensor
 
 # Arguments of a model whose dimension 0 is the batch, asked first: positions may have one row only.
 _BATCHES = ("input_ids", "inputs_embeds", "attention_mask")

@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
-from graftkit.attach.check import LiveTarget, check_packs
-from graftkit.attach.configuration import check_configuration
-from graftkit.attach.live import Uncopied, attachment_of, check_model, claimed, release
-from graftkit.attach.merged import MergedWeights
-from graftkit.attach.mixtures import Choice, Gate, choose_rows
-from graftkit.attach.side import SidePaths
+from graftkit.attachment.check import LiveTarget, check_packs
+from graftkit.attachment.configuration import check_configuration
+from graftkit.attachment.live import Uncopied, attachment_of, check_model, claimed, release
+from graftkit.attachment.merged import MergedWeights
+from graftkit.attachment.mixtures import Choice, Gate, choose_rows
+from graftkit.attachment.side import SidePaths
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
 

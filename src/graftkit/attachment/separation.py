@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from graftkit.attach.mixtures import Choice, Rows, choose_rows
-from graftkit.attach.modules import ModulePath
-from graftkit.attach.probe import ROWS, Outputs, Probe, Unrunnable, distances
-from graftkit.attach.routing import Routing
+from graftkit.attachment.mixtures import Choice, Rows, choose_rows
+from graftkit.attachment.modules import ModulePath
+from graftkit.attachment.probe import ROWS, Outputs, Probe, Unrunnable, distances
+from graftkit.attachment.routing import Routing
 from graftkit.errors import AttachError
 
 # Weights of a pack to try, until its effect stands out from rounding.

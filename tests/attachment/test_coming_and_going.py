@@ -5,12 +5,12 @@ import tracemalloc
 
 import pytest
 import torch
-from attach.packs import RANK, empty_pack, exact_pack, low_rank_pack
-from attach.test_attach import bytes_of, logits
+from attachment.packs import RANK, empty_pack, exact_pack, low_rank_pack
+from attachment.test_attach import bytes_of, logits
 from tiny_models import make_pair
 
-from graftkit.attach import attach, attached
-from graftkit.attach.check import LiveTarget
+from graftkit.attachment import attach, attached
+from graftkit.attachment.check import LiveTarget
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model
 

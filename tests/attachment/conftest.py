@@ -2,7 +2,7 @@ import functools
 
 import pytest
 import torch
-from attach.packs import exact_pack
+from attachment.packs import exact_pack
 from tiny_models import make_pair
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftkit.attach.check import Change, LiveTarget, find_changes
-from graftkit.attach.configuration import TunedConfiguration
+from graftkit.attachment.check import Change, LiveTarget, find_changes
+from graftkit.attachment.configuration import TunedConfiguration
 from graftkit.delta import DTYPE_NAMES
 from graftkit.errors import AttachError
 from graftkit.models.embeddings import input_embeddings

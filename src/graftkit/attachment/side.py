@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from graftkit.attach.batches import Batches
-from graftkit.attach.check import Change, LiveTarget, find_changes
-from graftkit.attach.mixtures import Rows
-from graftkit.attach.modules import (
+from graftkit.attachment.batches import Batches
+from graftkit.attachment.check import Change, LiveTarget, find_changes
+from graftkit.attachment.mixtures import Rows
+from graftkit.attachment.modules import (
     AddedPath,
     EmbeddingPath,
     LinearPath,
@@ -21,9 +21,9 @@ from graftkit.attach.modules import (
     RerunPath,
     TunedPart,
 )
-from graftkit.attach.routing import Routing
-from graftkit.attach.separation import RowSeparation
-from graftkit.attach.updates import Update, make_update
+from graftkit.attachment.routing import Routing
+from graftkit.attachment.separation import RowSeparation
+from graftkit.attachment.updates import Update, make_update
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
 

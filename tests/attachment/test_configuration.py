@@ -8,7 +8,7 @@ import torch
 import transformers as T
 from tiny_models import VOCABULARY, build, inputs, perturb
 
-from graftkit.attach import attach, attached
+from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError
 from graftkit.fuse.merging import merge_packs
 from graftkit.models.configuration import computing_keys, tuned_config

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graftkit.attach.live import OpaqueHook, Uncopied
-from graftkit.attach.mixtures import Entries, Mixture, Share
-from graftkit.attach.routing import Routing, first_tensor, put, take
-from graftkit.attach.updates import Update
+from graftkit.attachment.live import OpaqueHook, Uncopied
+from graftkit.attachment.mixtures import Entries, Mixture, Share
+from graftkit.attachment.routing import Routing, first_tensor, put, take
+from graftkit.attachment.updates import Update
 from graftkit.errors import AttachError
 from graftkit.models.views import View
 

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from graftkit.attach.mixtures import Entries, Rows
+from graftkit.attachment.mixtures import Entries, Rows
 from graftkit.errors import AttachError
 
 # Named arguments that count tokens, and may by chance be as long as the batch.

@@ -1,15 +1,15 @@
 import pytest
 import torch
 import transformers
-from attach.packs import RANK, exact_pack, low_rank_pack
-from attach.test_attach import logits
+from attachment.packs import RANK, exact_pack, low_rank_pack
+from attachment.test_attach import logits
 from tiny_models import inputs, make_pair
 
-from graftkit.attach import attached
-from graftkit.attach.mixtures import choose_rows
-from graftkit.attach.routing import put, take
-from graftkit.attach.side import SidePaths
-from graftkit.attach.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
+from graftkit.attachment import attached
+from graftkit.attachment.mixtures import choose_rows
+from graftkit.attachment.routing import put, take
+from graftkit.attachment.side import SidePaths
+from graftkit.attachment.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 from graftkit.packing import pack_delta

@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 import transformers
-from attach.test_attach import bytes_of, logits
+from attachment.test_attach import bytes_of, logits
 from tiny_models import ARCHITECTURES, make_pair
 from torch import nn
 
-from graftkit.attach import attach, attached, detach
+from graftkit.attachment import attach, attached, detach
 from graftkit.errors import AttachError, GraftError
 from graftkit.models import load_model
 from graftkit.skillpack import SkillPack
@@ -156,7 +156,7 @@ def test_training_in_a_merged_pack_is_undone_with_a_warning(pair_of):
 @pytest.mark.parametrize("architecture", ["llama", "mixtral", "qwen2"])
 def test_a_merged_pack_that_nobody_trained_leaves_without_a_word(tmp_path, architecture, recwarn):
     target, tuned = make_pair(tmp_path, architecture)
-    from attach.packs import exact_pack
+    from attachment.packs import exact_pack
 
     with attached(load_model(target), exact_pack(target, tuned)):
         pass

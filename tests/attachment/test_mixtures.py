@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from attach.packs import low_rank_pack
-from attach.test_attach import EXPERTS, bytes_of, logits
+from attachment.packs import low_rank_pack
+from attachment.test_attach import EXPERTS, bytes_of, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, CAUSAL, inputs
 
-from graftkit.attach import attached, bare
+from graftkit.attachment import attached, bare
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from attach.packs import exact_pack
-from attach.test_attach import bytes_of, logits
+from attachment.packs import exact_pack
+from attachment.test_attach import bytes_of, logits
 from tiny_models import VOCABULARY, build, inputs, perturb
 
-from graftkit.attach import attach, attached
+from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 

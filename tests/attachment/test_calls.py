@@ -5,13 +5,13 @@ import threading
 import pytest
 import torch
 import transformers
-from attach.packs import exact_pack
-from attach.test_attach import bytes_of, logits
+from attachment.packs import exact_pack
+from attachment.test_attach import bytes_of, logits
 from tiny_models import inputs, perturb
 from torch import nn
 
-from graftkit.attach import attach, attached
-from graftkit.attach.coverage import ChangedWeight, ReadWatch
+from graftkit.attachment import attach, attached
+from graftkit.attachment.coverage import ChangedWeight, ReadWatch
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 
