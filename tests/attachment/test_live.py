@@ -1,8 +1,10 @@
 """Which models packs can be attached to, and what copies of them are."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from graftkit.models import load_model
 from graftkit.skillpack import SkillPack
 
 
-def refused(model, pack, match):
+def assert_refused(model, pack, match):
     for mode in ("merged", "side"):
         with pytest.raises(AttachError, match=match):
             attach(model, pack, mode=mode)
@@ -26,17 +28,17 @@ def refused(model, pack, match):
 def test_wrappers_are_refused_with_what_to_attach_to(pair_of):
     target, _, pack = pair_of("llama")
     model = load_model(target)
-    refused(torch.compile(model, backend="eager"), pack, "_orig_mod")
-    refused(nn.DataParallel(model), pack, r"\.module")
-    refused(nn.Linear(2, 2), pack, "no transformers model")
-    refused(torch.jit.script(nn.Linear(2, 2)), pack, "no transformers model")
+    assert_refused(torch.compile(model, backend="eager"), pack, "_orig_mod")
+    assert_refused(nn.DataParallel(model), pack, r"\.module")
+    assert_refused(nn.Linear(2, 2), pack, "no transformers model")
+    assert_refused(torch.jit.script(nn.Linear(2, 2)), pack, "no transformers model")
 
 
 def test_a_model_compiled_in_place_is_refused(pair_of):
     target, _, pack = pair_of("llama")
     model = load_model(target)
     model.model.layers[0].compile(backend="eager")
-    refused(model, pack, "compiled in place")
+    assert_refused(model, pack, "compiled in place")
 
 
 def test_quantized_weights_are_refused_by_name(pair_of):
@@ -44,23 +46,23 @@ def test_quantized_weights_are_refused_by_name(pair_of):
     int8 = torch.ao.quantization.quantize_dynamic(
         load_model(target), {nn.Linear}, dtype=torch.qint8
     )
-    refused(int8, pack, r"q_proj.*quantized")
+    assert_refused(int8, pack, r"q_proj.*quantized")
 
     codes = load_model(target)
     weight = codes.lm_head.weight
     codes.lm_head.weight = nn.Parameter((weight * 100).to(torch.int8), requires_grad=False)
-    refused(codes, pack, r"lm_head.weight is quantized.*int8")
+    assert_refused(codes, pack, r"lm_head.weight is quantized.*int8")
 
     class Packed(torch.Tensor):
         """As packages do that keep codes in a tensor of their own kind."""
 
     subclass = load_model(target)
     subclass.lm_head.weight = nn.Parameter(weight.detach().as_subclass(Packed))
-    refused(subclass, pack, r"lm_head.weight is quantized.*Packed")
+    assert_refused(subclass, pack, r"lm_head.weight is quantized.*Packed")
 
     eighth = load_model(target)
     eighth.lm_head.weight = nn.Parameter(weight.to(torch.float8_e4m3fn), requires_grad=False)
-    refused(eighth, pack, r"lm_head.weight is quantized.*float8")
+    assert_refused(eighth, pack, r"lm_head.weight is quantized.*float8")
 
 
 def test_an_adapter_is_refused_inside_and_outside_its_peft_model(pair_of):
@@ -69,8 +71,8 @@ def test_an_adapter_is_refused_inside_and_outside_its_peft_model(pair_of):
     adapted = peft.get_peft_model(
         load_model(target), peft.LoraConfig(r=2, target_modules=["q_proj"])
     )
-    refused(adapted, pack, "PEFT adapter")
-    refused(adapted.base_model.model, pack, "PEFT adapter")
+    assert_refused(adapted, pack, "PEFT adapter")
+    assert_refused(adapted.base_model.model, pack, "PEFT adapter")
     plain = adapted.unload()
     with attached(plain, pack):
         pass
@@ -91,7 +93,9 @@ def test_two_models_that_share_weights_have_packs_one_at_a_time(pair_of):
 
 def test_a_model_that_is_dropped_with_its_packs_is_forgotten(pair_of):
     target, _, pack = pair_of("llama")
-    attach(load_model(target), pack)
+    gone = weakref.ref(attach(load_model(target), pack).model)
+    gc.collect()
+    assert gone() is None
     with attached(load_model(target), pack):
         pass
 
