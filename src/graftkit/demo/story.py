@@ -31,8 +31,9 @@ class Story:
         self.say(line)
 
     def say(self, line: str, *, wrap: bool = True) -> None:
-        """One line, as it is; what is there to be copied is not wrapped."""
-        self.console.print(printable(line), markup=False, highlight=False, soft_wrap=not wrap)
+        """One line, as it is; what is there to be copied is not wrapped, and keeps its breaks."""
+        text = printable(line, keep="" if wrap else "\n")
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not wrap)
 
     def table(self, results: tuple[SkillResult, ...], rows: int) -> None:
         """Numbers of every skill."""
