@@ -314,3 +314,19 @@ def test_a_thread_uses_the_only_choice_there_is_and_no_other(pair_of):
         (found,) = in_threads(lambda: logits(model))
         assert isinstance(found, AttachError)
         assert "in the thread that runs the model" in str(found)
+
+
+def test_answers_that_compare_rows_with_each_other_are_refused_for_rows_of_several_packs(tmp_path):
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    tower["num_attention_heads"] = 4
+    config = transformers.CLIPConfig(
+        text_config={**tower, "vocab_size": 96, "eos_token_id": 2},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=16,
+    )
+    target, tuned = states(tmp_path, transformers.CLIPModel(config))
+    with (
+        attached(load_model(target), exact_pack(target, tuned), mode="side") as attachment,
+        pytest.raises(AttachError, match="batch of their own"),
+    ):
+        attachment.route([0, None, 0])

@@ -136,11 +136,18 @@ def put(whole: Any, part: Any, place: Callable[[Tensor], tuple[Tensor, Entries]]
 
     Args:
         place: for a tensor of `whole` a copy that may be written to, and the entries of `part`.
+    Raises: AttachError where a part has another shape than its place.
     """
     if isinstance(whole, Tensor) and isinstance(part, Tensor):
         if not whole.dim():
             return whole
         copy, entries = place(whole)
+        if copy[entries].shape != part.shape:
+            raise AttachError(
+                "a module's answer to a row depends on the other rows of the batch (its shape "
+                f"{list(part.shape)} alone, {list(copy[entries].shape)} in the batch); run the "
+                "rows of each pack in a batch of their own"
+            )
         copy[entries] = part.to(copy.dtype)
         return copy
     if isinstance(whole, dict) and isinstance(part, dict):
