@@ -1,4 +1,4 @@
-"""The tables of vision.py: rootstocks and baselines, what they cost, and features taken apart."""
+"""The tables of vision.py: rootstocks and baselines with their costs, and features one by one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,33 +22,35 @@ def write_report(records: Sequence[Record], docs: Path) -> None:
 def _run(line: Record) -> str:
     rows = [_row("**rootstock**", line), *(_row(n, b) for n, b in line["baselines"].items())]
     int8 = line["int8"]
-    told = (
+    text = (
         f"**{line['run']}** ({line['rule']}, {line['scion'][-1]['layer']} is the last layer; "
         f"{line['seconds']:,.0f} s). int8: {line['int8_bytes']:,} bytes, val "
         f"{int8['val_accuracy']:.4f}, test {int8['test_accuracy']:.4f}, {int8['p50_ms']:.2f} ms."
     )
     draws = line.get("draws")
     if draws:
-        told += (
+        text += (
             f" Test accuracy over {len(draws)} draws of training and validation images: mean "
             f"{mean(draws):.4f}, standard deviation {stdev(draws):.4f}."
         )
     header, *paper = headline(line)
-    return f"{told}\n\n{table(HEADER, rows)}\n\nAs the paper tells it:\n\n{table(header, paper)}"
+    return (
+        f"{text}\n\n{table(HEADER, rows)}\n\nIn the layout of the paper:\n\n{table(header, paper)}"
+    )
 
 
-def _row(name: str, found: Record) -> list[str]:
-    low, high = found["test_interval"]
+def _row(name: str, numbers: Record) -> list[str]:
+    low, high = numbers["test_interval"]
     return [
         name,
-        f"{found['parameters']:,}",
-        f"{found['trunk_parameters']:,}",
-        f"{found['bytes']:,}",
-        f"{found['macs'] / 1e6:.1f}",
-        f"{found['p50_ms']:.2f}",
-        f"{found['val_accuracy']:.4f}",
-        f"{found['val_loss']:.3f}",
-        f"{found['test_accuracy']:.4f}",
+        f"{numbers['parameters']:,}",
+        f"{numbers['trunk_parameters']:,}",
+        f"{numbers['bytes']:,}",
+        f"{numbers['macs'] / 1e6:.1f}",
+        f"{numbers['p50_ms']:.2f}",
+        f"{numbers['val_accuracy']:.4f}",
+        f"{numbers['val_loss']:.3f}",
+        f"{numbers['test_accuracy']:.4f}",
         f"{low:.3f} to {high:.3f}",
     ]
 
@@ -58,31 +60,31 @@ def _margin(line: Record) -> str:
     orders = range(len(next(iter(line["lines"].values()))))
     names = [f"{split}, order {order}" for order in orders for split in SPLITS]
     rows = []
-    for name, found in line["lines"].items():
-        numbers = [f"{one[split]:.4f}" for one in found for split in SPLITS]
-        average = mean(one["test"] for one in found)
-        rows.append([name, f"{found[0]['bytes']:,}", *numbers, f"{average:.4f}"])
+    for name, runs in line["lines"].items():
+        numbers = [f"{one[split]:.4f}" for one in runs for split in SPLITS]
+        average = mean(one["test"] for one in runs)
+        rows.append([name, f"{runs[0]['bytes']:,}", *numbers, f"{average:.4f}"])
     low, high = line["lead_interval"]
-    told = (
+    text = (
         f"Fine-tuned in {len(orders)} orders of the images, the rootstock leads by "
         f"{100 * line['lead']:.1f} points of test accuracy, 95 % interval {100 * low:.1f} to "
         f"{100 * high:.1f} (paired over test images):"
     )
-    return f"{told}\n\n{table(('', 'bytes', *names, 'test, mean'), rows)}"
+    return f"{text}\n\n{table(('', 'bytes', *names, 'test, mean'), rows)}"
 
 
-def _apart(line: Record) -> str:
+def _features(line: Record) -> str:
     """Accuracies by cut and pooling, one column for each number of views."""
     views = list(dict.fromkeys(row["views"] for row in line["lines"]))
     names = [f"{split}, {count} view{'s' * (count != '1')}" for count in views for split in SPLITS]
-    found = {(r["cut"], r["pooled"], r["views"]): r for r in line["lines"]}
+    results = {(r["cut"], r["pooled"], r["views"]): r for r in line["lines"]}
     rows = []
     for cut, pooled in dict.fromkeys((row["cut"], row["pooled"]) for row in line["lines"]):
-        cells = [found[cut, pooled, count] for count in views]
+        cells = [results[cut, pooled, count] for count in views]
         numbers = [f"{cell[split]:.4f}" for cell in cells for split in SPLITS]
         rows.append([f"layers 0 to {cut - 1}, {pooled}", f"{cells[0]['features']:,}", *numbers])
     return "Frozen features, a linear head:\n\n" + table(("", "features", *names), rows)
 
 
 SPLITS = ("val", "test")
-SHOWN = {"margin": _margin, "features": _apart}
+SHOWN = {"margin": _margin, "features": _features}

@@ -1,7 +1,8 @@
-"""Settings a user writes: byte budgets and the options of `pack`."""
+"""Settings a user writes: budgets, and the options of `pack`."""
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -24,8 +25,27 @@ BYTE_UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-"""Decimal units, as disks and file managers count; the binary ones are spelled with an i."""
-_BUDGET_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|bpp|[KMG]?i?B)\s*", re.IGNORECASE)
+"""1 MB is 10^6 bytes, as disks and file managers count; 1 MiB is 2^20 bytes."""
+_AMOUNT_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|%)\s*")
+
+
+class Settings(BaseModel):
+    """Frozen settings that refuse unknown keys; the sentence under a field is its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def parse_amount(text: str, units: Iterable[str]) -> tuple[float, str] | None:
+    """Split an amount such as `0.6MB` or `5 %` into its number and its unit in capitals.
+
+    Args:
+        units: in capitals; the text may spell them in any case.
+    Returns: None where the text is no such amount.
+    """
+    match = _AMOUNT_PATTERN.fullmatch(text)
+    if match is None or match[2].upper() not in units:
+        return None
+    return float(match[1]), match[2].upper()
 
 
 @dataclass(frozen=True)
@@ -42,13 +62,13 @@ class Budget:
 
         Raises: BudgetError when the text is none of these, or the amount is not above zero.
         """
-        match = _BUDGET_PATTERN.fullmatch(text)
-        if match is None:
+        parsed = parse_amount(text, ("%", "BPP", *BYTE_UNITS))
+        if parsed is None:
             raise BudgetError(
                 f"budget {text!r} is not understood; write a share of the target's bytes (5%), "
                 "a file size (12MB, 800KB) or bits per parameter (1.0bpp)"
             )
-        amount, unit = float(match[1]), match[2].upper()
+        amount, unit = parsed
         if amount <= 0:
             raise BudgetError(f"budget {text!r} is zero; a pack needs at least its manifest")
         if unit == "%" and amount > 100:
@@ -71,10 +91,8 @@ TRAIN_STEPS = 400
 """Steps of code training that a calibrated pack gets unless told otherwise."""
 
 
-class PackConfig(BaseModel):
+class PackConfig(Settings):
     """What `pack` was asked for; it decides every byte of the result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     recipe: Recipe = "auto"
     """auto (smallest error per byte), graftllm (the paper's method) or lossless."""

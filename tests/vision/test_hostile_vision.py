@@ -14,7 +14,7 @@ from PIL import Image
 
 from graftkit.errors import GraftError, ImagesError, RootstockError
 from graftkit.vision.images import files
-from graftkit.vision.images.files import Archive, decode_image, list_images
+from graftkit.vision.images.files import ImageArchive, decode_image, list_images
 
 onnx = pytest.importorskip("onnx")
 predict = pytest.importorskip("graftkit.vision.predict")
@@ -94,10 +94,10 @@ def test_an_archive_with_a_huge_list_of_files_is_refused_before_it_is_read(
     if zip64:
         monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
     file = archive(tmp_path / "a.zip", 40)
-    assert len(Archive(file).names()) == 40
+    assert len(ImageArchive(file).names()) == 40
     monkeypatch.setattr(files, "DIRECTORY_LIMIT_BYTES", 1000)
     with pytest.raises(ImagesError, match=r"lists files in 2,\d\d\d bytes, more than 1,000"):
-        Archive(file)
+        ImageArchive(file)
 
 
 def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_at_that(tmp_path):
@@ -108,7 +108,7 @@ def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_at_that(tmp_path)
     content = file.read_bytes().replace((10_000_000).to_bytes(4, "little"), b"\x10\0\0\0")
     file.write_bytes(content)
     with (
-        Archive(file).opened() as read,
+        ImageArchive(file).opened() as read,
         pytest.raises(ImagesError, match="cannot be unpacked: Bad CRC"),
     ):
         read("a/0.png")

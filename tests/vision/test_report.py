@@ -16,7 +16,7 @@ from PIL import Image
 
 from graftkit.errors import OutputError
 from graftkit.vision.report import render_page, write_report
-from graftkit.vision.results import judge, runs
+from graftkit.vision.results import _runs, judge
 
 OWN = 0.912  # the rootstock's accuracy
 HOSTILE = '<script>alert("1")</script>\'&$\\frac{\x00\udcff\u202e麦'
@@ -136,7 +136,7 @@ def test_the_page_draws_which_features_of_a_layer_the_head_reads() -> None:
 
 @given(st.sets(st.integers(0, 40)))
 def test_runs_hold_the_numbers_that_they_were_made_of_and_do_not_touch(numbers: set[int]) -> None:
-    found = runs(sorted(numbers))
+    found = _runs(sorted(numbers))
     assert [n for first, behind in found for n in range(first, behind)] == sorted(numbers)
     assert all(before[1] < after[0] for before, after in pairwise(found))
 
