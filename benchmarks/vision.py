@@ -1,8 +1,8 @@
 """Features of a big vision network in a small one: python benchmarks/vision.py
 
 Grafts the shared MobileNetV2 into rootstocks for the shared plant seedlings, frozen and fine-tuned,
-by our method and the paper's, with every baseline; and compares cuts, poolings and views. Writes the
-tables of docs/benchmarks.md; every run leaves its own page beside its networks.
+by our method and the paper's, with every baseline, and compares cuts, poolings and views. Writes
+the tables of docs/benchmarks.md; every run leaves its own page beside its networks.
 """
 
 import argparse

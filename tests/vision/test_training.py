@@ -135,18 +135,18 @@ def train(
     rootstock: Rootstock | None = None,
     **more: Any,
 ) -> tuple[Rootstock, TrainingResult, list[int]]:
-    """Fine-tune, and the steps that were heard of; `die_at` kills the run in that step."""
-    heard: list[int] = []
+    """Fine-tune, and the steps that were reported; `die_at` kills the run in that step."""
+    steps: list[int] = []
 
     def progress(step: str, done: int, total: int) -> None:
         assert total == 4 * settings.epochs
-        heard.append(done)
+        steps.append(done)
         if done == die_at:
             raise Killed
 
     rootstock = rootstock or start()
     training = fine_tune(rootstock, TRAIN, VAL, settings, folder, progress=progress, **more)
-    return rootstock, training, heard
+    return rootstock, training, steps
 
 
 def scores(module: nn.Module, part: LabeledImages, batch: int = 64) -> Scores:
@@ -159,12 +159,20 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rootstock, TrainingResult]:
+    """A folder with the checkpoint of a whole run, and what it gave."""
+    folder = tmp_path_factory.mktemp("finished")
+    rootstock, training, _ = train(folder)
+    return folder, rootstock, training
+
+
 def test_a_rootstock_learns_to_tell_colours(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"epochs": 8})
     before = scores(start(), VAL)
-    rootstock, training, heard = train(tmp_path, settings)
+    rootstock, training, steps = train(tmp_path, settings)
     after = scores(rootstock, VAL)
-    assert heard == list(range(1, 33))
+    assert steps == list(range(1, 33))
     assert len(training.history) == 8
     assert after.accuracy > max(0.9, before.accuracy)
     assert training.history[-1].train_loss < training.history[0].train_loss
@@ -177,8 +185,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, step: int, bfloat
     straight, training, _ = train(tmp_path / "straight", settings)
     with pytest.raises(Killed):
         train(tmp_path / "killed", settings, die_at=step)
-    resumed, again, heard = train(tmp_path / "killed", settings)
-    assert heard == list(range(9, 13))
+    resumed, again, steps = train(tmp_path / "killed", settings)
+    assert steps == list(range(9, 13))
     assert same_weights(straight, resumed)
     assert [(e.train_loss, e.val_loss, e.val_accuracy) for e in training.history] == [
         (e.train_loss, e.val_loss, e.val_accuracy) for e in again.history
@@ -186,17 +194,20 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, step: int, bfloat
     assert training.best == again.best
 
 
-def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
-    first, training, _ = train(tmp_path)
-    second, again, heard = train(tmp_path)
-    assert heard == []
+def test_a_finished_run_is_not_repeated(
+    finished: tuple[Path, Rootstock, TrainingResult],
+) -> None:
+    folder, first, training = finished
+    second, again, steps = train(folder)
+    assert steps == []
     assert again == training
     assert same_weights(first, second)
 
 
 def test_without_soft_labels_their_settings_do_not_count(tmp_path: Path) -> None:
-    train(tmp_path, SETTINGS.model_copy(update={"distillation": 0.5}))
-    again = train(tmp_path, SETTINGS.model_copy(update={"distillation": 0.9, "temperature": 3.0}))
+    once = SETTINGS.model_copy(update={"epochs": 1, "distillation": 0.5})
+    train(tmp_path, once)
+    again = train(tmp_path, once.model_copy(update={"distillation": 0.9, "temperature": 3.0}))
     assert again[2] == []  # every step was done before
 
 
@@ -220,7 +231,7 @@ def test_the_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path, chang
             next(rootstock.parameters()).add_(1e-3)
     else:
         soft = SoftLabels(NextColor())
-    heard: list[int] = []
+    steps: list[int] = []
     fine_tune(
         rootstock,
         images,
@@ -228,15 +239,17 @@ def test_the_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path, chang
         settings,
         tmp_path,
         soft,
-        lambda step, done, total: heard.append(done),
+        lambda step, done, total: steps.append(done),
     )
-    assert heard == [1, 2, 3, 4]
+    assert steps == [1, 2, 3, 4]
 
 
-def test_a_damaged_checkpoint_is_named_and_not_trained_over(tmp_path: Path) -> None:
-    train(tmp_path)
+def test_a_damaged_checkpoint_is_named_and_not_trained_over(
+    finished: tuple[Path, Rootstock, TrainingResult], tmp_path: Path
+) -> None:
+    whole = (finished[0] / CHECKPOINT).read_bytes()
     file = tmp_path / CHECKPOINT
-    for damage in (b"", b"no checkpoint", file.read_bytes()[:-200]):
+    for damage in (b"", b"no checkpoint", whole[:-200]):
         file.write_bytes(damage)
         with pytest.raises(ConfigError, match=r"checkpoint\.pt: no checkpoint of a training"):
             train(tmp_path)
@@ -253,7 +266,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match=r"checkpoint\.pt: cannot be written"):
         train(tmp_path / "file")
-    train(tmp_path / "folder")
+    train(tmp_path / "folder", SETTINGS.model_copy(update={"epochs": 1}))
     assert [file.name for file in (tmp_path / "folder").iterdir()] == [CHECKPOINT]
 
 
@@ -265,8 +278,10 @@ def test_the_epoch_of_the_lowest_validation_loss_is_kept(tmp_path: Path) -> None
     assert scores(rootstock, VAL).loss == pytest.approx(min(losses), rel=1e-4)
 
 
-def test_counters_are_copied_and_not_averaged(tmp_path: Path) -> None:
-    rootstock, training, _ = train(tmp_path)
+def test_counters_are_copied_and_not_averaged(
+    finished: tuple[Path, Rootstock, TrainingResult],
+) -> None:
+    _, rootstock, training = finished
     counters = [part for name, part in rootstock.named_buffers() if name.endswith("tracked")]
     assert len(counters) == 5
     assert all(counter == 4 * (training.best + 1) for counter in counters)
@@ -294,7 +309,7 @@ def test_too_few_images_are_refused(
 
 def test_a_single_image_beyond_full_batches_is_trained_on_too(tmp_path: Path) -> None:
     settings = TrainingSettings(epochs=1, batch=16)
-    heard: list[int] = []
+    steps: list[int] = []
     fine_tune(
         start(),
         colored(17),
@@ -302,9 +317,9 @@ def test_a_single_image_beyond_full_batches_is_trained_on_too(tmp_path: Path) ->
         settings,
         tmp_path,
         None,
-        lambda step, done, all_: heard.append(all_),
+        lambda step, done, all_: steps.append(all_),
     )
-    assert heard == [2, 2]
+    assert steps == [2, 2]
 
 
 class NextColor(nn.Module):
@@ -368,7 +383,7 @@ def test_trunk_and_head_have_their_own_rates_and_vectors_do_not_decay() -> None:
 
 
 def test_a_trunk_of_share_zero_keeps_its_weights(tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"trunk_share": 0.0})
+    settings = SETTINGS.model_copy(update={"trunk_share": 0.0, "epochs": 1})
     rootstock, _, _ = train(tmp_path, settings)
     before = dict(start().named_parameters())
     for name, weights in rootstock.named_parameters():
