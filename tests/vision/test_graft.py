@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import run
 from torch import nn
+from transformers import ResNetConfig, ResNetModel
 from vision.pictures import write_pictures
 from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor, wide_donor
 
@@ -164,7 +165,7 @@ def test_a_fine_tuned_rootstock_comes_with_baselines_of_no_more_parameters(
 def test_a_killed_fine_tuning_goes_on_to_the_same_file(
     donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    settings = settings_for("9KB", epochs=3, seed=1)
+    settings = settings_for("9KB", epochs=2, seed=1)
 
     def stop(step: str, done: int, total: int) -> None:
         if step == "fine-tuning: rootstock" and done == total:
@@ -286,9 +287,8 @@ def test_a_budget_that_nothing_meets_names_the_smallest_that_can(
     least = re.search(rf"[\d.]+{unit}", str(refused.value))
     assert least is not None
     if unit != "ms":  # the clock may say otherwise the next time
-        assert (
-            graft(donor, data, tmp_path, settings_for(least[0], **plain), cache)["parameters"] > 0
-        )
+        enough = GraftRun(settings_for(least[0], **plain), cache)
+        assert enough.choose(enough.prepare(donor, data)).scion.features > 0
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -314,14 +314,16 @@ def test_the_command_prints_json_or_a_table(
     data = write_pictures(tmp_path / "data", COUNTS, size=SIZE)
     (data / "train" / "daisy" / "torn.png").write_bytes(b"torn")
     donor = shared / "data" / "vision" / "mobilenet_v2_1.0_imagenet_fp16.npz"
-    words = ["vision", "graft", donor, "--data", data, "--budget", "60KB", "--freeze"]
-    words += ["--upright", "--size", "32", "--cache", tmp_path / "cache"]
-    assert run(*words, "-o", tmp_path / "a", "--json") == 0
+    words = ["--data", data, "--budget", "60KB", "--freeze", "--upright", "--size", "32"]
+    assert run("vision", "graft", donor, *words, "-o", tmp_path / "a", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["trunk_parameters"] < result["parameters"] < 15_000
-    assert run(*words, "-o", tmp_path / "b") == 0
+    small = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    ResNetModel(small).save_pretrained(tmp_path / "donor")
+    capsys.readouterr()
+    assert run("vision", "graft", tmp_path / "donor", *words, "-o", tmp_path / "b") == 0
     told = capsys.readouterr().out
-    assert "rootstock" in told
+    assert re.search(r"rootstock: [\d,]+ of 60,000 bytes", told)
     assert "note: 1 file left out, such as train/daisy/torn.png (not an image" in told
     assert "look at report.html" in told
 

@@ -255,7 +255,7 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10)
 @given(st.sets(st.sampled_from(sorted(full_result()))))
 def test_any_part_may_be_missing(missing: set[str]) -> None:
     left = {key: value for key, value in full_result().items() if key not in missing}
