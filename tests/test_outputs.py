@@ -63,10 +63,6 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple]] = {
         *("fuse", m / "target", m / "1.skillpack", m / "2.skillpack", "-o", o),
         *("--recipe", "lossless"),
     ),
-    "family make": lambda m, o: (
-        *("family", "make", m / "target", m / "1.skillpack", m / "2.skillpack", "-o", o),
-        *("--method", "emr", "--budget", "100%"),
-    ),
     "interference": lambda m, o: (
         *("interference", m / "target", m / "1.skillpack", m / "2.skillpack", "--figure", o),
     ),
@@ -75,7 +71,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple]] = {
         *("export", m / "1.skillpack", "--target", m / "target", "-o", o, "--rank", 4),
     ),
 }
-FILES = ("pack", "fuse", "family make", "interference")
+FILES = ("pack", "fuse", "interference")
 FOLDERS = ("merge", "export")
 
 

@@ -14,7 +14,6 @@ GraftError
 ├── SourceError              a source, judge or reward model does not answer
 ├── SelectionError           no answers are left to train on
 ├── LibraryError             a library's folder is damaged, or holds no such pack
-├── FamilyError              a file is not a valid family of packs
 ├── ImagesError              a data set of images is empty, broken or lacks a class
 ├── DonorError               a vision network cannot be read, or cannot be cut
 ├── RootstockError           an ONNX file is not a rootstock
@@ -101,10 +100,6 @@ class SelectionError(GraftError):
 
 class LibraryError(GraftError):
     """A library's folder is damaged, or holds no such pack."""
-
-
-class FamilyError(GraftError):
-    """A file is not a valid family of packs."""
 
 
 class ImagesError(GraftError):

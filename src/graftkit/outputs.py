@@ -24,7 +24,7 @@ from graftkit.work import WorkFolder
 MARKER = ".graftkit"
 """The file that makes a folder of results a command's own; it holds the command's name."""
 
-_OWN_KINDS = (".skillpack", ".skillfamily", ".png")  # never an input because of where they lie
+_OWN_KINDS = (".skillpack", ".png")  # never an input because of where they lie
 
 
 class Claim:

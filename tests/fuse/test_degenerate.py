@@ -7,7 +7,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftkit.errors import ConfigError, GraftError
 from graftkit.fuse import merge_packs, rules
-from graftkit.fuse.families import emr_private
 from graftkit.fuse.in_turn import merge_in_turn
 from graftkit.fuse.methods import METHODS
 from graftkit.fuse.opcm import project_out
@@ -169,12 +168,6 @@ def _copies(skills, count):
         )
         for index in range(count)
     ]
-
-
-def test_a_scale_that_no_file_keeps_is_no_scale():
-    delta, shared = torch.full((2, 2), 3e38), torch.full((2, 2), 1e-44)
-    mask, scale = emr_private(delta, shared)
-    assert (bool(mask.all()), scale) == (True, 0.0)
 
 
 def test_what_is_dropped_is_zero_whatever_the_density():

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from graftkit.cli import families as family_commands
 from graftkit.cli import library as library_commands
 from graftkit.cli import show
 from graftkit.cli import vision as vision_commands
@@ -24,7 +23,6 @@ app = typer.Typer(
 )
 
 app.add_typer(library_commands.app, name="library")
-app.add_typer(family_commands.app, name="family")
 app.add_typer(vision_commands.app, name="vision")
 
 Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")]

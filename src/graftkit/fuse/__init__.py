@@ -7,9 +7,6 @@ packing       packs as one pack
 search        weights of least loss on rows
 in_turn       one pack after another, with a memory: opcm and kif on running, memory its file
 importance    how much each tensor of a pack matters on rows
-families      a shared part and a small private part for each skill, pure maths; family_methods
-              names them, family_file is their format, family_frame the bytes around the parts,
-              family_making writes a file, family opens one and unfolds its skills
 interference  how packs get in each other's way, and its picture
 """
 

@@ -1,7 +1,6 @@
 """The file around the manifest: written in one stream, read with every check before any use.
 
 A container is a safetensors file with a manifest in its metadata and contiguous entries of bytes.
-SkillPacks are one kind, families of packs (`graftkit.fuse.family_file`) are another.
 """
 
 import json
@@ -11,7 +10,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -34,6 +32,8 @@ from graftkit.skillpack.manifest import (
 )
 from graftkit.skillpack.rules import load_json, parse_manifest
 
+FORMAT = "skillpack"
+"""Value of `format` in the metadata."""
 TENSORS_ENTRY = "tensors"
 """The one entry that holds the payloads of all tensors."""
 
@@ -42,22 +42,6 @@ _MAX_HEADER = 100_000_000
 _MAX_MESSAGE = 400
 _NUMBER = re.compile("[1-9][0-9]*")  # int() would refuse thousands of digits, and read others
 _METADATA_KEYS = {"format", "version", "manifest", "manifest_blake3"}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of container.
-
-    Attributes:
-        format: its word in the metadata. title: what messages call it. version: the newest known.
-    """
-
-    format: str
-    title: str
-    version: int
-
-
-SKILLPACK = Kind("skillpack", "SkillPack", FORMAT_VERSION)
 
 
 def payloads_digest(payloads: Iterable[bytes | memoryview]) -> str | None:
@@ -71,24 +55,17 @@ def payloads_digest(payloads: Iterable[bytes | memoryview]) -> str | None:
 
 def build_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
     """Length field and padded header. `sizes`: payload bytes by name of tensor and side file."""
-    entries = _entries(manifest, sizes)
-    return header_bytes(SKILLPACK.format, manifest.format_version, manifest.to_json(), entries)
-
-
-def header_bytes(
-    word: str, version: int, manifest: str, entries: Iterable[tuple[str, int]]
-) -> bytes:
-    """Length field and padded header of any container. `entries`: names and their bytes."""
+    text = manifest.to_json()
     header: dict[str, object] = {
         "__metadata__": {
-            "format": word,
-            "version": str(version),
-            "manifest": manifest,
-            "manifest_blake3": blake3(manifest.encode()).hexdigest(),
+            "format": FORMAT,
+            "version": str(manifest.format_version),
+            "manifest": text,
+            "manifest_blake3": blake3(text.encode()).hexdigest(),
         }
     }
     offset = 0
-    for name, size in entries:
+    for name, size in _entries(manifest, sizes):
         end = offset + size
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, end]}
         offset = end
@@ -119,7 +96,7 @@ def write_container(
         raise OutputError(
             f"{path}: not written, because a reader would refuse it: {str(error)[:_MAX_MESSAGE]}"
         ) from error
-    write_parts(path, header, parts)
+    _write_parts(path, header, parts)
 
 
 def readable_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
@@ -133,7 +110,7 @@ def readable_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
         raise CorruptPackError(
             f"the manifest cannot be written as JSON in UTF-8 ({error})", PackFault.INVALID_MANIFEST
         ) from error
-    text, version, _, _ = parse_header(memoryview(header), SKILLPACK)
+    text, version, _, _ = _parse_header(memoryview(header))
     parse_manifest(text, version)
     if isinstance(manifest, Manifest):
         told = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
@@ -147,7 +124,7 @@ def readable_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
     return header
 
 
-def write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview]) -> None:
+def _write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file whole or not at all, one part behind the other. Raises: OutputError."""
     with replaced_file(path) as partial, partial.open("wb") as file:
         file.write(header)
@@ -162,13 +139,13 @@ def read_container(path: Path) -> tuple[AnyManifest, dict[str, memoryview], int]
 
     Raises: PackFormatError and its kinds; the message starts with the path.
     """
-    with reading(path, SKILLPACK) as view:
+    with _reading(path) as view:
         manifest, payloads = parse_pack(view)
     return manifest, payloads, len(view)
 
 
 @contextmanager
-def reading(path: Path, kind: Kind) -> Iterator[memoryview]:
+def _reading(path: Path) -> Iterator[memoryview]:
     """A container's bytes, mapped; what the block finds wrong is said of `path`.
 
     Raises: PackFormatError and its kinds; the message starts with the path.
@@ -176,9 +153,7 @@ def reading(path: Path, kind: Kind) -> Iterator[memoryview]:
     try:
         with path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
-                raise CorruptPackError(
-                    f"0 bytes are too few for a {kind.title}", PackFault.TRUNCATED
-                )
+                raise CorruptPackError("0 bytes are too few for a SkillPack", PackFault.TRUNCATED)
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         yield view
     except OSError as error:
@@ -195,24 +170,24 @@ def parse_pack(view: memoryview) -> tuple[AnyManifest, dict[str, memoryview]]:
 
     Raises: PackFormatError and its kinds.
     """
-    text, version, header, data = parse_header(view, SKILLPACK)
+    text, version, header, data = _parse_header(view)
     manifest = parse_manifest(text, version)
     return manifest, _payloads(manifest, header, data)
 
 
-def parse_header(view: memoryview, kind: Kind) -> tuple[str, int, dict[str, object], memoryview]:
+def _parse_header(view: memoryview) -> tuple[str, int, dict[str, object], memoryview]:
     """The manifest's text, checked against its digest; version; entries; what follows the header.
 
     Raises: PackFormatError and its kinds.
     """
     if len(view) < _LENGTH.size:
         raise CorruptPackError(
-            f"{len(view)} bytes are too few for a {kind.title}", PackFault.TRUNCATED
+            f"{len(view)} bytes are too few for a SkillPack", PackFault.TRUNCATED
         )
     (length,) = _LENGTH.unpack(view[: _LENGTH.size])
     if length > _MAX_HEADER:
         raise CorruptPackError(
-            f"a header of {length} bytes is too large; this is no {kind.title}",
+            f"a header of {length} bytes is too large; this is no SkillPack",
             PackFault.HEADER_TOO_LARGE,
         )
     start = _LENGTH.size + length
@@ -228,26 +203,27 @@ def parse_header(view: memoryview, kind: Kind) -> tuple[str, int, dict[str, obje
     if not isinstance(header, dict):
         raise CorruptPackError("the header is not a JSON object", PackFault.INVALID_HEADER)
     metadata = header.pop("__metadata__", None)
-    return _manifest_text(metadata, kind), int(metadata["version"]), header, view[start:]
+    return _manifest_text(metadata), int(metadata["version"]), header, view[start:]
 
 
-def _manifest_text(metadata: object, kind: Kind) -> str:
-    if not isinstance(metadata, dict) or metadata.get("format") != kind.format:
+def _manifest_text(metadata: object) -> str:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise PackFormatError(
-            f"not a {kind.title} (no format={kind.format} in its metadata)",
+            f"not a SkillPack (no format={FORMAT} in its metadata)",
             PackFault.NOT_A_SKILLPACK,
         )
     version = metadata.get("version")
-    known = [str(number) for number in range(1, kind.version + 1)]
+    known = [str(number) for number in range(1, FORMAT_VERSION + 1)]
     if isinstance(version, str) and _NUMBER.fullmatch(version) and version not in known:
         raise UnsupportedVersionError(
-            f"format version {version}; this graftkit reads up to {kind.version}, upgrade graftkit",
+            f"format version {version}; this graftkit reads up to {FORMAT_VERSION}, "
+            "upgrade graftkit",
             PackFault.NEWER_VERSION,
         )
     wrong = set(metadata) != _METADATA_KEYS or version not in known
     if wrong or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptPackError(
-            f"metadata is not that of version 1 to {kind.version}", PackFault.INVALID_HEADER
+            f"metadata is not that of version 1 to {FORMAT_VERSION}", PackFault.INVALID_HEADER
         )
     text: str = metadata["manifest"]
     try:
@@ -265,7 +241,7 @@ def _payloads(
     """Payloads by name, after all checks of entries and digests."""
     if isinstance(manifest, Manifest):
         return _payloads_of_one_entry(manifest, header, data)
-    payloads = cut_entries(manifest.payload_order, header, data)
+    payloads = _cut_entries(manifest.payload_order, header, data)
     _check_digests_v1(manifest, payloads)
     return payloads
 
@@ -276,7 +252,7 @@ def _payloads_of_one_entry(
     sizes = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
     together = sum(sizes.values())
     order = ((TENSORS_ENTRY,) if together else ()) + manifest.stored_rest
-    payloads = cut_entries(order, header, data)
+    payloads = _cut_entries(order, header, data)
     tensors = payloads.pop(TENSORS_ENTRY, memoryview(b""))
     if len(tensors) != together:
         raise CorruptPackError(
@@ -299,7 +275,7 @@ def _payloads_of_one_entry(
     return payloads
 
 
-def cut_entries(
+def _cut_entries(
     order: tuple[str, ...], header: Mapping[str, object], data: memoryview
 ) -> dict[str, memoryview]:
     """The bytes of every entry. `order`: the entries there must be, in the order of the file.
