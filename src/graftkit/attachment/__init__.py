@@ -16,7 +16,7 @@ separation  whether rows of one batch may use different packs
 probe       short random batches to find out
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -26,12 +26,12 @@ from graftkit.attachment.check import LiveTarget, check_packs
 from graftkit.attachment.configuration import check_configuration
 from graftkit.attachment.live import Uncopied, attachment_of, check_model, claimed, release
 from graftkit.attachment.merged import MergedWeights
-from graftkit.attachment.mixtures import Choice, Gate, choose_rows
+from graftkit.attachment.mixtures import Choice, choose_rows
 from graftkit.attachment.side import SidePaths
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
 
-__all__ = ["Attachment", "Choice", "Gate", "Mode", "attach", "attached", "bare", "detach"]
+__all__ = ["Attachment", "Choice", "Mode", "attach", "attached", "bare", "detach"]
 
 Mode = Literal["merged", "side"]
 
@@ -104,12 +104,7 @@ class Attachment(Uncopied):
         self._check_index(index)
         return paths.nbytes(index)
 
-    def route(
-        self,
-        rows: Sequence[Choice],
-        modules: Mapping[str, Sequence[Choice]] | None = None,
-        gate: Gate | None = None,
-    ) -> None:
+    def route(self, rows: Sequence[Choice]) -> None:
         """Choose the packs of every row of the next batches.
 
         A row uses the target (None, or no weight but 0), one pack (its index), or a mixture
@@ -118,16 +113,10 @@ class Attachment(Uncopied):
 
         A batch may hold each row k times in a row, as beam search makes it.
 
-        Args:
-            modules: choices of their own for linear modules and embeddings, by name. All others,
-                norms among them, follow `rows`.
-            gate: weighs the packs for every token instead, in the modules that it knows and the
-                rows that use any pack.
         Raises: AttachError in merged mode, or for an index without a pack.
         """
         paths = self._side_paths("a merged pack serves every row")
-        paths.check_modules(modules or {})
-        paths.route(choose_rows(self.packs, rows, modules, gate))
+        paths.route(choose_rows(self.packs, rows))
 
     def detach(self) -> None:
         """Leave the model as it was before, bit for bit; a second call does nothing.

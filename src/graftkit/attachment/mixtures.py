@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,26 +21,12 @@ Entries = slice | Tensor
 """Entries along dimension 0: one range, or their indices."""
 
 
-class Gate(Protocol):
-    """Weighs packs anew for every token."""
-
-    def weigh(self, module: str, inputs: Tensor) -> Mapping[int, Tensor] | None:
-        """Each pack's weight for each token that a module reads.
-
-        Args:
-            module: its name in the model.
-            inputs: (..., in) of a linear module, token ids (...) of an embedding.
-        Returns: by pack, tensors (...); None to leave the module to the row's own choice.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Share:
     """A pack's share in some entries: y[entries] += weight · part.
 
     Attributes:
-        weight: one for all entries, or a tensor whose dimensions are the leading ones of the part.
+        weight: one for all entries, or a tensor (entries,) with one for each.
     """
 
     pack: int
@@ -51,56 +36,44 @@ class Share:
     def scale(self, part: Tensor) -> Tensor:
         """weight · part; the part itself at weight 1."""
         if isinstance(self.weight, Tensor):
-            return part * self.weight.reshape(*self.weight.shape, *[1] * _more(part, self.weight))
+            return part * self.weight.reshape(-1, *[1] * (part.dim() - 1))
         return part if self.weight == 1 else part * self.weight
 
 
 class Rows:
-    """The choice of every row, in every module.
+    """The choice of every row.
 
-    Rows that choose alike in all modules are of one kind. A module sees as many entries along
-    dimension 0 as there are rows, or k times as many: each row owns k consecutive ones (tokens of
-    flattened batches, beams).
+    Rows that choose alike are of one kind. A module sees as many entries along dimension 0 as there
+    are rows, or k times as many: each row owns k consecutive ones (tokens of flattened batches,
+    beams).
 
     Args:
         kinds: of each row.
-        mixtures: of each kind, under the name of a module, and under "" for all other modules.
-        gate: replaces the weights of rows that use any pack, in the modules it knows.
+        mixtures: of each kind.
     """
 
-    def __init__(
-        self,
-        kinds: tuple[int, ...],
-        mixtures: Mapping[str, Sequence[Mixture]],
-        gate: Gate | None = None,
-    ):
+    def __init__(self, kinds: tuple[int, ...], mixtures: Sequence[Mixture]):
         self.kinds = kinds
-        self.gate = gate
+        self.mixtures = mixtures
         self.is_uniform = len(set(kinds)) == 1
-        self._mixtures = mixtures
         self._groups: dict[tuple[int, torch.device], list[tuple[int, Entries]]] = {}
-        self._shares: dict[tuple[str, int, torch.device], list[Share]] = {}
+        self._shares: dict[tuple[int, torch.device], list[Share]] = {}
 
     def __len__(self) -> int:
         return len(self.kinds)
 
-    def mixture(self, module: str, kind: int) -> Mixture:
-        """What a kind uses in a module."""
-        return self._mixtures.get(module, self._mixtures[""])[kind]
-
     @cached_property
     def packs(self) -> list[int]:
-        """Every pack that any row uses anywhere, in order."""
-        mixtures = self._mixtures.values()
-        return sorted({pack for kinds in mixtures for mixture in kinds for pack, _ in mixture})
+        """Every pack that any row uses, in order."""
+        return sorted({pack for mixture in self.mixtures for pack, _ in mixture})
 
     def uses(self, pack: int) -> bool:
-        """Whether any row uses a pack anywhere."""
+        """Whether any row uses a pack."""
         return pack in self.packs
 
     def only(self, kind: int) -> "Rows":
         """One row of this kind, for running a module again on the entries of its rows."""
-        return Rows((kind,), self._mixtures, self.gate)
+        return Rows((kind,), self.mixtures)
 
     def groups(self, length: int, device: torch.device) -> list[tuple[int, Entries]]:
         """(kind, its entries) for every kind, of a tensor with `length` entries.
@@ -115,28 +88,17 @@ class Rows:
             ]
         return self._groups[key]
 
-    def shares(self, module: str, length: int, device: torch.device) -> list[Share]:
-        """The packs' shares in a tensor of a module with `length` entries. Raises: as `groups`."""
-        key = (module if module in self._mixtures else "", length, device)
+    def shares(self, length: int, device: torch.device) -> list[Share]:
+        """The packs' shares in a tensor with `length` entries. Raises: AttachError as `groups`."""
+        key = (length, device)
         if key not in self._shares:
-            weights = [dict(self.mixture(module, kind)) for kind in self.kinds]
+            weights = [dict(self.mixtures[kind]) for kind in self.kinds]
             packs = sorted({pack for row in weights for pack in row})
             self._shares[key] = [
                 self._share(pack, [row.get(pack, 0.0) for row in weights], length, device)
                 for pack in packs
             ]
         return self._shares[key]
-
-    def gated(self, weights: Mapping[int, Tensor], device: torch.device) -> list[Share]:
-        """Shares by the gate's weights; rows of the plain target have none. Raises: as `groups`."""
-        served = [bool(self.mixture("", kind)) for kind in self.kinds]
-        if not any(served):
-            return []
-        shares = []
-        for pack, weight in weights.items():
-            entries = self._entries(served, weight.shape[0], device)
-            shares.append(Share(pack, entries, weight[entries]))
-        return shares
 
     def _share(self, pack: int, weights: list[float], length: int, device: torch.device) -> Share:
         entries = self._entries([bool(weight) for weight in weights], length, device)
@@ -163,37 +125,20 @@ class Rows:
         return torch.tensor(places, device=device)
 
 
-def choose_rows(
-    packs: Iterable[int],
-    rows: Sequence[Choice],
-    modules: Mapping[str, Sequence[Choice]] | None = None,
-    gate: Gate | None = None,
-) -> Rows:
+def choose_rows(packs: Iterable[int], rows: Sequence[Choice]) -> Rows:
     """Check a choice of packs and put it in one form.
 
     Args:
-        packs: those attached. rows, modules, gate: as in `Attachment.route`.
-    Raises: AttachError for an empty list, a pack that is not attached, a weight that is not finite,
-        or a module with another number of rows.
+        packs: those attached. rows: as in `Attachment.route`.
+    Raises: AttachError for an empty list, a pack that is not attached, or a weight that is not
+        finite.
     """
     if not rows:
         raise AttachError("no rows to route; pass one pack, None or weights for each row")
     known = set(packs)
-    columns = {"": rows, **(modules or {})}
-    for name, column in columns.items():
-        if len(column) != len(rows):
-            raise AttachError(
-                f"{len(rows)} rows are routed, but {len(column)} in {name}; route every row there"
-            )
-    mixed = [[_mixture(choice, known) for choice in column] for column in columns.values()]
-    choices = list(zip(*mixed, strict=True))
-    kinds = list(dict.fromkeys(choices))
-    by_module = zip(*kinds, strict=True)
-    return Rows(
-        tuple(kinds.index(choice) for choice in choices),
-        dict(zip(columns, by_module, strict=True)),
-        gate,
-    )
+    mixtures = [_mixture(choice, known) for choice in rows]
+    kinds = list(dict.fromkeys(mixtures))
+    return Rows(tuple(kinds.index(mixture) for mixture in mixtures), kinds)
 
 
 def _mixture(choice: Choice, known: set[int]) -> Mixture:
@@ -214,7 +159,3 @@ def _mixture(choice: Choice, known: set[int]) -> Mixture:
 def _listed(known: set[int]) -> str:
     shown = [str(pack) for pack in sorted(known)]
     return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "nothing else"
-
-
-def _more(part: Tensor, weight: Tensor) -> int:
-    return part.dim() - weight.dim()

@@ -83,15 +83,12 @@ class ModulePath(Uncopied, ABC):
     def _install(self) -> list[RemovableHandle]:
         """Register the hooks."""
 
-    def shares(self, inputs: Tensor, output: Tensor) -> list[Share]:
+    def shares(self, output: Tensor) -> list[Share]:
         """The packs' shares in an output, along dimension 0. Raises: AttachError as `check`."""
         rows = self.routing.rows
         if not rows.is_uniform and self.serves(rows.packs):
             self.check()
-        weights = None if rows.gate is None else rows.gate.weigh(self.name, inputs)
-        if weights is None:
-            return rows.shares(self.name, output.shape[0], output.device)
-        return rows.gated(weights, output.device)
+        return rows.shares(output.shape[0], output.device)
 
     @property
     @abstractmethod
@@ -164,7 +161,7 @@ class LinearPath(AddedPath):
         x = first_tensor([args, kwargs])
         assert x is not None
         self.record(x)
-        for share in self.shares(x, output):
+        for share in self.shares(output):
             part = None
             if share.pack in self.weights:
                 part = self.weights[share.pack].project(x[share.entries])
@@ -184,7 +181,7 @@ class EmbeddingPath(AddedPath):
         assert ids is not None
         self.record(ids)
         output, ids = self.spread(output), self.spread(ids)
-        for share in self.shares(ids, output):
+        for share in self.shares(output):
             if share.pack in self.weights:
                 part = self.weights[share.pack].look_up(ids[share.entries])
                 _accumulate(output, share, part)
@@ -295,7 +292,7 @@ class RerunPath(ModulePath):
 
     def _mixture(self, kind: int) -> Mixture:
         """What a kind uses of the packs that change this module."""
-        mixture = self.routing.rows.mixture(self.name, kind)
+        mixture = self.routing.rows.mixtures[kind]
         return tuple((pack, weight) for pack, weight in mixture if pack in self._parts)
 
     def _tuned(self, kind: int) -> dict[str, Tensor]:

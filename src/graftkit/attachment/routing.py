@@ -68,7 +68,7 @@ class Routing:
     def drop(self, pack: int) -> None:
         """Rows that may use this pack have to be routed again."""
         for thread, rows in list(self._rows.items()):
-            if rows is not None and (rows.gate or rows.uses(pack)):
+            if rows is not None and rows.uses(pack):
                 self._rows[thread] = None
         if self._default is not None and self._default.uses(pack):
             self._default = None

@@ -4,7 +4,7 @@ The target's bytes are never touched. What a hook can add to a module's output i
 module runs again, with the tuned parameter in place, on the rows that use the pack.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -95,15 +95,6 @@ class SidePaths:
         """Bytes that a pack takes in memory; what tied modules share counts once."""
         kept = [value for path in self._paths.values() for value in path.values(index)]
         return sum({id(value): value.nbytes for value in kept}.values())
-
-    def check_modules(self, names: Iterable[str]) -> None:
-        """Refuse names of modules that no pack changes. Raises: AttachError."""
-        for name in names:
-            if name not in self._paths:
-                raise AttachError(
-                    f"no attached pack changes a module {name!r} of {self._target.name}; "
-                    "leave it out of the choice"
-                )
 
     def _add(self, index: int, pack: SkillPack, change: Change) -> None:
         record = change.record

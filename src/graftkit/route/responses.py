@@ -99,27 +99,23 @@ class Neutral:
     """log ρ of one pack in one module on neutral text: its mean, and how far it strays.
 
     Attributes:
-        row_std: of the means of whole rows. token_std: of single tokens.
+        std: of the means of whole rows.
     """
 
     mean: float
-    row_std: float
-    token_std: float
+    std: float
 
     @classmethod
     def of(cls, values: Tensor) -> "Neutral":
         """From log ρ of every token of several rows, (rows, tokens)."""
-        stds = [float(part.std(correction=0)) for part in (values.mean(1), values)]
-        return cls(float(values.mean()), *[max(std, _LEAST_STD) for std in stds])
+        std = float(values.mean(1).std(correction=0))
+        return cls(float(values.mean()), max(std, _LEAST_STD))
 
 
 class Responses:
     """log ρ of several packs, in standard deviations above neutral text, on the bare target.
 
     A pack's numbers depend on nothing but the pack, the target and the text.
-
-    Attributes:
-        modules: names of those measured.
     """
 
     def __init__(self, model: Any, sketches: Sketches):
@@ -140,11 +136,6 @@ class Responses:
                     values.setdefault((module, pack), []).append(found)
         self._neutral = {place: Neutral.of(torch.cat(found)) for place, found in values.items()}
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the modules that are measured."""
-        return tuple(self._sketches)
-
     def of_row(self, ids: Sequence[int]) -> dict[str, dict[str, float]]:
         """By module and pack: the mean over one row's tokens, in deviations of neutral rows."""
         found = {}
@@ -155,17 +146,9 @@ class Responses:
             }
             neutral = {pack: self._neutral[module, pack] for pack in means}
             found[module] = {
-                pack: (mean - neutral[pack].mean) / neutral[pack].row_std
+                pack: (mean - neutral[pack].mean) / neutral[pack].std
                 for pack, mean in means.items()
             }
-        return found
-
-    def of_tokens(self, module: str, x: Tensor) -> dict[str, Tensor]:
-        """By pack: each input x (..., in) of a module, in deviations of neutral tokens: (...)."""
-        found = {}
-        for pack, values in self._log_rho(module, x).items():
-            neutral = self._neutral[module, pack]
-            found[pack] = (values - neutral.mean) / neutral.token_std
         return found
 
     def _log_rho(self, module: str, x: Tensor) -> dict[str, Tensor]:

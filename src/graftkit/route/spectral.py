@@ -1,19 +1,14 @@
 """Routing by the packs' weights alone: whose delta answers what the target makes of a prompt?
 
-The scores are those of graftkit.route.responses. A request goes to one pack (`SpectralRouter`), or
-every linear module chooses for itself, from the whole prompt (`choose_by_module`) or token by token
-(`TokenGate`). On the packs measured so far the finer choices lose (docs/adr/0013): modules that
-were trained together do not work apart.
+The scores are those of graftkit.route.responses.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from graftkit.attachment import Choice
 from graftkit.attachment.check import LiveTarget, check_packs
 from graftkit.errors import AttachError
 from graftkit.models.encoding import context_length
@@ -59,7 +54,7 @@ class SpectralRouter:
 
     def route(self, prompts: Sequence[str]) -> list[Route]:
         """One route for each prompt; one without tokens has no scores."""
-        return [self._route(prompt_tokens(self._model, self._tokenizer, p)) for p in prompts]
+        return [self._route(_prompt_tokens(self._model, self._tokenizer, p)) for p in prompts]
 
     def _route(self, ids: list[int]) -> Route:
         found: dict[str, list[float]] = {}
@@ -71,57 +66,7 @@ class SpectralRouter:
         return Route({} if best is None else {best: 1.0}, scores)
 
 
-def measure_modules(model: Any, packs: Mapping[str, SkillPack]) -> Responses:
-    """Responses in every linear module, for the finer choices. Raises: as `SpectralRouter`."""
-    target = _checked_target(model, packs)
-    return _measure(
-        model, {name: sketch_pack(target, pack, _is_any) for name, pack in packs.items()}
-    )
-
-
-def choose_by_module(
-    responses: Responses, rows: Sequence[Sequence[int]], indices: Mapping[str, int]
-) -> dict[str, list[Choice]]:
-    """Every module's own choice for every row, `modules` of `Attachment.route`.
-
-    In each module the pack of the highest score in it, or the target below THRESHOLD.
-
-    Args:
-        rows: tokens of the prompts, as `prompt_tokens` gives them. indices: of packs, by name.
-    """
-    chosen: dict[str, list[Choice]] = {module: [] for module in responses.modules}
-    for ids in rows:
-        found = responses.of_row(ids) if ids else {}
-        for module, choices in chosen.items():
-            best = _clear_best(found.get(module, {}))
-            choices.append(None if best is None else indices[best])
-    return chosen
-
-
-class TokenGate:
-    """Every module's own choice for every token, the `gate` of `Attachment.route`.
-
-        w = softmax(z_1, ..., z_n, THRESHOLD)       z in deviations of neutral tokens
-
-    The last share is the target's. A bias goes with its module. Norms, embeddings and the head have
-    no ρ of their own: they follow the row.
-    """
-
-    def __init__(self, responses: Responses, indices: Mapping[str, int]):
-        self._responses = responses
-        self._indices = indices
-
-    def weigh(self, module: str, inputs: Tensor) -> Mapping[int, Tensor] | None:
-        """Weights of the packs that change a module, (...) for inputs (..., in)."""
-        if module not in self._responses.modules:
-            return None
-        scores = self._responses.of_tokens(module, inputs)
-        target = torch.full(inputs.shape[:-1], THRESHOLD, device=inputs.device)
-        weights = torch.stack([*scores.values(), target]).softmax(0)
-        return {self._indices[name]: w for name, w in zip(scores, weights, strict=False)}
-
-
-def prompt_tokens(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+def _prompt_tokens(model: Any, tokenizer: Any, prompt: str) -> list[int]:
     """What a router reads of a prompt: its first tokens, none of an empty one."""
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=True) if prompt else []
     return ids[: min(MAX_TOKENS, context_length(model) or MAX_TOKENS)]
