@@ -6,7 +6,7 @@ GraftError
 ├── CheckpointError          a checkpoint on disk cannot be used: missing shard, pickle, NaN
 │   └── CheckpointMismatchError   target and tuned are not two states of one model
 ├── PackFormatError          the file is not a valid SkillPack
-│   ├── UnsupportedVersionError   written by a newer graftkit
+│   ├── UnsupportedVersionError   of another format version than this graftkit reads
 │   └── CorruptPackError          truncated, edited or damaged
 ├── PackMismatchError        a valid pack, but made for a different target
 ├── AttachError              a pack cannot be attached to this model in this way
@@ -49,6 +49,7 @@ class PackFault(StrEnum):
     TRUNCATED = "truncated"
     HEADER_TOO_LARGE = "header_too_large"
     NOT_A_SKILLPACK = "not_a_skillpack"
+    OLDER_VERSION = "older_version"
     NEWER_VERSION = "newer_version"
     INVALID_HEADER = "invalid_header"
     DUPLICATE_KEY = "duplicate_key"
@@ -71,7 +72,7 @@ class PackFormatError(GraftError):
 
 
 class UnsupportedVersionError(PackFormatError):
-    """The pack was written by a newer version of graftkit."""
+    """The pack is of another format version than this graftkit reads."""
 
 
 class CorruptPackError(PackFormatError):

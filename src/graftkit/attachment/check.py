@@ -18,7 +18,7 @@ from graftkit.models.views import (
     live_name,
 )
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.manifest import Record
+from graftkit.skillpack.manifest import TensorRecord
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Change:
         changed: False where the tuned tensor equals what the live slots hold already.
     """
 
-    record: Record
+    record: TensorRecord
     view: View
     slots: tuple[str, ...]
     source: View | None
@@ -138,7 +138,7 @@ def check_packs(target: LiveTarget, packs: Sequence[SkillPack]) -> None:
             target.verified.add((record.name, *expected))
 
 
-def _may_lack(model: PreTrainedModel, record: Record) -> bool:
+def _may_lack(model: PreTrainedModel, record: TensorRecord) -> bool:
     """Whether the model of this class answers the same without the tensor of a record.
 
     Such are ignored buffers, and what only another class has where the pack does not change it: the
@@ -177,7 +177,7 @@ def find_changes(target: LiveTarget, pack: SkillPack) -> list[Change]:
     return changes
 
 
-def _is_changed(record: Record, view: View, source: View | None) -> bool:
+def _is_changed(record: TensorRecord, view: View, source: View | None) -> bool:
     resized = record.tuned_shape is not None or record.tuned_dtype is not None
     moved = source is None or source.owners != view.owners
     return record.codec != "zero" or resized or moved

@@ -35,7 +35,7 @@ from graftkit.outputs import claimed
 from graftkit.rows import Row
 from graftkit.sharded import save_tensors
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.manifest import Record
+from graftkit.skillpack.manifest import TensorRecord
 
 RANKS = (8, 16, 32, 64, 128, 256)
 """Ranks that are tried where none is asked for: those that serving engines are built for."""
@@ -206,25 +206,25 @@ class _Export:
             fidelity=None,
         )
 
-    def _is_carried(self, record: Record) -> bool:
+    def _is_carried(self, record: TensorRecord) -> bool:
         role = self.roles.get(record.name)
         plain = record.base is None and record.tuned_shape is None
         return plain and role is not None and role.linear and role.kind is not ModuleKind.HEAD
 
-    def _delta(self, record: Record) -> Tensor:
+    def _delta(self, record: TensorRecord) -> Tensor:
         """The delta of one tensor in its stored shape, float32."""
         if record.target_name is not None:
             return self.pack.delta(record.name, self.target.read(record.target_name))
         zeros = torch.zeros(record.shape, dtype=DTYPES[record.dtype])
         return self.pack.delta(record.name, zeros)
 
-    def _matrix(self, record: Record) -> Tensor:
+    def _matrix(self, record: TensorRecord) -> Tensor:
         """The delta of a linear layer, (out, in)."""
         layout: Layout = "transposed" if self.roles[record.name].transposed else "matrix"
         [matrix] = matrices(self._delta(record), layout)
         return matrix
 
-    def _components(self, record: Record) -> Components:
+    def _components(self, record: TensorRecord) -> Components:
         rank = self.asked or RANKS[-1]
         factors = self.pack.factors(record.name)
         if factors is not None:
@@ -240,7 +240,9 @@ class _Export:
             return max(ranks)
         return smallest_rank([part.energies for part in components], RANKS, ENERGY)
 
-    def _factors(self, record: Record, found: Components, rank: int) -> tuple[bool, Tensor, Tensor]:
+    def _factors(
+        self, record: TensorRecord, found: Components, rank: int
+    ) -> tuple[bool, Tensor, Tensor]:
         """Whether they are the pack's own, then B and A of one layer as they are stored."""
         plain = self.pack.plain_factors(record.name)
         if plain is not None and plain.right.shape[0] <= rank:
@@ -254,7 +256,7 @@ class _Export:
         dtype = DTYPES[record.dtype]
         return own, *pad_rank(left.to(dtype), right.to(dtype), rank)
 
-    def _lost(self, record: Record, left: Tensor, right: Tensor) -> float:
+    def _lost(self, record: TensorRecord, left: Tensor, right: Tensor) -> float:
         """‖δ − B A‖²."""
         error = torch.addmm(self._matrix(record), left.float(), right.float(), alpha=-1)
         return float(error.double().square().sum())

@@ -12,7 +12,7 @@ from graftkit.delta import DTYPES, Checkpoint
 from graftkit.fuse.interference import Interference, compare_deltas
 from graftkit.fuse.merging import pack_digest
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.manifest import Record
+from graftkit.skillpack.manifest import TensorRecord
 
 Progress = Callable[[str, int, int], None]
 
@@ -158,7 +158,7 @@ def audit_pack(
     return found
 
 
-def _before(target: Checkpoint, record: Record) -> Tensor:
+def _before(target: Checkpoint, record: TensorRecord) -> Tensor:
     """The target's tensor that a record is coded against; zeros where it is against nothing."""
     if record.target_name is None:
         return torch.zeros(record.shape, dtype=DTYPES[record.dtype])

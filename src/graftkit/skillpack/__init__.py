@@ -38,11 +38,10 @@ from graftkit.skillpack.container import (
 from graftkit.skillpack.files import decode_file
 from graftkit.skillpack.manifest import (
     ROUTER_ENTRY,
-    AnyManifest,
     FileRecord,
     Manifest,
-    Record,
     RouterInfo,
+    TensorRecord,
 )
 from graftkit.skillpack.words import decode_exact
 
@@ -53,7 +52,7 @@ PACK_FILE_NAME = "skill.skillpack"
 class SkillPack:
     """A manifest and its payloads, in memory or mapped from a file."""
 
-    def __init__(self, manifest: AnyManifest, payloads: Mapping[str, memoryview]):
+    def __init__(self, manifest: Manifest, payloads: Mapping[str, memoryview]):
         self.manifest = manifest
         self._payloads = payloads
         self._records = {record.name: record for record in manifest.tensors}
@@ -148,7 +147,7 @@ class SkillPack:
         """Raw payload of a tensor; empty where nothing is stored."""
         return self._payloads.get(name, memoryview(b""))
 
-    def record(self, name: str) -> Record:
+    def record(self, name: str) -> TensorRecord:
         """The record of a tensor. Raises: PackMismatchError for an unknown name."""
         if name not in self._records:
             raise PackMismatchError(f"the pack knows no tensor {name}")
@@ -266,28 +265,22 @@ class SkillPack:
 
         `graftkit.route.key.RouterKey.from_bytes` reads them.
         """
-        manifest = self.manifest
-        if not isinstance(manifest, Manifest) or manifest.router is None:
-            return None
-        return manifest.router, self._payloads[ROUTER_ENTRY]
+        router = self.manifest.router
+        return None if router is None else (router, self._payloads[ROUTER_ENTRY])
 
     def with_router_key(self, info: RouterInfo, content: bytes) -> Self:
         """The same pack with this key in place of its own.
 
-        Raises: ConfigError for a pack of format version 1, or a target whose tensor takes the name
-            of the key's payload; CorruptPackError for bytes that the description does not fit.
+        Raises: ConfigError for a target whose tensor takes the name of the key's payload;
+            CorruptPackError for bytes that the description does not fit.
         """
-        manifest = self.manifest
-        if not isinstance(manifest, Manifest) or ROUTER_ENTRY in self._records:
-            raise ConfigError(
-                f"a pack of format version 1, or with a tensor named {ROUTER_ENTRY}, takes no "
-                "router key; pack the models again"
-            )
+        if ROUTER_ENTRY in self._records:
+            raise ConfigError(f"a pack with a tensor named {ROUTER_ENTRY} takes no router key")
         if len(content) != info.nbytes:
             raise CorruptPackError(
                 f"a router key of {len(content)} bytes, its description says {info.nbytes}"
             )
-        manifest = manifest.model_copy(update={"router": info})
+        manifest = self.manifest.model_copy(update={"router": info})
         payloads = {**self._payloads, ROUTER_ENTRY: memoryview(content)}
         digest = payloads_digest(payloads[name] for name in manifest.payload_order)
         return type(self)(manifest.model_copy(update={"payload_blake3": digest}), payloads)
@@ -315,7 +308,7 @@ class SkillPack:
                 expected = (record.dtype, record.shape, record.blake3)
                 check_digest(name, read(name), expected, where)
 
-    def _decode_common(self, record: Record, weight: Tensor) -> Tensor:
+    def _decode_common(self, record: TensorRecord, weight: Tensor) -> Tensor:
         body, _ = self._parts(record)
         if record.codec == "exact":
             return decode_exact(body, weight)
@@ -332,17 +325,17 @@ class SkillPack:
     def _header(self) -> bytes:
         return build_header(self.manifest, {n: len(p) for n, p in self._payloads.items()})
 
-    def _parts(self, record: Record) -> tuple[memoryview, memoryview]:
+    def _parts(self, record: TensorRecord) -> tuple[memoryview, memoryview]:
         payload = self.payload(record.name)
         cut = len(payload) - record.appended_bytes
         return payload[:cut], payload[cut:]
 
-    def _common_shape(self, record: Record) -> tuple[int, ...]:
+    def _common_shape(self, record: TensorRecord) -> tuple[int, ...]:
         if record.tuned_shape is None:
             return record.shape
         return (min(record.shape[0], record.tuned_shape[0]), *record.shape[1:])
 
-    def _weight(self, record: Record, target: Tensor) -> Tensor:
+    def _weight(self, record: TensorRecord, target: Tensor) -> Tensor:
         """W of the format's section 3: cast to the tuned dtype, cut to the common rows."""
         if tuple(target.shape) != record.shape:
             raise PackMismatchError(
@@ -368,7 +361,7 @@ def _finite(tensor: Tensor, target: Tensor | None = None) -> Tensor:
 
 
 @contextmanager
-def _naming(record: Record) -> Iterator[None]:
+def _naming(record: TensorRecord) -> Iterator[None]:
     """Put the tensor's name in front of what its payload is accused of."""
     try:
         yield

@@ -26,9 +26,7 @@ from graftkit.skillpack.manifest import (
     FILE_PREFIX,
     FORMAT_VERSION,
     ROUTER_ENTRY,
-    AnyManifest,
     Manifest,
-    TensorRecordV1,
 )
 from graftkit.skillpack.rules import load_json, parse_manifest
 
@@ -53,7 +51,7 @@ def payloads_digest(payloads: Iterable[bytes | memoryview]) -> str | None:
     return None if empty else hasher.hexdigest()
 
 
-def build_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
+def build_header(manifest: Manifest, sizes: Mapping[str, int]) -> bytes:
     """Length field and padded header. `sizes`: payload bytes by name of tensor and side file."""
     text = manifest.to_json()
     header: dict[str, object] = {
@@ -74,17 +72,15 @@ def build_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
     return _LENGTH.pack(len(encoded)) + encoded
 
 
-def _entries(manifest: AnyManifest, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+def _entries(manifest: Manifest, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
     """Entries of the header and their lengths, in the order of the file."""
-    if not isinstance(manifest, Manifest):
-        return [(name, sizes[name]) for name in manifest.payload_order]
     together = sum(sizes[name] for name in manifest.stored_tensors)
     entries = [(TENSORS_ENTRY, together)] if together else []
     return entries + [(name, sizes[name]) for name in manifest.stored_rest]
 
 
 def write_container(
-    path: Path, manifest: AnyManifest, payload: Callable[[str], bytes | memoryview]
+    path: Path, manifest: Manifest, payload: Callable[[str], bytes | memoryview]
 ) -> None:
     """Write a pack. `payload(name)` is called once per payload, in the order of the file, twice
     over: for the sizes and for the bytes. Raises: OutputError, also for what no reader takes."""
@@ -99,7 +95,7 @@ def write_container(
     _write_parts(path, header, parts)
 
 
-def readable_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
+def readable_header(manifest: Manifest, sizes: Mapping[str, int]) -> bytes:
     """`build_header`, after every check that a reader makes before it looks at payloads.
 
     Raises: PackFormatError.
@@ -110,17 +106,16 @@ def readable_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
         raise CorruptPackError(
             f"the manifest cannot be written as JSON in UTF-8 ({error})", PackFault.INVALID_MANIFEST
         ) from error
-    text, version, _, _ = _parse_header(memoryview(header))
-    parse_manifest(text, version)
-    if isinstance(manifest, Manifest):
-        told = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
-        told |= {ROUTER_ENTRY: manifest.router.nbytes} if manifest.router is not None else {}
-        for name, size in told.items():
-            if sizes[name] != size:
-                raise CorruptPackError(
-                    f"{name}: {sizes[name]} bytes, the manifest says {size}",
-                    PackFault.INVALID_OFFSETS,
-                )
+    text, _, _ = _parse_header(memoryview(header))
+    parse_manifest(text)
+    stated = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
+    stated |= {ROUTER_ENTRY: manifest.router.nbytes} if manifest.router is not None else {}
+    for name, size in stated.items():
+        if sizes[name] != size:
+            raise CorruptPackError(
+                f"{name}: {sizes[name]} bytes, the manifest says {size}",
+                PackFault.INVALID_OFFSETS,
+            )
     return header
 
 
@@ -134,7 +129,7 @@ def _write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview])
         os.fsync(file.fileno())
 
 
-def read_container(path: Path) -> tuple[AnyManifest, dict[str, memoryview], int]:
+def read_container(path: Path) -> tuple[Manifest, dict[str, memoryview], int]:
     """Open and check a pack: manifest, payloads by name (mapped, not copied), file bytes.
 
     Raises: PackFormatError and its kinds; the message starts with the path.
@@ -165,18 +160,18 @@ def _reading(path: Path) -> Iterator[memoryview]:
         raise type(error)(f"{path}: {str(error)[:_MAX_MESSAGE]}", error.fault) from error
 
 
-def parse_pack(view: memoryview) -> tuple[AnyManifest, dict[str, memoryview]]:
+def parse_pack(view: memoryview) -> tuple[Manifest, dict[str, memoryview]]:
     """Manifest and payloads by name of a pack in memory, after all checks.
 
     Raises: PackFormatError and its kinds.
     """
-    text, version, header, data = _parse_header(view)
-    manifest = parse_manifest(text, version)
+    text, header, data = _parse_header(view)
+    manifest = parse_manifest(text)
     return manifest, _payloads(manifest, header, data)
 
 
-def _parse_header(view: memoryview) -> tuple[str, int, dict[str, object], memoryview]:
-    """The manifest's text, checked against its digest; version; entries; what follows the header.
+def _parse_header(view: memoryview) -> tuple[str, dict[str, object], memoryview]:
+    """The manifest's text, checked against its digest; entries; what follows the header.
 
     Raises: PackFormatError and its kinds.
     """
@@ -203,7 +198,7 @@ def _parse_header(view: memoryview) -> tuple[str, int, dict[str, object], memory
     if not isinstance(header, dict):
         raise CorruptPackError("the header is not a JSON object", PackFault.INVALID_HEADER)
     metadata = header.pop("__metadata__", None)
-    return _manifest_text(metadata), int(metadata["version"]), header, view[start:]
+    return _manifest_text(metadata), header, view[start:]
 
 
 def _manifest_text(metadata: object) -> str:
@@ -213,17 +208,23 @@ def _manifest_text(metadata: object) -> str:
             PackFault.NOT_A_SKILLPACK,
         )
     version = metadata.get("version")
-    known = [str(number) for number in range(1, FORMAT_VERSION + 1)]
-    if isinstance(version, str) and _NUMBER.fullmatch(version) and version not in known:
+    if version == "1":
+        raise UnsupportedVersionError(
+            f"format version 1; this graftkit reads version {FORMAT_VERSION}, "
+            "pack the models again",
+            PackFault.OLDER_VERSION,
+        )
+    is_expected = version == str(FORMAT_VERSION)
+    if isinstance(version, str) and _NUMBER.fullmatch(version) and not is_expected:
         raise UnsupportedVersionError(
             f"format version {version}; this graftkit reads up to {FORMAT_VERSION}, "
             "upgrade graftkit",
             PackFault.NEWER_VERSION,
         )
-    wrong = set(metadata) != _METADATA_KEYS or version not in known
+    wrong = set(metadata) != _METADATA_KEYS or not is_expected
     if wrong or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptPackError(
-            f"metadata is not that of version 1 to {FORMAT_VERSION}", PackFault.INVALID_HEADER
+            f"metadata is not that of version {FORMAT_VERSION}", PackFault.INVALID_HEADER
         )
     text: str = metadata["manifest"]
     try:
@@ -236,19 +237,9 @@ def _manifest_text(metadata: object) -> str:
 
 
 def _payloads(
-    manifest: AnyManifest, header: dict[str, object], data: memoryview
-) -> dict[str, memoryview]:
-    """Payloads by name, after all checks of entries and digests."""
-    if isinstance(manifest, Manifest):
-        return _payloads_of_one_entry(manifest, header, data)
-    payloads = _cut_entries(manifest.payload_order, header, data)
-    _check_digests_v1(manifest, payloads)
-    return payloads
-
-
-def _payloads_of_one_entry(
     manifest: Manifest, header: dict[str, object], data: memoryview
 ) -> dict[str, memoryview]:
+    """Payloads by name, after all checks of entries and digests."""
     sizes = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
     together = sum(sizes.values())
     order = ((TENSORS_ENTRY,) if together else ()) + manifest.stored_rest
@@ -317,22 +308,6 @@ def _entry_end(name: str, entry: object, offset: int, size: int) -> int:
         raise CorruptPackError(f"the file ends inside entry {name!r}", PackFault.TRUNCATED)
     end: int = offsets[1]
     return end
-
-
-def _check_digests_v1(manifest: AnyManifest, payloads: Mapping[str, memoryview]) -> None:
-    for record in manifest.tensors:
-        if not isinstance(record, TensorRecordV1) or record.payload_blake3 is None:
-            continue
-        payload = payloads[record.name]
-        if blake3(payload).hexdigest()[: len(record.payload_blake3)] != record.payload_blake3:
-            raise CorruptPackError(
-                f"tensor {record.name} does not match its digest", PackFault.PAYLOAD_DIGEST
-            )
-        if record.appended_bytes > len(payload):
-            raise CorruptPackError(
-                f"tensor {record.name}: appended rows are longer than its payload",
-                PackFault.INVALID_MANIFEST,
-            )
 
 
 def file_entry(name: str) -> str:

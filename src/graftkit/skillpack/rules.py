@@ -12,30 +12,23 @@ from graftkit.errors import CorruptPackError, PackFault
 from graftkit.side_files import is_side_file
 from graftkit.skillpack.manifest import (
     FILE_PREFIX,
-    FORMAT_VERSION,
     MAX_NUMEL,
     ROUTER_ENTRY,
-    AnyManifest,
     Codec,
-    CodecV1,
     FileRecord,
     Manifest,
-    ManifestV1,
-    Record,
     TensorRecord,
 )
 
 _MAX_EXTRA_ROWS = 65_536
 
 
-def parse_manifest(text: str, version: int = FORMAT_VERSION) -> AnyManifest:
+def parse_manifest(text: str) -> Manifest:
     """Manifest from JSON text. Raises: CorruptPackError with the fault of the rule broken."""
-    codecs = get_args(CodecV1 if version == 1 else Codec)
-    _check_codecs(load_json(text, PackFault.INVALID_MANIFEST), codecs)
-    model: type[AnyManifest] = ManifestV1 if version == 1 else Manifest
+    _check_codecs(load_json(text, PackFault.INVALID_MANIFEST))
     try:
         # Strict, as the schema is: "9" and true are no numbers.
-        manifest = model.model_validate_json(text, strict=True)
+        manifest = Manifest.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -70,7 +63,8 @@ def load_json(text: str, fault: PackFault = PackFault.INVALID_HEADER) -> Any:
         raise CorruptPackError(f"not valid JSON: {error}", fault) from error
 
 
-def _check_codecs(raw: Any, codecs: tuple[str, ...]) -> None:
+def _check_codecs(raw: Any) -> None:
+    codecs = get_args(Codec)
     records = raw.get("tensors") if isinstance(raw, dict) else None
     for record in records if isinstance(records, list) else []:
         codec = record.get("codec") if isinstance(record, dict) else None
@@ -82,7 +76,7 @@ def _check_codecs(raw: Any, codecs: tuple[str, ...]) -> None:
             )
 
 
-def _check_names(manifest: AnyManifest) -> None:
+def _check_names(manifest: Manifest) -> None:
     names = [record.name for record in manifest.tensors]
     if names != sorted(set(names)):
         raise CorruptPackError(
@@ -92,10 +86,10 @@ def _check_names(manifest: AnyManifest) -> None:
     bad += [name for name in names if name == ROUTER_ENTRY and name in manifest.stored_rest]
     if bad:
         raise CorruptPackError(f"name {bad[0]!r} is not allowed", PackFault.INVALID_NAME)
-    check_files(manifest.files)
+    _check_files(manifest.files)
 
 
-def check_files(files: Sequence[FileRecord]) -> None:
+def _check_files(files: Sequence[FileRecord]) -> None:
     """What records of side files must keep. Raises: CorruptPackError."""
     names = [record.name for record in files]
     bad = [name for name in names if not is_side_file(name)]
@@ -112,7 +106,7 @@ def check_files(files: Sequence[FileRecord]) -> None:
             )
 
 
-def _check_shapes(manifest: AnyManifest) -> None:
+def _check_shapes(manifest: Manifest) -> None:
     own = 0
     for record in manifest.tensors:
         size = _bounded_product(record.shape)
@@ -149,7 +143,7 @@ def _bounded_product(extents: Iterable[int]) -> int:
     return product
 
 
-def _check_bases(manifest: AnyManifest) -> None:
+def _check_bases(manifest: Manifest) -> None:
     """An added tensor's record describes the target tensor that it is coded against."""
     own = {record.name: record for record in manifest.tensors if record.base is None}
     for record in manifest.tensors:
@@ -165,23 +159,20 @@ def _check_bases(manifest: AnyManifest) -> None:
             )
 
 
-def _check_payload_digest(manifest: AnyManifest) -> None:
-    """Since version 2, one digest for all payloads; before, each record has its own."""
-    if isinstance(manifest, Manifest):
-        found = manifest.payload_blake3 is not None
-        if found != bool(manifest.payload_order):
-            raise CorruptPackError(
-                "payload_blake3 and what is stored do not fit", PackFault.INVALID_MANIFEST
-            )
+def _check_payload_digest(manifest: Manifest) -> None:
+    if (manifest.payload_blake3 is not None) != bool(manifest.payload_order):
+        raise CorruptPackError(
+            "payload_blake3 and what is stored do not fit", PackFault.INVALID_MANIFEST
+        )
 
 
-def _check_record(record: Record) -> None:
+def _check_record(record: TensorRecord) -> None:
     problem = _resize_problem(record) or _layout_problem(record)
     if problem:
         raise CorruptPackError(f"{record.name}: {problem}", PackFault.INVALID_MANIFEST)
 
 
-def _resize_problem(record: Record) -> str | None:
+def _resize_problem(record: TensorRecord) -> str | None:
     """What is wrong with dtypes, the tuned shape and what is appended."""
     floats = record.codec == "zero" or record.dtype in FLOAT_DTYPES
     before, after = record.shape, record.result_shape
@@ -198,12 +189,12 @@ def _resize_problem(record: Record) -> str | None:
         return "appended_bytes and tuned_shape do not fit"
     if (record.codec != "zero" or grown) != record.has_payload:
         return f"codec {record.codec} and whether there is a payload do not fit"
-    if isinstance(record, TensorRecord) and record.appended_bytes > record.bytes:
+    if record.appended_bytes > record.bytes:
         return "appended rows are longer than the payload"
     return None
 
 
-def _layout_problem(record: Record) -> str | None:
+def _layout_problem(record: TensorRecord) -> str | None:
     """What keeps the common rows from being the matrices that codec and layout need."""
     shape = list(record.shape)
     empty = 0 in record.shape or 0 in record.result_shape
