@@ -122,9 +122,8 @@ def test_several_packs_share_a_prompt_that_they_accept(model, tokenizer, keys):
         assert route.name == "one"
 
 
-def test_packs_without_a_key_are_listed_and_never_chosen(model, tokenizer, keys, mixed):
+def test_packs_without_a_key_are_never_chosen(model, tokenizer, keys, mixed):
     router = CentroidRouter(model, tokenizer, {**keys, "plain": None, "bare": None})
-    assert router.without_key == ("bare", "plain")
     assert router.route(mixed) == CentroidRouter(model, tokenizer, keys).route(mixed)
 
 

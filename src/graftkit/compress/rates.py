@@ -18,18 +18,12 @@ _MOST_PER_UNIT = 12.0  # bits
 _LOWEST, _HIGHEST, _POINTS = -6.0, 10.0, 129  # log2 of the ratio
 
 
-def coding_bits(ratio: Array) -> Array:
-    """Entropy in bits of a code, by standard deviation in steps."""
-    return coding(ratio)[0]
-
-
-def coding_error(ratio: Array) -> Array:
-    """Mean squared error in squared steps; that of leaving the value out where it is small."""
-    return coding(ratio)[1]
-
-
 def coding(ratio: Array) -> tuple[Array, Array]:
-    """`coding_bits` and `coding_error`; the search for a level calls this very often."""
+    """What coding a Gaussian value costs, by its standard deviation in steps.
+
+    Returns: the entropy of its code in bits; the mean squared error in squared steps, which is that
+        of leaving the value out where it is small.
+    """
     grid, bits, share = _tables()
     logs = np.log2(np.maximum(ratio, 1e-30))
     over = np.maximum(logs - _HIGHEST, 0.0)

@@ -76,7 +76,6 @@ class CentroidRouter:
         if top_k < 1:
             raise ConfigError(f"top_k is {top_k}; at least one pack has to answer")
         self.keys = {name: key for name, key in keys.items() if key is not None}
-        self.without_key = tuple(sorted(name for name, key in keys.items() if key is None))
         self.top_k = top_k
         self._reader = encoder or Reader(model, tokenizer)
         self._check()
