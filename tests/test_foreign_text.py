@@ -17,8 +17,7 @@ from graftkit.cli.distilling import print_run
 from graftkit.cli.interop import print_export
 from graftkit.cli.library import _print_routes, _print_scores
 from graftkit.errors import ConfigError
-from graftkit.fuse.heatmap import draw_interference
-from graftkit.fuse.interference import Interference, Pair
+from graftkit.fuse.interference import Interference, Pair, draw_interference
 from graftkit.text import printable
 
 NASTY = "zz[/x] [bold]b :smile: \x1b]0;t\x07\x1b[2J\r\n\x85\x9b\u2028\u202eabc\x7f\ud800"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.errors import CheckpointError
-from graftkit.work import is_work_folder
+from graftkit.files import is_work_folder
 
 SIDE_FILES = (
     "config.json",

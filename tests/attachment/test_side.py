@@ -6,10 +6,9 @@ from attachment.test_attach import logits
 from tiny_models import inputs, make_pair
 
 from graftkit.attachment import attached
-from graftkit.attachment.mixtures import choose_rows
-from graftkit.attachment.routing import put, take
+from graftkit.attachment.modules import DenseUpdate, LowRankUpdate, RowUpdate, make_update
+from graftkit.attachment.rows import choose_rows, put, take
 from graftkit.attachment.side import SidePaths
-from graftkit.attachment.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 from graftkit.packing import pack_delta

@@ -7,6 +7,7 @@ from compress.test_quantize import gaussian
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graftkit.compress.allocate import bits_per_unit, coding
 from graftkit.compress.coded import (
     decode_entries,
     decode_hybrid,
@@ -17,9 +18,8 @@ from graftkit.compress.coded import (
     store_factors,
 )
 from graftkit.compress.codes import LARGEST_CODE
-from graftkit.compress.feedback import cholesky, feedback_codes, round_codes
 from graftkit.compress.lowrank import eigenbasis, leading_rows
-from graftkit.compress.rates import bits_per_unit, coding
+from graftkit.compress.quantize import cholesky, feedback_codes, round_codes
 from graftkit.errors import CorruptPackError
 
 SHAPE = (48, 96)

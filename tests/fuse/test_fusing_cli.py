@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from graftkit.delta import Checkpoint, tensor_digest
+from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.fuse import merge_packs
 from graftkit.fuse.search import search_weights
 from graftkit.skillpack import SkillPack

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from graftkit.checkpoint import Checkpoint, fingerprint, tensor_digest
 from graftkit.compress.codecs import matrices
-from graftkit.delta import Checkpoint, fingerprint, tensor_digest
 from graftkit.skillpack import SkillPack
 
 GOLDEN = Path(__file__).parent

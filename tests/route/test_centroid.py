@@ -11,9 +11,8 @@ from tiny_models import build, save_tokenizer
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_tokenizer
 from graftkit.route import TARGET
-from graftkit.route.centroid import CentroidRouter, fit_key
+from graftkit.route.centroid import CentroidRouter, Reader, fit_key
 from graftkit.route.key import MAX_PROMPTS, RouterKey
-from graftkit.route.pooling import Reader
 
 SKILLS = {
     "digits": ("Add: ", "0123456789", "="),

@@ -11,19 +11,20 @@ from hypothesis import strategies as st
 from tiny_models import make_pair, save_tokenizer
 
 from graftkit.attachment import attached
-from graftkit.attachment.updates import LowRankUpdate, make_update
+from graftkit.attachment.modules import LowRankUpdate, make_update
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model, load_tokenizer
 from graftkit.route import TARGET
-from graftkit.route.responses import (
+from graftkit.route.spectral import (
+    THRESHOLD,
     Background,
     Neutral,
+    SpectralRouter,
     log_rho,
     module_inputs,
     neutral_tokens,
     sketch_update,
 )
-from graftkit.route.spectral import THRESHOLD, SpectralRouter
 
 PROMPTS = ["abc", "Hello there", "", "xyzzy 123", "abc"]
 K_PROJ = "model.layers.{}.self_attn.k_proj.weight"

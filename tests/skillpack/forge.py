@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.skillpack import SkillPack
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import save_file
 from skillpack.forge import FOLDER, PACK, ROOT, Forgery, read_everything
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import (
     CorruptPackError,
     PackFault,

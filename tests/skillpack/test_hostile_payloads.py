@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from skillpack.forge import FOLDER, PACK, ROOT, Forgery, target_of
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.compress import factors
 from graftkit.compress.codes import decode_codes, encode_codes
-from graftkit.delta import Checkpoint
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
 from graftkit.skillpack import SkillPack
 

@@ -150,7 +150,7 @@ def pack(
 def inspect(file: PackFile, json_output: show.Json = False) -> None:
     """What a pack holds, tensor by tensor. Needs no model."""
     from graftkit.skillpack import SkillPack
-    from graftkit.skillpack.summary import pack_summary
+    from graftkit.skillpack.pack import pack_summary
 
     opened = SkillPack.load(file)
     summary = pack_summary(opened)

@@ -6,21 +6,19 @@ from typing import Any
 
 from rich.console import Console
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.cli import show
 from graftkit.cli.packing import parse_weights
-from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError
-from graftkit.fuse.heatmap import draw_interference
-from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
-from graftkit.fuse.interference import Pair, measure_interference
-from graftkit.fuse.merging import merge_packs
+from graftkit.fuse.interference import Pair, draw_interference, measure_interference
+from graftkit.fuse.merge import fuse_packs, merge_packs
 from graftkit.fuse.methods import IN_TURN, check_weights, find_method
-from graftkit.fuse.packing import fuse_packs
 from graftkit.fuse.search import search_weights
+from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
 from graftkit.outputs import check_output, claimed
 from graftkit.rows import read_rows
 from graftkit.side_files import code_names
-from graftkit.skillpack.summary import pack_summary
+from graftkit.skillpack.pack import pack_summary
 
 
 def merge_files(

@@ -28,7 +28,7 @@ from graftkit.skillpack.manifest import (
     ROUTER_ENTRY,
     Manifest,
 )
-from graftkit.skillpack.rules import load_json, parse_manifest
+from graftkit.skillpack.validate import load_json, parse_manifest
 
 FORMAT = "skillpack"
 """Value of `format` in the metadata."""

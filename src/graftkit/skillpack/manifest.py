@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graftkit.checkpoint import TENSOR_DIGEST_HEX
 from graftkit.compress.codecs import Layout
-from graftkit.delta import TENSOR_DIGEST_HEX
 
 FORMAT_VERSION: Literal[2] = 2
 """The one version that this package writes and reads."""
