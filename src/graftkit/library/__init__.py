@@ -20,9 +20,8 @@ from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overlo
 
 from graftkit.attachment.tokenizers import check_tokenizer
 from graftkit.delta import Checkpoint
-from graftkit.distill.config import located
+from graftkit.distill.config import located, read_config
 from graftkit.distill.pipeline import run_distill
-from graftkit.distill.reading import read_config
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merging import config_changes
 from graftkit.library.answers import Answer, Mix, generate_texts, unanswerable
