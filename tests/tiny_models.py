@@ -7,11 +7,17 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 transformers.utils.logging.disable_progress_bar()
 
 VOCABULARY = 96
+ONE_LAYER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 _DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -111,12 +117,27 @@ def make_pair(
     scale: float = 0.02,
 ) -> tuple[Path, Path]:
     """Save a target and a tuned copy of it whose every parameter moved; returns both folders."""
-    model = build(architecture, dtype, seed)
+    return save_pair(folder, build(architecture, dtype, seed), seed=seed + 1, scale=scale)
+
+
+def save_pair(
+    folder: Path, model: PreTrainedModel, seed: int = 1, scale: float = 0.05
+) -> tuple[Path, Path]:
+    """Save the model as the target, and again with every parameter moved; returns both folders."""
     target, tuned = folder / "target", folder / "tuned"
     model.save_pretrained(target)
-    perturb(model, seed=seed + 1, scale=scale)
+    perturb(model, seed=seed, scale=scale)
     model.save_pretrained(tuned)
     return target, tuned
+
+
+def one_layer_llama(**sizes: int) -> tuple[LlamaConfig, dict[str, tuple[int, ...]]]:
+    """The config of an untied one-layer Llama, and the shapes of its parameters by name."""
+    options = {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    config = LlamaConfig(**sizes, **options, architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    return config, {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
 def save_tokenizer(folder: Path, size: int = VOCABULARY) -> None:
