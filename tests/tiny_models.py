@@ -1,9 +1,10 @@
 """Seeded two-layer models of every architecture, made from configs; nothing is downloaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -88,6 +89,14 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": _bert,
 }
 CAUSAL = tuple(name for name in ARCHITECTURES if name != "bert")
+DIFFERENT = ("llama", "gpt2", "phi3", "mixtral", "gpt_oss", "bert")
+"""Weights laid out in as many ways: plain; tied and transposed; projections fused; a tensor an
+expert; experts stacked, with biases; an encoder."""
+
+
+def architectures(names: Iterable[str] = ARCHITECTURES, quick: Sequence[str] = DIFFERENT) -> list:
+    """Parameters of a test: `quick` ones in the default run, the others in the slow run."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def build(
