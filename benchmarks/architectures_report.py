@@ -78,7 +78,8 @@ def _summary(records: Sequence[Record]) -> str:
             for name, cell in record["cells"].items()
             if cell["verdict"] == verdict
         ]
-        parts.append(f"{verdict}: {', '.join(named) or 'none'}.")
+        if named:
+            parts.append(f"{verdict}: {', '.join(named)}.")
     return "\n\n".join(parts)
 
 

@@ -38,7 +38,7 @@ def write_report(
         return
     courses = {way: _courses(way, states, orders, ordered[way]) for way in ordered}
     courses = {way: found for way, found in courses.items() if found}
-    parts = [provenance(lines), _before(states, orders[0]), _table(courses, states, orders)]
+    parts = [provenance(lines), _table(courses, states, orders)]
     if courses:
         _draw(courses, docs / "figures" / "continual.png")
         parts.append("![Exact match on the skills learned so far](figures/continual.png)")
@@ -62,12 +62,6 @@ def _courses(
         sizes = [line["bytes"] for line in found if line]
         courses.append(Course(order, rows, [before[task] for task in order], sizes))
     return courses
-
-
-def _before(states: Mapping[tuple[str, str], Record], skills: Order) -> str:
-    scores = states["target", ""]["scores"]
-    told = ", ".join(f"{skill} {scores[skill]:.3f}" for skill in sorted(skills))
-    return f"The target alone: {told}."
 
 
 def _table(

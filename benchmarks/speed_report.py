@@ -72,11 +72,12 @@ def _steps(packs: Sequence[Record]) -> Table:
     rows = [
         [
             *(line["case"], _name(line), str(line["workers"]), step),
-            f"{line['stages'].get(step, 0.0):.2f}",
-            f"{line['peaks'][step] / 1e6:.0f}" if step in line["peaks"] else "–",
+            f"{line['stages'][step]:.2f}",
+            f"{line['peaks'][step] / 1e6:.0f}",
         ]
         for line in packs
         for step in STEPS
+        if line["stages"].get(step)
     ]
     return ("case", "pack", "workers", "step", "seconds", "peak RSS, MB"), rows
 
