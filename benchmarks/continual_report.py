@@ -7,7 +7,7 @@ from statistics import fmean
 import matplotlib as mpl
 from ledger import Record, Table, newest, provenance, publish, table
 
-from graftkit.forgetting import Course
+from graftkit.evaluate import Course
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

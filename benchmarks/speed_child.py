@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.attachment import attach
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.models.loading import load_model
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack

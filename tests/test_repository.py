@@ -86,6 +86,13 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_of_code_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`((?:\w+/)+\w+\.py)(?:::\w+)?`", page.read_text())
+    for file in named:
+        assert any((root / file).exists() for root in (ROOT, ROOT / "src/graftkit")), file
+
+
 def test_the_page_of_results_stays_short_and_leads_to_every_raw_table() -> None:
     page = (ROOT / "docs/benchmarks.md").read_text()
     assert page.count("\n") <= PAGE_LIMIT_LINES
@@ -93,12 +100,15 @@ def test_the_page_of_results_stays_short_and_leads_to_every_raw_table() -> None:
         assert f"(results/{file.name})" in page, file.name
 
 
-def test_the_map_in_the_readme_has_every_folder() -> None:
+def test_the_map_in_the_readme_has_every_folder_and_file_of_the_package() -> None:
     tree = re.search(r"```\nsrc/graftkit/(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert tree
     named = set(re.findall(r"^[├└]── (\w+)/", tree[1], re.MULTILINE))
-    folders = {file.parent.name for file in (ROOT / "src/graftkit").glob("*/__init__.py")}
-    assert named == folders
+    source = ROOT / "src/graftkit"
+    assert named == {file.parent.name for file in source.glob("*/__init__.py")}
+    files = re.findall(r"^[├└]── ((?:\w+ )+) ", tree[1], re.MULTILINE)
+    names = {file.stem for file in source.glob("*.py") if not file.stem.startswith("__")}
+    assert set(" ".join(files).split()) == names
 
 
 def test_every_benchmark_is_listed_with_what_it_needs() -> None:

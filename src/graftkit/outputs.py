@@ -18,13 +18,12 @@ from typing import Any
 from blake3 import blake3
 
 from graftkit.errors import OutputError
-from graftkit.files import Busy, Lock, told_of_full_disk, writing
-from graftkit.work import WorkFolder
+from graftkit.files import Busy, Lock, WorkFolder, told_of_full_disk, writing
 
 MARKER = ".graftkit"
 """The file that makes a folder of results a command's own; it holds the command's name."""
 
-_OWN_KINDS = (".skillpack", ".skillfamily", ".png")  # never an input because of where they lie
+_OWN_KINDS = (".skillpack", ".png")  # never an input because of where they lie
 
 
 class Claim:

@@ -30,9 +30,9 @@ from graftkit.distill.distributions import (
     write_distributions,
 )
 from graftkit.errors import RowsError
+from graftkit.files import WorkFolder
 from graftkit.models.backward import visit_logits
 from graftkit.models.encoding import context_length, pad_id, vocabulary_size
-from graftkit.packing.job import WorkFolder
 from graftkit.rows import Row, batches_by_length, pad_batch
 
 SHARD_ROWS = 256  # rows that a killed run reads again, at most

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graftkit.config import TRAIN_STEPS, Recipe
-from graftkit.precision import bfloat16_pays
+from graftkit.parallel import bfloat16_pays
 
 
 def located(reference: str, where: Path) -> str:

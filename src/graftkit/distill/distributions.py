@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from graftkit.checkpoint import save_tensors
 from graftkit.errors import RowsError
 from graftkit.files import replaced_file
-from graftkit.sharded import save_tensors
 
 NEVER = -math.inf  # log-probability of what cannot be
 _KEY = "graftkit.distributions"  # of the file's only metadata; several would come in any order

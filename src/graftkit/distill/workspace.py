@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import DistillConfig, ModelSource, Source, located
 from graftkit.distill.sampling import INDIFFERENT, PromptSet, read_prompts
 from graftkit.distill.scoring import wants

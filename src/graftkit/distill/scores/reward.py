@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import RewardScore, located
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.scores import Verdict, finished
