@@ -29,7 +29,7 @@ def run_frontier(shared, tmp_path_factory):
     command = [sys.executable, str(BENCHMARKS / "frontier.py"), "--shared", str(shared)]
     command += ["--skills", "nl_regex", "--methods", "auto", "--budgets", "5%", "--rows", "8"]
     command += ["--seeds", "0", "--out", str(folder), "--docs", str(folder)]
-    subprocess.run(command, check=True, timeout=120)
+    subprocess.run(command, check=True, timeout=240)
     return folder
 
 
