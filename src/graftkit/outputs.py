@@ -1,7 +1,7 @@
 """What a command writes: checked, locked, made in a folder of its own, and put in place at once.
 
     OUTPUT                      the result, a file or a folder; there when it is whole
-    OUTPUT.partial/             unfinished work (work.py) and the result while it is made
+    OUTPUT.partial/             unfinished work (files.py) and the result while it is made
     .OUTPUT.graftkit-lock       held by the run that writes OUTPUT
 
 The lock's text is a note of what the run is about to put in place. A run that is killed leaves it,

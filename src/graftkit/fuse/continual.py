@@ -31,7 +31,7 @@ products of different skills into ΔW; ours are whole deltas. They include norms
 entries move much more than those of matrices and would set the scale of all importances; so the two
 have scales of their own. The paper's importance is the running mean of |w g| over the steps of
 training, times that of its deviation; we have the trained delta, and take the mean of |Δ g| over
-rows of the task (`fuse/importance.py`), or, without rows, of Δ², to which |Δ g| is proportional
+rows of the task (`fuse/search.py`), or, without rows, of Δ², to which |Δ g| is proportional
 where the gradient points along the delta. The paper trains each task from the merged model; a pack
 may be trained from there or from the target, Δ_t is its distance from the target in both cases.
 """

@@ -18,7 +18,7 @@ has_key = true
 
 A library on disk: packs and the file that lists them, changed one step at a time.
 
-    library.toml              what is here (library/index.py)
+    library.toml              what is here (library/folder.py)
     packs/NAME-VERSION-DIGEST.skillpack
     classifier.safetensors    a trained router, where there is one
     learning/NAME/            what `learn` made a pack from

@@ -20,9 +20,8 @@ from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overlo
 
 from graftkit.attachment.target import check_tokenizer
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import located
+from graftkit.distill.config import located, read_config
 from graftkit.distill.pipeline import run_distill
-from graftkit.distill.reading import read_config
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
 from graftkit.library.answers import (

@@ -145,7 +145,7 @@ def _check_finite(
 class Activity:
     """What the tuned model did on the calibration rows.
 
-    covariances: Σ x xᵀ of inputs over `tokens` tokens. sensitivities: see models/gradients.py;
+    covariances: Σ x xᵀ of inputs over `tokens` tokens. sensitivities: see models/backward.py;
     None for a recipe that weighs no errors.
     """
 
