@@ -20,10 +20,11 @@ demo: $(STAMP)
 	$(RUN)/graftkit demo --out demo-out
 
 test: $(STAMP)
-	$(RUN)/python -m pytest -n auto --dist loadfile
+	$(RUN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(STAMP)
-	$(RUN)/python -m pytest -n auto --dist loadfile -m slow
+	$(RUN)/python -m pytest -n auto --dist worksteal -m 'slow or hypothesis' \
+		--hypothesis-profile thorough
 
 lint: $(STAMP)
 	$(RUN)/ruff format --check .

@@ -109,6 +109,7 @@ def hub() -> Iterator[str]:
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+    server.server_close()
 
 
 def test_an_uploaded_pack_is_the_file_that_save_writes(hub: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import make_pair, save_tokenizer
 
@@ -26,7 +26,6 @@ ROWS = [Row("ask ", " one two"), Row("what is ", " it"), Row("x", " yes and no")
     st.integers(1, 40),
     st.integers(0, 1000),
 )
-@settings(max_examples=50, deadline=None)
 def test_a_search_never_leaves_its_box_nor_its_number_of_tries(goal, evaluations, seed):
     tried = []
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import one_layer_llama
@@ -161,7 +160,6 @@ def test_every_form_of_delta_is_packed_soundly(form, weight, tmp_path):
 
 
 @pytest.mark.slow
-@examples(max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     form=st.sampled_from(FORMS),
@@ -257,7 +255,6 @@ def test_energies_hold_where_float32_squares_vanish_or_overflow():
 SIDES = st.sampled_from([(1, 1), (1, 7), (7, 1), (2, 2), (40, 3), (3, 40), (33, 33)])
 
 
-@examples(max_examples=60)
 @given(
     shape=SIDES,
     form=st.sampled_from([gaussian, rank_one, all_equal, identity, rows_apart, same_rows]),

@@ -55,7 +55,7 @@ def skills(tmp_path_factory):
     return target, model, tokenizer, packs
 
 
-@settings(max_examples=40, deadline=None, database=None)
+@settings(database=None)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 12), st.floats(1e-3, 1e3))
 def test_rho_is_the_normed_energy_of_the_answer_at_any_scale(seed, rows, columns, scale):
     generator = torch.Generator().manual_seed(seed)
