@@ -20,6 +20,7 @@ from graftkit.checkpoint import save_tensors
 from graftkit.errors import GraftError, OutputError
 from graftkit.files import WorkFolder, replaced_file
 from graftkit.fuse import merge_packs
+from graftkit.fuse.merge import fuse_packs
 from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
 from graftkit.outputs import claimed, own_folder
 from graftkit.packing import pack_delta
@@ -372,8 +373,12 @@ def merged(models: Path) -> Callable[[Path], int]:
     return lambda folder: commands.run(*COMMANDS["merge"](models, folder / "m"))
 
 
-def fused(models: Path) -> Callable[[Path], int]:
-    return lambda folder: commands.run(*COMMANDS["fuse"](models, folder / "f.skillpack"))
+def fused(models: Path) -> Callable[[Path], None]:
+    def work(folder: Path) -> None:
+        packs = [models / "1.skillpack", models / "2.skillpack"]
+        fuse_packs(models / "target", packs, folder / "f.skillpack", recipe="lossless", workers=1)
+
+    return work
 
 
 def in_turn(models: Path) -> Callable[[Path], None]:

@@ -139,8 +139,26 @@ def check_sound(folder, pack, target, tuned):
         assert record.error == pytest.approx(error, rel=2e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale", [1e-45, 1e-20, 1e-9, 1e3, 3e4, 6e4, 1e18, 3e38])
+SIZES = (1e-45, 1e-20, 1e-9, 1e3, 3e4, 6e4, 1e18, 3e38)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ENDS = {
+    (1e-45, DTYPES[0]),
+    (3e38, DTYPES[0]),
+    (1e18, DTYPES[1]),
+    (1e-9, DTYPES[2]),
+    (6e4, DTYPES[2]),
+}
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        pytest.param(scale, dtype, marks=() if (scale, dtype) in ENDS else pytest.mark.slow)
+        for scale in SIZES
+        for dtype in DTYPES
+    ],
+    ids=str,
+)
 def test_every_size_of_delta_is_packed_soundly(dtype, scale, tmp_path):
     target, tuned = states(tmp_path, dtype, gaussian, min(scale, torch.finfo(dtype).max))
     with warnings.catch_warnings():
@@ -150,7 +168,7 @@ def test_every_size_of_delta_is_packed_soundly(dtype, scale, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize("weight", [0.0, 0.05])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.05])
 def test_every_form_of_delta_is_packed_soundly(form, weight, tmp_path):
     target, tuned = states(tmp_path, torch.float32, form, 0.01, weight)
     with warnings.catch_warnings():
