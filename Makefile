@@ -19,6 +19,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(RUN)/graftkit demo --out demo-out
 
+# One test process per core: threads of their own would only wait for each other.
+test test-slow: export OMP_NUM_THREADS = 1
+
 test: $(STAMP)
 	$(RUN)/python -m pytest -n auto --dist worksteal
 
