@@ -12,6 +12,7 @@ from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError
 from graftkit.fuse.merge import merge_packs
 from graftkit.models.configuration import computing_keys, tuned_config
+from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack
 
 CHANGES = {
@@ -182,7 +183,7 @@ def forged(target, tuned):
 def test_a_pack_of_an_older_writer_is_read_with_the_targets_own_file(tmp_path, monkeypatch):
     monkeypatch.setattr("graftkit.skillpack.pack._STORED_WHOLE", ())
     target, tuned = save_pair(tmp_path, build("gpt2"), activation_function="relu")
-    pack = lossless_pack(target, tuned)
+    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
     assert pack.manifest.files[0].prefix > 0
     model = load(build("gpt2"), target)
     with attached(model, pack):

@@ -51,7 +51,7 @@ def merged_logits(target, states, mixture):
     return logits(model)
 
 
-@pytest.mark.parametrize("architecture", architectures())
+@pytest.mark.parametrize("architecture", architectures(quick=FEW))
 @settings(max_examples=3, database=None)
 @given(first=weights, second=weights)
 def test_a_mixture_beside_the_model_is_the_model_merged_by_task_arithmetic(
