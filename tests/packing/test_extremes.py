@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import one_layer_llama
@@ -178,6 +178,7 @@ def test_every_form_of_delta_is_packed_soundly(form, weight, recipes, tmp_path):
 
 
 @pytest.mark.slow
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     form=st.sampled_from(FORMS),
