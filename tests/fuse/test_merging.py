@@ -44,7 +44,7 @@ def precise(tmp_path_factory):
 def test_every_order_of_packs_gives_the_same_bytes(method, precise, tmp_path):
     target, packs = precise
     found = set()
-    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+    for order in ((0, 1, 2), (2, 0, 1)):
         folder = tmp_path / "".join(map(str, order))
         weights = [(1.0, 0.7, 0.3)[i] for i in order]
         merge_packs(target, [packs[i] for i in order], folder, weights, None, method)
