@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import one_layer_llama
@@ -140,8 +139,20 @@ def check_sound(folder, pack, target, tuned):
         assert record.error == pytest.approx(error, rel=2e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale", [1e-45, 1e-20, 1e-9, 1e3, 3e4, 6e4, 1e18, 3e38])
+SIZES = (1e-45, 1e-20, 1e-9, 1e3, 3e4, 6e4, 1e18, 3e38)
+ENDS = {torch.float32: (1e-45, 3e38), torch.bfloat16: (1e18,), torch.float16: (1e-9, 6e4)}
+"""Sizes of the default run, by dtype."""
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        pytest.param(scale, dtype, marks=() if scale in ENDS[dtype] else pytest.mark.slow)
+        for scale in SIZES
+        for dtype in ENDS
+    ],
+    ids=str,
+)
 def test_every_size_of_delta_is_packed_soundly(dtype, scale, tmp_path):
     target, tuned = states(tmp_path, dtype, gaussian, min(scale, torch.finfo(dtype).max))
     with warnings.catch_warnings():
@@ -151,7 +162,7 @@ def test_every_size_of_delta_is_packed_soundly(dtype, scale, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize("weight", [0.0, 0.05])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.05])
 def test_every_form_of_delta_is_packed_soundly(form, weight, tmp_path):
     target, tuned = states(tmp_path, torch.float32, form, 0.01, weight)
     with warnings.catch_warnings():
@@ -161,7 +172,6 @@ def test_every_form_of_delta_is_packed_soundly(form, weight, tmp_path):
 
 
 @pytest.mark.slow
-@examples(max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     form=st.sampled_from(FORMS),
@@ -257,7 +267,6 @@ def test_energies_hold_where_float32_squares_vanish_or_overflow():
 SIDES = st.sampled_from([(1, 1), (1, 7), (7, 1), (2, 2), (40, 3), (3, 40), (33, 33)])
 
 
-@examples(max_examples=60)
 @given(
     shape=SIDES,
     form=st.sampled_from([gaussian, rank_one, all_equal, identity, rows_apart, same_rows]),
