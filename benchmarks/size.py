@@ -26,7 +26,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.errors import BudgetError
 from graftkit.evaluate import exact_match, token_fidelity
 from graftkit.models.loading import load_model, load_tokenizer
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.rows import Row, read_rows
 from graftkit.skillpack import SkillPack
 

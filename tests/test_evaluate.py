@@ -12,7 +12,7 @@ from graftkit import evaluate
 from graftkit.errors import CheckpointError, CheckpointMismatchError, RowsError
 from graftkit.evaluate import compare, exact_match, token_fidelity
 from graftkit.models import load_model, load_tokenizer
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.rows import Row, encode_row, read_rows
 
 ROWS = [Row("ab", " cde"), Row("hello there", " x"), Row("q", " r"), Row("abcdefgh", " ijkl")]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_models import make_pair
 
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -22,7 +22,7 @@ from graftkit.files import WorkFolder, replaced_file
 from graftkit.fuse import merge_packs
 from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
 from graftkit.outputs import claimed, own_folder
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
 SOME = (1, 2, 5, 13, 21, 55)

@@ -14,7 +14,7 @@ from graftkit.errors import PackMismatchError
 from graftkit.evaluate import compare
 from graftkit.fuse.merge import merge_packs
 from graftkit.library import Library
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.rows import Row
 
 PROMPT = "abc"

@@ -6,7 +6,7 @@ import torch
 
 from graftkit.checkpoint import TENSOR_DIGEST_HEX, Checkpoint, tensor_digest
 from graftkit.models import ModuleKind, tensor_roles
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import TensorRecord
 

@@ -10,7 +10,7 @@ from graftkit.fuse import merge_packs, methods
 from graftkit.fuse.continual import project_out
 from graftkit.fuse.methods import METHODS
 from graftkit.fuse.sequential import merge_in_turn
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 CONFIG = LlamaConfig(
     hidden_size=16,

@@ -14,7 +14,7 @@ from graftkit.errors import CheckpointError, ConfigError, OutputError, PackMisma
 from graftkit.fuse import merge_packs, sequential
 from graftkit.fuse.methods import IN_TURN, find_method
 from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from graftkit.fuse import merge_packs
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/mergekit"

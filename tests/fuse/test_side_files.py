@@ -16,7 +16,7 @@ from graftkit.fuse.merge import fuse_packs, merge_packs
 from graftkit.fuse.sequential import merge_in_turn
 from graftkit.interop import export_lora
 from graftkit.models.views import CheckpointWriter
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.side_files import carried_names, is_side_file, with_note, written_config
 from graftkit.skillpack.validate import parse_manifest
 

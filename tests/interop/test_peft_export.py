@@ -15,7 +15,7 @@ from graftkit.fuse import merge_packs
 from graftkit.interop import export_lora, import_lora
 from graftkit.interop.lora_import import read_lora
 from graftkit.models import load_model, tensor_roles
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import payloads_digest

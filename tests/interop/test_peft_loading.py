@@ -8,7 +8,7 @@ from tiny_models import perturb
 
 from graftkit.interop import export_lora
 from graftkit.models import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1}
 

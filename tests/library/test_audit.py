@@ -8,7 +8,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.library import Library
 from graftkit.library.live import PackMemory
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 PROMPTS = [prompts_of(name, 1, seed=8)[0] for name in NAMES] + ["!?;;" * 2]
 

@@ -11,7 +11,7 @@ from graftkit.errors import ConfigError, GraftError, LibraryError, PackMismatchE
 from graftkit.library import Library
 from graftkit.library.folder import PackFolder
 from graftkit.models.loading import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 MIXED = [prompts_of(name, 3, seed=5)[place] for place in range(3) for name in NAMES]
 

@@ -11,7 +11,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.fuse import merge_packs
 from graftkit.models import ModuleKind, load_model, tensor_roles, tied_names
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 
 def roles_of(folder, architecture):

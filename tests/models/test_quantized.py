@@ -7,7 +7,7 @@ from tiny_models import make_pair
 
 from graftkit.errors import CheckpointError
 from graftkit.interop import import_lora
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 CONFIGS = {
     "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},

@@ -68,7 +68,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """seed; steps: gradient steps; room: bytes that all trained payloads may take together."""
 
     seed: int
@@ -77,7 +77,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedCodes:
     """Payloads by module; none where training does not pay.
 
     kl_before, kl_after: KL(tuned ‖ packed) per completion token on held-out rows, nats; a lower
@@ -94,10 +94,10 @@ def train_codes(
     teacher: Checkpoint,
     factors: Mapping[str, CodedFactors],
     rows: Sequence[Row],
-    plan: Plan,
+    plan: TrainingPlan,
     work: WorkFolder,
     progress: Progress | None = None,
-) -> Trained:
+) -> TrainedCodes:
     """Train `factors` so that the packed model answers as the tuned one.
 
     The same inputs and seed give the same result. Nothing comes back where the divergence on rows
@@ -127,8 +127,8 @@ def train_codes(
             if student.fit(plan.room):
                 after = pupil.divergence(held)
     if after < before:
-        return Trained(student.payloads(), before, after)
-    return Trained({}, before, before)
+        return TrainedCodes(student.payloads(), before, after)
+    return TrainedCodes({}, before, before)
 
 
 def _split(rows: Sequence[EncodedRow]) -> tuple[list[EncodedRow], list[EncodedRow]]:
@@ -222,7 +222,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 def _train(
     pupil: _Distillation,
     rows: Sequence[EncodedRow],
-    plan: Plan,
+    plan: TrainingPlan,
     before: float,
     work: WorkFolder,
     report: Progress,
@@ -238,8 +238,8 @@ def _train(
         betas=BETAS,
     )
     generator = random.Random(plan.seed)
-    exchange, batches = Exchange(rows, generator), _endless_batches(rows, generator)
-    price = _Price(before / (8 * plan.room), plan.room)
+    exchange, batches = TokenReplacement(rows, generator), _endless_batches(rows, generator)
+    price = _RateLambda(before / (8 * plan.room), plan.room)
     state, done = TrainingState(work, optimizer), 0
     if (known := state.load()) is not None:
         done, price.factor = known
@@ -262,7 +262,7 @@ def _train(
     report(steps, steps)
 
 
-class _Price:
+class _RateLambda:
     """λ: rises while the codes take more bytes than there is room for, falls while they do not."""
 
     def __init__(self, worth: float, room: int):
@@ -279,7 +279,7 @@ class _Price:
         self.factor = max(LEAST_PRICE, min(MOST_PRICE, factor))
 
 
-class Exchange:
+class TokenReplacement:
     """Rows with some of their prompt's tokens exchanged for those of other prompts."""
 
     def __init__(self, rows: Sequence[EncodedRow], generator: random.Random):
@@ -420,12 +420,12 @@ def _name(step: int, index: int, name: str) -> str:
 _RESULT = "trained.json"
 
 
-def correct_codes(
+def train_packed_codes(
     pack: SkillPack,
     modules: Mapping[str, str],
     states: tuple[Checkpoint, Checkpoint],
     rows: Sequence[Row],
-    plan: Plan,
+    plan: TrainingPlan,
     work: WorkFolder,
     progress: Callable[[int, int], None],
 ) -> dict[str, str]:
