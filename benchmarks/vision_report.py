@@ -6,8 +6,8 @@ from statistics import mean, stdev
 
 from ledger import Record, newest, provenance, table, write_between
 
-from graftkit.vision.measuring import file_stem
 from graftkit.vision.report import headline
+from graftkit.vision.training import file_stem
 
 HEADER = ("", "parameters", "trunk", "bytes", "MMAC", "ms", "val", "val loss", "test", "95 %")
 

@@ -1,17 +1,24 @@
 """Seeded two-layer models of every architecture, made from configs; nothing is downloaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 transformers.utils.logging.disable_progress_bar()
 
 VOCABULARY = 96
+ONE_LAYER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 _DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -82,6 +89,14 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": _bert,
 }
 CAUSAL = tuple(name for name in ARCHITECTURES if name != "bert")
+DIFFERENT = ("llama", "gpt2", "phi3", "mixtral", "gpt_oss", "bert")
+"""Weights laid out in as many ways: plain; tied and transposed; projections fused; a tensor an
+expert; experts stacked, with biases; an encoder."""
+
+
+def architectures(names: Iterable[str] = ARCHITECTURES, quick: Sequence[str] = DIFFERENT) -> list:
+    """Parameters of a test: `quick` ones in the default run, the others in the slow run."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def build(
@@ -111,12 +126,27 @@ def make_pair(
     scale: float = 0.02,
 ) -> tuple[Path, Path]:
     """Save a target and a tuned copy of it whose every parameter moved; returns both folders."""
-    model = build(architecture, dtype, seed)
+    return save_pair(folder, build(architecture, dtype, seed), seed=seed + 1, scale=scale)
+
+
+def save_pair(
+    folder: Path, model: PreTrainedModel, seed: int = 1, scale: float = 0.05
+) -> tuple[Path, Path]:
+    """Save the model as the target, and again with every parameter moved; returns both folders."""
     target, tuned = folder / "target", folder / "tuned"
     model.save_pretrained(target)
-    perturb(model, seed=seed + 1, scale=scale)
+    perturb(model, seed=seed, scale=scale)
     model.save_pretrained(tuned)
     return target, tuned
+
+
+def one_layer_llama(**sizes: int) -> tuple[LlamaConfig, dict[str, tuple[int, ...]]]:
+    """The config of an untied one-layer Llama, and the shapes of its parameters by name."""
+    options = {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    config = LlamaConfig(**sizes, **options, architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    return config, {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
 def save_tokenizer(folder: Path, size: int = VOCABULARY) -> None:

@@ -15,7 +15,8 @@ from graftkit.files import WorkFolder
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import stream_model
 from graftkit.packing.job import PackingJob, RouterPrompts
-from graftkit.packing.measure import CalibrationRows, Progress
+from graftkit.packing.measure import CalibrationRows
+from graftkit.progress import Progress, silent
 from graftkit.route.centroid import fit_key
 from graftkit.rows import read_prompts, read_rows, rows_digest
 from graftkit.skillpack import SkillPack
@@ -71,7 +72,7 @@ def pack_delta(
     ).model_copy(update={"licence": licence, "provenance": dict(provenance or {})})
     rows = None if calibration is None else _read_calibration(Path(calibration))
     router = RouterPrompts(_read_prompts(prompts), _fit_router_key)
-    report = progress or (lambda step, done, total: None)
+    report = progress or silent
     job = PackingJob(Checkpoint.open(target), Checkpoint.open(tuned), config, rows, router, report)
     if work_dir is not None:
         return job.run(WorkFolder(Path(work_dir)))

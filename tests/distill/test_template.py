@@ -3,7 +3,7 @@ from distill.tiny import byte_tokenizer, tiny_llama
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill.records import Answer, Scored
-from graftkit.distill.template import Template
+from graftkit.distill.select import Template
 from graftkit.errors import CheckpointError
 from graftkit.models.loading import empty_model
 from graftkit.rows import encode_row

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import one_layer_llama
 
 from graftkit.compress.allocate import output_energy
 from graftkit.compress.codecs import (
@@ -31,18 +31,13 @@ from graftkit.packing import encode
 from graftkit.packing.measure import LARGEST_DELTA, SMALLEST_DELTA, is_extreme
 from graftkit.skillpack import SkillPack
 
-CONFIG = LlamaConfig(
+CONFIG, SHAPES = one_layer_llama(
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=1,
     vocab_size=80,
-    tie_word_embeddings=False,
-    architectures=["LlamaForCausalLM"],
 )
-with torch.device("meta"):
-    SHAPES = {n: tuple(p.shape) for n, p in LlamaForCausalLM(CONFIG).named_parameters()}
 RECIPES = [("lossless", None), ("graftllm", "60%"), ("auto", "10%"), ("auto", "60%")]
 UP = "model.layers.0.mlp.up_proj.weight"
 CHANGED = (UP, "model.layers.0.self_attn.q_proj.weight", "lm_head.weight")

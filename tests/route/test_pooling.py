@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, CAUSAL, build, make_pair, save_tokenizer
+from tiny_models import CAUSAL, architectures, build, make_pair, save_tokenizer
 from transformers import BertModel
 
 from graftkit.attachment import attached
@@ -21,7 +21,7 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_a_state_is_the_mean_and_the_last_of_the_tokens_directions_behind_a_layer(
     architecture, tokenizer
 ):
@@ -36,7 +36,7 @@ def test_a_state_is_the_mean_and_the_last_of_the_tokens_directions_behind_a_laye
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", architectures(CAUSAL))
 def test_a_state_is_the_same_alone_and_in_any_batch_bit_for_bit(architecture, tokenizer):
     model = build(architecture)
     alone = torch.cat([pooled_states(model, tokenizer, [prompt], 1) for prompt in PROMPTS])
@@ -44,7 +44,7 @@ def test_a_state_is_the_same_alone_and_in_any_batch_bit_for_bit(architecture, to
     assert torch.equal(pooled_states(model, tokenizer, PROMPTS[::-1], 1), alone.flip(0))
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", architectures(CAUSAL))
 def test_prompts_that_share_a_pass_keep_their_states_but_for_rounding(architecture, tokenizer):
     model = build(architecture)
     alone = pooled_states(model, tokenizer, PROMPTS, 1)

@@ -22,9 +22,9 @@ from trl import DPOConfig, SFTConfig
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Dpo, Sft, Training
-from graftkit.distill.guided import Guide, GuidedTrainer
-from graftkit.distill.launch import is_main, processes
-from graftkit.distill.trainers import PairTrainer, RowTrainer, WrpoTrainer
+from graftkit.distill.trainers import GuidedTrainer, PairTrainer, RowTrainer, WrpoTrainer
+from graftkit.distill.transfer.guide import Guide
+from graftkit.distill.workspace import is_main, processes
 from graftkit.errors import ConfigError, OutputError
 from graftkit.files import WorkFolder
 from graftkit.models.encoding import usable_tokenizer

@@ -20,9 +20,8 @@ from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overlo
 
 from graftkit.attachment.target import check_tokenizer
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import located
+from graftkit.distill.config import located, read_config
 from graftkit.distill.pipeline import run_distill
-from graftkit.distill.reading import read_config
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
 from graftkit.library.answers import (
@@ -46,6 +45,7 @@ from graftkit.library.live import (
 )
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
+from graftkit.progress import Progress
 from graftkit.route import TARGET, Route, Router
 from graftkit.route.centroid import fit_key
 from graftkit.route.classifier import train_classifier
@@ -54,7 +54,6 @@ from graftkit.skillpack import SkillPack
 
 __all__ = ["Answer", "Audit", "Entry", "Library", "LibraryScore", "Proof"]
 
-Progress = Callable[[str, int, int], None]
 
 _Options = ParamSpec("_Options")
 _Result = TypeVar("_Result")

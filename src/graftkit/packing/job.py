@@ -40,7 +40,6 @@ from graftkit.packing.measure import (
     CalibrationRows,
     CalibrationStatistics,
     ErrorMetric,
-    Progress,
     Scan,
     TensorFlags,
     basis_name,
@@ -54,6 +53,7 @@ from graftkit.packing.measure import (
 from graftkit.packing.pairs import TensorPair, match_tensors
 from graftkit.packing.train import TrainingPlan, train_packed_codes
 from graftkit.parallel import MemoryGate, in_threads
+from graftkit.progress import Progress
 from graftkit.side_files import check_carried
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import (

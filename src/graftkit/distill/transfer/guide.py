@@ -1,7 +1,8 @@
-"""A frozen source whose hidden states the target is drawn to, on the same rows.
+"""SFT with more than text: sources' distributions and hidden states beside every row.
 
-States are compared where both tokenizers cut the text: at the end of the prompt, whose state
-decides how an answer begins, and over the spans of the completion between common borders.
+    L = a · CE + b · KL(source, target) + c · distance of hidden states
+
+Cross-entropy and divergence are means over completion tokens, the distance is one over rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftkit.distill.alignment import UNKNOWN, cut, read_as_source, span_pools
-from graftkit.distill.config import ModelSource
-from graftkit.distill.losses import layer_pairs, pool
+from graftkit.distill.config import ModelSource, Transfer
+from graftkit.distill.transfer.alignment import UNKNOWN, cut, read_as_source, span_pools
+from graftkit.distill.transfer.distributions import Distributions, distribution_batch
+from graftkit.distill.transfer.losses import (
+    layer_pairs,
+    pool,
+)
 from graftkit.models.encoding import context_length, pad_id, vocabulary_size
 from graftkit.rows import Row, pad_batch
+
+IGNORED = -100  # label of a token that is not learned
 
 
 class HiddenSource:
@@ -102,6 +109,35 @@ class HiddenSource:
         )
         source_index += [UNKNOWN] * (len(ids) - len(source_index))
         return ids, source_index, target_index
+
+
+class Guide:
+    """What the sources say about the rows of an SFT set.
+
+    Args:
+        files: what each source expects in the rows. hidden: the source whose states count.
+        asked: the rows with their prompts as they were asked, for sources to read.
+    """
+
+    def __init__(
+        self,
+        settings: Transfer,
+        files: Sequence[Distributions],
+        hidden: HiddenSource | None,
+        asked: Sequence[Row],
+    ):
+        self.settings, self.files, self.hidden, self.asked = settings, files, hidden, asked
+
+    def batch(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Tensors for a batch of examples with their `row`, `input_ids` and `labels`."""
+        indices = [example["row"] for example in examples]
+        encoded = [(e["input_ids"], e["labels"].count(IGNORED)) for e in examples]
+        found: dict[str, Tensor] = {}
+        if self.files:
+            found |= distribution_batch(self.files, indices, encoded, self.settings.fusion)
+        if self.hidden:
+            found |= self.hidden.batch([self.asked[index] for index in indices], encoded)
+        return found
 
 
 def _shift(numbers: Sequence[int], by: int) -> list[int]:
