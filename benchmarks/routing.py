@@ -23,7 +23,7 @@ from routing_report import write_report
 
 from graftkit.library import Library
 from graftkit.models import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route import TARGET
 from graftkit.rows import Row, read_rows
 

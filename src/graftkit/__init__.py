@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
     from graftkit.interop import export_lora, import_lora
     from graftkit.library import Library
-    from graftkit.packing import pack_delta
+    from graftkit.pack import pack_delta
     from graftkit.skillpack import SkillPack
     from graftkit.vision.graft import GraftSettings, graft
     from graftkit.vision.predict import Predictor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # In pipeline order. Each is imported when it is first used: `import graftkit` stays quick.
 _PUBLIC = {
-    "pack_delta": "graftkit.packing",
+    "pack_delta": "graftkit.pack",
     "SkillPack": "graftkit.skillpack",
     "attach": "graftkit.attachment",
     "detach": "graftkit.attachment",

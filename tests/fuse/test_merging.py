@@ -12,7 +12,7 @@ from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import ConfigError, OutputError, PackMismatchError
 from graftkit.fuse import merge_packs, methods
 from graftkit.fuse.methods import METHODS, Method, find_method
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 every_method = pytest.mark.parametrize("method", METHODS)
 

@@ -25,7 +25,8 @@ from graftkit.compress.codecs import (
 from graftkit.compress.lowrank import eigenbasis, split_tiers
 from graftkit.errors import BudgetError, CheckpointError, GraftError
 from graftkit.fuse import merge_packs
-from graftkit.packing import encode, pack_delta
+from graftkit.pack import pack_delta
+from graftkit.packing import encode
 from graftkit.packing.measure import LARGEST_DELTA, SMALLEST_DELTA, is_extreme
 from graftkit.skillpack import SkillPack
 

@@ -7,7 +7,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.compress.allocate import SERVABLE_SHARE, MatrixFacts, choices
 from graftkit.compress.codecs import Factored, Zero
 from graftkit.compress.codes import LARGEST_CODE
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.packing.budget import fit_budget
 
 

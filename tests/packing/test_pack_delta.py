@@ -11,7 +11,8 @@ from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import BudgetError
 from graftkit.fuse import merge_packs
 from graftkit.models.calibration import CovarianceStore
-from graftkit.packing import pack_delta, pairs
+from graftkit.pack import pack_delta
+from graftkit.packing import pairs
 from graftkit.skillpack import SkillPack
 
 

@@ -17,7 +17,7 @@ from graftkit.evaluate import compare
 from graftkit.fuse import merge_packs
 from graftkit.models import load_model
 from graftkit.models.aligned import align
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 

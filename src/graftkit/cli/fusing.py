@@ -10,7 +10,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.cli import show
 from graftkit.cli.packing import parse_weights
 from graftkit.errors import ConfigError
-from graftkit.fuse.interference import Pair, draw_interference, measure_interference
+from graftkit.fuse.interference import PackPair, draw_interference, measure_interference
 from graftkit.fuse.merge import fuse_packs, merge_packs
 from graftkit.fuse.methods import IN_TURN, check_weights, find_method
 from graftkit.fuse.search import search_weights
@@ -206,7 +206,7 @@ def _labels(files: list[Path]) -> list[str]:
     return [file.stem if counts[file.stem] == 1 else str(file) for file in files]
 
 
-def _numbers(pair: Pair, names: list[str]) -> dict[str, Any]:
+def _numbers(pair: PackPair, names: list[str]) -> dict[str, Any]:
     return {
         "packs": [names[pair.first], names[pair.second]],
         "total": pair.total.numbers(),

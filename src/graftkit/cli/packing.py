@@ -9,7 +9,7 @@ from graftkit.cli import show
 from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFault
 from graftkit.files import WorkFolder
 from graftkit.outputs import Claim, check_output, claimed
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.parallel import peak_rss_bytes
 from graftkit.progress import Progress
 from graftkit.skillpack import SkillPack

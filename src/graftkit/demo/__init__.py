@@ -24,7 +24,7 @@ from graftkit.errors import GraftError
 from graftkit.evaluate import SLACK_TOKENS, exact_match
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.outputs import own_folder
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.progress import Progress, silent
 from graftkit.rows import Row, encode_prompt, pad_batch, read_rows
 from graftkit.skillpack import SkillPack

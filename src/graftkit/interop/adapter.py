@@ -38,7 +38,7 @@ from graftkit.errors import CheckpointError
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
 from graftkit.models.loading import empty_model, input_embeddings, output_embeddings
 from graftkit.models.views import View, checkpoint_views, find_views, live_names
-from graftkit.packing.pairs import Pair
+from graftkit.packing.pairs import TensorPair
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -352,10 +352,10 @@ class Places:
         """The place of a tensor on disk or of an alias."""
         return Place(name, None if name in self.target.tensors else self.tied[name])
 
-    def pair(self, place: Place) -> Pair:
+    def pair(self, place: Place) -> TensorPair:
         """A tensor as the target has it, and as the result will: same dtype, same shape."""
         info = self.target.tensors[place.base or place.name]
-        return Pair(place.name, self._role(place), info, info, place.base)
+        return TensorPair(place.name, self._role(place), info, info, place.base)
 
     def vocabulary(self) -> list[str]:
         """Tensors on disk that have a row for every token: the input embedding, and the head."""

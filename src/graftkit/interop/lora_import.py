@@ -19,12 +19,12 @@ from graftkit.outputs import claimed
 from graftkit.packing.encode import (
     GENERATOR,
     draft_record,
+    encode_added_rows,
     encode_lossless,
-    encode_rows,
     target_info,
 )
 from graftkit.packing.measure import Scan
-from graftkit.packing.pairs import Pair
+from graftkit.packing.pairs import TensorPair
 from graftkit.parallel import in_threads
 from graftkit.progress import Progress, silent
 from graftkit.skillpack import SkillPack
@@ -231,7 +231,7 @@ class _Import:
             return False
         return _same_bits(self._whole(place, key), self.target.read(pair.target.name))
 
-    def _whole_pair(self, place: Place, key: str) -> Pair:
+    def _whole_pair(self, place: Place, key: str) -> TensorPair:
         """The target's tensor and the one in its place, which may have more or fewer tokens.
 
         Raises: CheckpointMismatchError for any other shape.
@@ -317,7 +317,7 @@ class _Import:
             before, added = self.target.read(pair.target.name), b""
             if pair.resized:
                 rows = pair.common_rows
-                added = encode_rows(whole[rows:]) if whole.shape[0] > rows else b""
+                added = encode_added_rows(whole[rows:]) if whole.shape[0] > rows else b""
                 before, whole = before[:rows], whole[:rows]
             encoded = encode_lossless(pair, scan, (before, whole), added)
             return encoded.record, encoded.payload

@@ -21,7 +21,7 @@ from torch import Tensor
 from graftkit.checkpoint import DTYPES, Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.fuse.interference import Interference, compare_deltas
-from graftkit.fuse.merge import pack_digest
+from graftkit.fuse.merge import manifest_digest
 from graftkit.library.answers import unanswerable
 from graftkit.library.folder import PACKS, Entry, PackFolder
 from graftkit.library.live import RouterName
@@ -202,7 +202,7 @@ def _rows(delta: Tensor) -> dict[str, int]:
 
 def _contains(other: SkillPack, pack: SkillPack) -> bool:
     """Whether `graftkit fuse` made the other of this one."""
-    return any(pack_digest(pack)[:16] in told for told in other.manifest.provenance.values())
+    return any(manifest_digest(pack)[:16] in told for told in other.manifest.provenance.values())
 
 
 NEW_TOKENS = 16

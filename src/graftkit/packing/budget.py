@@ -41,7 +41,7 @@ _OPERATORS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """Precision of every lossy tensor by its index, their payload bytes and expected error."""
 
     precisions: Mapping[int, Precision]
@@ -51,7 +51,7 @@ class Plan:
 
 def plan_graftllm(
     kinds: Mapping[int, ModuleKind], facts: Mapping[int, MatrixFacts], budget_bytes: int
-) -> Plan:
+) -> BudgetPlan:
     """The paper's operators, their hyperparameters found under the budget.
 
     α (share of entries kept) for embeddings and head, β (share of energy kept) for MLP, r (rank)
@@ -91,8 +91,8 @@ def _cheapest_error(
     }
 
 
-def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, Point]) -> Plan:
-    return Plan(
+def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, Point]) -> BudgetPlan:
+    return BudgetPlan(
         {i: points[i].precision for i in facts},
         sum(point.nbytes for point in points.values()),
         sum(point.error for point in points.values()),
@@ -170,7 +170,7 @@ Encode = Callable[[Mapping[int, Precision]], Mapping[int, tuple[int, float]]]
 
 
 @dataclass
-class Fit:
+class LevelSearch:
     """The search for the level: what is known of every lossy tensor, by index."""
 
     facts: Mapping[int, MatrixFacts]
@@ -251,7 +251,7 @@ def fit_budget(
     best: dict[int, Precision] = {i: Zero() for i in facts}
     loud = {i: f for i, f in facts.items() if f.weight > 0 and f.energies.any()}
     if loud:
-        fit, used, goal = Fit(loud, servable), 0, _AIM * room
+        fit, used, goal = LevelSearch(loud, servable), 0, _AIM * room
         fit.explore(fit.level(goal), encode)
         for _ in range(ROUNDS):
             level = fit.level(goal)
