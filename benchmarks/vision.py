@@ -18,7 +18,7 @@ import torch
 from ledger import Ledger, Record, command_line
 from vision_report import write_report
 
-from graftkit.memory import kept_memory
+from graftkit.parallel import kept_memory
 from graftkit.vision.baselines import PAPER_SCION, ROOTSTOCK, paper_network, trained_donor
 from graftkit.vision.evaluate import Measurement, accuracy_lead, measure, score
 from graftkit.vision.features import ALL_VIEWS, FeatureTable

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from graftkit import Library
-from graftkit.delta import Checkpoint
-from graftkit.distill.reading import read_config
+from graftkit.checkpoint import Checkpoint
+from graftkit.distill.config import read_config
 from graftkit.distill.records import Journal, read_lines
-from graftkit.distill.stages import StageBook, only_run
+from graftkit.distill.workspace import StageBook, only_run
 from graftkit.errors import GraftError
 from graftkit.rows import read_rows
 

@@ -2,13 +2,21 @@
 
 Fidelity is KL(tuned || target + pack) per token of the completions, teacher-forced. Quality is the
 share of rows whose greedy generation is the completion, word for word.
+
+Forgetting: what is kept of tasks that were learned one after another. Pure numbers.
+
+R[t][j] is the score on task j after task t, b_j the score of the untouched target; T tasks are
+counted from 1 in the order of learning. Scores of all tasks have one scale. The definitions are
+those of Lopez-Paz and Ranzato (arXiv 1706.08840), who call the average ACC.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -17,25 +25,22 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from graftkit.attachment import attached
-from graftkit.attachment.tokenizers import tuned_tokenizer
-from graftkit.delta import Checkpoint
-from graftkit.errors import CheckpointError, CheckpointMismatchError, RowsError
+from graftkit.attachment.target import tuned_tokenizer
+from graftkit.checkpoint import Checkpoint
+from graftkit.errors import CheckpointError, CheckpointMismatchError, ConfigError, RowsError
 from graftkit.models.encoding import (
     context_length,
     pad_id,
+    tokens_with_logits,
     usable_tokenizer,
-    vocabulary_size,
 )
 from graftkit.models.loading import class_name, load_model
+from graftkit.progress import StepProgress, silent
 from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
 
 BATCH_TOKENS = 2_048  # padded tokens of one batch; on a CPU 8,192 are a quarter slower (caches)
-LOGITS_BYTES = 2**28  # float32 logits of one batch, (tokens, vocab)
 SLACK_TOKENS = 8  # generated beyond the completion's own tokens: other tokens may spell one text
-
-Progress = Callable[[int, int], None]
-"""Called with (rows done, rows in all)."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def compare(
     tuned: str | Path | Checkpoint,
     pack: str | Path | SkillPack,
     rows: Sequence[Row],
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Comparison:
     """Measure target, tuned and target + pack on rows.
 
@@ -104,9 +109,9 @@ def compare(
     own = tuned_tokenizer(target, pack)
     model: Any = load_model(target, torch.float32)
     stages = 4 if model.can_generate() else 1
-    tell = progress or (lambda done, total: None)
+    tell = progress or silent
 
-    def report(stage: int) -> Progress:
+    def report(stage: int) -> StepProgress:
         return lambda done, total: tell(stage * total + done, stages * total)
 
     def answers(model: Any, own: Any, stage: int) -> float | None:
@@ -129,7 +134,11 @@ def compare(
 
 
 def token_fidelity(
-    tuned: Any, packed: Any, tokenizer: Any, rows: Sequence[Row], progress: Progress | None = None
+    tuned: Any,
+    packed: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    progress: StepProgress | None = None,
 ) -> TokenFidelity:
     """Distance of `packed` from `tuned`, two live models, over the same teacher-forced tokens.
 
@@ -148,7 +157,8 @@ def token_fidelity(
         _check_prompts(rows, encoded)
     divergences, agreed = [np.empty(0)], 0
     done = 0
-    for batch in batches_by_length([len(ids) for ids, _ in encoded], _batch_tokens(tuned)):
+    tokens = tokens_with_logits(tuned, BATCH_TOKENS)
+    for batch in batches_by_length([len(ids) for ids, _ in encoded], tokens):
         ids, mask = pad_batch([encoded[index][0] for index in batch], pad_id(tokenizer))
         scored = _completion_mask([encoded[i] for i in batch], mask) if causal else mask.bool()
         p, q = (_log_probabilities(model, ids, mask, scored) for model in (tuned, packed))
@@ -162,7 +172,7 @@ def token_fidelity(
 
 
 def exact_match(
-    model: Any, tokenizer: Any, rows: Sequence[Row], progress: Progress | None = None
+    model: Any, tokenizer: Any, rows: Sequence[Row], progress: StepProgress | None = None
 ) -> float:
     """Share of rows (0 to 1) whose greedy generation is the completion, blanks around it apart.
 
@@ -206,11 +216,6 @@ def _check_prompts(rows: Sequence[Row], encoded: Sequence[tuple[list[int], int]]
                 f"{row.origin}: the prompt has no tokens, and a model needs one to start from; "
                 "give the row a prompt"
             )
-
-
-def _batch_tokens(model: Any) -> int:
-    vocabulary = vocabulary_size(model)
-    return min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary))
 
 
 def _fidelity(divergences: np.ndarray, agreed: int) -> TokenFidelity:
@@ -353,3 +358,78 @@ def _generate(
         input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[answers]
     )
     return answers.matches(output)
+
+
+@dataclass(frozen=True)
+class Course:
+    """T tasks learned in one order, and what they cost on disk.
+
+    Attributes:
+        tasks: names in the order of learning.
+        scores: R, (T, T); row t is measured after task t, also on tasks that come later.
+        before: b, (T,).
+        disk_bytes: (T,), bytes of everything that must be kept after each task.
+    Raises: ConfigError where sizes differ, a score is not finite or nothing was learned.
+    """
+
+    tasks: Sequence[str]
+    scores: Sequence[Sequence[float]]
+    before: Sequence[float]
+    disk_bytes: Sequence[int]
+
+    def __post_init__(self) -> None:
+        count = len(self.tasks)
+        if count == 0:
+            raise ConfigError("the course has no tasks; give at least one")
+        lengths = [len(self.scores), len(self.before), len(self.disk_bytes)]
+        lengths += [len(row) for row in self.scores]
+        if any(length != count for length in lengths):
+            raise ConfigError(
+                f"{count} tasks, but scores, target's scores and bytes have {lengths} entries; "
+                f"give a {count} x {count} table of scores and {count} of the others"
+            )
+        values = [*self.before, *(value for row in self.scores for value in row)]
+        if not all(math.isfinite(value) for value in values):
+            raise ConfigError("a score is not finite; measure every task after every task")
+
+    @property
+    def average(self) -> float:
+        """AP, (1/T) Σ_j R[T][j]: the average performance at the end."""
+        return fmean(self.scores[-1])
+
+    @property
+    def backward_transfer(self) -> float | None:
+        """BWT, (1/(T−1)) Σ_{j<T} (R[T][j] − R[j][j]); below 0 is forgetting.
+
+        None for one task. Some papers divide by T.
+        """
+        last = self.scores[-1]
+        return _mean([last[j] - self.scores[j][j] for j in range(len(last) - 1)])
+
+    @property
+    def forward_transfer(self) -> float | None:
+        """FWT, (1/(T−1)) Σ_{j>1} (R[j−1][j] − b_j): what earlier tasks did for the next one.
+
+        None for one task. Some papers leave b_j out.
+        """
+        steps = range(1, len(self.tasks))
+        return _mean([self.scores[j - 1][j] - self.before[j] for j in steps])
+
+    @property
+    def gains(self) -> tuple[float, ...]:
+        """R[T][j] − b_j of every task."""
+        return tuple(end - b for end, b in zip(self.scores[-1], self.before, strict=True))
+
+    def numbers(self) -> dict[str, Any]:
+        """Every metric by its short name, and the bytes on disk at the end."""
+        return {
+            "ap": self.average,
+            "bwt": self.backward_transfer,
+            "fwt": self.forward_transfer,
+            "gain": fmean(self.gains),
+            "bytes": self.disk_bytes[-1],
+        }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None

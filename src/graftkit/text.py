@@ -1,6 +1,8 @@
-"""Text of others on its way to a terminal, a page or a picture."""
+"""Text of others on its way to a terminal, a page or a picture; names that were misspelled."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 # What moves the cursor, changes colours, begins a line, or turns the direction of letters around:
 # C0, DEL and C1; line and paragraph separators; bidirectional controls; halves of characters.
@@ -16,3 +18,14 @@ def printable(text: str, *, keep: str = "") -> str:
         return match[0] if match[0] in keep else ascii(match[0])[1:-1]
 
     return _CONTROLS.sub(escaped, text)
+
+
+def nearest_name(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """A hint such as "; did you mean density?" to end a message with, empty where none is near.
+
+    Args:
+        name: what was written. names: what may be written there.
+        prefix: put in front of the name that is proposed.
+    """
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

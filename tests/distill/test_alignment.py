@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from graftkit.distill.alignment import (
+from graftkit.distill.transfer.alignment import (
     UNKNOWN,
     cut,
     map_vocabulary,

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from graftkit.distill import config as module
-from graftkit.distill.config import Settings
-from graftkit.distill.reading import read_config
+from graftkit.distill.config import Settings, read_config
 from graftkit.errors import ConfigError
 
 LEAST = """

@@ -5,13 +5,13 @@ import torch
 from distill.foreign import ROWS, byte_level, gpt2, sentence_pieces
 from safetensors.torch import save_file
 
-from graftkit.distill import collecting
-from graftkit.distill.alignment import UNKNOWN, cut, map_vocabulary, match_tokens
-from graftkit.distill.collecting import collect_distributions
 from graftkit.distill.config import ModelSource, Transfer
-from graftkit.distill.distributions import (
+from graftkit.distill.transfer import distributions
+from graftkit.distill.transfer.alignment import UNKNOWN, cut, map_vocabulary, match_tokens
+from graftkit.distill.transfer.distributions import (
     Distributions,
     RowDistribution,
+    collect_distributions,
     distribution_batch,
     fuse_distributions,
     merge_duplicates,
@@ -26,7 +26,7 @@ MODEL = gpt2(THEIRS, context=72)
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(collecting, "SHARD_ROWS", 3)
+    monkeypatch.setattr(distributions, "SHARD_ROWS", 3)
 
 
 def collect(

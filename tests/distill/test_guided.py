@@ -5,14 +5,12 @@ import torch
 from distill.foreign import byte_level, gpt2
 from distill.tiny import tiny_llama, write_jsonl
 
-from graftkit.delta import Checkpoint
-from graftkit.distill.collecting import collect_distributions
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Lora, ModelSource, Sft, Transfer
-from graftkit.distill.distributions import Distributions
-from graftkit.distill.guided import Guide
-from graftkit.distill.hidden import HiddenSource
 from graftkit.distill.pipeline import run_distill
 from graftkit.distill.training import train_rows
+from graftkit.distill.transfer.distributions import Distributions, collect_distributions
+from graftkit.distill.transfer.guide import Guide, HiddenSource
 from graftkit.errors import ConfigError
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.rows import Row

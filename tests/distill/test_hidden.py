@@ -2,11 +2,19 @@ import pytest
 import torch
 from distill.foreign import ROWS, byte_level, gpt2, llama
 
-from graftkit.distill.collecting import collect_distributions
 from graftkit.distill.config import ModelSource, Transfer
-from graftkit.distill.distributions import Distributions, distribution_batch
-from graftkit.distill.hidden import HiddenSource
-from graftkit.distill.losses import distribution_loss, hidden_batch_loss, make_projections, pool
+from graftkit.distill.transfer.distributions import (
+    Distributions,
+    collect_distributions,
+    distribution_batch,
+)
+from graftkit.distill.transfer.guide import HiddenSource
+from graftkit.distill.transfer.losses import (
+    distribution_loss,
+    hidden_batch_loss,
+    make_projections,
+    pool,
+)
 from graftkit.rows import Row, encode_row, pad_batch
 
 SOURCE = ModelSource(kind="model", name="source", model="source")

@@ -17,7 +17,7 @@ from graftkit.distill.card import data_card
 from graftkit.distill.config import EndpointSource
 from graftkit.distill.records import Prompt
 from graftkit.distill.sources import endpoint, open_source
-from graftkit.distill.sources.bounded import Mask
+from graftkit.distill.sources.endpoint import Mask
 from graftkit.errors import ConfigError, SourceError
 
 KEY = "sk-0123456789+/abcdefSECRET"

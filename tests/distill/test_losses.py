@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from graftkit.distill.losses import (
+from graftkit.distill.transfer.losses import (
     distribution_loss,
     hidden_loss,
     layer_pairs,

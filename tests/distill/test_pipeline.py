@@ -12,9 +12,9 @@ import pytest
 from distill.tiny import tiny_llama, write_jsonl
 from killing import Forked, killed_at, tree
 
+from graftkit.distill.config import read_config
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
-from graftkit.distill.reading import read_config
-from graftkit.distill.stages import StageBook, only_run
+from graftkit.distill.workspace import StageBook, only_run
 from graftkit.errors import ConfigError, OutputError, RowsError, SelectionError
 from graftkit.skillpack import SkillPack
 

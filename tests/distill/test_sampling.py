@@ -14,7 +14,7 @@ from distill.tiny import tiny_llama, write_jsonl
 
 from graftkit.distill.config import DistillConfig, Prompts
 from graftkit.distill.records import Prompt, read_lines
-from graftkit.distill.sampling import read_prompts, read_summaries, sample_answers
+from graftkit.distill.sample import read_prompts, read_summaries, sample_answers
 from graftkit.distill.sources import endpoint
 from graftkit.errors import OutputError, RowsError, SourceError
 
@@ -286,9 +286,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path, tiny):
 
 
 def test_the_stage_loads_neither_transformers_nor_openai_before_a_source_needs_them():
-    code = (
-        "import sys, graftkit.distill.sampling; print({'transformers', 'openai'} & {*sys.modules})"
-    )
+    code = "import sys, graftkit.distill.sample; print({'transformers', 'openai'} & {*sys.modules})"
     output = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(SRC)},

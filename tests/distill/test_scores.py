@@ -22,7 +22,7 @@ from graftkit.distill.config import (
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.scores import finished, open_scorer, why_unusable
 from graftkit.distill.scores.checks import find_number, json_form, same_number
-from graftkit.distill.scores.judge import question, read_grade
+from graftkit.distill.scores.graders import question, read_grade
 from graftkit.errors import CheckpointError, ConfigError, RowsError, SourceError
 
 

@@ -13,7 +13,7 @@ from distill.server import CompletionServer, Fault
 import graftkit
 from graftkit.distill.config import DistillConfig
 from graftkit.distill.records import Answer, Prompt, answer_record, write_lines
-from graftkit.distill.scoring import read_scored, score_answers, wants
+from graftkit.distill.scores import read_scored, score_answers, wants
 from graftkit.errors import RowsError, SourceError
 
 EXACT, NUMBER, CODE = {"kind": "exact"}, {"kind": "number"}, {"kind": "code"}
@@ -187,7 +187,7 @@ import json, sys
 from pathlib import Path
 from graftkit.distill.config import DistillConfig
 from graftkit.distill.records import Prompt
-from graftkit.distill.scoring import score_answers
+from graftkit.distill.scores import score_answers
 folder = Path(sys.argv[1])
 config = DistillConfig.model_validate_json(sys.argv[2])
 prompts = [Prompt(*parts) for parts in json.loads(sys.argv[3])]

@@ -1,6 +1,6 @@
 from graftkit.distill.config import Selection
 from graftkit.distill.records import Answer, Scored
-from graftkit.distill.selection import select, split_prompts
+from graftkit.distill.select import select, split_prompts
 
 
 def scored(prompt, source, sample, reward, text=None, failed=None) -> Scored:

@@ -1,9 +1,9 @@
 import pytest
 from distill.tiny import byte_tokenizer, tiny_llama
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.records import Answer, Scored
-from graftkit.distill.template import Template
+from graftkit.distill.select import Template
 from graftkit.errors import CheckpointError
 from graftkit.models.loading import empty_model
 from graftkit.rows import encode_row

@@ -3,28 +3,21 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import lossless_pack, one_layer_llama
 
 from graftkit.errors import ConfigError, GraftError
-from graftkit.fuse import merge_packs, rules
-from graftkit.fuse.families import emr_private
-from graftkit.fuse.in_turn import merge_in_turn
+from graftkit.fuse import merge_packs, methods
+from graftkit.fuse.continual import project_out
 from graftkit.fuse.methods import METHODS
-from graftkit.fuse.opcm import project_out
-from graftkit.packing import pack_delta
+from graftkit.fuse.sequential import merge_in_turn
 
-CONFIG = LlamaConfig(
+CONFIG, SHAPES = one_layer_llama(
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=1,
     num_attention_heads=1,
     num_key_value_heads=1,
     vocab_size=20,
-    tie_word_embeddings=False,
-    architectures=["LlamaForCausalLM"],
 )
-with torch.device("meta"):
-    SHAPES = {n: tuple(p.shape) for n, p in LlamaForCausalLM(CONFIG).named_parameters()}
 UP = "model.layers.0.mlp.up_proj.weight"
 ADDS = [name for name, kind in METHODS.items() if not kind.averages]
 AVERAGES = [name for name, kind in METHODS.items() if kind.averages]
@@ -49,7 +42,7 @@ class Skills:
             name = folder / f"tuned-{index}"
             tuned = {n: (w.double() + own[n]).clamp(-most, most) for n, w in weights.items()}
             self.write(name, {n: t.to(dtype) for n, t in tuned.items()})
-            self.packs.append(pack_delta(self.target, name, recipe="lossless", workers=1))
+            self.packs.append(lossless_pack(self.target, name))
         self.one, self.other, self.opposite = self.packs
 
     def write(self, folder, tensors):
@@ -171,12 +164,6 @@ def _copies(skills, count):
     ]
 
 
-def test_a_scale_that_no_file_keeps_is_no_scale():
-    delta, shared = torch.full((2, 2), 3e38), torch.full((2, 2), 1e-44)
-    mask, scale = emr_private(delta, shared)
-    assert (bool(mask.all()), scale) == (True, 0.0)
-
-
 def test_what_is_dropped_is_zero_whatever_the_density():
-    dropped = rules.drop(torch.ones(100, 100), 1e-300, "key")
+    dropped = methods.drop(torch.ones(100, 100), 1e-300, "key")
     assert not dropped.any()

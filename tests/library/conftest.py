@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import build, perturb, save_tokenizer
+from tiny_models import build, lossless_pack, perturb, save_tokenizer
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.library import Library
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route.centroid import fit_key
 
 NAMES = ("digits", "upper", "lower")
@@ -54,7 +54,7 @@ def world(tmp_path_factory):
     pack_delta(target, _tune(folder / "plain", 9), recipe="lossless", workers=1).save(plain)
     other, foreign = folder / "other", folder / "foreign.skillpack"
     build("llama", torch.float32, seed=7).save_pretrained(other)
-    pack_delta(other, folder / "digits", recipe="lossless", workers=1).save(foreign)
+    lossless_pack(other, folder / "digits").save(foreign)
     return SimpleNamespace(target=target, packs=packs, plain=plain, foreign=foreign)
 
 

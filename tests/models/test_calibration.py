@@ -7,7 +7,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tokenizer
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError, RowsError
 from graftkit.models import calibration, encoding, load_model, tensor_roles
 from graftkit.models.calibration import CovarianceStore, collect_covariances
@@ -54,7 +54,7 @@ def reference(checkpoint, modules):
     return sums
 
 
-@pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", tiny_models.architectures())
 def test_padded_batches_give_the_covariances_of_single_rows(tmp_path, architecture):
     checkpoint = save_model(tmp_path / "tuned", architecture)
     modules = linear_modules(checkpoint)

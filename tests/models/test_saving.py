@@ -3,12 +3,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES, make_pair
+from tiny_models import architectures, make_pair
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models import load_model
-from graftkit.models.saving import CheckpointWriter
+from graftkit.models.views import CheckpointWriter
 
 
 def tensors(folder):
@@ -18,7 +18,7 @@ def tensors(folder):
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_an_untouched_model_is_written_as_it_was_read(tmp_path, architecture):
     folder, _ = make_pair(tmp_path, architecture)
     origin = Checkpoint.open(folder)

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, save_tokenizer
 
 from graftkit.attachment import attached
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_model, load_tokenizer
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route import TARGET
 from graftkit.route import classifier as classifier_module
 from graftkit.route.classifier import (
@@ -226,4 +226,8 @@ def test_one_row_gives_a_net_that_its_reader_takes(case, tmp_path):
     rows = {TARGET: case.rows[TARGET][:1]}
     net = train_classifier(case.model, case.tokenizer, case.packs, rows, labels="task")
     net.save(tmp_path / "classifier.safetensors")
-    Classifier.load(tmp_path / "classifier.safetensors", case.digests)
+    again = Classifier.load(tmp_path / "classifier.safetensors", case.digests)
+    assert again.packs == net.packs == case.digests
+    assert again.tensors.keys() == net.tensors.keys()
+    assert all(torch.equal(again.tensors[name], value) for name, value in net.tensors.items())
+    assert all(value.isfinite().all() for value in net.tensors.values())

@@ -8,11 +8,11 @@ import torch
 from tiny_models import make_pair, save_tokenizer
 from typer.testing import CliRunner
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.cli import app
-from graftkit.delta import Checkpoint
 from graftkit.errors import BudgetError, CheckpointError, RowsError
 from graftkit.models.loading import load_model, load_tokenizer
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route.centroid import CentroidRouter, fit_key
 from graftkit.route.key import RouterKey
 from graftkit.skillpack import SkillPack

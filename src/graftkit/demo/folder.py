@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftkit.delta import Checkpoint
-from graftkit.demo.embedded import NOTICE, SKILLS, TARGET, Skill, fingerprint_of
+from graftkit.checkpoint import Checkpoint
+from graftkit.demo.embedded import NOTICE, SKILLS, TARGET, Skill
 from graftkit.errors import GraftError, OutputError
-from graftkit.files import replaced_file
+from graftkit.files import WorkFolder, replaced_file
 from graftkit.fuse import merge_packs
 from graftkit.skillpack import SkillPack
-from graftkit.work import WorkFolder
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class DemoFolder:
                     os.replace(file, tuned / file.name)
         finally:
             work.remove()
-        found = fingerprint_of(Checkpoint.open(tuned))
+        found = Checkpoint.open(tuned).fingerprint()
         expected = pack.manifest.provenance["tuned_fingerprint"]
         if found != expected:
             raise GraftError(

@@ -9,8 +9,8 @@ from typing import Any
 from graftkit.config import VERSION
 from graftkit.distill.config import DistillConfig, ModelSource, Source
 from graftkit.distill.records import Scored
-from graftkit.distill.sampling import PromptSet, SourceSummary
-from graftkit.distill.selection import Selected
+from graftkit.distill.sample import PromptSet, SourceSummary
+from graftkit.distill.select import Selected
 from graftkit.text import printable
 
 Card = dict[str, Any]

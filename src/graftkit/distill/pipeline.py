@@ -18,13 +18,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from graftkit.distill.config import DistillConfig
+from graftkit.distill.config import DistillConfig, read_config
 from graftkit.distill.estimate import estimate
-from graftkit.distill.launch import is_main, processes
-from graftkit.distill.reading import read_config
-from graftkit.distill.stages import StageBook, digest_of, key_of, only_run
 from graftkit.distill.steps import WORK
-from graftkit.distill.workspace import Progress, Workspace
+from graftkit.distill.workspace import (
+    Progress,
+    StageBook,
+    Workspace,
+    digest_of,
+    is_main,
+    key_of,
+    only_run,
+    processes,
+)
 from graftkit.errors import ConfigError, OutputError
 
 

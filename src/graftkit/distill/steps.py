@@ -12,24 +12,21 @@ from typing import Any
 
 import torch
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill import card as cards
 from graftkit.distill.config import Graded, located
-from graftkit.distill.launch import is_main
 from graftkit.distill.records import Scored, read_lines, write_lines
-from graftkit.distill.sampling import read_summaries, sample_answers
-from graftkit.distill.scoring import read_scored, score_answers
-from graftkit.distill.selection import Pair, Selected
-from graftkit.distill.selection import select as select_answers
-from graftkit.distill.template import Template
-from graftkit.distill.workspace import Workspace
+from graftkit.distill.sample import read_summaries, sample_answers
+from graftkit.distill.scores import read_scored, score_answers
+from graftkit.distill.select import Pair, Selected, Template
+from graftkit.distill.select import select as select_answers
+from graftkit.distill.workspace import Workspace, is_main
 from graftkit.errors import ConfigError, SelectionError
-from graftkit.files import replaced_file
+from graftkit.files import WorkFolder, replaced_file
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model
 from graftkit.route.key import MIN_PROMPTS
 from graftkit.rows import Row, read_rows
-from graftkit.work import WorkFolder
 
 
 def sample(space: Workspace) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def select(space: Workspace) -> dict[str, Any]:
 
 def probe(space: Workspace) -> dict[str, Any]:
     """Let the sources read the rows and keep what they expect."""
-    from graftkit.distill.collecting import collect_distributions
+    from graftkit.distill.transfer.distributions import collect_distributions
 
     assert space.config.transfer is not None
     rows, tokenizer, aligned, tokens = _asked_rows(space), usable_tokenizer(space.target), 0, 0
@@ -99,9 +96,8 @@ def probe(space: Workspace) -> dict[str, Any]:
 
 def _guide(space: Workspace) -> Any:
     """What SFT is guided by, None without explicit transfer."""
-    from graftkit.distill.distributions import Distributions
-    from graftkit.distill.guided import Guide
-    from graftkit.distill.hidden import HiddenSource
+    from graftkit.distill.transfer.distributions import Distributions
+    from graftkit.distill.transfer.guide import Guide, HiddenSource
 
     transfer = space.config.transfer
     if transfer is None:
@@ -159,7 +155,7 @@ def dpo(space: Workspace) -> dict[str, Any]:
 
 def pack(space: Workspace) -> dict[str, Any]:
     """Compress what was learned, and write the model card."""
-    from graftkit.packing import pack_delta
+    from graftkit.pack import pack_delta
 
     config, settings = space.config, space.config.pack
     card = next(read_lines(space.folder / "data_card.json"))

@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import cross_entropy, logsigmoid
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from graftkit.distill.transfer.guide import IGNORED, Guide
+from graftkit.distill.transfer.losses import distribution_loss, hidden_batch_loss, make_projections
+from graftkit.errors import ConfigError
 from graftkit.rows import pad_batch
 
 
@@ -43,6 +46,101 @@ def _embeddings(model: nn.Module) -> list[nn.Parameter]:
 
 class RowTrainer(_TwoRates, SFTTrainer):  # type: ignore[misc]
     """SFT on rows that are tokens already."""
+
+
+class GuidedTrainer(RowTrainer):
+    """SFT towards a guide."""
+
+    def __init__(self, *arguments: Any, guide: Guide, seed: int, **options: Any):
+        self.guide, hidden = guide, guide.hidden
+        if hidden and guide.settings.hidden != "gram":
+            model = options["model"]
+            width = model.config.get_text_config().hidden_size
+            maps = make_projections(len(hidden.pairs), width, hidden.width, seed)
+            if maps is not None and options.get("peft_config") is not None:
+                raise ConfigError(
+                    f"transfer.hidden = {guide.settings.hidden} needs a projection from width "
+                    f"{width} to {hidden.width}, which an adapter has no place for; choose gram"
+                )
+            # A part of the model, so that it is trained and lies in the checkpoints.
+            model.graft_projections = maps
+        super().__init__(*arguments, **options)
+        self.data_collator: Any = _GuidedCollator(self.data_collator, guide)
+        if hidden:
+            hidden.model.to(self.accelerator.device)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum; a mean over the tokens of the whole step."""
+        guide, settings, labels = self.guide, self.guide.settings, inputs["labels"][:, 1:]
+        found = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            output_hidden_states=guide.hidden is not None,
+            use_cache=False,
+        )
+        learned = labels != IGNORED
+        tokens = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        summed = {
+            "lm": cross_entropy(
+                found.logits[:, :-1][learned].float(), labels[learned], reduction="sum"
+            )
+        }
+        loss = settings.lm_weight * summed["lm"]
+        if guide.files:
+            summed["kl"] = self._divergence(found.logits, inputs)
+            loss = loss + settings.kl_weight * summed["kl"]
+        loss = loss / tokens
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP takes the mean
+        if guide.hidden:
+            distance = self._distance(model, found.hidden_states, inputs)
+            self._told("hidden", distance)
+            loss = loss + settings.hidden_weight * distance / self._steps(num_items_in_batch)
+        for name, value in summed.items():
+            self._told(name, value / learned.sum().clamp(min=1))
+        return (loss, found) if return_outputs else loss
+
+    def _divergence(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        mask, settings = inputs["kl_mask"], self.guide.settings
+        divergence = distribution_loss(
+            logits[mask],
+            inputs["kl_ids"][mask],
+            inputs["kl_log_probs"][mask],
+            inputs["kl_log_rest"][mask],
+            settings.divergence,
+            settings.temperature,
+        )
+        return divergence.sum()
+
+    def _distance(self, model: Any, states: Sequence[Tensor], inputs: dict[str, Tensor]) -> Tensor:
+        hidden = self.guide.hidden
+        assert hidden is not None
+        maps = getattr(self.accelerator.unwrap_model(model), "graft_projections", None)
+        source, kind = hidden.states(inputs), self.guide.settings.hidden
+        return hidden_batch_loss(states, source, inputs, kind, hidden.pairs, maps).mean()
+
+    def _steps(self, num_items_in_batch: Any) -> int:
+        """Passes of one optimizer step, where the trainer does not divide by them itself."""
+        return 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+
+    def _told(self, name: str, value: Tensor) -> None:
+        self._metrics["train"][name].append(value.item())
+
+
+class _GuidedCollator:
+    def __init__(self, rows: Any, guide: Guide):
+        self.rows, self.guide = rows, guide
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The rows' own batch, and the guide's."""
+        batch: dict[str, Tensor] = self.rows(examples)
+        return batch | self.guide.batch(examples)
 
 
 class PairTrainer(_TwoRates, DPOTrainer):  # type: ignore[misc]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.errors import BudgetError, ConfigError, DonorError
+from graftkit.progress import Progress
 from graftkit.vision.choose import (
     GLOBAL_AVERAGE,
     PAPER_HIDDEN,
@@ -33,7 +34,7 @@ from graftkit.vision.donor import Donor, pool
 from graftkit.vision.donors.architectures import LAST, NORMALIZATION, STAGES, STEM, InvertedResidual
 from graftkit.vision.evaluate import score
 from graftkit.vision.features import FeatureTable
-from graftkit.vision.images import ImageSet, LabeledImages, Progress
+from graftkit.vision.images import ImageSet, LabeledImages
 from graftkit.vision.probe import fit_hidden, fit_probe
 from graftkit.vision.rootstock import (
     BATCH,

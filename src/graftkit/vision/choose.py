@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from graftkit.config import BYTE_UNITS, parse_amount
 from graftkit.errors import BudgetError
-from graftkit.precision import bfloat16_pays
+from graftkit.parallel import bfloat16_pays
+from graftkit.progress import Progress
 from graftkit.vision.costs import CurvePoint, layer_costs, measure_curve, module_cost
 from graftkit.vision.donor import Donor
 from graftkit.vision.features import FeatureTable, cache_key, read_features
-from graftkit.vision.images import ImageSet, Progress
+from graftkit.vision.images import ImageSet
 from graftkit.vision.probe import (
     LinearProbe,
     fit_probe,

@@ -23,10 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from graftkit.files import replaced_file
+from graftkit.progress import Progress, silent
 from graftkit.vision.donor import Donor
 from graftkit.vision.export import build_model, describe, strip, write_model
 from graftkit.vision.features import FeatureTable, cache_key
-from graftkit.vision.images import ImageSet, Progress
+from graftkit.vision.images import ImageSet
 from graftkit.vision.predict import Predictor
 from graftkit.vision.probe import LinearProbe
 from graftkit.vision.rootstock import fold_rootstock, grow
@@ -127,7 +128,7 @@ def measure_curve(
     probes: Sequence[LinearProbe],
     images: ImageSet,
     cache: Path,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> list[CurvePoint]:
     """One point for each probe, measured once and cached in `cache`.
 

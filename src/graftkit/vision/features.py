@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftkit.files import replaced_file
+from graftkit.progress import Progress, silent
 from graftkit.vision.donor import Donor, pool
-from graftkit.vision.images import SPLITS, ImageSet, Progress
+from graftkit.vision.images import SPLITS, ImageSet
 from graftkit.vision.rootstock import Scion
 
 POOLINGS = ("mean", "std")
@@ -111,7 +112,7 @@ def read_features(
     images: ImageSet,
     cache: Path,
     views: Sequence[int],
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> FeatureTable:
     """Pooled features of every layer of `donor`, read from the cache where they exist.
 

@@ -20,8 +20,9 @@ from torch import nn
 
 from graftkit.config import Settings
 from graftkit.errors import ConfigError, OutputError
-from graftkit.memory import kept_memory
 from graftkit.outputs import own_folder
+from graftkit.parallel import kept_memory
+from graftkit.progress import Progress, silent
 from graftkit.vision.baselines import (
     DRAWS,
     ROOTSTOCK,
@@ -42,7 +43,7 @@ from graftkit.vision.choose import (
 from graftkit.vision.donors import open_donor
 from graftkit.vision.evaluate import Measurement, measure
 from graftkit.vision.features import ALL_VIEWS, UPRIGHT_VIEWS
-from graftkit.vision.images import ImageSet, Progress, open_images
+from graftkit.vision.images import ImageSet, open_images
 from graftkit.vision.report import write_report
 from graftkit.vision.results import cuts_record, networks_record, warnings_of, write_json
 from graftkit.vision.rootstock import Rootstock
@@ -97,7 +98,7 @@ def graft(
     output: str | Path,
     settings: GraftSettings,
     cache: str | Path | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Graft features of a donor into a rootstock that keeps a budget, and measure it.
 
@@ -127,9 +128,7 @@ class GraftRun:
         cache: folder of everything that another run can use again.
     """
 
-    def __init__(
-        self, settings: GraftSettings, cache: Path, progress: Progress = lambda *_: None
-    ) -> None:
+    def __init__(self, settings: GraftSettings, cache: Path, progress: Progress = silent) -> None:
         self.settings, self.cache, self.progress = settings, cache, progress
         self.budget = CostBudget.parse(settings.budget)
 

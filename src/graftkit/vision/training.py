@@ -29,9 +29,10 @@ from torch.optim.swa_utils import AveragedModel
 from graftkit.config import Settings
 from graftkit.errors import ConfigError, ImagesError
 from graftkit.files import replaced_file
-from graftkit.precision import bfloat16_pays
+from graftkit.parallel import bfloat16_pays
+from graftkit.progress import Progress
 from graftkit.vision.evaluate import score
-from graftkit.vision.images import ImageSet, LabeledImages, Progress
+from graftkit.vision.images import ImageSet, LabeledImages
 from graftkit.vision.rootstock import Rootstock, insert_norms, logits_of
 
 STEP = "fine-tuning"  # the step that `progress` is called with

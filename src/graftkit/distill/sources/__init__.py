@@ -6,6 +6,7 @@ answers    a file of answers that are there already
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from blake3 import blake3
 from graftkit.distill.config import AnswersSource, EndpointSource, Source
 from graftkit.distill.records import Answer, Prompt
 from graftkit.errors import ConfigError
+from graftkit.rows import read_rows, rows_digest
 
 __all__ = ["Replies", "Reply", "SourceModel", "Unit", "derive_seed", "open_source", "refused"]
 
@@ -74,7 +76,7 @@ def open_source(settings: Source, seed: int, where: Path) -> SourceModel:
         used; RowsError for a file that cannot.
     """
     if isinstance(settings, AnswersSource):
-        from graftkit.distill.sources.answers import AnswersFile
+        from graftkit.distill.sources import AnswersFile
 
         return AnswersFile(settings, where)
     if isinstance(settings, EndpointSource):
@@ -100,3 +102,38 @@ def derive_seed(*parts: int | str) -> int:
 def refused(prompt: Prompt, source: str, sample: int, reason: str) -> Answer:
     """An answer that there is none, and why."""
     return Answer(prompt.id, prompt.text, source, sample, "", 0, "refused", reason=reason)
+
+
+class AnswersFile:
+    """Every line of a prompt is one of its samples, in the order of the file.
+
+    Blanks at the ends of prompts and completions do not count. Tokens are unknown, and 0.
+    Raises: RowsError with file and line for what is no row.
+    """
+
+    def __init__(self, settings: AnswersSource, where: Path):
+        self.settings = settings
+        path = where / settings.file
+        self._texts: dict[str, list[str]] = defaultdict(list)
+        for row in read_rows(path):
+            self._texts[row.prompt.strip()].append(row.completion.strip())
+        self.identity = rows_digest(path)
+
+    def units(self, prompts: Sequence[Prompt]) -> list[Unit]:
+        """One, for the whole file."""
+        return [Unit(tuple(prompts), (0,))]
+
+    def answer(self, units: Mapping[int, Unit]) -> Replies:
+        """All lines of every prompt; a prompt that the file lacks is refused."""
+        for number, unit in units.items():
+            answers = [answer for prompt in unit.prompts for answer in self._answers(prompt)]
+            yield number, Reply(tuple(answers))
+
+    def _answers(self, prompt: Prompt) -> list[Answer]:
+        name, texts = self.settings.name, self._texts.get(prompt.text.strip(), [])
+        if not texts:
+            return [refused(prompt, name, 0, "no answer in the file")]
+        return [
+            Answer(prompt.id, prompt.text, name, sample, text, tokens=0, finish="stop")
+            for sample, text in enumerate(texts)
+        ]

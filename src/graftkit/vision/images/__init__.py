@@ -7,7 +7,7 @@ agree with it is written again.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,9 @@ from blake3 import blake3
 
 from graftkit.errors import ConfigError, ImagesError, OutputError
 from graftkit.files import replaced_file
+from graftkit.progress import Progress, silent
 from graftkit.vision.images.files import ImageSource, Listing, Skipped, decode_image, list_images
 
-Progress = Callable[[str, int, int], None]
-"""Called with a step, how much of it is done, and of how much."""
 SPLITS = ("train", "val", "test")
 TRAIN, VAL, TEST = range(3)
 HOLDOUT_SHARE = 0.15
@@ -90,7 +89,7 @@ class Decoded:
 
 
 def open_images(
-    path: Path, size: int, cache: Path, seed: int = 0, progress: Progress = lambda *_: None
+    path: Path, size: int, cache: Path, seed: int = 0, progress: Progress = silent
 ) -> ImageSet:
     """Read a data set: a folder or zip of `Class/file` or `split/Class/file`, or a CSV.
 

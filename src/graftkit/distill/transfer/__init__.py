@@ -1,0 +1,1 @@
+"""Explicit transfer: source distributions and hidden states beside the text of SFT rows."""

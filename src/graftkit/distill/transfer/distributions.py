@@ -1,0 +1,448 @@
+"""What sources expect at every token of the target's completions: a file, and batches of it.
+
+The likeliest tokens are kept, in the target's vocabulary, and all others are one number. A token
+that a source says nothing about is certain to be the target's own, so that the divergence there is
+a cross-entropy (FuseLLM, arXiv 2401.10491). `collecting` writes the file.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from graftkit.checkpoint import save_tensors
+from graftkit.distill.config import ModelSource, Transfer
+from graftkit.distill.transfer.alignment import (
+    Cut,
+    cut,
+    map_vocabulary,
+    match_tokens,
+    read_as_source,
+)
+from graftkit.errors import RowsError
+from graftkit.files import WorkFolder, replaced_file
+from graftkit.models.backward import visit_logits
+from graftkit.models.encoding import context_length, pad_id, vocabulary_size
+from graftkit.rows import Row, batches_by_length, pad_batch
+
+NEVER = -math.inf  # log-probability of what cannot be
+_KEY = "graftkit.distributions"  # of the file's only metadata; several would come in any order
+
+
+@dataclass(frozen=True)
+class RowDistribution:
+    """What is expected at the n completion tokens of one row, EOS among them.
+
+    Attributes:
+        ids: tokens of the target, int64 (n, k), likeliest first; a short list repeats its first.
+        log_probs: their log-probabilities, float32 (n, k), nats; -inf for what is repeated.
+        log_rest: log of what all other tokens have together, (n,); -inf: nothing is left for them.
+        cross_entropy: of the whole completion under the source, nats per target token, so that
+            sources of any tokenizer compare; infinite where the source could not read the row.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+    cross_entropy: float
+
+    @classmethod
+    def certain(cls, ids: Sequence[int]) -> "RowDistribution":
+        """The row's own tokens and nothing else: what is known where no source could read it."""
+        shape = (len(ids), 1)
+        tokens = torch.tensor(ids, dtype=torch.int64).reshape(shape)
+        return cls(tokens, torch.zeros(shape), torch.full(shape[:1], NEVER), math.inf)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a file holds.
+
+    rows, tokens: of the target. aligned: tokens that the source says something about.
+    too_long: rows beyond the source's context.
+    """
+
+    rows: int
+    tokens: int
+    aligned: int
+    too_long: int
+
+
+class Distributions:
+    """A file of `collect_distributions`, memory-mapped; rows are read when they are asked for."""
+
+    def __init__(self, file: Path):
+        """Open a file. Raises: RowsError when it is missing or of another kind."""
+        try:
+            self._file = _open(file)
+            said = json.loads(self._file.metadata()[_KEY])
+            self.job: str = said.pop("job")
+            self.summary = Summary(**said)
+            self._tokens = self._file.get_tensor("row_tokens").tolist()
+            self._entries = self._file.get_tensor("row_entries").tolist()
+            self._cross_entropy = self._file.get_tensor("cross_entropy").tolist()
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RowsError(
+                f"{file}: no distributions of a source ({error}); delete the file and run again"
+            ) from error
+        self.file = file
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self.summary.rows
+
+    def __getitem__(self, row: int) -> RowDistribution:
+        """What the source expects in one row, by its index."""
+        counts = self._slice("counts", self._tokens, row).long()
+        log_rest = self._slice("log_rest", self._tokens, row).float()
+        listed = torch.arange(int(counts.max()) if len(counts) else 0) < counts[:, None]
+        ids = torch.zeros(listed.shape, dtype=torch.int64)
+        ids[listed] = self._slice("ids", self._entries, row).long()
+        log_probs = torch.full(listed.shape, NEVER)
+        log_probs[listed] = self._slice("log_probs", self._entries, row).float()
+        # What was rounded to 16 bits adds up to 1 no longer.
+        total = torch.cat([log_probs, log_rest[:, None]], dim=1).logsumexp(dim=1)
+        return RowDistribution(
+            torch.where(listed, ids, ids[:, :1]),
+            log_probs - total[:, None],
+            log_rest - total,
+            self._cross_entropy[row],
+        )
+
+    def _slice(self, name: str, offsets: Sequence[int], row: int) -> Tensor:
+        found: Tensor = self._file.get_slice(name)[offsets[row] : offsets[row + 1]]
+        return found
+
+
+def _open(file: Path) -> Any:
+    return safe_open(str(file), framework="pt")
+
+
+def pack_rows(rows: Sequence[RowDistribution]) -> dict[str, Tensor]:
+    """Rows as flat tensors: for each row its tokens, for each token its listed ids."""
+    listed = [row.log_probs > NEVER for row in rows]
+    return {
+        "ids": torch.cat([row.ids[kept] for row, kept in zip(rows, listed, strict=True)]).int(),
+        "log_probs": torch.cat(
+            [row.log_probs[kept] for row, kept in zip(rows, listed, strict=True)]
+        ).half(),
+        "counts": torch.cat([kept.sum(dim=1) for kept in listed]).to(torch.uint16),
+        "log_rest": torch.cat([row.log_rest for row in rows]).half(),
+        "row_tokens": torch.tensor([len(row.ids) for row in rows]),
+        "row_entries": torch.tensor([int(kept.sum()) for kept in listed]),
+        "cross_entropy": torch.tensor([row.cross_entropy for row in rows]),
+    }
+
+
+def write_distributions(
+    shards: Sequence[dict[str, Tensor]], summary: Summary, job: str, file: Path
+) -> None:
+    """Write packed rows, one shard behind the other, as one file. Raises: OutputError."""
+    tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    if summary.tokens and int(tensors["ids"].max()) < 2**16:
+        tensors["ids"] = tensors["ids"].to(torch.uint16)
+    for name in ("row_tokens", "row_entries"):
+        tensors[name] = torch.cat([torch.zeros(1, dtype=torch.int64), tensors[name].cumsum(0)])
+    metadata = {_KEY: json.dumps({"job": job, **asdict(summary)})}
+    with replaced_file(file) as partial:
+        save_tensors(tensors, partial, metadata)
+
+
+def merge_duplicates(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Add up what the same id has in a list, likeliest first; ids and log_probs (n, m).
+
+    Returns: (n, k) each; shorter lists repeat their first id at -inf.
+    """
+    order = ids.argsort(dim=1, stable=True)
+    ids, chances = ids.gather(1, order), log_probs.double().exp().gather(1, order)
+    group = torch.zeros_like(ids)
+    group[:, 1:] = (ids[:, 1:] != ids[:, :-1]).cumsum(dim=1)
+    chances = torch.zeros_like(chances).scatter_add_(1, group, chances)
+    ids = torch.zeros_like(ids).scatter_(1, group, ids)
+    order = chances.argsort(dim=1, descending=True, stable=True)
+    ids, chances = ids.gather(1, order), chances.gather(1, order)
+    longest = int((chances > 0).sum(dim=1).max()) if len(ids) else 0
+    ids = torch.where(chances > 0, ids, ids[:, :1])
+    return ids[:, :longest], chances.log().float()[:, :longest]
+
+
+def fuse_distributions(
+    rows: Sequence[RowDistribution], fusion: Literal["min_ce", "average_ce"]
+) -> RowDistribution:
+    """One distribution of several sources' for the same row (FuseLLM, section 3.2).
+
+    min_ce: that of the source with the least cross-entropy, the first of equals. average_ce: the
+    mean, weighted with softmax(exp(-cross_entropy)). Sources that could not read the row are left
+    out while another could.
+    """
+    able = [row for row in rows if math.isfinite(row.cross_entropy)]
+    if not able:
+        return rows[0]
+    if fusion == "min_ce" or len(able) == 1:
+        return min(able, key=lambda row: row.cross_entropy)
+    rewards = torch.tensor([-row.cross_entropy for row in able]).exp()
+    weights = rewards.softmax(dim=0)
+    shares = list(zip(able, weights.log(), strict=True))
+    ids, log_probs = merge_duplicates(
+        torch.cat([row.ids for row in able], dim=1),
+        torch.cat([row.log_probs + share for row, share in shares], dim=1),
+    )
+    log_rest = torch.stack([row.log_rest + share for row, share in shares]).logsumexp(dim=0)
+    mean = sum(float(weight) * row.cross_entropy for row, weight in zip(able, weights, strict=True))
+    return RowDistribution(ids, log_probs, log_rest, mean)
+
+
+def distribution_batch(
+    sources: Sequence[Distributions],
+    indices: Sequence[int],
+    encoded: Sequence[tuple[Sequence[int], int]],
+    fusion: Literal["min_ce", "average_ce"],
+) -> dict[str, Tensor]:
+    """What the sources expect in a batch of rows, at the places of the target's logits.
+
+    Args:
+        indices: of the rows, in the files. encoded: the same rows from
+            `graftkit.rows.encode_row` with the target's tokenizer: ids and the completion's start.
+    Returns: for T tokens of the longest row, padded on the right as input_ids are:
+        kl_mask (rows, T) bool, where logits predict a completion token;
+        kl_ids, kl_log_probs (rows, T, k), kl_log_rest (rows, T), to be read where it is true.
+    Raises: RowsError where a file is of other rows than these.
+    """
+    found = []
+    for index, (ids, start) in zip(indices, encoded, strict=True):
+        rows = [source[index] for source in sources]
+        for source, row in zip(sources, rows, strict=True):
+            if len(row.ids) != len(ids) - start:
+                raise RowsError(
+                    f"{source.file}: row {index} has {len(row.ids)} completion tokens, but the "
+                    f"target's has {len(ids) - start}; delete the file and run again"
+                )
+        found.append(fuse_distributions(rows, fusion))
+    shape = (len(found), max(len(ids) for ids, _ in encoded))
+    longest = max(row.ids.shape[1] for row in found)
+    batch = {
+        "kl_mask": torch.zeros(shape, dtype=torch.bool),
+        "kl_ids": torch.zeros((*shape, longest), dtype=torch.int64),
+        "kl_log_probs": torch.full((*shape, longest), NEVER),
+        "kl_log_rest": torch.full(shape, NEVER),
+    }
+    for line, (row, (ids, start)) in enumerate(zip(found, encoded, strict=True)):
+        first = max(0, start - 1)  # nothing predicts a row's first token
+        places, tokens = slice(first, len(ids) - 1), slice(first + 1 - start, None)
+        width = row.ids.shape[1]
+        batch["kl_mask"][line, places] = True
+        batch["kl_ids"][line, places] = row.ids[tokens, :1]  # beyond `width` the first again
+        batch["kl_ids"][line, places, :width] = row.ids[tokens]
+        batch["kl_log_probs"][line, places, :width] = row.log_probs[tokens]
+        batch["kl_log_rest"][line, places] = row.log_rest[tokens]
+    return batch
+
+
+SHARD_ROWS = 256  # rows that a killed run reads again, at most
+
+Progress = Callable[[int, int], None]
+"""Called with (rows done, rows in all)."""
+
+
+def collect_distributions(
+    source: ModelSource,
+    model: Any,
+    tokenizer: Any,
+    target_tokenizer: Any,
+    rows: Sequence[Row],
+    config: Transfer,
+    file: Path,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write what one source expects in `rows`, in their order, to a safetensors file.
+
+    A finished file of the same job is kept. Probabilities are taken at `config.temperature`, and
+    the cross-entropy at 1.
+
+    Args:
+        model, tokenizer: of the source; a causal language model in memory, on any device.
+        rows: prompts as they were asked, without a chat template.
+    Raises: RowsError without rows; CheckpointError for a tokenizer that cannot be used;
+        OutputError.
+    """
+    if not rows:
+        raise RowsError("no rows to read; expected the rows that the target is trained on")
+    job = _job(source, [tokenizer, target_tokenizer], _end_tokens(model), rows, config)
+    if file.is_file() and (finished := Distributions(file)).job == job:
+        return finished.summary
+    with closing(WorkFolder(file.with_name(file.name + ".partial"))) as work:
+        work.open(job)
+        reader = _Reader(source, model, tokenizer, target_tokenizer, config)
+        shards = _read_shards(reader, rows, work, progress or (lambda done, total: None))
+        seen = torch.stack([shard.pop("seen") for shard in shards]).sum(dim=0)
+        aligned, too_long = seen.tolist()
+        tokens = sum(len(shard["counts"]) for shard in shards)
+        summary = Summary(len(rows), tokens, aligned, too_long)
+        write_distributions(shards, summary, job, file)
+        work.remove()
+    return summary
+
+
+def _read_shards(
+    reader: "_Reader", rows: Sequence[Row], work: WorkFolder, progress: Progress
+) -> list[dict[str, Tensor]]:
+    """What the source expects in the rows, shard by shard; finished shards are not read again."""
+    starts = range(0, len(rows), SHARD_ROWS)
+    for start in starts:
+        if work.read(str(start)) is None:
+            work.write(str(start), save(reader.read(rows[start : start + SHARD_ROWS])))
+        progress(min(start + SHARD_ROWS, len(rows)), len(rows))
+    return [load(work.read(str(start)) or b"") for start in starts]
+
+
+def _job(
+    source: ModelSource,
+    tokenizers: Sequence[Any],
+    ends: Sequence[int],
+    rows: Sequence[Row],
+    config: Transfer,
+) -> str:
+    """Digest of what decides the file."""
+    asked = [source.model, source.chat, source.batch_tokens, config.top_k, config.temperature]
+    tokens = [[sorted(t.get_vocab().items()), t.eos_token_id] for t in tokenizers]
+    texts = [[row.prompt, row.completion] for row in rows]
+    return blake3(json.dumps([asked, tokens, ends, texts]).encode()).hexdigest()
+
+
+class _Expected(NamedTuple):
+    """The likeliest tokens of a source at the m completion tokens that it predicts.
+
+    ids, log_probs: (m, k). log_rest, surprise: (m,), the surprise of its own next token.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    log_rest: Tensor
+    surprise: Tensor
+
+
+class _Reader:
+    """A source that reads rows and tells what it expects, in the target's tokens."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        model: Any,
+        tokenizer: Any,
+        target_tokenizer: Any,
+        config: Transfer,
+    ):
+        self.model, self.tokenizer, self.target = model.eval(), tokenizer, target_tokenizer
+        self.source, self.config = source, config
+        size = vocabulary_size(model)
+        self.vocabulary = map_vocabulary(tokenizer, target_tokenizer, size, _end_tokens(model))
+
+    def read(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Packed rows, and `seen`: target tokens aligned, rows beyond the context."""
+        size = len(self.vocabulary)
+        read = [read_as_source(self.tokenizer, row, self.source.chat, size) for row in rows]
+        prompts, cuts = [prompt for prompt, _ in read], [completion for _, completion in read]
+        targets = [cut(self.target, row.completion) for row in rows]
+        found = [RowDistribution.certain(target.ids) for target in targets]
+        lengths = [len(p) + len(c.ids) for p, c in zip(prompts, cuts, strict=True)]
+        limit = context_length(self.model) or max(lengths)
+        # Of a row without a prompt nothing predicts the first token.
+        unread = [0 if prompt else 1 for prompt in prompts]
+        readable = [
+            index
+            for index, length in enumerate(lengths)
+            if length <= limit and len(cuts[index].ids) > unread[index]
+        ]
+        aligned = 0
+        for batch in batches_by_length([lengths[i] for i in readable], self.source.batch_tokens):
+            chosen = [readable[place] for place in batch]
+            passed = self._run([prompts[i] for i in chosen], [cuts[i] for i in chosen])
+            for index, expected in zip(chosen, passed, strict=True):
+                pairs = match_tokens(cuts[index], targets[index], self.vocabulary)
+                pairs -= unread[index]
+                found[index], count = self._translate(expected, pairs, targets[index].ids)
+                aligned += count
+        too_long = sum(length > limit for length in lengths)
+        return {**pack_rows(found), "seen": torch.tensor([aligned, too_long])}
+
+    def _run(self, prompts: Sequence[list[int]], cuts: Sequence[Cut]) -> Iterator[_Expected]:
+        """What is expected in each row of one pass."""
+        rows = [prompt + tokens.ids for prompt, tokens in zip(prompts, cuts, strict=True)]
+        ids, mask = pad_batch(rows, pad_id(self.tokenizer))
+        scored = torch.zeros_like(mask, dtype=torch.bool)
+        for index, prompt in enumerate(prompts):
+            scored[index, max(0, len(prompt) - 1) : len(rows[index]) - 1] = True
+        own = ids.roll(-1, dims=1)[scored]
+        parts: list[_Expected] = []
+
+        def visit(logits: Tensor, span: slice) -> None:
+            parts.append(self._likeliest(logits, own[span]))
+
+        device = self.model.device
+        visit_logits(
+            self.model, ids.to(device), mask.to(device), scored.to(device), visit, backward=False
+        )
+        counts = scored.sum(dim=1).tolist()
+        joined = _Expected(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return map(_Expected, *(torch.split(column, counts) for column in joined))
+
+    def _likeliest(self, logits: Tensor, own: Tensor) -> _Expected:
+        """logits (m, vocabulary) float32; own (m,), the tokens that came."""
+        surprise = cross_entropy(logits, own.to(logits.device), reduction="none")
+        logits = logits / self.config.temperature
+        total = logits.logsumexp(dim=1)
+        likely, ids = logits.topk(min(self.config.top_k, logits.shape[1]), dim=1)
+        rest = logits.scatter(1, ids, NEVER).logsumexp(dim=1)
+        return _Expected(
+            ids.cpu(), (likely - total[:, None]).cpu(), (rest - total).cpu(), surprise.cpu()
+        )
+
+    def _translate(
+        self, expected: _Expected, pairs: np.ndarray, target: Sequence[int]
+    ) -> tuple[RowDistribution, int]:
+        """One row in the target's tokens, and how many of them the source says something about.
+
+        pairs: for every token of the target the one of the source at its place, or below 0.
+        """
+        certain = RowDistribution.certain(target)
+        chosen = torch.from_numpy(np.flatnonzero(pairs >= 0))
+        at = torch.from_numpy(pairs)[chosen]
+        mapped = torch.from_numpy(self.vocabulary)[expected.ids[at]]
+        usable = (mapped >= 0).any(dim=1)
+        chosen, at, mapped = chosen[usable], at[usable], mapped[usable]
+        # What is likely but no token of the target joins the rest.
+        lost = expected.log_probs[at].masked_fill(mapped >= 0, NEVER).logsumexp(dim=1)
+        ids, log_probs = merge_duplicates(
+            mapped, expected.log_probs[at].masked_fill(mapped < 0, NEVER)
+        )
+        width = max(1, ids.shape[1])
+        row = RowDistribution(
+            certain.ids.repeat(1, width),
+            torch.full((len(target), width), NEVER),
+            certain.log_rest,
+            float(expected.surprise.double().sum()) / max(1, len(target)),
+        )
+        row.log_probs[:, 0] = 0.0
+        row.ids[chosen, : ids.shape[1]] = ids
+        row.log_probs[chosen, : ids.shape[1]] = log_probs
+        row.log_rest[chosen] = torch.logaddexp(expected.log_rest[at], lost)
+        return row, len(chosen)
+
+
+def _end_tokens(model: Any) -> list[int]:
+    """Tokens of a source that end its answer; a chat model often has several."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    if named is None:
+        return []
+    return [int(token) for token in (named if isinstance(named, list) else [named])]
