@@ -38,6 +38,10 @@ Verdict = float | str
 """A score, 1.0 for a rule that passes; or why the answer fails, "" where the name says it."""
 
 
+UNJUDGED = "error: "
+"""What a verdict begins with where the rule cannot judge the answer; the reason follows."""
+
+
 class Scorer(Protocol):
     """Who judges; every kind of score is one of these."""
 
@@ -58,9 +62,9 @@ class Scorer(Protocol):
 def open_scorer(score: Score, where: Path) -> Scorer:
     """The scorer of one `[[scores]]` table; relative paths refer to `where`.
 
-    Raises: ConfigError for a missing key or library, or a reward model with several labels;
-        CheckpointError for a reward model that cannot be used; SourceError for a sandbox that
-        does not work.
+    Raises: ConfigError for a missing key, library or bubblewrap, or a reward model with several
+        labels; CheckpointError for a reward model that cannot be used; SourceError for a sandbox
+        that does not start.
     """
     if isinstance(score, CodeRule):
         from graftkit.distill.scores.code import CodeTests
@@ -244,17 +248,22 @@ def _scored(answer: Answer, verdicts: Mapping[str, Verdict], named: Mapping[str,
         return Scored(answer, False, unusable, 0.0)
     grades = {name: score for name, score in named.items() if isinstance(score, Graded)}
     scores = {n: v for n, v in verdicts.items() if n in grades and not isinstance(v, str)}
-    failed = [
-        f"{name}: {verdicts[name]}" if verdicts[name] else name
-        for name in sorted(named, key=lambda name: name not in grades)
-        if isinstance(verdicts[name], str)
-    ]
+    reasons = {n: v for n in named if isinstance(v := verdicts[n], str)}
+    # First grades that are missing, then rules that failed, then rules that could not judge.
+    order = sorted(reasons, key=lambda n: (n not in grades, reasons[n].startswith(UNJUDGED)))
+    failed = [_failure(name, reasons[name]) for name in order]
     reward = 0.0 if failed else 1.0
     if grades:
         whole = len(scores) == len(grades)
         reward = sum(grades[n].weight * scores[n] for n in grades) if whole else 0.0
     in_order = {name: scores[name] for name in grades if name in scores}
     return Scored(answer, not failed, failed[0] if failed else None, reward, in_order)
+
+
+def _failure(name: str, reason: str) -> str:
+    if reason.startswith(UNJUDGED):
+        return f"{UNJUDGED}{name}: {reason.removeprefix(UNJUDGED)}"
+    return f"{name}: {reason}" if reason else name
 
 
 def _record(scored: Scored) -> dict[str, Any]:

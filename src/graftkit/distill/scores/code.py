@@ -1,6 +1,5 @@
 """Whether an answer's code passes the tests of its prompt."""
 
-import logging
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,20 +17,15 @@ LABELS = ("python", "python3", "py")
 class CodeTests:
     """The tests of the prompt, run behind the answer's code in a sandbox, one for each core.
 
-    Raises: ConfigError elsewhere than on Linux; SourceError where the sandbox does not work.
+    Raises: ConfigError elsewhere than on Linux, or without bubblewrap; SourceError where the sandbox
+        does not start.
     """
 
     costly = True
 
     def __init__(self, rule: CodeRule):
         self.rule = rule
-        missing = check_sandbox()
-        if missing:
-            logging.getLogger(__name__).warning(
-                "score code: this machine gives the sandbox no %s, so answers are held by a fence "
-                "inside Python; run them where there are no secrets",
-                " and no ".join(missing),
-            )
+        check_sandbox()
 
     def score(
         self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
@@ -49,8 +43,8 @@ class CodeTests:
     def _run(self, answer: Answer, tests: str) -> Verdict:
         rule = self.rule
         code = find_code(answer.text)
-        outcome = run_tests(code, tests, rule.timeout_seconds, rule.memory_bytes)
-        return 1.0 if outcome.failed is None else outcome.failed
+        failed = run_tests(code, tests, rule.timeout_seconds, rule.memory_bytes)
+        return 1.0 if failed is None else failed
 
 
 def find_code(text: str) -> str:
