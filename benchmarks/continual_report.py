@@ -7,7 +7,7 @@ from statistics import fmean
 import matplotlib as mpl
 from ledger import Record, newest, provenance, table, write_between
 
-from graftkit.forgetting import Course
+from graftkit.evaluate import Course
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

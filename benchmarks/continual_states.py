@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from continual_training import tune_adapter, tune_weights
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.fuse import merge_packs
-from graftkit.fuse.in_turn import merge_in_turn
 from graftkit.fuse.search import search_weights
+from graftkit.fuse.sequential import merge_in_turn
 from graftkit.models import load_model
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.packing import pack_delta

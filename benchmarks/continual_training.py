@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.models import load_model
 from graftkit.models.encoding import EncodedRow, pad_id, scored_tokens, usable_tokenizer
-from graftkit.models.saving import CheckpointWriter
+from graftkit.models.views import CheckpointWriter
 from graftkit.outputs import claimed
 from graftkit.rows import Row, encode_row, pad_batch
 

@@ -23,7 +23,7 @@ from ledger import ROOT
 from torch import Tensor
 from transformers.utils import logging
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.models.calibration import pad_id
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.rows import Row, batches_by_length, encode_prompt, encode_row, pad_batch, read_rows

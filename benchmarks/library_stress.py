@@ -29,7 +29,7 @@ from ledger import commit, machine
 from library_stress_world import LETTERS, make_world
 
 from graftkit import SkillPack, attached
-from graftkit.delta import fingerprint, tensor_digest
+from graftkit.checkpoint import fingerprint, tensor_digest
 from graftkit.errors import AttachError, GraftError, LibraryError, OutputError
 from graftkit.library import Library
 from graftkit.library.folder import PackFolder, file_digest

@@ -22,7 +22,7 @@ from ledger import ROOT, Ledger
 from size_report import write_report
 
 from graftkit.attachment import attached
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import BudgetError
 from graftkit.evaluate import exact_match, token_fidelity
 from graftkit.models.loading import load_model, load_tokenizer

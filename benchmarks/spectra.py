@@ -34,7 +34,7 @@ from spectra_report import write_tables
 from spectra_statistics import LOOKUP, Statistics, measure_statistics
 from torch import Tensor
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles
 from graftkit.models.calibration import HEAD
 from graftkit.rows import read_rows

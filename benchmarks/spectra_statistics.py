@@ -10,7 +10,7 @@ import torch
 from spectra_measures import root
 from torch import Tensor
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.models.calibration import (
     HEAD,
     TOKENS,

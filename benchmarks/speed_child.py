@@ -16,7 +16,7 @@ from typing import Any
 from speed_stages import Parts, decode_stages, use_full_svd
 
 from graftkit.attachment import attach
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.models.loading import load_model
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack

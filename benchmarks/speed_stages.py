@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.compress import codecs, coded
-from graftkit.delta import Checkpoint
 from graftkit.packing import encode, measure
 from graftkit.skillpack import SkillPack
 

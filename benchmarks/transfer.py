@@ -22,7 +22,7 @@ from ledger import ROOT, Ledger, Record, command_line
 from transfer_report import write_report
 
 from graftkit.attachment import attached
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.pipeline import run_distill
 from graftkit.evaluate import exact_match
 from graftkit.models import load_model

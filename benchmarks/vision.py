@@ -18,7 +18,7 @@ import torch
 from ledger import Ledger, Record, command_line
 from vision_report import write_report
 
-from graftkit.memory import kept_memory
+from graftkit.parallel import kept_memory
 from graftkit.vision.budget import Budget
 from graftkit.vision.features import ALL_VIEWS, FeatureTable
 from graftkit.vision.grafting import GraftSettings, graft, prepare, trainer_of, untrained

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from graftkit import Library
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import read_config
 from graftkit.distill.records import Journal, read_lines
 from graftkit.distill.workspace import StageBook, only_run

@@ -14,12 +14,10 @@ from rich.console import Console
 import graftkit
 from graftkit.cli import show
 from graftkit.cli.distilling import print_run
-from graftkit.cli.families import _print_family
 from graftkit.cli.interop import print_export
 from graftkit.cli.library import _print_routes, _print_scores
 from graftkit.errors import ConfigError
-from graftkit.fuse.heatmap import draw_interference
-from graftkit.fuse.interference import Interference, Pair
+from graftkit.fuse.interference import Interference, Pair, draw_interference
 from graftkit.text import printable
 
 NASTY = "zz[/x] [bold]b :smile: \x1b]0;t\x07\x1b[2J\r\n\x85\x9b\u2028\u202eabc\x7f\ud800"
@@ -53,13 +51,6 @@ TABLES = {
     "scores": lambda: _print_scores(
         {"skills": {NASTY: SCORE}, "confusion": {NASTY: {NASTY: 1}}, "accuracy": 1.0}
         | {"false_acceptance": None, "milliseconds_per_prompt": 1.0}
-    ),
-    "family": lambda: _print_family(
-        {"manifest": {"method": NASTY, "settings": {}, "target": {"name": NASTY}}}
-        | {"bytes": 1, "ratio": 1.0, "shared_bytes": 1}
-        | {"skills": [{"name": NASTY, "bytes": 1, "error": 0.0, "tuned": {"name": NASTY}}
-                      | {"pack_blake3": "0" * 64}]},
-        Path("f"),
     ),
     "stages": lambda: print_run({"output": NASTY, "stages": {NASTY: {"seconds": 1.0, NASTY: 1}}}),
     "export": lambda: print_export(

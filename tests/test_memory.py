@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from graftkit.memory import kept_memory
+from graftkit.parallel import kept_memory
 
 BYTES = 2**26
 

@@ -16,15 +16,14 @@ from safetensors.torch import save_file
 from tiny_models import perturb, save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from graftkit.checkpoint import save_tensors
 from graftkit.errors import GraftError, OutputError
-from graftkit.files import replaced_file
+from graftkit.files import WorkFolder, replaced_file
 from graftkit.fuse import merge_packs
-from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
+from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
 from graftkit.outputs import claimed, own_folder
 from graftkit.packing import pack_delta
-from graftkit.sharded import save_tensors
 from graftkit.skillpack import SkillPack
-from graftkit.work import WorkFolder
 
 SOME = (1, 2, 5, 13, 21, 55)
 """Changes of files at which the quick tests kill; the slow ones kill at all of them."""
@@ -63,10 +62,6 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple]] = {
         *("fuse", m / "target", m / "1.skillpack", m / "2.skillpack", "-o", o),
         *("--recipe", "lossless"),
     ),
-    "family make": lambda m, o: (
-        *("family", "make", m / "target", m / "1.skillpack", m / "2.skillpack", "-o", o),
-        *("--method", "emr", "--budget", "100%"),
-    ),
     "interference": lambda m, o: (
         *("interference", m / "target", m / "1.skillpack", m / "2.skillpack", "--figure", o),
     ),
@@ -75,7 +70,7 @@ COMMANDS: dict[str, Callable[[Path, Path], tuple]] = {
         *("export", m / "1.skillpack", "--target", m / "target", "-o", o, "--rank", 4),
     ),
 }
-FILES = ("pack", "fuse", "family make", "interference")
+FILES = ("pack", "fuse", "interference")
 FOLDERS = ("merge", "export")
 
 

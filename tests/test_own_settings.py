@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from graftkit.cli.generating import generate_answers
 from graftkit.errors import PackMismatchError
 from graftkit.evaluate import compare
-from graftkit.fuse.merging import merge_packs
+from graftkit.fuse.merge import merge_packs
 from graftkit.library import Library
 from graftkit.packing import pack_delta
 from graftkit.rows import Row

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from graftkit.threads import in_threads
+from graftkit.parallel import in_threads
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -8,7 +8,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.demo.embedded import DATA, SKILLS, fingerprint_of
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack

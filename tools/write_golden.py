@@ -12,6 +12,14 @@ from blake3 import blake3
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graftkit.checkpoint import (
+    DTYPE_NAMES,
+    DTYPES,
+    TENSOR_DIGEST_HEX,
+    Checkpoint,
+    fingerprint,
+    tensor_digest,
+)
 from graftkit.compress.codecs import (
     Dense,
     Entries,
@@ -28,17 +36,8 @@ from graftkit.compress.codecs import (
     matrices,
 )
 from graftkit.compress.lowrank import Tier, eigenbasis
-from graftkit.delta import (
-    DTYPE_NAMES,
-    DTYPES,
-    TENSOR_DIGEST_HEX,
-    Checkpoint,
-    fingerprint,
-    tensor_digest,
-)
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import file_entry, payloads_digest
-from graftkit.skillpack.files import encode_file
 from graftkit.skillpack.manifest import (
     FORMAT_VERSION,
     CalibrationInfo,
@@ -48,7 +47,8 @@ from graftkit.skillpack.manifest import (
     TensorRecord,
     TunedInfo,
 )
-from graftkit.skillpack.words import encode_exact
+from graftkit.skillpack.pack import encode_file
+from graftkit.skillpack.validate import encode_exact
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TIERS = LowRankTiers((Tier(8, 1), Tier(4, 2), Tier(2, 2)))

@@ -1,7 +1,5 @@
 """Write what the format's page takes from the code: the JSON schema, and section 6.
 
-The schema of version 1 is no longer written: that version does not change.
-
 python tools/write_schema.py            write both
 python tools/write_schema.py --check    exit 1 where a committed file is not current
 """

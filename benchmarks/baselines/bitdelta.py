@@ -18,7 +18,7 @@ from torch.func import functional_call
 from baselines.embedding import decode_embedding
 from baselines.problem import Problem, TargetSide
 from baselines.protocol import UnreachableError
-from graftkit.compress.bitpack import packed_bytes
+from graftkit.compress.quantize import packed_bytes
 
 STEPS = 100
 RATES = (1e-4, 3e-4, 1e-3, 0.0)

@@ -15,7 +15,7 @@ from graftkit.compress.codecs import (
     encode_matrix,
     payload_bytes,
 )
-from graftkit.skillpack.words import decode_exact, encode_exact
+from graftkit.skillpack.validate import decode_exact, encode_exact
 
 _CODECS = ("sparse", "lowrank", "exact")
 

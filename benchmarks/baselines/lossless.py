@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from baselines.problem import Pair, Problem
-from graftkit.delta import tensor_bytes
+from graftkit.checkpoint import tensor_bytes
 
 LEVELS = (19, 22)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from baselines.embedding import encode_embedding
+from graftkit.checkpoint import Checkpoint
 from graftkit.compress.lowrank import eigenbasis, left_vectors
-from graftkit.delta import Checkpoint
 from graftkit.evaluate import token_fidelity
 from graftkit.models.architecture import ModuleKind, tensor_roles
 from graftkit.models.loading import load_model, load_tokenizer

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from graftkit.distill.pipeline import run_distill
     from graftkit.evaluate import Comparison, compare
     from graftkit.fuse import merge_packs
-    from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
-    from graftkit.fuse.packing import fuse_packs
+    from graftkit.fuse.merge import fuse_packs
     from graftkit.fuse.search import search_weights
+    from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
     from graftkit.interop import export_lora, import_lora
     from graftkit.library import Library
     from graftkit.packing import pack_delta
@@ -41,10 +41,10 @@ _PUBLIC = {
     "Comparison": "graftkit.evaluate",
     "DistillConfig": "graftkit.distill.config",
     "run_distill": "graftkit.distill.pipeline",
-    "fuse_packs": "graftkit.fuse.packing",
+    "fuse_packs": "graftkit.fuse.merge",
     "search_weights": "graftkit.fuse.search",
-    "merge_in_turn": "graftkit.fuse.in_turn",
-    "fuse_in_turn": "graftkit.fuse.in_turn",
+    "merge_in_turn": "graftkit.fuse.sequential",
+    "fuse_in_turn": "graftkit.fuse.sequential",
     "Library": "graftkit.library",
     "import_lora": "graftkit.interop",
     "export_lora": "graftkit.interop",

@@ -6,7 +6,7 @@ GraftError
 ├── CheckpointError          a checkpoint on disk cannot be used: missing shard, pickle, NaN
 │   └── CheckpointMismatchError   target and tuned are not two states of one model
 ├── PackFormatError          the file is not a valid SkillPack
-│   ├── UnsupportedVersionError   written by a newer graftkit
+│   ├── UnsupportedVersionError   of another format version than this graftkit reads
 │   └── CorruptPackError          truncated, edited or damaged
 ├── PackMismatchError        a valid pack, but made for a different target
 ├── AttachError              a pack cannot be attached to this model in this way
@@ -14,7 +14,6 @@ GraftError
 ├── SourceError              a source, judge or reward model does not answer
 ├── SelectionError           no answers are left to train on
 ├── LibraryError             a library's folder is damaged, or holds no such pack
-├── FamilyError              a file is not a valid family of packs
 ├── ImagesError              a data set of images is empty, broken or lacks a class
 ├── DonorError               a vision network cannot be read, or cannot be cut
 ├── RootstockError           an ONNX file is not a rootstock
@@ -50,6 +49,7 @@ class PackFault(StrEnum):
     TRUNCATED = "truncated"
     HEADER_TOO_LARGE = "header_too_large"
     NOT_A_SKILLPACK = "not_a_skillpack"
+    OLDER_VERSION = "older_version"
     NEWER_VERSION = "newer_version"
     INVALID_HEADER = "invalid_header"
     DUPLICATE_KEY = "duplicate_key"
@@ -72,7 +72,7 @@ class PackFormatError(GraftError):
 
 
 class UnsupportedVersionError(PackFormatError):
-    """The pack was written by a newer version of graftkit."""
+    """The pack is of another format version than this graftkit reads."""
 
 
 class CorruptPackError(PackFormatError):
@@ -101,10 +101,6 @@ class SelectionError(GraftError):
 
 class LibraryError(GraftError):
     """A library's folder is damaged, or holds no such pack."""
-
-
-class FamilyError(GraftError):
-    """A file is not a valid family of packs."""
 
 
 class ImagesError(GraftError):

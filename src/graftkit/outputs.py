@@ -1,7 +1,7 @@
 """What a command writes: checked, locked, made in a folder of its own, and put in place at once.
 
     OUTPUT                      the result, a file or a folder; there when it is whole
-    OUTPUT.partial/             unfinished work (work.py) and the result while it is made
+    OUTPUT.partial/             unfinished work (files.py) and the result while it is made
     .OUTPUT.graftkit-lock       held by the run that writes OUTPUT
 
 The lock's text is a note of what the run is about to put in place. A run that is killed leaves it,
@@ -18,13 +18,12 @@ from typing import Any
 from blake3 import blake3
 
 from graftkit.errors import OutputError
-from graftkit.files import Busy, Lock, told_of_full_disk, writing
-from graftkit.work import WorkFolder
+from graftkit.files import Busy, Lock, WorkFolder, told_of_full_disk, writing
 
 MARKER = ".graftkit"
 """The file that makes a folder of results a command's own; it holds the command's name."""
 
-_OWN_KINDS = (".skillpack", ".skillfamily", ".png")  # never an input because of where they lie
+_OWN_KINDS = (".skillpack", ".png")  # never an input because of where they lie
 
 
 class Claim:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graftkit.errors import CheckpointError
-from graftkit.work import is_work_folder
+from graftkit.files import is_work_folder
 
 SIDE_FILES = (
     "config.json",
@@ -92,7 +92,7 @@ _TOKENIZER_FILES = frozenset(
 _WEIGHTS = re.compile(
     r"(?i)(.*\.(safetensors|bin|pt|pth|ckpt|pkl|pickle|joblib|h5|hdf5|keras|msgpack|onnx|onnx_data|"
     r"gguf|ggml|tflite|pb|mlmodel|npz|npy|ot|nemo|engine|plan|trt|llamafile|pdparams|mar|index|"
-    r"meta|data-\d+-of-\d+|distcp|skillpack|skillfamily|tmp|pyc|so|dll|dylib|exe)"
+    r"meta|data-\d+-of-\d+|distcp|skillpack|tmp|pyc|so|dll|dylib|exe)"
     r"|.*\.(safetensors|bin|h5|msgpack)\.index(\..*)?\.json|.*\.onnx[._]data.*"
     r"|.*\.safetensors\..*|adapter_config\.json|trainer_state\.json|checkpoint)"
 )

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from graftkit.delta import TENSOR_DIGEST_HEX, Checkpoint, tensor_digest
+from graftkit.checkpoint import TENSOR_DIGEST_HEX, Checkpoint, tensor_digest
 from graftkit.models import ModuleKind, tensor_roles
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack

@@ -6,7 +6,7 @@ from attachment.packs import empty_pack, exact_pack, low_rank_pack
 from tiny_models import ARCHITECTURES, CAUSAL, inputs, make_pair
 
 from graftkit.attachment import attach, attached, detach
-from graftkit.delta import tensor_bytes
+from graftkit.checkpoint import tensor_bytes
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model
 

@@ -11,7 +11,7 @@ from tiny_models import inputs, perturb
 from torch import nn
 
 from graftkit.attachment import attach, attached
-from graftkit.attachment.coverage import ChangedWeight, ReadWatch
+from graftkit.attachment.calls import ChangedWeight, ReadWatch
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 

@@ -10,7 +10,7 @@ from attachment.test_attach import bytes_of, logits
 from tiny_models import make_pair
 
 from graftkit.attachment import attach, attached
-from graftkit.attachment.check import LiveTarget
+from graftkit.attachment.target import LiveTarget
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model
 

@@ -10,7 +10,7 @@ from tiny_models import VOCABULARY, build, inputs, perturb
 
 from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError
-from graftkit.fuse.merging import merge_packs
+from graftkit.fuse.merge import merge_packs
 from graftkit.models.configuration import computing_keys, tuned_config
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack
@@ -179,7 +179,7 @@ def forged(target, tuned):
 
 
 def test_a_pack_of_an_older_writer_is_read_with_the_targets_own_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("graftkit.skillpack.files._STORED_WHOLE", ())
+    monkeypatch.setattr("graftkit.skillpack.pack._STORED_WHOLE", ())
     target, tuned = save_pair(tmp_path, build("gpt2"), activation_function="relu")
     pack = pack_delta(target, tuned, recipe="lossless")
     assert pack.manifest.files[0].prefix > 0

@@ -6,10 +6,9 @@ from attachment.test_attach import logits
 from tiny_models import inputs, make_pair
 
 from graftkit.attachment import attached
-from graftkit.attachment.mixtures import choose_rows
-from graftkit.attachment.routing import put, take
+from graftkit.attachment.modules import DenseUpdate, LowRankUpdate, RowUpdate, make_update
+from graftkit.attachment.rows import choose_rows, put, take
 from graftkit.attachment.side import SidePaths
-from graftkit.attachment.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 from graftkit.packing import pack_delta
@@ -148,19 +147,19 @@ def test_every_form_of_an_update_computes_the_same_matrix():
 def test_entries_belong_to_rows_in_runs_of_equal_length():
     cpu = torch.device("cpu")
     rows = choose_rows([0, 1], [None, 1, None, 1])
-    shares = rows.shares("any", 8, cpu)
+    shares = rows.shares(8, cpu)
     assert [(share.pack, share.weight) for share in shares] == [(1, 1.0)]
     assert shares[0].entries.tolist() == [2, 3, 6, 7]
     assert dict(rows.groups(4, cpu))[0].tolist() == [0, 2]
-    (share,) = choose_rows([0, 1], [None, 0, 0]).shares("any", 3, cpu)
+    (share,) = choose_rows([0, 1], [None, 0, 0]).shares(3, cpu)
     assert share.entries == slice(1, 3)
     with pytest.raises(AttachError, match="5 entries for 3 rows"):
-        choose_rows([0], [None, 0, 0]).shares("any", 5, cpu)
+        choose_rows([0], [None, 0, 0]).shares(5, cpu)
 
 
 def test_rows_with_other_weights_of_one_pack_share_its_product():
     rows = choose_rows([0, 1], [{0: 0.5, 1: 0.25}, None, 0, {0: 0.5}])
-    first, second = rows.shares("any", 8, torch.device("cpu"))
+    first, second = rows.shares(8, torch.device("cpu"))
     assert first.entries.tolist() == [0, 1, 4, 5, 6, 7]
     assert first.scale(torch.ones(6, 2))[:, 0].tolist() == [0.5, 0.5, 1, 1, 0.5, 0.5]
     assert (second.entries, second.weight) == (slice(0, 2), 0.25)

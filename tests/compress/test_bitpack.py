@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
-from graftkit.compress import bitpack
-from graftkit.compress.bitpack import pack_bits, packed_bytes, unpack_bits
+from graftkit.compress import quantize
+from graftkit.compress.quantize import pack_bits, packed_bytes, unpack_bits
 from graftkit.errors import CorruptPackError
 
 
@@ -46,7 +46,7 @@ def test_code_i_lies_at_bit_i_times_bits_least_significant_bit_first(case):
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("extra", [-1, 0, 1, 13])
 def test_codes_beyond_one_block_come_back(bits, extra):
-    codes = random_codes(2 * bitpack.LANES_PER_BLOCK * bitpack.CODES_PER_LANE + extra, bits)
+    codes = random_codes(2 * quantize.LANES_PER_BLOCK * quantize.CODES_PER_LANE + extra, bits)
     assert_array_equal(unpack_bits(pack_bits(codes, bits), bits, codes.size), codes)
 
 

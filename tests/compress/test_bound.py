@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftkit.compress.bound import waterfilling_bits
+from graftkit.compress.allocate import waterfilling_bits
 
 SPECTRA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30).map(np.array)
 

@@ -5,7 +5,7 @@ import torch
 from distill.foreign import byte_level, gpt2
 from distill.tiny import tiny_llama, write_jsonl
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Lora, ModelSource, Sft, Transfer
 from graftkit.distill.pipeline import run_distill
 from graftkit.distill.training import train_rows

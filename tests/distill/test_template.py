@@ -1,7 +1,7 @@
 import pytest
 from distill.tiny import byte_tokenizer, tiny_llama
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.records import Answer, Scored
 from graftkit.distill.select import Template
 from graftkit.errors import CheckpointError

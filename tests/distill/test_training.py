@@ -8,7 +8,7 @@ import torch
 from distill.tiny import tiny_llama
 from safetensors.torch import load_file
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Dpo, Lora, Sft
 from graftkit.distill.training import last_checkpoint, train_pairs, train_rows
 from graftkit.errors import ConfigError, RowsError
@@ -114,7 +114,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from distill.test_training import PAIRS, ROWS, FAST
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Dpo, Sft
 from graftkit.distill.training import train_pairs, train_rows
 import torch

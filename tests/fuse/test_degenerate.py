@@ -6,11 +6,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftkit.errors import ConfigError, GraftError
-from graftkit.fuse import merge_packs, rules
-from graftkit.fuse.families import emr_private
-from graftkit.fuse.in_turn import merge_in_turn
+from graftkit.fuse import merge_packs, methods
+from graftkit.fuse.continual import project_out
 from graftkit.fuse.methods import METHODS
-from graftkit.fuse.opcm import project_out
+from graftkit.fuse.sequential import merge_in_turn
 from graftkit.packing import pack_delta
 
 CONFIG = LlamaConfig(
@@ -171,12 +170,6 @@ def _copies(skills, count):
     ]
 
 
-def test_a_scale_that_no_file_keeps_is_no_scale():
-    delta, shared = torch.full((2, 2), 3e38), torch.full((2, 2), 1e-44)
-    mask, scale = emr_private(delta, shared)
-    assert (bool(mask.all()), scale) == (True, 0.0)
-
-
 def test_what_is_dropped_is_zero_whatever_the_density():
-    dropped = rules.drop(torch.ones(100, 100), 1e-300, "key")
+    dropped = methods.drop(torch.ones(100, 100), 1e-300, "key")
     assert not dropped.any()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.errors import ConfigError
-from graftkit.forgetting import Course
+from graftkit.evaluate import Course
 
 SCORES = st.floats(0, 1)
 

@@ -9,11 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import build, perturb
 
-from graftkit.delta import Checkpoint, tensor_digest
+from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError, ConfigError, OutputError, PackMismatchError
-from graftkit.fuse import memory, merge_packs
-from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
+from graftkit.fuse import merge_packs, sequential
 from graftkit.fuse.methods import IN_TURN, find_method
+from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
 from graftkit.packing import pack_delta
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
@@ -164,9 +164,9 @@ def test_a_damaged_state_is_refused_and_left_alone(how, skills, states, tmp_path
 )
 def test_a_forged_header_with_its_right_digest_is_refused(changed, says, skills, states, tmp_path):
     state, tensors = tmp_path / "s", load_file(states["opcm"])
-    _, _, header = metadata_of(states["opcm"])[memory.FORMAT].partition(" ")
+    _, _, header = metadata_of(states["opcm"])[sequential.FORMAT].partition(" ")
     text = json.dumps(json.loads(header) | changed)
-    save_file(tensors, state, {memory.FORMAT: f"{memory._digest(text, tensors)} {text}"})
+    save_file(tensors, state, {sequential.FORMAT: f"{sequential._digest(text, tensors)} {text}"})
     with pytest.raises(CheckpointError, match=says):
         merge_in_turn(skills.target, skills.lossy[2:], tmp_path / "m", "opcm", state)
 

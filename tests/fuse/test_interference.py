@@ -8,8 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.errors import ConfigError, OutputError
-from graftkit.fuse.heatmap import draw_interference
-from graftkit.fuse.interference import Interference, compare_deltas, measure_interference
+from graftkit.fuse.interference import (
+    Interference,
+    compare_deltas,
+    draw_interference,
+    measure_interference,
+)
 
 
 def draw(seed, shape=(20, 10)):

@@ -5,11 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import RowsError
-from graftkit.fuse.importance import measure_importances
-from graftkit.fuse.kif import RETENTION, Kif, energy, new_share, normalized
-from graftkit.fuse.running import Skill
+from graftkit.fuse.continual import RETENTION, Kif, Skill, energy, new_share, normalized
+from graftkit.fuse.search import measure_importances
 from graftkit.models import load_model
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.rows import Row, encode_row

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, build, make_pair, perturb, save_tokenizer
 
-from graftkit.delta import Checkpoint, tensor_digest
+from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import ConfigError, OutputError, PackMismatchError
-from graftkit.fuse import merge_packs, rules
+from graftkit.fuse import merge_packs, methods
 from graftkit.fuse.methods import METHODS, Method, find_method
 from graftkit.packing import pack_delta
 
@@ -121,7 +121,7 @@ def test_merging_works_on_every_kind_of_architecture(architecture, tmp_path):
     before, after, merged = (Checkpoint.open(p) for p in (target, tuned, tmp_path / "m"))
     for name in before.tensors:
         delta = after.read(name).float() - before.read(name).float()
-        expected = before.read(name).float() + rules.trim(delta, 0.5)
+        expected = before.read(name).float() + methods.trim(delta, 0.5)
         assert torch.equal(merged.read(name), expected.bfloat16())
 
 
@@ -225,7 +225,7 @@ def test_an_interrupted_merge_leaves_nothing_behind(skills, tmp_path, monkeypatc
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("graftkit.sharded.save_file", fail)
+    monkeypatch.setattr("graftkit.checkpoint.save_file", fail)
     with pytest.raises(OutputError, match="No space left"):
         merge_packs(skills.target, skills.exact, tmp_path / "m", method="ties")
     assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftkit.fuse.opcm import TAKEN_SHARE, Opcm, project_out
-from graftkit.fuse.running import Skill
+from graftkit.fuse.continual import TAKEN_SHARE, Opcm, Skill, project_out
 
 LAYOUTS = {"matrix": "matrix"}
 extents = st.integers(1, 7)

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import BudgetError, ConfigError, OutputError
 from graftkit.fuse import merge_packs
-from graftkit.fuse.merging import pack_digest
-from graftkit.fuse.packing import fuse_packs
+from graftkit.fuse.merge import fuse_packs, pack_digest
 from graftkit.skillpack import SkillPack
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils import merge_utils as peft
 
-from graftkit.fuse import rules
+from graftkit.fuse import methods
 from graftkit.fuse.methods import METHODS, find_method
 
 SHAPES = [(1,), (3,), (16,), (5, 7), (2, 3, 4)]
@@ -87,12 +87,12 @@ def test_equal_packs_average_to_themselves(case, share):
     twice = ([delta] * 2, [1.0, 1.0], keys[:1] * 2)
     assert torch.equal(merged("linear", twice), delta)
     assert torch.equal(merged("sce", twice, select=share), delta)
-    assert torch.equal(merged("ties", twice, density=share), rules.trim(delta, share))
+    assert torch.equal(merged("ties", twice, density=share), methods.trim(delta, share))
 
 
 def test_equal_packs_do_not_make_sce_forget_everything_with_a_third_one():
     one, other = draw((40,), 2, 0)
-    found = rules.sce([one, one, other], [1.0] * 3, 0.1)
+    found = methods.sce([one, one, other], [1.0] * 3, 0.1)
     assert float(found.norm()) > 0.5 * float(one.norm())
 
 
@@ -115,7 +115,7 @@ def test_merging_leaves_its_inputs_alone_and_gives_finite_entries(method, case):
 @given(families(), st.floats(0.01, 1))
 def test_trimming_keeps_the_share_asked_of_the_largest_entries(case, density):
     delta = case[0][0]
-    kept = rules.trim(delta, density)
+    kept = methods.trim(delta, density)
     count = max(1, int(density * delta.numel()))
     assert int(kept.count_nonzero()) == min(count, int(delta.count_nonzero()))
     dropped = delta[kept == 0].abs()
@@ -124,14 +124,14 @@ def test_trimming_keeps_the_share_asked_of_the_largest_entries(case, density):
 
 
 def test_of_equal_entries_trimming_keeps_the_first():
-    assert rules.trim(torch.ones(4), 0.5).tolist() == [1, 1, 0, 0]
+    assert methods.trim(torch.ones(4), 0.5).tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("shape", [(4,), (30, 10)])
 def test_dropping_keeps_the_mean_over_seeds_also_of_a_few_entries(shape):
     [delta] = draw(shape, 1, 1)
     draws = 2000
-    total = sum(rules.drop(delta, 0.3, f"{seed}/pack/w") for seed in range(draws))
+    total = sum(methods.drop(delta, 0.3, f"{seed}/pack/w") for seed in range(draws))
     deviation = delta.abs() * math.sqrt((1 / 0.3 - 1) / draws)
     assert ((total / draws - delta).abs() <= 5 * deviation).all()
 
@@ -149,25 +149,25 @@ def test_a_draw_depends_on_seed_pack_and_tensor_alone():
 
 def test_opposite_entries_of_equal_weight_agree_with_nobody():
     delta = torch.tensor([1.0, -2.0])
-    assert rules.agreeing_mean([delta, -delta], [1.0, 1.0]).tolist() == [0, 0]
+    assert methods.agreeing_mean([delta, -delta], [1.0, 1.0]).tolist() == [0, 0]
 
 
 def test_the_elected_sign_is_that_of_the_weighted_sum():
     a, b = torch.tensor([1.0, 1.0]), torch.tensor([-3.0, -0.5])
-    assert rules.agreeing_mean([a, b], [1.0, 1.0]).tolist() == [-3.0, 1.0]
-    assert rules.agreeing_mean([a, b], [4.0, 1.0]).tolist() == [1.0, 1.0]
+    assert methods.agreeing_mean([a, b], [1.0, 1.0]).tolist() == [-3.0, 1.0]
+    assert methods.agreeing_mean([a, b], [4.0, 1.0]).tolist() == [1.0, 1.0]
 
 
 def test_sce_weighs_packs_by_their_energy_where_they_differ_most():
     # Two entries vary; at one half the one that varies most sets the weights, 1 : 9.
     a, b = torch.tensor([5.0, 1.0, 1.0]), torch.tensor([5.0, 2.0, 3.0])
-    found = rules.sce([a, b], [1.0, 1.0], 0.5)
+    found = methods.sce([a, b], [1.0, 1.0], 0.5)
     torch.testing.assert_close(found, 0.1 * a + 0.9 * b)
 
 
 def test_weights_of_sce_multiply_those_it_computes():
     a, b = torch.tensor([5.0, 1.0, 1.0]), torch.tensor([5.0, 2.0, 3.0])
-    found = rules.sce([a, b], [9.0, 1.0], 0.5)
+    found = methods.sce([a, b], [9.0, 1.0], 0.5)
     torch.testing.assert_close(found, 0.5 * a + 0.5 * b)
 
 
@@ -177,7 +177,7 @@ def test_pcb_keeps_entries_that_are_large_and_agreed_on():
     b = 0.01 * torch.randn(100)
     a[0], b[0] = 1.0, 0.9  # both
     a[1], b[1] = 1.0, -1.0  # opposed
-    found = rules.pcb([a, b], [1.0, 1.0], 0.05)
+    found = methods.pcb([a, b], [1.0, 1.0], 0.05)
     assert float(found[0]) > 0.8
     assert float(found[1]) == 0
     assert int(found.count_nonzero()) <= 10
@@ -185,7 +185,7 @@ def test_pcb_keeps_entries_that_are_large_and_agreed_on():
 
 def test_weights_of_pcb_multiply_the_deltas():
     deltas = draw((20, 5), 2, 5)
-    once, twice = (rules.pcb(deltas, [w, w], 0.1) for w in (1.0, 2.0))
+    once, twice = (methods.pcb(deltas, [w, w], 0.1) for w in (1.0, 2.0))
     torch.testing.assert_close(twice, 2 * once)
 
 
@@ -194,7 +194,7 @@ def test_halving_all_weights_halves_peft_s_ties_and_leaves_ours():
     deltas = draw((20, 5), 3, 2)
     theirs, ours = (
         [rule(deltas, torch.tensor([w] * 3), 0.4) for w in (1.0, 0.5)]
-        for rule in (peft.ties, lambda d, w, s: rules.ties(d, w.tolist(), s))
+        for rule in (peft.ties, lambda d, w, s: methods.ties(d, w.tolist(), s))
     )
     torch.testing.assert_close(theirs[1], theirs[0] / 2)
     torch.testing.assert_close(ours[1], ours[0])
@@ -206,10 +206,10 @@ def test_peft_elects_signs_without_weights_and_we_with():
     weights = [4.0, 1.0]
     with pytest.warns(UserWarning, match="no pruning"):
         assert peft.ties(deltas, torch.tensor(weights), 1.0).tolist() == [-3.0]
-    assert rules.ties(deltas, weights, 1.0).tolist() == [1.0]
+    assert methods.ties(deltas, weights, 1.0).tolist() == [1.0]
 
 
 def test_the_weighted_sum_is_peft_s():
     deltas, weights = draw((20, 5), 3, 4), [1.0, -0.5, 0.25]
     theirs = peft.task_arithmetic(deltas, torch.tensor(weights))
-    torch.testing.assert_close(rules.task_arithmetic(deltas, weights), theirs)
+    torch.testing.assert_close(methods.task_arithmetic(deltas, weights), theirs)

@@ -12,7 +12,7 @@ from tiny_models import make_pair, save_tokenizer
 
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError, RowsError
 from graftkit.fuse import merge_packs
-from graftkit.fuse.merging import open_mixture
+from graftkit.fuse.merge import open_mixture
 from graftkit.fuse.search import MAX_WEIGHT, LiveLoss, minimize, search_weights
 from graftkit.models.loading import load_model
 from graftkit.packing import pack_delta

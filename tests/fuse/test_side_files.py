@@ -10,16 +10,15 @@ from commands import run
 from safetensors.torch import load_file
 from tiny_models import build, make_pair, perturb
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, CorruptPackError, PackMismatchError
-from graftkit.fuse.in_turn import merge_in_turn
-from graftkit.fuse.merging import merge_packs
-from graftkit.fuse.packing import fuse_packs
+from graftkit.fuse.merge import fuse_packs, merge_packs
+from graftkit.fuse.sequential import merge_in_turn
 from graftkit.interop import export_lora
-from graftkit.models.saving import CheckpointWriter
+from graftkit.models.views import CheckpointWriter
 from graftkit.packing import pack_delta
 from graftkit.side_files import carried_names, is_side_file, with_note, written_config
-from graftkit.skillpack.rules import parse_manifest
+from graftkit.skillpack.validate import parse_manifest
 
 CARRIED = {
     "preprocessor_config.json": b"{}",

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from graftkit.checkpoint import Checkpoint, fingerprint, tensor_digest
 from graftkit.compress.codecs import matrices
-from graftkit.delta import Checkpoint, fingerprint, tensor_digest
 from graftkit.skillpack import SkillPack
 
 GOLDEN = Path(__file__).parent
@@ -68,7 +68,6 @@ def test_the_delta_is_the_decoded_tensor_less_the_target(version, name):
 
 
 FACTORED = {
-    1: ["h.0.attn.q.weight", "h.0.mlp.weight"],
     2: [
         "h.0.attn.q.weight",
         "h.0.gate.weight",
@@ -78,7 +77,6 @@ FACTORED = {
     ],
 }
 CODECS = {
-    1: {"zero", "exact", "sparse", "lowrank", "dense"},
     2: {"zero", "exact", "sparse", "lowrank", "dense", "hybrid"},
 }
 
@@ -126,7 +124,7 @@ def test_the_golden_pack_has_every_codec_every_layout_and_both_kinds_of_resize(v
     described = [pack.describe(record.name) for record in records]
     assert {row.get("positions") for row in described} >= {"bitmap", "row lists"}
     coded = {r.codec for r, row in zip(records, described, strict=True) if row.get("coded")}
-    assert coded == (set() if version == 1 else {"lowrank", "dense", "hybrid"})
+    assert coded == {"lowrank", "dense", "hybrid"}
     files = pack.manifest.files
     assert any(f.prefix and f.suffix for f in files)
     assert any(f.prefix + f.suffix == f.bytes for f in files)
@@ -157,8 +155,7 @@ def test_safetensors_itself_opens_the_pack(version):
         assert file.metadata()["format"] == "skillpack"
         stored = {name: file.get_tensor(name).numpy().tobytes() for name in file.keys()}  # noqa: SIM118
     tensors = {name: bytes(pack.payload(name)) for name in pack.manifest.stored_tensors}
-    if version > 1:
-        tensors = {"tensors": b"".join(tensors.values())}
+    tensors = {"tensors": b"".join(tensors.values())}
     files = set(pack.manifest.stored_files)
     assert {name: part for name, part in stored.items() if name not in files} == tensors
     assert files <= stored.keys()

@@ -8,12 +8,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, make_pair, perturb, save_tokenizer
 
 from graftkit.attachment import attached
+from graftkit.checkpoint import Checkpoint
 from graftkit.compress.factors import Factors, store
-from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError, OutputError, PackMismatchError, RowsError
 from graftkit.fuse import merge_packs
 from graftkit.interop import export_lora, import_lora
-from graftkit.interop.peft_import import read_lora
+from graftkit.interop.lora_import import read_lora
 from graftkit.models import load_model, tensor_roles
 from graftkit.packing import pack_delta
 from graftkit.rows import Row

@@ -19,8 +19,8 @@ from skillpack.forge import ROOT
 from tiny_models import ARCHITECTURES, build, save_tokenizer
 
 from graftkit.attachment import attached
-from graftkit.attachment.updates import LowRankUpdate
-from graftkit.delta import Checkpoint
+from graftkit.attachment.modules import LowRankUpdate
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, OutputError
 from graftkit.fuse import merge_packs
 from graftkit.interop import import_lora

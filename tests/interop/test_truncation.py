@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftkit.interop.truncation import pad_rank, smallest_rank, truncate, truncate_factors
+from graftkit.interop.lora_export import pad_rank, smallest_rank, truncate, truncate_factors
 
 
 def gaussian(rows, columns, seed=0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import build, perturb, save_tokenizer
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.library import Library
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model

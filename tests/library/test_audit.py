@@ -4,10 +4,10 @@ from library.conftest import NAMES, prompts_of
 from tiny_models import build, save_tokenizer
 
 from graftkit import SkillPack, fuse_packs
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.library import Library
-from graftkit.library.memory import PackMemory
+from graftkit.library.live import PackMemory
 from graftkit.packing import pack_delta
 
 PROMPTS = [prompts_of(name, 1, seed=8)[0] for name in NAMES] + ["!?;;" * 2]

@@ -11,9 +11,8 @@ from blake3 import blake3
 
 from graftkit.errors import ConfigError, LibraryError, OutputError
 from graftkit.library import folder as folders
-from graftkit.library.folder import PackFolder
-from graftkit.library.index import LibraryTarget
-from graftkit.library.index import file_of as place_of
+from graftkit.library.folder import LibraryTarget, PackFolder
+from graftkit.library.folder import file_of as place_of
 
 TARGET = LibraryTarget(reference="base", fingerprint="0" * 64, config_blake3="1" * 64)
 

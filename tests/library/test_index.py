@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.errors import ConfigError, LibraryError
-from graftkit.library.index import Entry, Index, LibraryTarget, check_name, file_of
+from graftkit.library.folder import Entry, Index, LibraryTarget, check_name, file_of
 
 TARGET = LibraryTarget(reference="base", fingerprint="0" * 64, config_blake3="1" * 64)
 WHEN = datetime(2026, 11, 23, 4, 5, 6, tzinfo=UTC)

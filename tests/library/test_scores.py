@@ -8,7 +8,7 @@ from library.conftest import NAMES, prompts_of
 from graftkit.demo.embedded import SKILLS, TARGET
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.library import Library
-from graftkit.library.scores import score_library
+from graftkit.library.answers import score_library
 from graftkit.route import Route, Router
 from graftkit.rows import Row, read_rows
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, build, make_pair, perturb
 
 from graftkit.attachment import attach
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.fuse import merge_packs
 from graftkit.models import ModuleKind, load_model, tensor_roles, tied_names

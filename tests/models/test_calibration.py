@@ -7,7 +7,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tokenizer
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError, RowsError
 from graftkit.models import calibration, encoding, load_model, tensor_roles
 from graftkit.models.calibration import CovarianceStore, collect_covariances

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_models import build, inputs, make_pair
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models import empty_model, load_model, load_tokenizer, stream_model
 

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, make_pair
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models import load_model
-from graftkit.models.saving import CheckpointWriter
+from graftkit.models.views import CheckpointWriter
 
 
 def tensors(folder):

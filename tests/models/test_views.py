@@ -3,7 +3,7 @@ import torch
 import transformers
 from tiny_models import ARCHITECTURES, build, make_pair
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models import checkpoint_views, find_view, load_model
 from graftkit.models.views import _affine, _trace_indices

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import make_pair, save_tokenizer
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.compress.coded import load_factors
-from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.packing import pack_delta, pairs
 from graftkit.skillpack import SkillPack

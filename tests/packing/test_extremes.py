@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from graftkit.compress.allocate import output_energy
 from graftkit.compress.codecs import (
     Entries,
     Factored,
@@ -22,7 +23,6 @@ from graftkit.compress.codecs import (
     decode_matrix,
     encode_matrix,
 )
-from graftkit.compress.energy import output_energy
 from graftkit.compress.lowrank import eigenbasis, split_tiers
 from graftkit.errors import BudgetError, CheckpointError, GraftError
 from graftkit.fuse import merge_packs

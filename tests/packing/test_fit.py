@@ -3,13 +3,12 @@ import pytest
 import torch
 import transformers
 
-from graftkit.compress.allocate import MatrixFacts
+from graftkit.checkpoint import Checkpoint
+from graftkit.compress.allocate import SERVABLE_SHARE, MatrixFacts, choices
 from graftkit.compress.codecs import Factored, Zero
 from graftkit.compress.codes import LARGEST_CODE
-from graftkit.compress.water import SERVABLE_SHARE, choices
-from graftkit.delta import Checkpoint
 from graftkit.packing import pack_delta
-from graftkit.packing.fit import fit_budget
+from graftkit.packing.budget import fit_budget
 
 
 def facts(decay, rows=200, columns=300, weight=1.0):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_pair
 
 from graftkit.attachment import attached
-from graftkit.delta import Checkpoint, tensor_digest
+from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError
 from graftkit.fuse import merge_packs
 from graftkit.models import load_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from graftkit.attachment import attached
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.evaluate import exact_match, token_fidelity
 from graftkit.models.calibration import usable_tokenizer
 from graftkit.models.loading import load_model
@@ -101,7 +101,7 @@ def test_side_path_and_merged_agree_on_a_real_pack(shared: Path) -> None:
 
 _MEMORY = """
 import sys
-from graftkit.memory import peak_rss_bytes
+from graftkit.parallel import peak_rss_bytes
 from graftkit.packing import pack_delta
 pack_delta(sys.argv[1], sys.argv[2], budget="5%", workers=2)
 print(peak_rss_bytes())

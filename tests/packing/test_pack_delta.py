@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import ARCHITECTURES, make_pair
 
-from graftkit.delta import Checkpoint, tensor_digest
+from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import BudgetError
 from graftkit.fuse import merge_packs
 from graftkit.models.calibration import CovarianceStore

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, inputs, make_pair, perturb, save_tokenizer
 
 from graftkit.attachment import attached
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import AttachError, CheckpointError, CheckpointMismatchError
 from graftkit.evaluate import compare
 from graftkit.fuse import merge_packs

@@ -10,14 +10,14 @@ import pytest
 import torch
 from tiny_models import build, save_tokenizer
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.compress.coded import CodedFactors, encode_factors, load_factors, store_factors
 from graftkit.compress.lowrank import eigenbasis, leading_rows
-from graftkit.delta import Checkpoint
 from graftkit.errors import CheckpointError, RowsError
+from graftkit.files import WorkFolder
 from graftkit.models import tensor_roles
 from graftkit.models.encoding import EncodedRow
-from graftkit.packing import resume, student, train
-from graftkit.packing.job import WorkFolder
+from graftkit.packing import student, train
 from graftkit.packing.student import Student
 from graftkit.packing.train import Exchange, Plan, Trained, train_codes
 from graftkit.rows import Row
@@ -236,7 +236,7 @@ class Killed(BaseException):
 @pytest.mark.slow
 def test_training_that_is_killed_goes_on_to_the_same_payloads(llama, tmp_path, monkeypatch):
     whole = trained(llama, steps=40)
-    monkeypatch.setattr(resume, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     work, computed = WorkFolder(tmp_path), []
 
     def killed_at(step: int) -> Callable[[int, int], None]:

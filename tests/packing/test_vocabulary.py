@@ -8,7 +8,7 @@ import torch
 from tiny_models import build, make_pair, perturb
 
 from graftkit.attachment import attached
-from graftkit.delta import Checkpoint, tensor_digest
+from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.fuse import merge_packs
 from graftkit.models.loading import load_model
 from graftkit.packing import pack_delta, pairs

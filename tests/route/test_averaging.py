@@ -12,7 +12,7 @@ from tiny_models import inputs, make_pair
 from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError, ConfigError
 from graftkit.models import load_model
-from graftkit.route.averaging import Copies, averaged_log_probabilities, generate_averaged
+from graftkit.route.averaging import Copies, generate_averaged
 
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
@@ -36,12 +36,21 @@ def alone(attachment, pack, ids, mask):
         return tokens, model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
 
 
+def averaged(attachment, ids, mask, weights):
+    """log p of every next token, teacher-forced: (rows, tokens, vocabulary)."""
+    copies = Copies.of(weights)
+    attachment.route(copies.packs)
+    with torch.no_grad():
+        output = attachment.model(input_ids=ids[copies.rows], attention_mask=mask[copies.rows])
+    return copies.mix(output.logits)
+
+
 @pytest.mark.parametrize("pack", [None, 0, 1])
 def test_with_weight_one_a_pack_says_what_it_says_alone(skills, pack):
     ids, mask = inputs(rows=3).values()
     tokens, log_p = alone(skills, pack, ids, mask)
     weights = [{pack: 1.0, 1 if pack == 0 else 0: 0.0}] * 3
-    found = averaged_log_probabilities(skills.model, skills, ids, mask, weights)
+    found = averaged(skills, ids, mask, weights)
     torch.testing.assert_close(found, log_p)
     assert torch.equal(
         generate_averaged(skills.model, skills, ids, mask, weights, **OPTIONS), tokens
@@ -52,7 +61,7 @@ def test_the_average_is_the_weighted_sum_of_the_packs_probabilities(skills):
     ids, mask = inputs(rows=2).values()
     each = {pack: alone(skills, pack, ids, mask)[1].exp() for pack in (None, 0, 1)}
     weights = [{None: 0.2, 0: 0.5, 1: 0.3}, {1: 0.9, None: 0.1}]
-    found = averaged_log_probabilities(skills.model, skills, ids, mask, weights)
+    found = averaged(skills, ids, mask, weights)
     for row, shares in enumerate(weights):
         expected = sum(weight * each[pack][row] for pack, weight in shares.items())
         torch.testing.assert_close(found[row].exp(), expected)
@@ -70,7 +79,7 @@ def test_greedy_tokens_are_the_most_likely_of_the_average_and_rows_keep_apart(sk
         )
         assert torch.equal(single[0], together[row])
     full = torch.ones_like(together)
-    log_p = averaged_log_probabilities(skills.model, skills, together, full, weights)
+    log_p = averaged(skills, together, full, weights)
     length = ids.shape[1]
     assert torch.equal(log_p[:, length - 1 : -1].argmax(-1), together[:, length:])
 
@@ -98,7 +107,7 @@ def test_a_drawn_token_is_shared_by_the_copies_and_seeded(skills):
     assert len({tuple(draw(seed).flatten().tolist()) for seed in range(4)}) == 4
     # The first token of many draws is spread as the average says.
     generator = torch.Generator().manual_seed(0)
-    log_p = averaged_log_probabilities(model, skills, ids[:1], mask[:1], weights[:1])[0, -1]
+    log_p = averaged(skills, ids[:1], mask[:1], weights[:1])[0, -1]
     counts = torch.zeros(len(log_p))
     many = 400
     drawn = generate_averaged(

@@ -11,9 +11,8 @@ from tiny_models import build, save_tokenizer
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_tokenizer
 from graftkit.route import TARGET
-from graftkit.route.centroid import CentroidRouter, fit_key
+from graftkit.route.centroid import CentroidRouter, Reader, fit_key
 from graftkit.route.key import MAX_PROMPTS, RouterKey
-from graftkit.route.pooling import Reader
 
 SKILLS = {
     "digits": ("Add: ", "0123456789", "="),
@@ -122,9 +121,8 @@ def test_several_packs_share_a_prompt_that_they_accept(model, tokenizer, keys):
         assert route.name == "one"
 
 
-def test_packs_without_a_key_are_listed_and_never_chosen(model, tokenizer, keys, mixed):
+def test_packs_without_a_key_are_never_chosen(model, tokenizer, keys, mixed):
     router = CentroidRouter(model, tokenizer, {**keys, "plain": None, "bare": None})
-    assert router.without_key == ("bare", "plain")
     assert router.route(mixed) == CentroidRouter(model, tokenizer, keys).route(mixed)
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import build, save_tokenizer
 
 from graftkit.attachment import attached
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.packing import pack_delta

@@ -8,8 +8,8 @@ import torch
 from tiny_models import make_pair, save_tokenizer
 from typer.testing import CliRunner
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.cli import app
-from graftkit.delta import Checkpoint
 from graftkit.errors import BudgetError, CheckpointError, RowsError
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.packing import pack_delta

@@ -9,7 +9,7 @@ from graftkit.attachment import attached
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.packing import pack_delta
-from graftkit.route.pooling import MAX_TOKENS, load_encoder, pooled_states, state_width
+from graftkit.route.centroid import MAX_TOKENS, load_encoder, pooled_states, state_width
 
 PROMPTS = ("Add 1 2", "a", "", "What is the longest of these prompts?", "b", "Add 3 4")
 

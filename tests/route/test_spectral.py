@@ -11,25 +11,19 @@ from hypothesis import strategies as st
 from tiny_models import make_pair, save_tokenizer
 
 from graftkit.attachment import attached
-from graftkit.attachment.updates import LowRankUpdate, make_update
+from graftkit.attachment.modules import LowRankUpdate, make_update
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model, load_tokenizer
 from graftkit.route import TARGET
-from graftkit.route.responses import (
+from graftkit.route.spectral import (
+    THRESHOLD,
     Background,
     Neutral,
+    SpectralRouter,
     log_rho,
     module_inputs,
     neutral_tokens,
     sketch_update,
-)
-from graftkit.route.spectral import (
-    THRESHOLD,
-    SpectralRouter,
-    TokenGate,
-    choose_by_module,
-    measure_modules,
-    prompt_tokens,
 )
 
 PROMPTS = ["abc", "Hello there", "", "xyzzy 123", "abc"]
@@ -114,9 +108,9 @@ def test_the_background_is_the_mean_and_the_widest_directions():
 
 def test_neutral_deviations_are_never_zero():
     neutral = Neutral.of(torch.ones(3, 2))
-    assert min(neutral.row_std, neutral.token_std) > 0
+    assert neutral.std > 0
     spread = Neutral.of(torch.tensor([[0.0, 2.0], [2.0, 4.0]]))
-    assert (spread.mean, spread.row_std) == (2.0, 1.0)
+    assert (spread.mean, spread.std) == (2.0, 1.0)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt_oss", "mixtral"])
@@ -194,12 +188,6 @@ def test_a_route_does_not_depend_on_a_packs_scale(skills, scale):
     ):
         assert found.name == route.name
         assert found.scores == pytest.approx(route.scores, rel=1e-3, abs=1e-3)
-    rows = [prompt_tokens(model, tokenizer, prompt) for prompt in PROMPTS]
-    indices = {"first": 0, "second": 1}
-    choices = [
-        choose_by_module(measure_modules(model, each), rows, indices) for each in (packs, scaled)
-    ]
-    assert choices[0] == choices[1]
 
 
 def test_a_pack_without_linear_changes_has_no_score_and_one_without_keys_its_other_modules(skills):
@@ -226,51 +214,6 @@ def test_a_model_that_writes_no_text_or_another_target_is_refused(tmp_path, skil
         SpectralRouter(load_model(other), tokenizer, packs)
     with attached(model, packs["first"]), pytest.raises((AttachError, PackMismatchError)):
         SpectralRouter(model, tokenizer, packs)
-
-
-def test_modules_choose_row_by_row_and_the_choice_is_one_that_attach_takes(skills):
-    _, model, tokenizer, packs = skills
-    responses = measure_modules(model, packs)
-    indices = {"first": 0, "second": 1}
-    prompts = ["abcabcabc", "98765 43210", "", "!!??##"]
-    rows = [prompt_tokens(model, tokenizer, prompt) for prompt in prompts]
-    chosen = choose_by_module(responses, rows, indices)
-    assert len(chosen) == 14
-    for module, scores in responses.of_row(rows[0]).items():
-        best = max(scores, key=scores.get)
-        assert chosen[module][0] == (indices[best] if scores[best] >= THRESHOLD else None)
-        assert chosen[module][2] is None, "an empty prompt is the target's"
-    assert {0, None} < {choice for choices in chosen.values() for choice in choices}
-    for place, row in enumerate(rows):
-        alone = choose_by_module(responses, [row], indices)
-        assert {name: choices[place] for name, choices in chosen.items()} == {
-            name: choice for name, (choice,) in alone.items()
-        }
-    with attached(model, list(packs.values()), mode="side") as attachment:
-        attachment.route([0, 1, None, None], chosen)
-        logits(model)
-
-
-def test_a_token_gate_gives_shares_that_do_not_depend_on_the_batch(skills):
-    _, model, tokenizer, packs = skills
-    gate = TokenGate(measure_modules(model, packs), {"first": 0, "second": 1})
-    key = K_PROJ.format(0).removesuffix(".weight")
-    x = module_inputs(model, torch.tensor([tokenizer.encode("abcabcabc")]), [key])[key]
-    weights = gate.weigh(key, x)
-    assert set(weights) == {0, 1}
-    assert weights[0].shape == x.shape[:-1]
-    total = weights[0] + weights[1]
-    assert (total < 1).all()
-    assert weights[0].mean() > weights[1].mean()
-    batch = gate.weigh(key, torch.cat([x, 3 * x + 1]))
-    torch.testing.assert_close(batch[0][0], weights[0][0])
-    assert gate.weigh("lm_head", x) is None
-    plain = logits(model)
-    with attached(model, list(packs.values()), mode="side") as attachment:
-        attachment.route([0, None, 1, 0], gate=gate)
-        found = logits(model)
-        assert torch.equal(found[1], plain[1])
-        assert not torch.equal(found[0], plain[0])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e25])

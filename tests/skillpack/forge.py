@@ -1,6 +1,6 @@
-"""Packs of every version taken apart, and put together again with something wrong in them.
+"""A pack taken apart, and put together again with something wrong in it.
 
-Version 1 is the golden file; the current version is the same tiny model, packed when tests start.
+It is the tiny model of the golden files, packed when tests start.
 """
 
 import importlib.util
@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.skillpack import SkillPack
 
 ROOT = Path(__file__).parents[2]
-VERSIONS = (1, 2)
 _TEMPORARY = tempfile.TemporaryDirectory(prefix="graftkit-forge-")
 
 
@@ -34,28 +33,26 @@ def _fresh():
     return folder
 
 
-FOLDERS = {1: ROOT / "tests" / "golden" / "tiny-v1", 2: _fresh()}
-PACKS = {version: folder / "tiny.skillpack" for version, folder in FOLDERS.items()}
+FOLDER = _fresh()
+PACK = FOLDER / "tiny.skillpack"
 
 
 class Forgery:
     """Parts of a pack. Digests, sizes and offsets are made to fit whatever the parts say."""
 
-    def __init__(self, version=2):
-        self.version = version
-        content = PACKS[version].read_bytes()
+    def __init__(self):
+        content = PACK.read_bytes()
         (length,) = struct.unpack_from("<Q", content)
         header = json.loads(content[8 : 8 + length])
         self.manifest = json.loads(header.pop("__metadata__")["manifest"])
         data = content[8 + length :]
         self.payloads = {}
-        if version > 1:
-            start = 0
-            for record in self.manifest["tensors"]:
-                if "bytes" in record:
-                    self.payloads[record["name"]] = data[start : start + record["bytes"]]
-                    start += record["bytes"]
-            del header["tensors"]
+        start = 0
+        for record in self.manifest["tensors"]:
+            if "bytes" in record:
+                self.payloads[record["name"]] = data[start : start + record["bytes"]]
+                start += record["bytes"]
+        del header["tensors"]
         self.payloads |= {
             name: data[slice(*entry["data_offsets"])] for name, entry in header.items()
         }
@@ -68,10 +65,7 @@ class Forgery:
     def set_payload(self, name, payload):
         """Put another payload in, under a correct digest."""
         self.payloads[name] = bytes(payload)
-        if self.version == 1:
-            self.record(name)["payload_blake3"] = blake3(payload).hexdigest()[:16]
-        else:
-            self.record(name)["bytes"] = len(payload)
+        self.record(name)["bytes"] = len(payload)
 
     def change_shape(self, name, shape, **fields):
         """Give a record another shape, and the target the number of parameters that fits."""
@@ -82,14 +76,14 @@ class Forgery:
         record["shape"] = list(shape)
 
     def header(self):
-        if self.version > 1 and self.sealed and "payload_blake3" in self.manifest:
+        if self.sealed and "payload_blake3" in self.manifest:
             whole = blake3(b"".join(self.payloads.values())).hexdigest()
             self.manifest["payload_blake3"] = whole
         text = self.manifest_text
         if text is None:
             text = json.dumps(self.manifest)
         digest = blake3(text.encode("utf-8", "surrogatepass")).hexdigest()
-        metadata = {"format": "skillpack", "version": str(self.version), "manifest": text}
+        metadata = {"format": "skillpack", "version": "2", "manifest": text}
         header = {"__metadata__": metadata | {"manifest_blake3": digest}}
         offset = 0
         for name, size in self._entries():
@@ -100,8 +94,6 @@ class Forgery:
 
     def _entries(self):
         sizes = {name: len(payload) for name, payload in self.payloads.items()}
-        if self.version == 1:
-            return list(sizes.items())
         rest = [
             (name, size)
             for name, size in sizes.items()
@@ -125,16 +117,16 @@ class Forgery:
         return SkillPack.load(path)
 
 
-def target_of(record, version=2):
+def target_of(record):
     """The tiny target's tensor for a record."""
     if record.target_name is None:
         return torch.zeros(record.shape, dtype=torch.bfloat16)
-    return Checkpoint.open(FOLDERS[version] / "target").read(record.target_name)
+    return Checkpoint.open(FOLDER / "target").read(record.target_name)
 
 
-def read_everything(path, version=2):
+def read_everything(path):
     """Open a pack and decode all it holds, as its users do."""
     pack = SkillPack.load(path)
-    target = Checkpoint.open(FOLDERS[version] / "target")
-    decoded = {r.name: pack.decode(r.name, target_of(r, version)) for r in pack.manifest.tensors}
+    target = Checkpoint.open(FOLDER / "target")
+    decoded = {r.name: pack.decode(r.name, target_of(r)) for r in pack.manifest.tensors}
     return decoded, pack.side_files(target)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from skillpack.forge import PACKS, VERSIONS, read_everything
+from skillpack.forge import PACK, read_everything
 
 from graftkit.errors import OutputError, PackMismatchError
 from graftkit.skillpack import SkillPack
@@ -28,13 +28,12 @@ except OutputError as error:
 def save_with_room_for(count, path):
     """Save the golden pack in a process that may not write more than `count` bytes."""
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2] / "src"))
-    command = [sys.executable, "-c", _SAVE, str(PACKS[2]), str(path), str(count)]
+    command = [sys.executable, "-c", _SAVE, str(PACK), str(path), str(count)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_saving_and_loading_gives_the_same_file(tmp_path, version):
-    pack = SkillPack.load(PACKS[version])
+def test_saving_and_loading_gives_the_same_file(tmp_path):
+    pack = SkillPack.load(PACK)
     path = tmp_path / "copy.skillpack"
     pack.save(path)
     again = SkillPack.load(path)
@@ -46,17 +45,16 @@ def test_saving_and_loading_gives_the_same_file(tmp_path, version):
     again.save(path)  # onto the file that is mapped
     second = path.read_bytes()
     pack.save(path)
-    assert path.read_bytes() == second == PACKS[version].read_bytes()
-    assert read_everything(path, version)[1] == read_everything(PACKS[version], version)[1]
+    assert path.read_bytes() == second == PACK.read_bytes()
+    assert read_everything(path)[1] == read_everything(PACK)[1]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_saved_pack_is_padded_and_opens_with_safetensors_alone(tmp_path, version):
+def test_a_saved_pack_is_padded_and_opens_with_safetensors_alone(tmp_path):
     path = tmp_path / "copy.skillpack"
-    SkillPack.load(PACKS[version]).save(path)
+    SkillPack.load(PACK).save(path)
     assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
     with safe_open(path, framework="np") as file:
-        assert file.metadata()["version"] == str(version)
+        assert file.metadata()["version"] == "2"
         assert all(file.get_tensor(name).dtype == "uint8" for name in file.keys())  # noqa: SIM118
 
 
@@ -78,33 +76,33 @@ def test_an_interrupted_save_leaves_the_old_file_and_no_temporary_one(tmp_path, 
     path.write_bytes(b"an older pack")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        SkillPack.load(PACKS[2]).save(path)
+        SkillPack.load(PACK).save(path)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"an older pack"
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(OutputError, match="nowhere"):
-        SkillPack.load(PACKS[2]).save(tmp_path / "nowhere" / "skill.skillpack")
+        SkillPack.load(PACK).save(tmp_path / "nowhere" / "skill.skillpack")
 
 
 def test_a_tensor_that_the_pack_does_not_know_is_named():
     with pytest.raises(PackMismatchError, match=r"no tensor a\.b"):
-        SkillPack.load(PACKS[2]).record("a.b")
-    assert SkillPack.load(PACKS[2]).payload("a.b") == b""
+        SkillPack.load(PACK).record("a.b")
+    assert SkillPack.load(PACK).payload("a.b") == b""
 
 
 def test_names_of_tensors_never_stand_in_the_header():
-    with safe_open(PACKS[2], framework="np") as file:
+    with safe_open(PACK, framework="np") as file:
         names = sorted(file.keys())
         tensors = file.get_tensor("tensors").tobytes()
-    pack = SkillPack.load(PACKS[2])
+    pack = SkillPack.load(PACK)
     assert names == ["file:chat_template.jinja", "file:config.json", "tensors"]
     assert tensors == b"".join(bytes(pack.payload(r.name)) for r in pack.manifest.tensors)
 
 
 def test_a_pack_of_nothing_but_unchanged_tensors_has_no_payload_and_opens(tmp_path):
-    pack = SkillPack.load(PACKS[2])
+    pack = SkillPack.load(PACK)
     zero = [record for record in pack.manifest.tensors if record.name == "h.1.norm.weight"]
     target = pack.manifest.target.model_copy(update={"parameters": 16})
     changes = {"tensors": tuple(zero), "files": (), "payload_blake3": None, "target": target}

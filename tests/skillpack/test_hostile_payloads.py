@@ -13,11 +13,11 @@ import torch
 from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from skillpack.forge import FOLDERS, PACKS, ROOT, Forgery, target_of
+from skillpack.forge import FOLDER, PACK, ROOT, Forgery, target_of
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.compress import factors
 from graftkit.compress.codes import decode_codes, encode_codes
-from graftkit.delta import Checkpoint
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
 from graftkit.skillpack import SkillPack
 
@@ -26,7 +26,7 @@ BITMAP, LISTS, EXACT, GROWN = "lookup.weight", "rare.weight", "h.1.mlp.weight", 
 FACTORS, ENTRIES, HYBRID = "h.1.attn.q.weight", "h.1.attn.k.weight", "h.1.attn.o.weight"
 STEPS, NOTHING = "h.1.attn.v.weight", "h.0.gate.weight"  # entries with column steps; rank 0
 CODED_STACK, MULTIPLIED = "h.1.experts.down", "h.2.attn.q.weight"
-TARGET = FOLDERS[2] / "target"
+TARGET = FOLDER / "target"
 FLOAT_NAN, FLOAT_INF = struct.pack("<f", np.nan), struct.pack("<f", np.inf)
 HALF_NAN, HALF_INF, HALF_NEGATIVE = (struct.pack("<e", x) for x in (np.nan, np.inf, -1.0))
 
@@ -259,7 +259,7 @@ def test_plain_factors_of_a_stack_are_one_payload_for_each_matrix(tmp_path):
         factors.store(factors.Factors(torch.full((12, 1), value), torch.ones(1, 16), 2.0))
         for value in (0.25, 0.5)
     ]
-    target = target_of(SkillPack.load(PACKS[2]).record(STACK))
+    target = target_of(SkillPack.load(PACK).record(STACK))
     moved = decode_plain(tmp_path, b"".join(parts), STACK).float() - target.float()
     for matrix, value in zip(moved, (0.5, 1.0), strict=True):
         torch.testing.assert_close(matrix, torch.full((12, 16), value), rtol=0, atol=0.01)
@@ -305,7 +305,7 @@ def test_garbage_under_a_correct_digest_gives_a_finite_tensor_or_a_refusal(tmp_p
         refusal = error
     else:
         assert decoded.isfinite().all()
-        assert tuple(decoded.shape) == SkillPack.load(PACKS[2]).record(name).result_shape
+        assert tuple(decoded.shape) == SkillPack.load(PACK).record(name).result_shape
         return
     assert name in str(refusal)
     assert refusal.fault in (PackFault.INVALID_PAYLOAD, PackFault.INVALID_MANIFEST)
@@ -444,4 +444,4 @@ def test_a_side_file_made_for_another_target_is_refused(tmp_path):
 
 def test_a_tensor_of_another_shape_than_the_record_is_refused():
     with pytest.raises(PackMismatchError, match=r"\[10, 16\], the target has \[10, 8\]"):
-        SkillPack.load(PACKS[2]).decode(GROWN, torch.zeros(10, 8))
+        SkillPack.load(PACK).decode(GROWN, torch.zeros(10, 8))

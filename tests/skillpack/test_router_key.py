@@ -4,7 +4,7 @@ import json
 
 import jsonschema
 import pytest
-from skillpack.forge import FOLDERS, PACKS, ROOT, Forgery, read_everything
+from skillpack.forge import PACK, ROOT, Forgery, read_everything
 
 from graftkit.errors import ConfigError, CorruptPackError, PackFormatError
 from graftkit.skillpack import SkillPack
@@ -16,13 +16,13 @@ KEY = bytes(range(1, INFO.nbytes + 1))
 
 @pytest.fixture
 def pack():
-    return SkillPack.load(PACKS[2]).with_router_key(INFO, KEY)
+    return SkillPack.load(PACK).with_router_key(INFO, KEY)
 
 
 @pytest.fixture
 def forgery(pack, tmp_path):
     """A pack with a key, taken apart."""
-    forged = Forgery(2)
+    forged = Forgery()
     forged.manifest["router"] = INFO.model_dump(mode="json", exclude_defaults=True)
     forged.payloads["router"] = KEY
     assert forged.open(tmp_path).router_key == (INFO, KEY)
@@ -37,7 +37,7 @@ def test_a_key_travels_in_the_file_beside_the_same_tensors(pack, tmp_path):
     assert (info, bytes(content)) == (INFO, KEY)
     assert again.pack_bytes == pack.pack_bytes == file.stat().st_size
     decoded, files = read_everything(file)
-    plain, plain_files = read_everything(PACKS[2])
+    plain, plain_files = read_everything(PACK)
     assert all(decoded[name].equal(plain[name]) for name in plain)
     assert files == plain_files
     schema = json.loads((ROOT / "docs/skillpack-v2.schema.json").read_text())
@@ -45,11 +45,11 @@ def test_a_key_travels_in_the_file_beside_the_same_tensors(pack, tmp_path):
 
 
 def test_a_pack_without_a_key_has_none_and_its_bytes_do_not_change(tmp_path):
-    pack = SkillPack.load(PACKS[2])
+    pack = SkillPack.load(PACK)
     assert pack.router_key is None
     assert "router" not in pack.manifest.to_json().replace('"kind":"router"', "")
     pack.save(tmp_path / "again.skillpack")
-    assert (tmp_path / "again.skillpack").read_bytes() == PACKS[2].read_bytes()
+    assert (tmp_path / "again.skillpack").read_bytes() == PACK.read_bytes()
 
 
 def test_a_new_key_takes_the_place_of_the_old_one(pack, tmp_path):
@@ -64,17 +64,20 @@ def test_the_digest_of_a_pack_is_that_of_its_file(pack, tmp_path):
 
     pack.save(tmp_path / "a.skillpack")
     assert pack.digest == blake3((tmp_path / "a.skillpack").read_bytes()).hexdigest()
-    assert pack.digest != SkillPack.load(PACKS[2]).digest
+    assert pack.digest != SkillPack.load(PACK).digest
 
 
 def test_a_key_of_another_size_than_its_description_is_not_put_in():
     with pytest.raises(CorruptPackError, match="its description says"):
-        SkillPack.load(PACKS[2]).with_router_key(INFO, KEY + b"\0")
+        SkillPack.load(PACK).with_router_key(INFO, KEY + b"\0")
 
 
-def test_a_pack_of_version_1_takes_no_key():
-    with pytest.raises(ConfigError, match="version 1"):
-        SkillPack.load(FOLDERS[1] / "tiny.skillpack").with_router_key(INFO, KEY)
+def test_a_pack_with_a_tensor_of_the_keys_name_takes_no_key(tmp_path):
+    forgery = Forgery()
+    forgery.record("h.1.norm.weight")["name"] = "router"  # without a payload
+    forgery.manifest["tensors"].sort(key=lambda record: record["name"])
+    with pytest.raises(ConfigError, match="named router takes no router key"):
+        forgery.open(tmp_path).with_router_key(INFO, KEY)
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,16 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from skillpack.forge import PACKS, ROOT, VERSIONS, Forgery, load_tool
+from skillpack.forge import PACK, ROOT, Forgery, load_tool
 from tiny_models import make_pair
 
 from graftkit.errors import CorruptPackError, PackFormatError
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.rules import parse_manifest
+from graftkit.skillpack.validate import parse_manifest
 
-SCHEMAS = {
-    version: json.loads((ROOT / "docs" / f"skillpack-v{version}.schema.json").read_text("utf-8"))
-    for version in VERSIONS
-}
-VALIDATORS = {
-    version: jsonschema.Draft202012Validator(schema) for version, schema in SCHEMAS.items()
-}
+SCHEMA = json.loads((ROOT / "docs" / "skillpack-v2.schema.json").read_text("utf-8"))
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def test_the_committed_schema_and_layouts_of_the_page_are_current():
@@ -32,34 +27,24 @@ def test_checking_names_the_file_that_is_not_current(monkeypatch, capsys):
     assert "skillpack-v2.schema.json: not current" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_schema_is_one(version):
+def test_the_schema_is_one():
     rules = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
-    assert list(rules.iter_errors(SCHEMAS[version])) == []
+    assert list(rules.iter_errors(SCHEMA)) == []
 
 
 def test_a_manifest_that_packing_writes_fits_the_schema(tmp_path):
     pack = pack_delta(*make_pair(tmp_path, "llama"), recipe="lossless", workers=1)
     text = pack.manifest.to_json()
-    VALIDATORS[2].validate(json.loads(text))
+    VALIDATOR.validate(json.loads(text))
     assert parse_manifest(text) == pack.manifest
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_manifest_fits_its_schema_with_and_without_its_defaults(version):
-    manifest = SkillPack.load(PACKS[version]).manifest
-    VALIDATORS[version].validate(json.loads(manifest.to_json()))
-    VALIDATORS[version].validate(manifest.model_dump(mode="json"))
-    assert parse_manifest(manifest.to_json(), version) == manifest
-    assert parse_manifest(manifest.model_dump_json(), version) == manifest
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_manifest_is_none_of_the_other_version(version):
-    text = SkillPack.load(PACKS[version]).manifest.to_json()
-    assert not VALIDATORS[3 - version].is_valid(json.loads(text))
-    with pytest.raises(CorruptPackError):
-        parse_manifest(text, 3 - version)
+def test_a_manifest_fits_its_schema_with_and_without_its_defaults():
+    manifest = SkillPack.load(PACK).manifest
+    VALIDATOR.validate(json.loads(manifest.to_json()))
+    VALIDATOR.validate(manifest.model_dump(mode="json"))
+    assert parse_manifest(manifest.to_json()) == manifest
+    assert parse_manifest(manifest.model_dump_json()) == manifest
 
 
 # ------------------------------------------------------------------------ mutated manifests
@@ -82,15 +67,13 @@ def places(value, path=()):
         yield from places(part, (*path, key))
 
 
-PLACES = {
-    version: [path for path in places(Forgery(version).manifest) if path] for version in VERSIONS
-}
+PLACES = [path for path in places(Forgery().manifest) if path]
 
 
 @st.composite
-def mutations(draw, version):
+def mutations(draw):
     """A place of the manifest, and what happens there."""
-    path = draw(st.sampled_from(PLACES[version]))
+    path = draw(st.sampled_from(PLACES))
     return path, draw(st.sampled_from(["set", "drop", "add", "copy"])), draw(VALUES)
 
 
@@ -119,16 +102,15 @@ def mutate(manifest, mutation):
     max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_changed_manifest_means_what_it_says_or_is_refused(tmp_path, version, data):
-    forgery = Forgery(version)
-    for change in data.draw(st.lists(mutations(version), min_size=1, max_size=3)):
+def test_a_changed_manifest_means_what_it_says_or_is_refused(tmp_path, data):
+    forgery = Forgery()
+    for change in data.draw(st.lists(mutations(), min_size=1, max_size=3)):
         mutate(forgery.manifest, change)
     try:
         pack = forgery.open(tmp_path)
     except PackFormatError:
         return
-    VALIDATORS[version].validate(forgery.manifest)
+    VALIDATOR.validate(forgery.manifest)
     kept = json.loads(pack.manifest.model_dump_json())
     assert says(kept, forgery.manifest)
     for record in pack.manifest.tensors:
@@ -155,9 +137,8 @@ def look_at(pack, name):
 @settings(max_examples=60, deadline=None)
 @given(st.recursive(VALUES, lambda part: st.lists(part) | st.dictionaries(st.text(), part)))
 def test_any_json_is_refused_as_a_manifest(value):
-    for version in VERSIONS:
-        with pytest.raises(PackFormatError):
-            parse_manifest(json.dumps(value), version)
+    with pytest.raises(PackFormatError):
+        parse_manifest(json.dumps(value))
 
 
 @settings(max_examples=300, deadline=None)

@@ -23,6 +23,7 @@ from graftkit.models.configuration import (
     changed_keys,
     compare_models,
     computing_keys,
+    holds_no_values,
     may_compute,
     plain_attributes,
     skeletons,
@@ -30,7 +31,6 @@ from graftkit.models.configuration import (
     volatile_buffers,
 )
 from graftkit.models.loading import LOAD_ERRORS
-from graftkit.models.values import holds_no_values
 from graftkit.skillpack import SkillPack
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftkit.attachment.check import Change, LiveTarget, find_changes
 from graftkit.attachment.configuration import TunedConfiguration
-from graftkit.delta import DTYPE_NAMES
+from graftkit.attachment.target import Change, LiveTarget, find_changes
+from graftkit.checkpoint import DTYPE_NAMES
 from graftkit.errors import AttachError
-from graftkit.models.embeddings import input_embeddings
+from graftkit.models.loading import input_embeddings
+from graftkit.parallel import in_threads
 from graftkit.skillpack import SkillPack
-from graftkit.threads import in_threads
 
 # Attributes in which a module or config repeats its weight's first extent.
 _ROW_COUNTS = ("num_embeddings", "out_features", "vocab_size")

@@ -1,20 +1,155 @@
-"""How one module serves rows of several packs: by addition to its output, or by running again."""
+"""One matrix of a delta at run time, kept in the smallest form that serves every use of it.
+
+How one module serves rows of several packs: by addition to its output, or by running again.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graftkit.attachment.live import OpaqueHook, Uncopied
-from graftkit.attachment.mixtures import Entries, Mixture, Share
-from graftkit.attachment.routing import Routing, first_tensor, put, take
-from graftkit.attachment.updates import Update
+from graftkit.attachment.rows import Entries, Mixture, Routing, Share, first_tensor, put, take
+from graftkit.attachment.target import OpaqueHook, Uncopied
 from graftkit.errors import AttachError
 from graftkit.models.views import View
+
+# Below this share of changed rows, the rows and their places are kept instead of the matrix.
+_ROW_SHARE = 0.5
+
+
+class Update(Protocol):
+    """A delta ΔW (out, in) in the orientation y = x Wᵀ."""
+
+    def project(self, x: Tensor) -> Tensor:
+        """x ΔWᵀ for x (..., in): (..., out), in x's dtype."""
+        ...
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Rows of ΔW for ids (...): (..., in)."""
+        ...
+
+    def dense(self) -> Tensor:
+        """ΔW itself, float32."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        ...
+
+
+@dataclass(frozen=True)
+class LowRankUpdate:
+    """ΔW = left @ right; left (out, r), right (r, in)."""
+
+    left: Tensor
+    right: Tensor
+
+    def project(self, x: Tensor) -> Tensor:
+        """(x rightᵀ) leftᵀ."""
+        right, left = self.right.to(x.dtype), self.left.to(x.dtype)
+        return (x @ right.T) @ left.T
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """left[ids] right."""
+        return self.left[ids] @ self.right
+
+    def dense(self) -> Tensor:
+        """left @ right."""
+        return self.left.float() @ self.right.float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.left.nbytes + self.right.nbytes
+
+
+@dataclass(frozen=True)
+class RowUpdate:
+    """ΔW that is zero outside a few rows.
+
+    Attributes:
+        rows: (kept + 1, in); the last one is zero.
+        index: (kept,) the rows' places in ΔW.
+        place: (out,) for each row of ΔW its place in `rows`, the zero row where it is not kept.
+    """
+
+    rows: Tensor
+    index: Tensor
+    place: Tensor
+
+    def project(self, x: Tensor) -> Tensor:
+        """x rowsᵀ scattered to the kept outputs."""
+        y = x.new_zeros(*x.shape[:-1], self.place.shape[0])
+        y[..., self.index] = x @ self.rows[:-1].to(x.dtype).T
+        return y
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Kept rows, zeros elsewhere."""
+        return self.rows[self.place[ids]]
+
+    def dense(self) -> Tensor:
+        """The whole matrix."""
+        return self.rows[self.place].float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of rows and places."""
+        return self.rows.nbytes + self.index.nbytes + self.place.nbytes
+
+
+@dataclass(frozen=True)
+class DenseUpdate:
+    """ΔW as it is."""
+
+    matrix: Tensor
+
+    def project(self, x: Tensor) -> Tensor:
+        """x ΔWᵀ."""
+        return x @ self.matrix.to(x.dtype).T
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Rows of the matrix."""
+        return self.matrix[ids]
+
+    def dense(self) -> Tensor:
+        """The matrix."""
+        return self.matrix.float()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self.matrix.nbytes
+
+
+def make_update(
+    factors: tuple[Tensor, Tensor] | None, matrix: Tensor | None, like: Tensor
+) -> Update:
+    """The smallest form of a delta, on the device and in the dtype of `like`.
+
+    Args:
+        factors: left (out, r) and right (r, in), where the delta has them.
+        matrix: ΔW (out, in), float32, where it has none.
+    """
+    if factors is not None:
+        left, right = (factor.to(like.device, like.dtype) for factor in factors)
+        if left.numel() + right.numel() < left.shape[0] * right.shape[1]:
+            return LowRankUpdate(left, right)
+        matrix = factors[0] @ factors[1]
+    assert matrix is not None
+    index = matrix.any(dim=1).nonzero().flatten()
+    if index.numel() > _ROW_SHARE * matrix.shape[0]:
+        return DenseUpdate(matrix.to(like.device, like.dtype))
+    rows = torch.cat([matrix[index], matrix.new_zeros(1, matrix.shape[1])])
+    place = torch.full((matrix.shape[0],), index.numel(), dtype=torch.int64)
+    place[index] = torch.arange(index.numel())
+    device = like.device
+    return RowUpdate(rows.to(device, like.dtype), index.to(device), place.to(device))
 
 
 @dataclass(frozen=True)
@@ -83,15 +218,12 @@ class ModulePath(Uncopied, ABC):
     def _install(self) -> list[RemovableHandle]:
         """Register the hooks."""
 
-    def shares(self, inputs: Tensor, output: Tensor) -> list[Share]:
+    def shares(self, output: Tensor) -> list[Share]:
         """The packs' shares in an output, along dimension 0. Raises: AttachError as `check`."""
         rows = self.routing.rows
         if not rows.is_uniform and self.serves(rows.packs):
             self.check()
-        weights = None if rows.gate is None else rows.gate.weigh(self.name, inputs)
-        if weights is None:
-            return rows.shares(self.name, output.shape[0], output.device)
-        return rows.gated(weights, output.device)
+        return rows.shares(output.shape[0], output.device)
 
     @property
     @abstractmethod
@@ -164,7 +296,7 @@ class LinearPath(AddedPath):
         x = first_tensor([args, kwargs])
         assert x is not None
         self.record(x)
-        for share in self.shares(x, output):
+        for share in self.shares(output):
             part = None
             if share.pack in self.weights:
                 part = self.weights[share.pack].project(x[share.entries])
@@ -184,7 +316,7 @@ class EmbeddingPath(AddedPath):
         assert ids is not None
         self.record(ids)
         output, ids = self.spread(output), self.spread(ids)
-        for share in self.shares(ids, output):
+        for share in self.shares(output):
             if share.pack in self.weights:
                 part = self.weights[share.pack].look_up(ids[share.entries])
                 _accumulate(output, share, part)
@@ -295,7 +427,7 @@ class RerunPath(ModulePath):
 
     def _mixture(self, kind: int) -> Mixture:
         """What a kind uses of the packs that change this module."""
-        mixture = self.routing.rows.mixture(self.name, kind)
+        mixture = self.routing.rows.mixtures[kind]
         return tuple((pack, weight) for pack, weight in mixture if pack in self._parts)
 
     def _tuned(self, kind: int) -> dict[str, Tensor]:

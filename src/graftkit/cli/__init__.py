@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from graftkit.cli import families as family_commands
 from graftkit.cli import library as library_commands
 from graftkit.cli import show
 from graftkit.cli import vision as vision_commands
@@ -24,7 +23,6 @@ app = typer.Typer(
 )
 
 app.add_typer(library_commands.app, name="library")
-app.add_typer(family_commands.app, name="family")
 app.add_typer(vision_commands.app, name="vision")
 
 Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")]
@@ -46,15 +44,9 @@ Lambda = Annotated[
     float | None, typer.Option("--lambda", help="Multiplies the merged delta. Default 1.")
 ]
 Density = Annotated[float | None, typer.Option(help="Share of entries kept: ties 0.2, dare_* 0.5.")]
-Select = Annotated[
-    float | None, typer.Option(help="sce: share of varying entries that sets weights. Default 0.1.")
-]
-Ratio = Annotated[float | None, typer.Option(help="pcb: share of entries that wins. Default 0.1.")]
-DrawSeed = Annotated[int | None, typer.Option(help="dare_*: seed of the draw. Default 0.")]
 Search = Annotated[
     Path | None, typer.Option(help="rows.jsonl: search the weights that answer it best.")
 ]
-Evaluations = Annotated[int | None, typer.Option(help="Mixtures a search tries. Default 60.")]
 State = Annotated[
     Path | None, typer.Option(help="opcm, kif: what packs so far left behind; read and written.")
 ]
@@ -158,7 +150,7 @@ def pack(
 def inspect(file: PackFile, json_output: show.Json = False) -> None:
     """What a pack holds, tensor by tensor. Needs no model."""
     from graftkit.skillpack import SkillPack
-    from graftkit.skillpack.summary import pack_summary
+    from graftkit.skillpack.pack import pack_summary
 
     opened = SkillPack.load(file)
     summary = pack_summary(opened)
@@ -219,11 +211,7 @@ def merge(
     method: MergeMethod = "task_arithmetic",
     scaling: Lambda = None,
     density: Density = None,
-    select: Select = None,
-    ratio: Ratio = None,
-    seed: DrawSeed = None,
     search: Search = None,
-    evaluations: Evaluations = None,
     state: State = None,
     task_rows: TaskRows = None,
     trust_remote_code: Annotated[
@@ -237,9 +225,8 @@ def merge(
     """
     from graftkit.cli.fusing import merge_files, mixing, print_merged
 
-    settings = {"scaling": scaling, "density": density, "select": select, "ratio": ratio}
-    choice = mixing(method, weights, state, task_rows, seed=seed, **settings)
-    result = merge_files(target, files, output, choice, search, evaluations, trust_remote_code)
+    choice = mixing(method, weights, state, task_rows, scaling=scaling, density=density)
+    result = merge_files(target, files, output, choice, search, trust_remote_code)
     show.json_or(json_output, result, lambda: print_merged(result))
 
 
@@ -252,11 +239,7 @@ def fuse(
     method: MergeMethod = "task_arithmetic",
     scaling: Lambda = None,
     density: Density = None,
-    select: Select = None,
-    ratio: Ratio = None,
-    seed: DrawSeed = None,
     search: Search = None,
-    evaluations: Evaluations = None,
     state: State = None,
     task_rows: TaskRows = None,
     budget: Annotated[str | None, typer.Option(help="Largest file, as in pack.")] = None,
@@ -270,10 +253,9 @@ def fuse(
     """Make one pack of several packs of one target."""
     from graftkit.cli.fusing import fuse_files, mixing, print_fused
 
-    settings = {"scaling": scaling, "density": density, "select": select, "ratio": ratio}
-    choice = mixing(method, weights, state, task_rows, seed=seed, **settings)
+    choice = mixing(method, weights, state, task_rows, scaling=scaling, density=density)
     packing = {"budget": budget, "recipe": recipe, "calibration": calibration, "force": force}
-    result = fuse_files(target, files, output, choice, search, evaluations, **packing)
+    result = fuse_files(target, files, output, choice, search, **packing)
     show.json_or(json_output, result, lambda: print_fused(result))
 
 

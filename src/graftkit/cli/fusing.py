@@ -6,21 +6,19 @@ from typing import Any
 
 from rich.console import Console
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.cli import show
 from graftkit.cli.packing import parse_weights
-from graftkit.delta import Checkpoint
 from graftkit.errors import ConfigError
-from graftkit.fuse.heatmap import draw_interference
-from graftkit.fuse.in_turn import fuse_in_turn, merge_in_turn
-from graftkit.fuse.interference import Pair, measure_interference
-from graftkit.fuse.merging import merge_packs
+from graftkit.fuse.interference import Pair, draw_interference, measure_interference
+from graftkit.fuse.merge import fuse_packs, merge_packs
 from graftkit.fuse.methods import IN_TURN, check_weights, find_method
-from graftkit.fuse.packing import fuse_packs
-from graftkit.fuse.search import EVALUATIONS, search_weights
+from graftkit.fuse.search import search_weights
+from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
 from graftkit.outputs import check_output, claimed
 from graftkit.rows import read_rows
 from graftkit.side_files import code_names
-from graftkit.skillpack.summary import pack_summary
+from graftkit.skillpack.pack import pack_summary
 
 
 def merge_files(
@@ -29,14 +27,13 @@ def merge_files(
     output: Path,
     choice: dict[str, Any],
     search: Path | None,
-    evaluations: int | None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Merge into a folder; `choice` is what `mixing` gives."""
     read = [file for file in (search, choice.get("state")) if file is not None]
     check_output(output, folder=True, inputs=[target, *files, *read])
     with show.progress() as report:
-        found = _searched(target, files, choice, search, evaluations, report)
+        found = _searched(target, files, choice, search, report)
         merge = merge_in_turn if choice["method"] in IN_TURN else merge_packs
         merge(
             target,
@@ -56,14 +53,13 @@ def fuse_files(
     output: Path,
     choice: dict[str, Any],
     search: Path | None,
-    evaluations: int | None,
     **packing: Any,
 ) -> dict[str, Any]:
     """Fuse into one pack; `choice` is what `mixing` gives, `packing` goes to `fuse_packs`."""
     read = [file for file in (search, choice.get("state")) if file is not None]
     check_output(output, inputs=[target, *files, *read], force=packing.get("force", False))
     with show.progress() as report:
-        found = _searched(target, files, choice, search, evaluations, report)
+        found = _searched(target, files, choice, search, report)
         fuse = fuse_in_turn if choice["method"] in IN_TURN else fuse_packs
         pack = fuse(target, files, output, progress=report, **choice, **packing)
     summary = pack_summary(pack) | {"pack_bytes": output.stat().st_size}
@@ -156,12 +152,9 @@ def _searched(
     files: list[Path],
     choice: dict[str, Any],
     rows: Path | None,
-    evaluations: int | None,
     report: show.Report,
 ) -> dict[str, Any]:
     """Put the best weights for the rows into `choice`; without rows nothing is searched."""
-    if rows is None and evaluations is not None:
-        raise ConfigError("--evaluations counts the tries of a search; name its rows with --search")
     if rows is None:
         return {}
     if choice["method"] in IN_TURN:
@@ -171,7 +164,6 @@ def _searched(
         files,
         read_rows(rows),
         progress=report,
-        evaluations=EVALUATIONS if evaluations is None else evaluations,
         **choice,
     )
     choice["weights"] = list(found.weights)

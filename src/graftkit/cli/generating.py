@@ -6,15 +6,15 @@ from typing import Any
 import torch
 
 from graftkit.attachment import attached
-from graftkit.attachment.tokenizers import tuned_tokenizer
-from graftkit.delta import Checkpoint
+from graftkit.attachment.target import tuned_tokenizer
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import AttachError, ConfigError
 from graftkit.library import Library
 from graftkit.models.encoding import pad_id, usable_tokenizer
 from graftkit.models.loading import load_model
 from graftkit.route import TARGET, Route, Router
+from graftkit.route.base import FixedRouter
 from graftkit.route.centroid import CentroidRouter
-from graftkit.route.fixed import FixedRouter
 from graftkit.route.key import RouterKey
 from graftkit.side_files import is_template
 from graftkit.skillpack import SkillPack

@@ -10,7 +10,7 @@ from graftkit.cli import show
 from graftkit.errors import ConfigError
 from graftkit.interop import export_lora, import_lora
 from graftkit.rows import read_rows
-from graftkit.skillpack.summary import pack_summary
+from graftkit.skillpack.pack import pack_summary
 
 
 def import_adapter(target: str, adapter: Path, output: Path, force: bool) -> dict[str, Any]:

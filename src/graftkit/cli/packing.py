@@ -4,16 +4,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from graftkit.checkpoint import Checkpoint, all_finite
 from graftkit.cli import show
-from graftkit.delta import Checkpoint, all_finite
 from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFault
-from graftkit.memory import peak_rss_bytes
+from graftkit.files import WorkFolder
 from graftkit.outputs import Claim, check_output, claimed
 from graftkit.packing import pack_delta
 from graftkit.packing.measure import Progress
+from graftkit.parallel import peak_rss_bytes
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.summary import pack_summary
-from graftkit.work import WorkFolder
+from graftkit.skillpack.pack import pack_summary
 
 
 def pack_to_file(

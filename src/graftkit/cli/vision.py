@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from graftkit.cli import show
-from graftkit.memory import peak_rss_bytes
+from graftkit.parallel import peak_rss_bytes
 from graftkit.text import printable
 
 if TYPE_CHECKING:

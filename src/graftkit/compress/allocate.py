@@ -1,23 +1,114 @@
-"""What a fixed-length precision costs a matrix: expected error against exact bytes.
+"""Energy of a matrix in a layer's output, block by block.
+
+How few bits any code could have used, under a model of the delta.
+
+The model: the rows of a delta are independent Gaussians with a common covariance whose
+eigenvalues are the squared singular values divided by the number of rows. Under it, reverse
+water-filling (Cover & Thomas, theorem 10.3.3) gives the least rate at a mean squared error:
+
+    R(θ) = (1/n) Σ_j ½ log2⁺(λ_j / θ)   bits per parameter,   D(θ) = (1/n) Σ_j min(θ, λ_j)
+
+It is a bound for codes that treat deltas as such Gaussians and is no guarantee for one matrix.
+
+What a fixed-length precision costs a matrix: expected error against exact bytes.
 
 Errors are energies of the layer's output, E‖(δ − δ̂)x‖², estimated from the spectrum of the
 delta and the noise of the grids; bytes are exact.
+
+What coding a Gaussian value with a dead-zone step costs: bits, and the error that is left.
+
+Tables over the ratio of standard deviation to step, made once by numerical integration; and what
+one more unit costs where codes are there already.
+
+Which codec and how many components at one water level: expected error against expected bytes.
+
+One level c for all tensors is one Lagrange multiplier for the pack: where every coded value is
+rounded with the same step in the unit that errors are added in, no byte saves more error in one
+tensor than in another (reverse water-filling).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from graftkit.compress.codecs import (
     Dense,
+    Entries,
+    Factored,
     FixedPrecision,
+    Hybrid,
     LowRankTiers,
+    Precision,
     Shape,
     Sparse,
     Zero,
     payload_bytes,
 )
+from graftkit.compress.codes import LARGEST_CODE
 from graftkit.compress.lowrank import Tier
+from graftkit.compress.quantize import BLOCK_ELEMENTS, DEAD_ZONE
+
+_CACHED_ELEMENTS = 2**16  # few enough that float32 sums them well
+_SMALLEST_SUM = 1e-30  # float32 loses digits of the squares that add up to less
+
+
+def output_energy(matrix: Tensor, covariance: Tensor | None) -> float:
+    """E‖W x‖² = tr(W H Wᵀ), or ‖W‖² without H; blocks are summed in float64.
+
+    A block whose squares float32 cannot hold is computed in float64 as well.
+
+    Args:
+        matrix: W, (m, n), any float dtype; an embedding is never copied whole.
+        covariance: H = E[x xᵀ], (n, n), or None.
+    """
+    total = 0.0
+    block = _CACHED_ELEMENTS if covariance is None else BLOCK_ELEMENTS
+    step = max(1, block // max(1, matrix.shape[1]))
+    for start in range(0, matrix.shape[0], step):
+        part = matrix[start : start + step].float()
+        energy = _block_energy(part, covariance)
+        if not _SMALLEST_SUM < energy < float("inf") and bool(part.any()):
+            wide = None if covariance is None else covariance.double()
+            energy = _block_energy(part.double(), wide)
+        total += energy
+    return total
+
+
+def _block_energy(part: Tensor, covariance: Tensor | None) -> float:
+    if covariance is None:
+        flat = part.reshape(-1)
+        return float(torch.dot(flat, flat))
+    return float((part @ covariance * part).sum(dtype=torch.float64))
+
+
+def waterfilling_bits(energies: np.ndarray, columns: int, distortion: float) -> float:
+    """Bits per parameter at a relative distortion.
+
+    Args:
+        energies: squared singular values (k,), any common scale.
+        columns: number of eigenvalues n >= k; the missing ones are zero.
+        distortion: ‖δ − δ̂‖² / ‖δ‖², in [0, 1]; clipped from below at 1e-12.
+    """
+    eigenvalues = np.asarray(energies, dtype=np.float64)
+    total = float(eigenvalues.sum())
+    if total <= 0 or distortion >= 1:
+        return 0.0
+    goal = max(distortion, 1e-12) * total
+    low, high = 0.0, float(eigenvalues.max())
+    for _ in range(100):
+        level = (low + high) / 2
+        if float(np.minimum(eigenvalues, level).sum()) > goal:
+            high = level
+        else:
+            low = level
+    above = eigenvalues[eigenvalues > high]
+    return float(0.5 * np.log2(above / high).sum() / columns)
+
 
 # Mean squared error of a min-max grid with groups of 128 on unit Gaussian weights, by bits;
 # measured by tests/compress/test_allocate.py.
@@ -110,3 +201,174 @@ def sparse_points(facts: MatrixFacts) -> list[Point]:
 def zero_point_of(facts: MatrixFacts) -> Point:
     """Storing nothing."""
     return Point(0, facts.weight * float(facts.energies.sum()), Zero())
+
+
+Array = npt.NDArray[np.float64]
+_MOST_PER_UNIT = 12.0  # bits
+_LOWEST, _HIGHEST, _POINTS = -6.0, 10.0, 129  # log2 of the ratio
+
+
+def coding(ratio: Array) -> tuple[Array, Array]:
+    """What coding a Gaussian value costs, by its standard deviation in steps.
+
+    Returns: the entropy of its code in bits; the mean squared error in squared steps, which is that
+        of leaving the value out where it is small.
+    """
+    grid, bits, share = _tables()
+    logs = np.log2(np.maximum(ratio, 1e-30))
+    over = np.maximum(logs - _HIGHEST, 0.0)
+    error = ratio**2 * np.interp(logs, grid, share, left=1.0) * 4.0**-over
+    return np.interp(logs, grid, bits, left=0.0) + over, error
+
+
+def bits_per_unit(codes: Tensor) -> Tensor:
+    """What one more unit of |code| costs an entry, bits; of codes (rows, columns), float.
+
+    Entries are taken as two-sided geometric, P(k) ∝ t^|k|, with the mean |code| that their row
+    and column lead one to expect: 2 t / (1 - t²).
+    """
+    size = codes.abs()
+    rows, columns = size.shape
+    of_row = size.mean(dim=1, keepdim=True) + 0.5 / columns
+    of_column = size.mean(dim=0, keepdim=True) + 0.5 / rows
+    mean = of_row * of_column / size.mean().clamp(min=0.5 / codes.numel())
+    chance = ((mean.square() + 1).sqrt() - 1) / mean
+    return torch.log2(chance).neg().clamp(min=0.01, max=_MOST_PER_UNIT)
+
+
+@cache
+def _tables() -> tuple[Array, Array, Array]:
+    """log2 of the ratio, bits, error as a share of the variance."""
+    grid = np.linspace(_LOWEST, _HIGHEST, _POINTS)
+    values = np.linspace(-8, 8, 80_001)
+    density = np.exp(-(values**2) / 2)
+    density /= density.sum()
+    bits, error = np.empty(_POINTS), np.empty(_POINTS)
+    for i, ratio in enumerate(2.0**grid):
+        scaled = values * ratio
+        codes = np.sign(scaled) * np.floor(np.abs(scaled) + DEAD_ZONE)
+        chance = np.bincount((codes - codes.min()).astype(np.int64), weights=density)
+        chance = chance[chance > 0]
+        bits[i] = -(chance * np.log2(chance)).sum()
+        error[i] = (density * (scaled - codes) ** 2).sum() / ratio**2
+    return grid, np.maximum.accumulate(bits), error
+
+
+COMPONENT_BITS = 24.0
+"""Scales that a component takes beside its codes."""
+MATRIX_BITS = 400.0
+"""Header, column steps and ends of streams."""
+SERVABLE_SHARE = 0.25
+"""Multiply-accumulates that a servable pack may add to those of a matrix."""
+
+UNTRAINED = 2.0
+"""How much more an error counts that code training cannot lower afterwards."""
+FACTORS_BYTES, FACTORS_ERROR = 0.88, 0.75
+"""What coded factors took of a Gaussian's bytes and error on the nursery: their entries have
+heavier tails, and the refit of U takes back a part of what V lost."""
+_LARGEST = LARGEST_CODE / 4  # code of a typical entry; what is louder has coarser steps
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to code a tensor, with the bytes and the weighted error to expect."""
+
+    precision: Precision
+    nbytes: float
+    error: float
+
+    def cost(self, level: float) -> float:
+        """Error and bytes in one number, by the multiplier of the level."""
+        return self.error + multiplier(level) * 8 * self.nbytes
+
+
+def multiplier(level: float) -> float:
+    """Weighted error that one bit must save at this level: −dD/dR = ln 2 / 6 · c²."""
+    return math.log(2) / 6 * level**2
+
+
+def finest(facts: MatrixFacts) -> float:
+    """The lowest level of use to a tensor: the loudest component's codes fill their range."""
+    loudest = math.sqrt(facts.weight * float(facts.energies[0]) / facts.count)
+    return loudest / math.sqrt(min(facts.shape)) / _LARGEST
+
+
+def choices(facts: MatrixFacts, level: float, servable: bool = False) -> list[Choice]:
+    """Sound choices for one tensor at one level: nothing, and at most one of each codec.
+
+    Args:
+        level: c in the weighted unit; the tensor's own step is c / √weight.
+        servable: factors only, of a rank that keeps the side path cheap.
+    """
+    nothing = Choice(Zero(), 0.0, facts.weight * float(facts.energies.sum()))
+    if nothing.error <= 0:
+        return [nothing]
+    own = level / math.sqrt(facts.weight)
+    bits, error = _components(facts, own)
+    found = [nothing, *_factors(facts, own, level, servable, (bits, error))]
+    if not servable:
+        others = _entries_and_hybrid(facts, own, level, (bits, error))
+        found += [replace(c, error=UNTRAINED * c.error) if facts.trainable else c for c in others]
+    return found
+
+
+def _components(facts: MatrixFacts, own: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and error of coding each component of one matrix of the stack."""
+    loudness = np.sqrt(facts.energies / facts.count) / own
+    bits, error = np.full_like(loudness, COMPONENT_BITS), np.zeros_like(loudness)
+    for side in facts.shape:
+        ratio = loudness / math.sqrt(side)
+        of_side = coding(ratio)
+        bits += side * of_side[0]
+        error += side * of_side[1]
+    return bits, np.minimum(error * own**2, facts.energies / facts.count)
+
+
+def _factors(
+    facts: MatrixFacts,
+    own: float,
+    level: float,
+    servable: bool,
+    components: tuple[np.ndarray, np.ndarray],
+) -> list[Choice]:
+    bits, error = components
+    saved = facts.energies / facts.count - error
+    rank = int((facts.weight * saved > multiplier(level) * bits).sum())
+    if servable:
+        rows, columns = facts.shape
+        rank = min(rank, int(SERVABLE_SHARE * rows * columns / (rows + columns)))
+    if rank == 0:
+        return []
+    total = facts.count * (float(bits[:rank].sum()) + MATRIX_BITS)
+    left = facts.count * float(error[:rank].sum()) + float(facts.energies[rank:].sum())
+    nbytes, lost = FACTORS_BYTES * total / 8, FACTORS_ERROR * facts.weight * left
+    return [Choice(Factored(rank, own), nbytes, lost)]
+
+
+def _entries_and_hybrid(
+    facts: MatrixFacts, own: float, level: float, components: tuple[np.ndarray, np.ndarray]
+) -> list[Choice]:
+    """All entries alone, and behind a few components: those far louder than the flat rest.
+
+    The entries code what the components leave, their own rounding included.
+    """
+    component_bits, lost = components
+    ranks = [0, *(rank for rank in (2, 4, 8, 16, 32) if rank < min(facts.shape) // 2)]
+    rest = [facts.energies[rank:].sum() + facts.count * lost[:rank].sum() for rank in ranks]
+    energies = np.array(rest, dtype=np.float64)
+    bits, error = _flat(facts, energies, own)
+    found = [Choice(Entries(own), float(bits[0]) / 8, facts.weight * float(error[0]))]
+    hybrids = []
+    for i, rank in enumerate(ranks[1:], start=1):
+        total = facts.count * (float(component_bits[:rank].sum()) + MATRIX_BITS) + float(bits[i])
+        hybrids.append(Choice(Hybrid(rank, own), total / 8, facts.weight * float(error[i])))
+    return found + ([min(hybrids, key=lambda choice: choice.cost(level))] if hybrids else [])
+
+
+def _flat(facts: MatrixFacts, energies: np.ndarray, own: float) -> tuple[np.ndarray, np.ndarray]:
+    """Bits and error of entries whose energy is spread as rows and columns spread it."""
+    values = facts.shape[0] * facts.shape[1]
+    ratio = np.sqrt(energies[:, None] / facts.count / values * facts.spread) / own
+    of_value = [table.mean(axis=1) for table in coding(ratio)]
+    bits = facts.count * (values * of_value[0] + MATRIX_BITS)
+    return bits, facts.count * values * of_value[1] * own**2

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graftkit.compress.codes import LARGEST_CODE, decode_codes, encode_codes
-from graftkit.compress.feedback import cholesky, feedback_codes, round_codes
+from graftkit.compress.quantize import cholesky, feedback_codes, round_codes
 from graftkit.errors import CorruptPackError
 
 CODED = 0

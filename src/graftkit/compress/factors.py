@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftkit.delta import DTYPE_NAMES, tensor_bytes
+from graftkit.checkpoint import DTYPE_NAMES, tensor_bytes
 from graftkit.errors import CorruptPackError
 
 MAX_RANK = 2**16 - 1

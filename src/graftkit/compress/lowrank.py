@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftkit.compress.feedback import cholesky
 from graftkit.compress.quantize import (
     GROUP_SIZE,
     QuantizedRows,
+    cholesky,
     expand_groups,
     gptq_codes,
     inverse_factor,

@@ -10,8 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftkit.compress.bitpack import pack_bits, packed_bytes, unpack_bits
-from graftkit.compress.quantize import GROUP_SIZE, pack_rows, quantize_rows, rows_bytes, unpack_rows
+from graftkit.compress.quantize import (
+    GROUP_SIZE,
+    pack_bits,
+    pack_rows,
+    packed_bytes,
+    quantize_rows,
+    rows_bytes,
+    unpack_bits,
+    unpack_rows,
+)
 from graftkit.errors import CorruptPackError
 
 VALUE_BITS = 4

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from graftkit.attachment import attached
-from graftkit.delta import fingerprint, tensor_digest
+from graftkit.checkpoint import fingerprint, tensor_digest
 from graftkit.demo.embedded import SKILLS, TRAIN_STEPS, Skill
 from graftkit.demo.folder import DemoFolder
 from graftkit.demo.result import DemoResult, MixedAnswer, SkillResult

@@ -7,7 +7,7 @@ data the models learned from; tools/make_demo_weights.py and tools/embed_demo.py
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftkit.delta import Checkpoint, fingerprint, tensor_digest
+from graftkit.checkpoint import Checkpoint, fingerprint, tensor_digest
 
 DATA = Path(__file__).parent / "data"
 TARGET = DATA / "target"

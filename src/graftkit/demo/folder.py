@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.demo.embedded import NOTICE, SKILLS, TARGET, Skill, fingerprint_of
 from graftkit.errors import GraftError, OutputError
-from graftkit.files import replaced_file
+from graftkit.files import WorkFolder, replaced_file
 from graftkit.fuse import merge_packs
 from graftkit.skillpack import SkillPack
-from graftkit.work import WorkFolder
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from graftkit.config import TRAIN_STEPS, Budget, Recipe
 from graftkit.errors import BudgetError, ConfigError
-from graftkit.precision import bfloat16_pays
+from graftkit.parallel import bfloat16_pays
 
 
 def located(reference: str, where: Path) -> str:

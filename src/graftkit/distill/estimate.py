@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
-from graftkit.delta import Checkpoint
 from graftkit.distill.config import (
     AnswersSource,
     DistillConfig,

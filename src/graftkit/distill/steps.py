@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill import card as cards
 from graftkit.distill.config import Graded, located
 from graftkit.distill.records import Scored, read_lines, write_lines
@@ -22,12 +22,11 @@ from graftkit.distill.select import Pair, Selected, Template
 from graftkit.distill.select import select as select_answers
 from graftkit.distill.workspace import Workspace, is_main
 from graftkit.errors import ConfigError, SelectionError
-from graftkit.files import replaced_file
+from graftkit.files import WorkFolder, replaced_file
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model
 from graftkit.route.key import MIN_PROMPTS
 from graftkit.rows import Row, read_rows
-from graftkit.work import WorkFolder
 
 
 def sample(space: Workspace) -> dict[str, Any]:

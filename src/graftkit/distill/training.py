@@ -20,16 +20,16 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, SFTConfig
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Dpo, Sft, Training
 from graftkit.distill.trainers import GuidedTrainer, PairTrainer, RowTrainer, WrpoTrainer
 from graftkit.distill.transfer.guide import Guide
 from graftkit.distill.workspace import is_main, processes
 from graftkit.errors import ConfigError, OutputError
+from graftkit.files import WorkFolder
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model, quiet
-from graftkit.models.saving import CheckpointWriter
-from graftkit.packing.job import WorkFolder
+from graftkit.models.views import CheckpointWriter
 from graftkit.rows import Row, encode_row
 
 Progress = Callable[[int, int], None]

@@ -10,7 +10,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import DistillConfig, ModelSource, Source, located
 from graftkit.distill.sample import INDIFFERENT, PromptSet, read_prompts
 from graftkit.distill.scores import wants

@@ -1,18 +1,13 @@
 """Fuse: packs added up for good.
 
-rules         what several deltas of one tensor become, pure maths
-methods       the rules by name, with their settings
-merging       target + packs as a checkpoint, tensor by tensor
-packing       packs as one pack
-search        weights of least loss on rows
-in_turn       one pack after another, with a memory: opcm and kif on running, memory its file
-importance    how much each tensor of a pack matters on rows
-families      a shared part and a small private part for each skill, pure maths; family_methods
-              names them, family_file is their format, family_frame the bytes around the parts,
-              family_making writes a file, family opens one and unfolds its skills
+methods       what several deltas of one tensor become: pure maths, by name, with settings
+merge         target + packs as a checkpoint, tensor by tensor, or as one pack
+search        weights of least loss on rows, and how much each tensor matters there
+sequential    one pack after another, with a memory in a file
+continual     the methods for that: OPCM and KIF
 interference  how packs get in each other's way, and its picture
 """
 
-from graftkit.fuse.merging import merge_packs
+from graftkit.fuse.merge import merge_packs
 
 __all__ = ["merge_packs"]

@@ -15,13 +15,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graftkit.delta import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, Checkpoint, TensorInfo
+from graftkit.checkpoint import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, Checkpoint, TensorInfo
 from graftkit.errors import CheckpointError, CheckpointMismatchError
-from graftkit.models.loading import empty_model
-from graftkit.models.names import unwrapped_name
-from graftkit.models.quantized import refuse_quantized
-from graftkit.models.siblings import backbone_name
-from graftkit.models.views import View, checkpoint_views, find_views, is_unused, live_names
+from graftkit.models.loading import empty_model, refuse_quantized, unwrapped_name
+from graftkit.models.views import (
+    View,
+    backbone_name,
+    checkpoint_views,
+    find_views,
+    is_unused,
+    live_names,
+)
 
 
 class AlignedCheckpoint(Checkpoint):

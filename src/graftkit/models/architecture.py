@@ -9,12 +9,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
-from graftkit.models.embeddings import input_embeddings, output_embeddings
-from graftkit.models.loading import empty_model
-from graftkit.models.names import SAVED_WRAPPED, unwrapped_name
-from graftkit.models.quantized import refuse_quantized
+from graftkit.models.loading import (
+    SAVED_WRAPPED,
+    empty_model,
+    input_embeddings,
+    output_embeddings,
+    refuse_quantized,
+    unwrapped_name,
+)
 from graftkit.models.views import checkpoint_views, converted_names, is_unused, live_names
 
 # Class names, nearest module first; attention before mlp, for BertSelfOutput is both.

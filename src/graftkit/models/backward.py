@@ -3,10 +3,22 @@
 A decoder layer keeps nothing but its input and runs again when its gradient is wanted, so that
 the weights of one layer are in memory at a time. The output head sees the chosen positions only, a
 few at a time: at (tokens, vocabulary) the logits would be the largest tensor of the pass.
+
+Output sensitivities of the tuned model: what an error in a layer's output does to the answer.
+
+    KL(tuned ‖ tuned + E) ≈ ½ mean(s) tr(E H Eᵀ),   s_o = 1/N Σ_t g_to²,   H = mean of x xᵀ
+
+for an error E (out, in) in the weight of one linear module, with g_t the gradient of log p(y) by
+the module's output at token t, N completion tokens, and y drawn from the model itself at each of
+them: the Fisher information, which a reference answer would not give. Divergences are per
+completion token, H is that of all tokens (models/calibration.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,8 +26,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from graftkit.models.encoding import LOGITS_BYTES, skips_logits, vocabulary_size
-from graftkit.rows import batches_by_length
+from graftkit.checkpoint import Checkpoint
+from graftkit.errors import CheckpointError
+from graftkit.models.calibration import CovarianceStore, Progress, job_digest
+from graftkit.models.encoding import (
+    LOGITS_BYTES,
+    EncodedRow,
+    encode_rows,
+    one_thread,
+    pad_id,
+    real_tokens,
+    scored_tokens,
+    skips_logits,
+    submodule,
+    usable_tokenizer,
+    vocabulary_size,
+)
+from graftkit.models.loading import output_embeddings, stream_model, token_embedding
+from graftkit.rows import Row, batches_by_length, pad_batch
 
 BACKWARD_TOKENS = 2_048  # padded tokens of one pass: inputs of 32 layers of width 4,096 are 1 GB
 _CHUNK_BYTES = 2**26  # float32 logits of one chunk; a backward pass holds about five copies
@@ -158,3 +186,171 @@ def _gives(module: nn.Module, output: Any) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+SENSITIVITY_TOKENS = 8_192  # a backward pass costs three forward ones; sums need fewer than H does
+GRADIENT = "gradient:"  # prefix of the store keys of vectors
+EMBEDDING_GRADIENT, HEAD_GRADIENT = f"{GRADIENT}embedding", f"{GRADIENT}head"
+HEAD_COMPLETIONS = "head:completions"  # store key: H of the head's input where logits count
+
+
+@dataclass(frozen=True)
+class SensitivitySummary:
+    """What was measured."""
+
+    rows: int
+    """Rows used; a seeded choice when the file holds more than are needed."""
+    tokens: int
+    """Tokens read, padding not counted."""
+    scored: int
+    """Tokens of completions, whose logits count; 0 where the model gives no logits."""
+    seed: int
+
+
+def collect_sensitivities(
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    modules: Sequence[str],
+    store: CovarianceStore,
+    seed: int,
+    progress: Progress | None = None,
+) -> SensitivitySummary:
+    """Run the model of `checkpoint` forward and back on prompt + completion and fill `store`.
+
+    Keys, all float32: `gradient:<module>` (out,) for each linear module of `modules` that a
+    gradient reaches: s above. `gradient:embedding` (vocabulary,): 1/N Σ |g|² / hidden over the
+    positions of each token, g by the embedding's output. `gradient:head` (vocabulary,): mean of
+    p (1 − p) over completion tokens. `head:completions` (hidden, hidden): mean of x xᵀ of the
+    head's input over them. A model without an output head has no keys.
+
+    A finished store of the same job is kept; give another folder than the covariances'.
+    Raises: CheckpointError when the tokenizer is missing or does not fit, a module is missing or
+        a gradient is not finite; RowsError for a row beyond the model's context; OutputError.
+    """
+    job = "sensitivities " + job_digest(checkpoint, rows, modules, [SENSITIVITY_TOKENS, seed])
+    finished = store.finished(job)
+    if finished is not None:
+        return SensitivitySummary(**finished)
+    store.clear()
+    tokenizer = usable_tokenizer(checkpoint)
+    report = progress or (lambda done, total: None)
+    with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
+        model: Any = stream_model(checkpoint, Path(offload))
+        encoded = encode_rows(tokenizer, rows, SENSITIVITY_TOKENS, seed, model, checkpoint.name)
+        collector = _Collector(model, modules, seed, checkpoint.name)
+        batches = backward_batches(model, list(map(len, encoded)), BACKWARD_TOKENS)
+        if output_embeddings(model) is None:
+            batches = []
+        for done, batch in enumerate(batches):
+            report(done, len(batches))
+            collector.run([encoded[index] for index in batch], pad_id(tokenizer))
+        collector.save(store)
+    tokens = sum(map(len, encoded))
+    summary = SensitivitySummary(len(encoded), tokens, collector.scored_tokens, seed)
+    store.finish(job, asdict(summary))
+    report(len(batches), len(batches))
+    return summary
+
+
+class _Collector:
+    """Sums of squared gradients, taken by hooks on the outputs of modules during backward passes.
+
+    A hook also runs when a layer runs again for its backward pass, but no gradient ever comes to
+    the outputs of that second run.
+    """
+
+    def __init__(self, model: Any, modules: Sequence[str], seed: int, where: str):
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise CheckpointError(
+                f"{where}: an encoder-decoder model; only models of one stack can be calibrated, "
+                "so pack it without rows"
+            )
+        self.model, self.where = model, where
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sums: dict[str, Tensor] = {}
+        self.scored_tokens = 0
+        self.ids = self.scored = torch.empty(0)
+        prepare_backward(model)
+        self.head = output_embeddings(model)
+        self.head_names = []
+        token_embedding(model).register_forward_hook(self._start)
+        for name in modules:
+            module = submodule(model, name, where)
+            if module is self.head:
+                self.head_names.append(name)
+            else:
+                module.register_forward_hook(self._watch(name))
+        if self.head is not None:
+            self.head.register_forward_pre_hook(self._add_head_input)
+
+    def run(self, rows: Sequence[EncodedRow], pad: int) -> None:
+        """One batch, forward and back."""
+        self.ids, mask = pad_batch([row.ids for row in rows], pad)
+        self.scored = scored_tokens(self.model, rows, mask)
+        self.scored_tokens += int(self.scored.sum())
+        if self.scored.any():
+            visit_logits(self.model, self.ids, mask, self.scored, self._sample, backward=True)
+
+    def save(self, store: CovarianceStore) -> None:
+        """Write every sum as a mean over the scored tokens."""
+        for key, total in self.sums.items():
+            mean = (total / self.scored_tokens).float()
+            if not mean.isfinite().all():
+                raise CheckpointError(
+                    f"{self.where}: {key} is not finite (NaN or infinity) on the calibration rows; "
+                    "check the weights of the model"
+                )
+            store.put(key, mean)
+        for name in self.head_names:
+            if HEAD_GRADIENT in store:
+                store.alias(GRADIENT + name, HEAD_GRADIENT)
+
+    def _sample(self, logits: Tensor, span: slice) -> Tensor:
+        """∂ log p(y) / ∂ logits = [v = y] − p_v, with y drawn from p. Raises: CheckpointError."""
+        chances = logits.softmax(dim=1)
+        if not chances.isfinite().all():
+            raise CheckpointError(
+                f"{self.where}: the logits are not finite (NaN or infinity) on the calibration "
+                "rows; check the weights of the model, or pack without rows"
+            )
+        self._add(HEAD_GRADIENT, (chances * (1 - chances)).sum(dim=0))
+        # One random number a token: the draw does not depend on how the logits are cut in chunks.
+        drawn = torch.rand((len(chances), 1), generator=self.generator)
+        reached = chances.cumsum(dim=1)
+        tokens = torch.searchsorted(reached, drawn * reached[:, -1:])
+        gradient = chances.neg_()
+        return gradient.scatter_add_(1, tokens, torch.ones_like(drawn))
+
+    def _start(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Let gradients reach the embedding's output; all before it is frozen."""
+        if not torch.is_grad_enabled() or output.shape[:2] != self.ids.shape:
+            return None
+        start = output.detach().requires_grad_()
+        start.register_hook(self._add_embedding)  # type: ignore[no-untyped-call]
+        return start.clone()  # a model may add to it in place
+
+    def _add_embedding(self, gradient: Tensor) -> None:
+        squares = gradient.float().square().mean(dim=-1).reshape(-1)
+        total = torch.zeros(vocabulary_size(self.model))
+        self._add(EMBEDDING_GRADIENT, total.index_add_(0, self.ids.reshape(-1), squares))
+
+    def _watch(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            squares = gradient.float().square().reshape(-1, gradient.shape[-1])
+            self._add(GRADIENT + name, squares.sum(dim=0))
+
+        def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return after_forward
+
+    def _add_head_input(self, module: nn.Module, args: Any) -> None:
+        """Inputs of the head, which sees the scored tokens only unless it cannot do without all."""
+        inputs = args[0].detach()
+        values = real_tokens(inputs, self.scored).float()
+        self._add(HEAD_COMPLETIONS, values.T @ values)
+
+    def _add(self, key: str, part: Tensor) -> None:
+        """Sum in float64: many small squares."""
+        self.sums[key] = self.sums[key].add_(part) if key in self.sums else part.double()

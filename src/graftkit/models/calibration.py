@@ -18,9 +18,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError
-from graftkit.models.embeddings import output_embeddings
 from graftkit.models.encoding import (
     MICRO_BATCH_TOKENS,
     EncodedRow,
@@ -34,7 +33,7 @@ from graftkit.models.encoding import (
     usable_tokenizer,
     vocabulary_size,
 )
-from graftkit.models.loading import stream_model
+from graftkit.models.loading import output_embeddings, stream_model
 from graftkit.rows import Row, pad_batch
 from graftkit.side_files import SIDE_FILES
 

@@ -4,6 +4,8 @@ No list of keys is exhaustive, so the question goes to the model's own class: tw
 weights are built, one from each configuration, and their modules are compared. A key that leaves
 no trace in them can still be read by a forward pass, so the code of the model's classes is
 searched for its name as well.
+
+Whether two values of any kind are alike, as far as a forward pass can see.
 """
 
 import inspect
@@ -14,7 +16,8 @@ import threading
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType, ModuleType
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -25,7 +28,6 @@ from transformers import modeling_rope_utils as rope_utils
 
 from graftkit.errors import GraftError
 from graftkit.models.loading import LOAD_ERRORS, quiet
-from graftkit.models.values import is_same
 
 CALLER_KEYS = frozenset(
     {
@@ -388,3 +390,54 @@ def _compare(differences: Differences, path: str, before: nn.Module, after: nn.M
         if child is not None:
             below = f"{path}.{name}" if path else name
             _compare(differences, below, child, after.get_submodule(name))
+
+
+def is_same(one: Any, other: Any, seen: frozenset[int] = frozenset()) -> bool:
+    """Equality by content: of tensors, containers, functions and objects of any class.
+
+    Modules and configurations count as alike: who compares models looks at them one by one. Empty
+    tensors have no values to differ in.
+    """
+    if one is other or id(one) in seen or isinstance(one, (nn.Module, PretrainedConfig)):
+        return type(one) is type(other)
+    if type(one) is not type(other):
+        return False
+    seen = seen | {id(one)}
+    if isinstance(one, Tensor):
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        return alike and (one.is_meta or other.is_meta or torch.equal(one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_same(one[k], other[k], seen) for k in one)
+    if isinstance(one, (list, tuple)):
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(is_same(a, b, seen) for a, b in pairs)
+    inside = _inside(one)
+    if inside is not None:
+        return is_same(inside, _inside(other), seen)
+    return bool(one == other) or repr(one) == repr(other)
+
+
+def holds_no_values(value: Any) -> bool:
+    """Whether a value is, or holds, an empty tensor or a module, so that it is of no use alone."""
+    if isinstance(value, Tensor):
+        return value.is_meta
+    if isinstance(value, dict):
+        return any(map(holds_no_values, value.values()))
+    if isinstance(value, (list, tuple, set)):
+        return any(map(holds_no_values, value))
+    return isinstance(value, nn.Module)
+
+
+def _inside(value: Any) -> Any:
+    """The parts that make a function or an object what it is; None for plain values."""
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        return [value.__code__, value.__defaults__, cells]
+    if isinstance(value, MethodType):
+        return [value.__func__]
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, (type, str, bytes, int, float, complex, torch.dtype, torch.device)):
+        return None
+    own = getattr(value, "__dict__", None)
+    return dict(own) if own else None

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, RowsError
-from graftkit.models.embeddings import token_embedding
-from graftkit.models.loading import load_tokenizer
+from graftkit.models.loading import load_tokenizer, token_embedding
 from graftkit.rows import Row, batches_by_length, encode_row, sample_rows
 
 MICRO_BATCH_TOKENS = 4_096  # padded tokens in one pass: activations of one layer stay below 1 GB

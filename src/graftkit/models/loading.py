@@ -1,6 +1,14 @@
-"""A checkpoint as a live model: whole, streamed from disk layer by layer, or without weights."""
+"""A checkpoint as a live model: whole, streamed from disk layer by layer, or without weights.
+
+Names of tensors without what compilers and wrappers put into them.
+
+Input embedding and output head of a model, where it has one of them.
+
+Quantized checkpoints are told apart from others before their tensors are looked at.
+"""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +18,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint
+from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint
 from graftkit.errors import CheckpointError
-from graftkit.models.names import SAVED_WRAPPED, unwrapped_name
 
 # What from_pretrained raises for a configuration, a file or a tensor it cannot use.
 LOAD_ERRORS = (
@@ -199,3 +207,94 @@ def _one_line_errors(checkpoint: Checkpoint) -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+# What torch.compile, DataParallel, FSDP and activation checkpointing put into names.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"|^(?:module\.|_forward_module\.)+"
+)
+
+
+SAVED_WRAPPED = (
+    "has the prefix of a compiled or wrapped model, and transformers does not load it; save the "
+    "model inside (for torch.compile, model._orig_mod.save_pretrained)"
+)
+"""What to do about such a name, in a message."""
+
+
+def unwrapped_name(name: str) -> str:
+    """A tensor's name without the prefixes of compilers and wrappers."""
+    return _WRAPPERS.sub("", name)
+
+
+def input_embeddings(model: Any) -> nn.Module | None:
+    """The module that turns token ids into states; None for models of images, sound, two towers."""
+    return _module(model.get_input_embeddings)
+
+
+def token_embedding(model: Any) -> Any:
+    """The input embedding. Raises: CheckpointError for a model that does not read tokens."""
+    module = input_embeddings(model)
+    if module is None or not hasattr(module, "weight"):
+        raise CheckpointError(
+            f"{type(model).__name__} has no input embedding, so it reads no rows of text; use a "
+            "language model, or do without rows"
+        )
+    return module
+
+
+def output_embeddings(model: Any) -> nn.Module | None:
+    """The module that turns states into logits over the vocabulary; None where there is none."""
+    return _module(model.get_output_embeddings)
+
+
+def _module(get: Any) -> nn.Module | None:
+    # transformers raises what it likes for a model without one.
+    try:
+        module = get()
+    except (NotImplementedError, AttributeError, TypeError):
+        return None
+    return module if isinstance(module, nn.Module) else None
+
+
+# Names that GPTQ, AWQ, EETQ, compressed-tensors, fp8 and bitsandbytes give to their tensors.
+_NAMES = {
+    r"\.(qweight|qzeros)$": "gptq or awq",
+    r"\.(weight_packed|weight_scale|weight_zero_point|weight_shape)$": "compressed-tensors",
+    r"\.(weight_scale_inv|input_scale)$": "fp8",
+    r"\.(SCB|weight_format|absmax|quant_map|quant_state\.\S+)$": "bitsandbytes",
+}
+_SETTINGS = ("quantization_config", "compression_config")
+_CODES = ("I8", "U8")
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raises: CheckpointError for a quantized checkpoint, naming the method."""
+    method = quantization_method(checkpoint)
+    if method is not None:
+        raise CheckpointError(f"{checkpoint.path}: quantized ({method}); use the unquantized model")
+
+
+def quantization_method(checkpoint: Checkpoint) -> str | None:
+    """How the weights are quantized, None where they are not."""
+    config = checkpoint.config
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in _SETTINGS:
+            if isinstance(part.get(key), dict):
+                return _method(part[key], key)
+    for name, info in checkpoint.tensors.items():
+        for pattern, method in _NAMES.items():
+            if re.search(pattern, name):
+                return method
+        if info.dtype in _CODES and len(info.shape) == 2 and name.endswith(".weight"):
+            return f"{info.dtype.lower()} weights"
+    return None
+
+
+def _method(settings: dict[str, Any], key: str) -> str:
+    named = settings.get("quant_method") or settings.get("quant_algo")
+    if isinstance(named, str):
+        return " ".join(named.split())[:40]
+    return "compressed-tensors" if key == "compression_config" else "method unknown"

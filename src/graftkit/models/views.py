@@ -1,20 +1,30 @@
-"""Every tensor of a checkpoint as a view into the live model's own parameters.
+"""Other classes of the same model: the backbone alone, and the backbone with other heads.
+
+Every tensor of a checkpoint as a view into the live model's own parameters.
 
 Names and layouts on disk differ from those in memory: a Mixtral checkpoint holds one tensor per
 expert, the live model one stack. transformers can turn its parameters back into what it would
 save; here that reversal runs on weightless stand-ins, and every copy on the way is replaced by an
 alias, so that what comes out still says where in which parameter it lies.
+
+A live model's weights, written as the checkpoint they were loaded from.
 """
 
+import copy
+import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -22,9 +32,73 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.models.auto import modeling_auto
 
+from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, write_checkpoint
 from graftkit.errors import CheckpointError
-from graftkit.models.siblings import owned_by_sibling
+from graftkit.files import WorkFolder, writing
+from graftkit.models.loading import quiet
+from graftkit.side_files import written_files
+
+
+def backbone_name(model: PreTrainedModel, live: str) -> str:
+    """A live name as the backbone has it: `layers.0...` in LlamaModel and in LlamaForCausalLM."""
+    return live.removeprefix(f"{model.base_model_prefix}.")
+
+
+def owned_by_sibling(model: PreTrainedModel, name: str) -> bool:
+    """Whether some class of this model's configuration has checkpoint tensor `name`."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    renamed, _ = rename_source_key(name, renamings, [])
+    owned = _names(_Key(model.config))
+    return any(backbone_name(model, candidate) in owned for candidate in (name, renamed))
+
+
+class _Key:
+    """A configuration that is equal to one with the same content, so that results are kept."""
+
+    def __init__(self, config: PretrainedConfig):
+        self.config = config
+        self._text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@lru_cache(maxsize=8)
+def _names(key: _Key) -> frozenset[str]:
+    """Names of all parameters of all classes, as the backbone has them."""
+    names: set[str] = set()
+    for model_class in _classes(str(key.config.model_type)):
+        model = _without_weights(model_class, key.config)
+        if model is not None:
+            names |= {backbone_name(model, live) for live in model.state_dict()}
+    return frozenset(names)
+
+
+def _classes(model_type: str) -> list[type[PreTrainedModel]]:
+    """What the Auto classes of transformers know of a model type."""
+    listed: set[str] = set()
+    for mapping, classes in vars(modeling_auto).items():
+        if mapping.endswith("_MAPPING_NAMES") and model_type in classes:
+            entry = classes[model_type]
+            listed |= {entry} if isinstance(entry, str) else set(entry)
+    found = [getattr(transformers, name, None) for name in sorted(listed)]
+    return [item for item in found if isinstance(item, type) and issubclass(item, PreTrainedModel)]
+
+
+def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedModel | None:
+    """A model on the meta device; None where this class refuses the configuration."""
+    try:
+        with quiet(), torch.device("meta"):
+            model: PreTrainedModel = model_class(copy.deepcopy(config))
+    except Exception:  # whatever a constructor raises: such a class owns nothing here
+        return None
+    return model
 
 
 @dataclass(frozen=True)
@@ -287,3 +361,57 @@ def _blank(value: Tensor, device: str) -> Tensor:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
+
+
+class CheckpointWriter:
+    """Writes weights of a model with the names, layouts, dtypes and side files of `origin`.
+
+    Args:
+        model: loaded from `origin`; only its names and shapes are looked at, so that it may be
+            sharded or wrapped afterwards.
+    """
+
+    def __init__(self, model: Any, origin: Checkpoint):
+        self.model, self.origin = model, origin
+        self.views = find_views(model, checkpoint_views(model), list(origin.tensors))
+
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> None:
+        """Write a folder; it appears whole or not at all, and takes the place of an older one.
+
+        Args:
+            state: parameters and buffers by the model's own names, whole.
+        Raises: CheckpointError where a tensor on disk is put together from several; OutputError.
+        """
+        work = WorkFolder(folder.with_name(f"{folder.name}.writing"))
+        names = sorted(self.origin.tensors)
+        called = self.origin.name
+        note = f"Trained by graftkit from {called}. What follows is the card of {called}."
+        files = written_files(self.origin.path, {}, note)
+        work.open_empty()
+        result = work.path / "result"
+        try:
+            with writing(folder):
+                write_checkpoint(result, names, lambda n: self._tensor(n, state), files, _nothing)
+                if folder.exists():  # at no time half of it is there
+                    os.replace(folder, work.path / "replaced")
+                os.replace(result, folder)
+        finally:
+            work.remove()
+
+    def _tensor(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        view = self.views[name]
+        dtype = self.origin.tensors[name].dtype
+        if view is None:
+            if not is_unused(self.model, name):
+                raise CheckpointError(
+                    f"{self.origin.path}: {name} is no part of one parameter of "
+                    f"{type(self.model).__name__}, so what it learned cannot be written; save the "
+                    "model with a current transformers first"
+                )
+            return self.origin.read(name)
+        tensor = view.tensor(state[view.parameter]).cpu()
+        return tensor.to(DTYPES[dtype]) if dtype in FLOAT_DTYPES else self.origin.read(name)
+
+
+def _nothing(done: int) -> None:
+    pass

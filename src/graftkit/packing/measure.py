@@ -11,24 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftkit.compress.allocate import MatrixFacts
+from graftkit.checkpoint import FLOAT_DTYPES, Checkpoint, all_finite, difference, tensor_digest
+from graftkit.compress.allocate import MatrixFacts, output_energy
 from graftkit.compress.codecs import Layout, matrices, matrix_shape
-from graftkit.compress.energy import output_energy
-from graftkit.compress.feedback import cholesky
 from graftkit.compress.lowrank import eigenbasis, right_rows
-from graftkit.compress.quantize import feedback_gain
-from graftkit.delta import FLOAT_DTYPES, Checkpoint, all_finite, difference, tensor_digest
+from graftkit.compress.quantize import cholesky, feedback_gain
 from graftkit.errors import CheckpointError
+from graftkit.files import WorkFolder
 from graftkit.models.architecture import ModuleKind
-from graftkit.models.calibration import HEAD, CovarianceStore, collect_covariances
-from graftkit.models.gradients import (
+from graftkit.models.backward import (
     EMBEDDING_GRADIENT,
     GRADIENT,
     HEAD_COMPLETIONS,
     HEAD_GRADIENT,
     collect_sensitivities,
 )
-from graftkit.packing.job import WorkFolder
+from graftkit.models.calibration import HEAD, CovarianceStore, collect_covariances
 from graftkit.packing.pairs import Pair
 from graftkit.rows import Row
 from graftkit.skillpack.manifest import CalibrationInfo
@@ -147,7 +145,7 @@ def _check_finite(
 class Activity:
     """What the tuned model did on the calibration rows.
 
-    covariances: Σ x xᵀ of inputs over `tokens` tokens. sensitivities: see models/gradients.py;
+    covariances: Σ x xᵀ of inputs over `tokens` tokens. sensitivities: see models/backward.py;
     None for a recipe that weighs no errors.
     """
 

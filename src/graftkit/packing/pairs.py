@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, TensorInfo
 from graftkit.compress.codecs import Layout, matrix_shape
-from graftkit.delta import DTYPES, FLOAT_DTYPES, Checkpoint, TensorInfo
 from graftkit.errors import CheckpointMismatchError
 from graftkit.models.aligned import AlignedCheckpoint, align
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names

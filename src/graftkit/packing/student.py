@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftkit.checkpoint import Checkpoint
+from graftkit.compress.allocate import bits_per_unit
 from graftkit.compress.coded import CodedFactors, store_factors
 from graftkit.compress.codes import LARGEST_CODE
-from graftkit.compress.rates import bits_per_unit
-from graftkit.delta import Checkpoint
-from graftkit.models.embeddings import input_embeddings, output_embeddings
 from graftkit.models.encoding import submodule
+from graftkit.models.loading import input_embeddings, output_embeddings
 
 _FREE_CODES, _CODES_PER_VALUE = 2**25, 0.35
 _SPREAD = 0.25

@@ -6,10 +6,15 @@ Compression rounded every factor for its own layer; training sees what the whole
 them. λ follows from the room that the payloads have. A few hundred rows say little of a model's
 answers and much of its hidden states h, on prompts with words exchanged at random too: the tuned
 model says what is right there.
+
+Code training on disk from time to time, so that a killed packing goes on in the middle of it.
+
+Code training of a pack that is coded already; what comes out has room in the file.
 """
 
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftkit.checkpoint import Checkpoint, write_checkpoint
 from graftkit.compress.coded import CodedFactors
-from graftkit.delta import Checkpoint
 from graftkit.errors import RowsError
+from graftkit.files import WorkFolder
 from graftkit.models.backward import (
     BACKWARD_TOKENS,
     backward_batches,
@@ -40,10 +46,9 @@ from graftkit.models.encoding import (
     usable_tokenizer,
 )
 from graftkit.models.loading import load_model, stream_model
-from graftkit.packing.job import WorkFolder
-from graftkit.packing.resume import TrainingState
 from graftkit.packing.student import Student
 from graftkit.rows import Row, pad_batch
+from graftkit.skillpack import SkillPack
 
 STEP_TOKENS = 256  # tokens of one step: more, noisier steps beat fewer
 CODE_RATE, MOST_CODE_RATE = 0.08, 0.02  # codes a step: for a divergence of 1 nat, and at most
@@ -342,3 +347,129 @@ def _load(checkpoint: Checkpoint, folder: Path) -> Any:
     model = stream_model(checkpoint, folder)
     prepare_backward(model)
     return model
+
+
+SAVE_SECONDS = 120.0  # of work that a killed run may lose
+_FILE = "training.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TrainingState:
+    """Step, price, trained values and Adam's moments, each an array of the work folder."""
+
+    def __init__(self, work: WorkFolder, optimizer: torch.optim.Adam):
+        self.work, self.optimizer = work, optimizer
+        self.saved = time.monotonic()
+
+    def load(self) -> tuple[int, float] | None:
+        """Put values and moments back. Returns: steps done and the price's factor, or None."""
+        known: dict[str, Any] | None = self.work.read_json(_FILE)
+        if known is None:
+            return None
+        for index, value in enumerate(self._values):
+            parts = [self._read(known["step"], index, name) for name in ("value", *_MOMENTS)]
+            with torch.no_grad():
+                value.copy_(parts[0])
+            moments = dict(zip(_MOMENTS, parts[1:], strict=True))
+            self.optimizer.state[value] = {"step": torch.tensor(float(known["step"])), **moments}
+        return known["step"], known["factor"]
+
+    def save(self, step: int, factor: float) -> None:
+        """Keep what `step` steps led to, if it is time; then forget what was kept before.
+
+        Raises: OutputError.
+        """
+        if time.monotonic() - self.saved < SAVE_SECONDS:
+            return
+        before: dict[str, Any] | None = self.work.read_json(_FILE)
+        for index, value in enumerate(self._values):
+            state = self.optimizer.state[value]
+            for name, part in (("value", value), *((n, state[n]) for n in _MOMENTS)):
+                self.work.write_array(_name(step, index, name), part.detach().numpy())
+        self.work.write_json(_FILE, {"step": step, "factor": factor})
+        if before is not None:
+            self._forget(before["step"])
+        self.saved = time.monotonic()
+
+    def finish(self) -> None:
+        """Forget everything."""
+        known = self.work.read_json(_FILE)
+        self.work.remove_file(_FILE)
+        if known is not None:
+            self._forget(known["step"])
+
+    @property
+    def _values(self) -> Sequence[Tensor]:
+        return [value for group in self.optimizer.param_groups for value in group["params"]]
+
+    def _read(self, step: int, index: int, name: str) -> Tensor:
+        array = self.work.read_array(_name(step, index, name))
+        assert array is not None  # the step is named last, when its arrays are there
+        return torch.from_numpy(array)
+
+    def _forget(self, step: int) -> None:
+        for index in range(len(self._values)):
+            for name in ("value", *_MOMENTS):
+                self.work.remove_file(_name(step, index, name))
+
+
+def _name(step: int, index: int, name: str) -> str:
+    return f"training-{step}-{index}-{name}.npy"
+
+
+_RESULT = "trained.json"
+
+
+def correct_codes(
+    pack: SkillPack,
+    modules: Mapping[str, str],
+    states: tuple[Checkpoint, Checkpoint],
+    rows: Sequence[Row],
+    plan: Plan,
+    work: WorkFolder,
+    progress: Callable[[int, int], None],
+) -> dict[str, str]:
+    """Train the factors of `modules` against the tuned model.
+
+    Args:
+        pack: everything coded. modules: live module by the name of its weight.
+        states: target and tuned.
+        work: where the payloads are kept, and found by a resumed job.
+    Returns: the payload's file in `work` by tensor name; nothing where training does not pay on
+        rows not trained on.
+    """
+    known: dict[str, str] | None = work.read_json(_RESULT)
+    if known is None:
+        folder = work.path / "packed"
+        work.remove_folder("packed")
+        _write_packed(pack, set(modules), states, folder)
+        result = train_codes(
+            Checkpoint.open(folder),
+            states[1],
+            {module: pack.coded_factors(name) for name, module in modules.items()},
+            rows,
+            plan,
+            work,
+            progress,
+        )
+        work.remove_folder("packed")
+        known = {}
+        for i, (name, module) in enumerate(modules.items()):
+            if module in result.payloads:
+                known[name] = f"trained-{i}.bin"
+                work.write(known[name], result.payloads[module])
+        work.write_json(_RESULT, known)
+    return known
+
+
+def _write_packed(
+    pack: SkillPack, apart: set[str], states: tuple[Checkpoint, Checkpoint], folder: Path
+) -> None:
+    """The packed model as a checkpoint, but for the deltas of `apart`."""
+    target, tuned = states
+
+    def tensor(name: str) -> torch.Tensor:
+        return target.read(name) if name in apart else pack.rebuild(name, target.read)
+
+    names = [record.name for record in pack.manifest.tensors]
+    write_checkpoint(folder, names, tensor, tuned.side_files(), lambda done: None)

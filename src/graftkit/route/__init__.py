@@ -1,47 +1,12 @@
 """Route: which packs answer a prompt, or none of them.
 
-pooling     a prompt as one vector: what the target makes of it
+base        what a router is, and the router by name
 key         what a pack carries so that prompts find it
 centroid    the pack whose key a prompt fits best, or the target
 classifier  a small trained net; labels are the packs of lowest loss
-fixed       by name
 spectral    from the packs' weights alone
-responses   how strongly packs' deltas answer what a target's modules read
-averaging   several packs for one prompt, by their next-token distributions
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from graftkit.route.base import TARGET, Route, Router
 
-TARGET = "target"
-"""The name of "no pack"; no pack may be called so."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """What was chosen for one prompt.
-
-    Attributes:
-        weights: by pack name, above 0 and at most 1 together; what is missing to 1 is the target's.
-        scores: of every pack considered; higher fits better, the scale is the router's.
-    """
-
-    weights: dict[str, float]
-    scores: dict[str, float]
-
-    @property
-    def name(self) -> str:
-        """The pack of the largest weight, TARGET where there is none."""
-        return max(self.weights, key=self.weights.__getitem__, default=TARGET)
-
-
-class Router(Protocol):
-    """Chooses packs for prompts.
-
-    A prompt's route does not depend on the other prompts of a call, nor a pack's score on the other
-    packs. A prompt without tokens is the target's.
-    """
-
-    def route(self, prompts: Sequence[str]) -> list[Route]:
-        """One route for each prompt, in their order."""
+__all__ = ["TARGET", "Route", "Router"]

@@ -71,23 +71,6 @@ class Copies:
         return torch.stack([row.logsumexp(dim=0) for row in torch.split(log_p, self.counts)])
 
 
-def averaged_log_probabilities(
-    model: Any, attachment: Attachment, ids: Tensor, mask: Tensor, weights: Sequence[Weights]
-) -> Tensor:
-    """log p of every next token, teacher-forced: (rows, tokens, vocabulary), float32.
-
-    Args:
-        attachment: of `model`, mode "side"; it stays routed to the copies of these rows.
-        ids, mask: (rows, tokens). weights: of every row.
-    Raises: ConfigError for weights that do not sum to 1; AttachError as `Attachment.route`.
-    """
-    copies = Copies.of(weights)
-    attachment.route(copies.packs)
-    with torch.no_grad():
-        output = model(input_ids=ids[copies.rows], attention_mask=mask[copies.rows])
-    return copies.mix(output.logits)
-
-
 def generate_averaged(
     model: Any,
     attachment: Attachment,

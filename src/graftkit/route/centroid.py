@@ -1,4 +1,12 @@
-"""The default router: the pack whose key a prompt fits best, or the target.
+"""A prompt as one vector: what the first layers of a model make of its tokens.
+
+    h = (mean over tokens t of u_t, u_last)        u_t = x_t / ‖x_t‖,  x_t behind layer `layer`
+
+The mean says what a prompt is about, the last token what it asks for (a fixed word such as
+"Intent:" above all). Unit vectors, for a few tokens of most models have states a hundred times as
+long as the rest. A router reads the target: what is attached to the model does not count here.
+
+The default router: the pack whose key a prompt fits best, or the target.
 
 Keys are fitted apart from each other, on a pack's own prompts and the target; adding or removing a
 pack leaves the scores of the others as they were.
@@ -8,16 +16,175 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from blake3 import blake3
-from torch import Tensor
+from torch import Tensor, nn
 
-from graftkit.errors import ConfigError
-from graftkit.models.encoding import MICRO_BATCH_TOKENS, one_thread
-from graftkit.route import Route
+from graftkit.attachment import bare
+from graftkit.checkpoint import Checkpoint
+from graftkit.errors import CheckpointError, ConfigError
+from graftkit.models.encoding import (
+    MICRO_BATCH_TOKENS,
+    context_length,
+    one_thread,
+    pad_id,
+    usable_tokenizer,
+    vocabulary_size,
+)
+from graftkit.models.loading import load_model
+from graftkit.route.base import Route
 from graftkit.route.key import MAX_PROMPTS, RouterKey
-from graftkit.route.pooling import Reader, layer_count
+from graftkit.rows import batches_by_length, pad_batch
+
+MAX_TOKENS = 128
+"""Last tokens of a prompt that a router reads: a long prompt must not make routing a large part of
+its answer's time."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What turns prompts into states: the target, or a sentence encoder in its place.
+
+    Attributes:
+        encoder: name of the sentence encoder, None for the target.
+    """
+
+    model: Any
+    tokenizer: Any
+    encoder: str | None = None
+
+    @property
+    def layer(self) -> int:
+        """The layer behind which prompts are compared: halfway, or an encoder's last."""
+        layers = layer_count(self.model)
+        return max(1, layers // 2) if self.encoder is None else layers
+
+    @property
+    def width(self) -> int:
+        """Numbers in a state."""
+        return state_width(self.model) // (1 if self.encoder is None else 2)
+
+    def states(self, prompts: Sequence[str], layer: int, tokens_together: int = 1) -> Tensor:
+        """`pooled_states`, of a sentence encoder the mean over the tokens alone: (prompts, width).
+
+        The last token of an encoder sees no more than the others.
+        """
+        states = pooled_states(self.model, self.tokenizer, prompts, layer, tokens_together)
+        return states[:, : self.width]
+
+
+def load_encoder(reference: str | Path) -> Reader:
+    """A sentence encoder: a Hugging Face directory or Hub id. Raises: CheckpointError."""
+    checkpoint = Checkpoint.open(reference)
+    model = load_model(checkpoint, torch.float32)
+    return Reader(model, usable_tokenizer(checkpoint), checkpoint.name)
+
+
+def pooled_states(
+    model: Any, tokenizer: Any, prompts: Sequence[str], layer: int, tokens_together: int = 1
+) -> Tensor:
+    """One state per prompt, by the formula above.
+
+    The pass ends behind that layer. Of a long prompt the last tokens are read: MAX_TOKENS, or as
+    many as the model's context holds.
+
+    Args:
+        layer: 1 for the output of the first layer, up to `layer_count(model)`.
+        tokens_together: prompts of similar length share a pass of that many padded tokens. The
+            default runs each prompt alone, so that its state does not depend on the others by a
+            bit; together the last bits may differ.
+    Returns: (prompts, `state_width(model)`) float32 on the CPU; zeros for one without tokens.
+    Raises: CheckpointError for a layer that the model lacks, another model's tokenizer, or states
+        that are not finite.
+    """
+    found = layer_count(model)
+    if not 1 <= layer <= found:
+        raise CheckpointError(
+            f"{type(model).__name__} has {found} layers, asked is a state behind layer {layer}; "
+            "use the model that the router was made for"
+        )
+    encoded = [_encoded(model, tokenizer, prompt) for prompt in prompts]
+    states = torch.zeros(len(prompts), state_width(model))
+    with torch.no_grad(), bare(model):
+        for batch in batches_by_length([len(ids) for ids in encoded], tokens_together):
+            filled = [index for index in batch if encoded[index]]
+            if filled:
+                ids, mask = pad_batch([encoded[index] for index in filled], pad_id(tokenizer))
+                states[filled] = _pooled(_behind_layer(model, layer, ids, mask), mask)
+    if not bool(states.isfinite().all()):
+        raise CheckpointError(
+            f"{type(model).__name__}: states behind layer {layer} are not finite (NaN or infinity) "
+            "on the prompts; check the weights"
+        )
+    return states
+
+
+def layer_count(model: Any) -> int:
+    """Layers of a decoder or encoder."""
+    return len(_layers(model))
+
+
+def state_width(model: Any) -> int:
+    """Numbers in a pooled state."""
+    return 2 * int(model.config.get_text_config().hidden_size)
+
+
+def _encoded(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=True) if prompt else []
+    if ids and max(ids) >= vocabulary_size(model):
+        raise CheckpointError(
+            f"the tokenizer gives token {max(ids)}, but {type(model).__name__} has "
+            f"{vocabulary_size(model)} embeddings; use the tokenizer that belongs to this model"
+        )
+    return ids[-min(MAX_TOKENS, context_length(model) or MAX_TOKENS) :]
+
+
+def _pooled(states: Tensor, mask: Tensor) -> Tensor:
+    """(rows, tokens, n) -> (rows, 2n) float32; mask (rows, tokens): 1 on real tokens, 0 behind."""
+    units = nn.functional.normalize(states.cpu().float(), dim=-1) * mask[..., None]
+    counts = mask.sum(dim=1)
+    last = units[torch.arange(len(units)), counts - 1]
+    return torch.cat([units.sum(dim=1) / counts[:, None], last], dim=1)
+
+
+class _Enough(Exception):
+    """No error: it ends a forward pass, and never leaves this module."""
+
+
+def _behind_layer(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
+    """(rows, tokens, width): the output of a layer; no later one runs."""
+    outputs: list[Tensor] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+        raise _Enough
+
+    # A model that is streamed from disk lies nowhere, and takes its inputs from the CPU.
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    handle = _layers(model)[layer - 1].register_forward_hook(stop)
+    try:
+        with suppress(_Enough):
+            model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device))
+    finally:
+        handle.remove()
+    return outputs[0]
+
+
+def _layers(model: Any) -> nn.ModuleList:
+    """The layers of a model, in the order they run. Raises: CheckpointError."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise CheckpointError(
+        f"{type(model).__name__} has no list of {count or 'hidden'} layers; a router reads "
+        "transformers only"
+    )
 
 
 def fit_key(
@@ -76,7 +243,6 @@ class CentroidRouter:
         if top_k < 1:
             raise ConfigError(f"top_k is {top_k}; at least one pack has to answer")
         self.keys = {name: key for name, key in keys.items() if key is not None}
-        self.without_key = tuple(sorted(name for name, key in keys.items() if key is None))
         self.top_k = top_k
         self._reader = encoder or Reader(model, tokenizer)
         self._check()

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from graftkit.attachment import attached
+from graftkit.checkpoint import save_tensors
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.files import replaced_file
 from graftkit.models.encoding import (
@@ -29,10 +30,9 @@ from graftkit.models.encoding import (
     pad_id,
     vocabulary_size,
 )
-from graftkit.route import TARGET, Route
-from graftkit.route.pooling import Reader, pooled_states, state_width
+from graftkit.route.base import TARGET, Route
+from graftkit.route.centroid import Reader, pooled_states, state_width
 from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
-from graftkit.sharded import save_tensors
 from graftkit.skillpack import SkillPack
 
 Labels = Literal["loss", "task"]

@@ -1,26 +1,221 @@
-"""Routing by the packs' weights alone: whose delta answers what the target makes of a prompt?
+"""How strongly packs' deltas answer the inputs of a target's linear modules.
 
-The scores are those of graftkit.route.responses. A request goes to one pack (`SpectralRouter`), or
-every linear module chooses for itself, from the whole prompt (`choose_by_module`) or token by token
-(`TokenGate`). On the packs measured so far the finer choices lose (docs/adr/0013): modules that
-were trained together do not work apart.
+    ρ = d_in ‖ΔW x‖² / (‖ΔW‖_F² ‖x‖²)          x (d_in,): the input of a linear module, one token
+
+SpectR (arXiv 2504.03454) scores by ‖ΔW x‖, the norm of the delta's answer. Divided by the delta's
+own norm it does not depend on a pack's scale, and an x that has nothing to do with the pack gives
+ρ ≈ 1. The states of a model are far from having nothing to do with each other. So their mean and
+first principal directions are taken out before (all-but-the-top, arXiv 1702.01417), and log ρ
+counts in standard deviations above what neutral text gives, module by module. The target writes
+that text itself: no prompts of any pack are needed.
+
+Routing by the packs' weights alone: whose delta answers what the target makes of a prompt?
+
+The scores are those of graftkit.route.spectral.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from graftkit.attachment import Choice
-from graftkit.attachment.check import LiveTarget, check_packs
-from graftkit.errors import AttachError
-from graftkit.models.encoding import context_length
-from graftkit.route import Route
-from graftkit.route.pooling import MAX_TOKENS
-from graftkit.route.responses import Responses, sketch_pack
+from graftkit.attachment import bare
+from graftkit.attachment.modules import LowRankUpdate, Update
+from graftkit.attachment.rows import first_tensor
+from graftkit.attachment.side import linear_updates
+from graftkit.attachment.target import LiveTarget, check_packs
+from graftkit.errors import AttachError, CheckpointError
+from graftkit.models.encoding import context_length, vocabulary_size
+from graftkit.route.base import Route
+from graftkit.route.centroid import MAX_TOKENS
 from graftkit.skillpack import SkillPack
+
+NEUTRAL_ROWS, NEUTRAL_TOKENS, NEUTRAL_SEED = 128, 32, 0
+_BACKGROUND_ROWS = 32  # of the neutral ones: a thousand tokens show mean and first directions
+_ROWS_TOGETHER = 16  # in one pass: their inputs of all modules are in memory at once
+_WIDTH_PER_DIRECTION = 100  # directions taken out: width / 100, the rule of arXiv 1702.01417
+_LEAST_RHO = 1e-6  # of an input that a delta does not answer at all
+_LEAST_STD = 1e-6
+
+Sketches = Mapping[str, Mapping[str, Tensor]]
+"""By module, then by pack."""
+
+
+def sketch_update(update: Update) -> Tensor | None:
+    """S (k, in) with ‖S x‖² = in · ‖ΔW x‖² / ‖ΔW‖_F², float32; None where ΔW is zero.
+
+    S has the right factor of ΔW's QR decomposition: rotating the outputs changes no norm.
+    """
+    if isinstance(update, LowRankUpdate):
+        outer = torch.linalg.qr(update.left.float(), mode="r").R
+        sketch = outer @ update.right.float()
+    else:
+        matrix = update.dense()
+        tall = matrix.shape[0] > matrix.shape[1]
+        sketch = torch.linalg.qr(matrix, mode="r").R if tall else matrix
+    peak = float(sketch.abs().max()) if sketch.numel() else 0.0
+    # By a power of two, which changes no digit: squares of any delta then fit float32.
+    sketch = sketch * 2.0 ** -max(-100, min(100, math.frexp(peak)[1]))
+    norm = torch.linalg.matrix_norm(sketch)
+    return sketch * (sketch.shape[1] ** 0.5 / norm) if norm > 0 else None
+
+
+def log_rho(sketch: Tensor, x: Tensor) -> Tensor:
+    """log ρ of every input x (..., in): (...), float32."""
+    x = x.float()
+    energy = (x @ sketch.T).square().sum(-1)
+    return (energy / x.square().sum(-1).clamp_min(1e-30)).clamp_min(_LEAST_RHO).log()
+
+
+@dataclass(frozen=True)
+class Background:
+    """What the inputs of one module have in common, whatever the text.
+
+    Attributes:
+        mean: (in,). directions: (k, in), orthonormal.
+    """
+
+    mean: Tensor
+    directions: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Background":
+        """From inputs (n, in): their mean and first in / 100 principal directions."""
+        x = x.float()
+        mean = x.mean(0)
+        count = min(x.shape[1] // _WIDTH_PER_DIRECTION, len(x) - 1)
+        # The decomposition starts from random vectors; seeded, it gives the same directions.
+        with torch.random.fork_rng():
+            torch.manual_seed(NEUTRAL_SEED)
+            _, _, directions = torch.svd_lowrank(x - mean, q=min(count + 8, *x.shape), niter=4)
+        return cls(mean, directions.T[:count])
+
+    def remove(self, x: Tensor) -> Tensor:
+        """What is peculiar to inputs x (..., in), float32."""
+        x = x.float() - self.mean
+        return x - (x @ self.directions.T) @ self.directions
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """log ρ of one pack in one module on neutral text: its mean, and how far it strays.
+
+    Attributes:
+        std: of the means of whole rows.
+    """
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Neutral":
+        """From log ρ of every token of several rows, (rows, tokens)."""
+        std = float(values.mean(1).std(correction=0))
+        return cls(float(values.mean()), max(std, _LEAST_STD))
+
+
+class Responses:
+    """log ρ of several packs, in standard deviations above neutral text, on the bare target.
+
+    A pack's numbers depend on nothing but the pack, the target and the text.
+    """
+
+    def __init__(self, model: Any, sketches: Sketches):
+        """Have the model write neutral text, and measure it; `sketches` as of `sketch_pack`."""
+        self._model = model
+        rows = neutral_tokens(model)
+        inputs: dict[str, list[Tensor]] = {}
+        for batch in torch.split(rows[:_BACKGROUND_ROWS], _ROWS_TOGETHER):
+            for module, x in module_inputs(model, batch, sketches).items():
+                inputs.setdefault(module, []).append(x.flatten(0, 1))
+        self._backgrounds = {module: Background.of(torch.cat(x)) for module, x in inputs.items()}
+        # A head does not run where nothing is predicted.
+        self._sketches = {module: sketches[module] for module in self._backgrounds}
+        values: dict[tuple[str, str], list[Tensor]] = {}
+        for batch in torch.split(rows, _ROWS_TOGETHER):
+            for module, x in module_inputs(model, batch, self._sketches).items():
+                for pack, found in self._log_rho(module, x).items():
+                    values.setdefault((module, pack), []).append(found)
+        self._neutral = {place: Neutral.of(torch.cat(found)) for place, found in values.items()}
+
+    def of_row(self, ids: Sequence[int]) -> dict[str, dict[str, float]]:
+        """By module and pack: the mean over one row's tokens, in deviations of neutral rows."""
+        found = {}
+        tokens = torch.tensor([ids])
+        for module, x in module_inputs(self._model, tokens, self._sketches).items():
+            means = {
+                pack: float(values.mean()) for pack, values in self._log_rho(module, x).items()
+            }
+            neutral = {pack: self._neutral[module, pack] for pack in means}
+            found[module] = {
+                pack: (mean - neutral[pack].mean) / neutral[pack].std
+                for pack, mean in means.items()
+            }
+        return found
+
+    def _log_rho(self, module: str, x: Tensor) -> dict[str, Tensor]:
+        peculiar = self._backgrounds[module].remove(x)
+        return {pack: log_rho(sketch, peculiar) for pack, sketch in self._sketches[module].items()}
+
+
+def sketch_pack(
+    target: LiveTarget, pack: SkillPack, wanted: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    """Sketches of a checked pack's deltas in the linear modules that are wanted by name."""
+    updates = linear_updates(target, pack, wanted)
+    found = {name: sketch_update(update) for name, update in updates.items()}
+    return {name: sketch for name, sketch in found.items() if sketch is not None}
+
+
+def neutral_tokens(model: Any) -> Tensor:
+    """Text that the target writes by itself after one random token: (rows, tokens), seeded."""
+    generator = torch.Generator().manual_seed(NEUTRAL_SEED)
+    last = torch.randint(vocabulary_size(model), (NEUTRAL_ROWS, 1), generator=generator)
+    tokens, past = [last], None
+    with torch.no_grad(), bare(model):
+        for _ in range(NEUTRAL_TOKENS - 1):
+            output = model(input_ids=last.to(model.device), past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            p = output.logits[:, -1].float().softmax(-1).cpu()
+            if not bool(p.isfinite().all()):
+                raise CheckpointError(
+                    f"{type(model).__name__}: the logits are not finite (NaN or infinity) on text "
+                    "of its own; check the weights"
+                )
+            last = torch.multinomial(p, 1, generator=generator)
+            tokens.append(last)
+    return torch.cat(tokens, dim=1)
+
+
+def module_inputs(model: Any, ids: Tensor, modules: Iterable[str]) -> dict[str, Tensor]:
+    """What modules read while the bare target runs on ids (rows, tokens): (rows, tokens, in).
+
+    Heads do not run. A module that reads other tokens than these, such as an expert, is left out.
+    """
+    found: dict[str, Tensor] = {}
+
+    def read(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = first_tensor([args, kwargs])
+        if x is not None and x.shape[:-1].numel() == ids.numel():
+            found[name] = x.reshape(*ids.shape, -1).clone()
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(partial(read, name), with_kwargs=True)
+        for name in modules
+    ]
+    try:
+        with torch.no_grad(), bare(model):
+            model.base_model(input_ids=ids.to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
 
 THRESHOLD = 2.25
 """Standard deviations above neutral text from which on a pack is chosen (docs/adr/0013)."""
@@ -59,7 +254,7 @@ class SpectralRouter:
 
     def route(self, prompts: Sequence[str]) -> list[Route]:
         """One route for each prompt; one without tokens has no scores."""
-        return [self._route(prompt_tokens(self._model, self._tokenizer, p)) for p in prompts]
+        return [self._route(_prompt_tokens(self._model, self._tokenizer, p)) for p in prompts]
 
     def _route(self, ids: list[int]) -> Route:
         found: dict[str, list[float]] = {}
@@ -71,57 +266,7 @@ class SpectralRouter:
         return Route({} if best is None else {best: 1.0}, scores)
 
 
-def measure_modules(model: Any, packs: Mapping[str, SkillPack]) -> Responses:
-    """Responses in every linear module, for the finer choices. Raises: as `SpectralRouter`."""
-    target = _checked_target(model, packs)
-    return _measure(
-        model, {name: sketch_pack(target, pack, _is_any) for name, pack in packs.items()}
-    )
-
-
-def choose_by_module(
-    responses: Responses, rows: Sequence[Sequence[int]], indices: Mapping[str, int]
-) -> dict[str, list[Choice]]:
-    """Every module's own choice for every row, `modules` of `Attachment.route`.
-
-    In each module the pack of the highest score in it, or the target below THRESHOLD.
-
-    Args:
-        rows: tokens of the prompts, as `prompt_tokens` gives them. indices: of packs, by name.
-    """
-    chosen: dict[str, list[Choice]] = {module: [] for module in responses.modules}
-    for ids in rows:
-        found = responses.of_row(ids) if ids else {}
-        for module, choices in chosen.items():
-            best = _clear_best(found.get(module, {}))
-            choices.append(None if best is None else indices[best])
-    return chosen
-
-
-class TokenGate:
-    """Every module's own choice for every token, the `gate` of `Attachment.route`.
-
-        w = softmax(z_1, ..., z_n, THRESHOLD)       z in deviations of neutral tokens
-
-    The last share is the target's. A bias goes with its module. Norms, embeddings and the head have
-    no ρ of their own: they follow the row.
-    """
-
-    def __init__(self, responses: Responses, indices: Mapping[str, int]):
-        self._responses = responses
-        self._indices = indices
-
-    def weigh(self, module: str, inputs: Tensor) -> Mapping[int, Tensor] | None:
-        """Weights of the packs that change a module, (...) for inputs (..., in)."""
-        if module not in self._responses.modules:
-            return None
-        scores = self._responses.of_tokens(module, inputs)
-        target = torch.full(inputs.shape[:-1], THRESHOLD, device=inputs.device)
-        weights = torch.stack([*scores.values(), target]).softmax(0)
-        return {self._indices[name]: w for name, w in zip(scores, weights, strict=False)}
-
-
-def prompt_tokens(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+def _prompt_tokens(model: Any, tokenizer: Any, prompt: str) -> list[int]:
     """What a router reads of a prompt: its first tokens, none of an empty one."""
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=True) if prompt else []
     return ids[: min(MAX_TOKENS, context_length(model) or MAX_TOKENS)]

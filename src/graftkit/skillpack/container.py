@@ -1,7 +1,6 @@
 """The file around the manifest: written in one stream, read with every check before any use.
 
 A container is a safetensors file with a manifest in its metadata and contiguous entries of bytes.
-SkillPacks are one kind, families of packs (`graftkit.fuse.family_file`) are another.
 """
 
 import json
@@ -11,7 +10,6 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from blake3 import blake3
@@ -28,12 +26,12 @@ from graftkit.skillpack.manifest import (
     FILE_PREFIX,
     FORMAT_VERSION,
     ROUTER_ENTRY,
-    AnyManifest,
     Manifest,
-    TensorRecordV1,
 )
-from graftkit.skillpack.rules import load_json, parse_manifest
+from graftkit.skillpack.validate import load_json, parse_manifest
 
+FORMAT = "skillpack"
+"""Value of `format` in the metadata."""
 TENSORS_ENTRY = "tensors"
 """The one entry that holds the payloads of all tensors."""
 
@@ -42,22 +40,6 @@ _MAX_HEADER = 100_000_000
 _MAX_MESSAGE = 400
 _NUMBER = re.compile("[1-9][0-9]*")  # int() would refuse thousands of digits, and read others
 _METADATA_KEYS = {"format", "version", "manifest", "manifest_blake3"}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of container.
-
-    Attributes:
-        format: its word in the metadata. title: what messages call it. version: the newest known.
-    """
-
-    format: str
-    title: str
-    version: int
-
-
-SKILLPACK = Kind("skillpack", "SkillPack", FORMAT_VERSION)
 
 
 def payloads_digest(payloads: Iterable[bytes | memoryview]) -> str | None:
@@ -69,26 +51,19 @@ def payloads_digest(payloads: Iterable[bytes | memoryview]) -> str | None:
     return None if empty else hasher.hexdigest()
 
 
-def build_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
+def build_header(manifest: Manifest, sizes: Mapping[str, int]) -> bytes:
     """Length field and padded header. `sizes`: payload bytes by name of tensor and side file."""
-    entries = _entries(manifest, sizes)
-    return header_bytes(SKILLPACK.format, manifest.format_version, manifest.to_json(), entries)
-
-
-def header_bytes(
-    word: str, version: int, manifest: str, entries: Iterable[tuple[str, int]]
-) -> bytes:
-    """Length field and padded header of any container. `entries`: names and their bytes."""
+    text = manifest.to_json()
     header: dict[str, object] = {
         "__metadata__": {
-            "format": word,
-            "version": str(version),
-            "manifest": manifest,
-            "manifest_blake3": blake3(manifest.encode()).hexdigest(),
+            "format": FORMAT,
+            "version": str(manifest.format_version),
+            "manifest": text,
+            "manifest_blake3": blake3(text.encode()).hexdigest(),
         }
     }
     offset = 0
-    for name, size in entries:
+    for name, size in _entries(manifest, sizes):
         end = offset + size
         header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, end]}
         offset = end
@@ -97,17 +72,15 @@ def header_bytes(
     return _LENGTH.pack(len(encoded)) + encoded
 
 
-def _entries(manifest: AnyManifest, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+def _entries(manifest: Manifest, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
     """Entries of the header and their lengths, in the order of the file."""
-    if not isinstance(manifest, Manifest):
-        return [(name, sizes[name]) for name in manifest.payload_order]
     together = sum(sizes[name] for name in manifest.stored_tensors)
     entries = [(TENSORS_ENTRY, together)] if together else []
     return entries + [(name, sizes[name]) for name in manifest.stored_rest]
 
 
 def write_container(
-    path: Path, manifest: AnyManifest, payload: Callable[[str], bytes | memoryview]
+    path: Path, manifest: Manifest, payload: Callable[[str], bytes | memoryview]
 ) -> None:
     """Write a pack. `payload(name)` is called once per payload, in the order of the file, twice
     over: for the sizes and for the bytes. Raises: OutputError, also for what no reader takes."""
@@ -119,10 +92,10 @@ def write_container(
         raise OutputError(
             f"{path}: not written, because a reader would refuse it: {str(error)[:_MAX_MESSAGE]}"
         ) from error
-    write_parts(path, header, parts)
+    _write_parts(path, header, parts)
 
 
-def readable_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
+def readable_header(manifest: Manifest, sizes: Mapping[str, int]) -> bytes:
     """`build_header`, after every check that a reader makes before it looks at payloads.
 
     Raises: PackFormatError.
@@ -133,21 +106,20 @@ def readable_header(manifest: AnyManifest, sizes: Mapping[str, int]) -> bytes:
         raise CorruptPackError(
             f"the manifest cannot be written as JSON in UTF-8 ({error})", PackFault.INVALID_MANIFEST
         ) from error
-    text, version, _, _ = parse_header(memoryview(header), SKILLPACK)
-    parse_manifest(text, version)
-    if isinstance(manifest, Manifest):
-        told = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
-        told |= {ROUTER_ENTRY: manifest.router.nbytes} if manifest.router is not None else {}
-        for name, size in told.items():
-            if sizes[name] != size:
-                raise CorruptPackError(
-                    f"{name}: {sizes[name]} bytes, the manifest says {size}",
-                    PackFault.INVALID_OFFSETS,
-                )
+    text, _, _ = _parse_header(memoryview(header))
+    parse_manifest(text)
+    stated = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
+    stated |= {ROUTER_ENTRY: manifest.router.nbytes} if manifest.router is not None else {}
+    for name, size in stated.items():
+        if sizes[name] != size:
+            raise CorruptPackError(
+                f"{name}: {sizes[name]} bytes, the manifest says {size}",
+                PackFault.INVALID_OFFSETS,
+            )
     return header
 
 
-def write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview]) -> None:
+def _write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file whole or not at all, one part behind the other. Raises: OutputError."""
     with replaced_file(path) as partial, partial.open("wb") as file:
         file.write(header)
@@ -157,18 +129,18 @@ def write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview]) 
         os.fsync(file.fileno())
 
 
-def read_container(path: Path) -> tuple[AnyManifest, dict[str, memoryview], int]:
+def read_container(path: Path) -> tuple[Manifest, dict[str, memoryview], int]:
     """Open and check a pack: manifest, payloads by name (mapped, not copied), file bytes.
 
     Raises: PackFormatError and its kinds; the message starts with the path.
     """
-    with reading(path, SKILLPACK) as view:
+    with _reading(path) as view:
         manifest, payloads = parse_pack(view)
     return manifest, payloads, len(view)
 
 
 @contextmanager
-def reading(path: Path, kind: Kind) -> Iterator[memoryview]:
+def _reading(path: Path) -> Iterator[memoryview]:
     """A container's bytes, mapped; what the block finds wrong is said of `path`.
 
     Raises: PackFormatError and its kinds; the message starts with the path.
@@ -176,9 +148,7 @@ def reading(path: Path, kind: Kind) -> Iterator[memoryview]:
     try:
         with path.open("rb") as file:
             if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
-                raise CorruptPackError(
-                    f"0 bytes are too few for a {kind.title}", PackFault.TRUNCATED
-                )
+                raise CorruptPackError("0 bytes are too few for a SkillPack", PackFault.TRUNCATED)
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         yield view
     except OSError as error:
@@ -190,29 +160,29 @@ def reading(path: Path, kind: Kind) -> Iterator[memoryview]:
         raise type(error)(f"{path}: {str(error)[:_MAX_MESSAGE]}", error.fault) from error
 
 
-def parse_pack(view: memoryview) -> tuple[AnyManifest, dict[str, memoryview]]:
+def parse_pack(view: memoryview) -> tuple[Manifest, dict[str, memoryview]]:
     """Manifest and payloads by name of a pack in memory, after all checks.
 
     Raises: PackFormatError and its kinds.
     """
-    text, version, header, data = parse_header(view, SKILLPACK)
-    manifest = parse_manifest(text, version)
+    text, header, data = _parse_header(view)
+    manifest = parse_manifest(text)
     return manifest, _payloads(manifest, header, data)
 
 
-def parse_header(view: memoryview, kind: Kind) -> tuple[str, int, dict[str, object], memoryview]:
-    """The manifest's text, checked against its digest; version; entries; what follows the header.
+def _parse_header(view: memoryview) -> tuple[str, dict[str, object], memoryview]:
+    """The manifest's text, checked against its digest; entries; what follows the header.
 
     Raises: PackFormatError and its kinds.
     """
     if len(view) < _LENGTH.size:
         raise CorruptPackError(
-            f"{len(view)} bytes are too few for a {kind.title}", PackFault.TRUNCATED
+            f"{len(view)} bytes are too few for a SkillPack", PackFault.TRUNCATED
         )
     (length,) = _LENGTH.unpack(view[: _LENGTH.size])
     if length > _MAX_HEADER:
         raise CorruptPackError(
-            f"a header of {length} bytes is too large; this is no {kind.title}",
+            f"a header of {length} bytes is too large; this is no SkillPack",
             PackFault.HEADER_TOO_LARGE,
         )
     start = _LENGTH.size + length
@@ -228,26 +198,33 @@ def parse_header(view: memoryview, kind: Kind) -> tuple[str, int, dict[str, obje
     if not isinstance(header, dict):
         raise CorruptPackError("the header is not a JSON object", PackFault.INVALID_HEADER)
     metadata = header.pop("__metadata__", None)
-    return _manifest_text(metadata, kind), int(metadata["version"]), header, view[start:]
+    return _manifest_text(metadata), header, view[start:]
 
 
-def _manifest_text(metadata: object, kind: Kind) -> str:
-    if not isinstance(metadata, dict) or metadata.get("format") != kind.format:
+def _manifest_text(metadata: object) -> str:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise PackFormatError(
-            f"not a {kind.title} (no format={kind.format} in its metadata)",
+            f"not a SkillPack (no format={FORMAT} in its metadata)",
             PackFault.NOT_A_SKILLPACK,
         )
     version = metadata.get("version")
-    known = [str(number) for number in range(1, kind.version + 1)]
-    if isinstance(version, str) and _NUMBER.fullmatch(version) and version not in known:
+    if version == "1":
         raise UnsupportedVersionError(
-            f"format version {version}; this graftkit reads up to {kind.version}, upgrade graftkit",
+            f"format version 1; this graftkit reads version {FORMAT_VERSION}, "
+            "pack the models again",
+            PackFault.OLDER_VERSION,
+        )
+    is_expected = version == str(FORMAT_VERSION)
+    if isinstance(version, str) and _NUMBER.fullmatch(version) and not is_expected:
+        raise UnsupportedVersionError(
+            f"format version {version}; this graftkit reads up to {FORMAT_VERSION}, "
+            "upgrade graftkit",
             PackFault.NEWER_VERSION,
         )
-    wrong = set(metadata) != _METADATA_KEYS or version not in known
+    wrong = set(metadata) != _METADATA_KEYS or not is_expected
     if wrong or not all(isinstance(value, str) for value in metadata.values()):
         raise CorruptPackError(
-            f"metadata is not that of version 1 to {kind.version}", PackFault.INVALID_HEADER
+            f"metadata is not that of version {FORMAT_VERSION}", PackFault.INVALID_HEADER
         )
     text: str = metadata["manifest"]
     try:
@@ -260,23 +237,13 @@ def _manifest_text(metadata: object, kind: Kind) -> str:
 
 
 def _payloads(
-    manifest: AnyManifest, header: dict[str, object], data: memoryview
-) -> dict[str, memoryview]:
-    """Payloads by name, after all checks of entries and digests."""
-    if isinstance(manifest, Manifest):
-        return _payloads_of_one_entry(manifest, header, data)
-    payloads = cut_entries(manifest.payload_order, header, data)
-    _check_digests_v1(manifest, payloads)
-    return payloads
-
-
-def _payloads_of_one_entry(
     manifest: Manifest, header: dict[str, object], data: memoryview
 ) -> dict[str, memoryview]:
+    """Payloads by name, after all checks of entries and digests."""
     sizes = {record.name: record.bytes for record in manifest.tensors if record.has_payload}
     together = sum(sizes.values())
     order = ((TENSORS_ENTRY,) if together else ()) + manifest.stored_rest
-    payloads = cut_entries(order, header, data)
+    payloads = _cut_entries(order, header, data)
     tensors = payloads.pop(TENSORS_ENTRY, memoryview(b""))
     if len(tensors) != together:
         raise CorruptPackError(
@@ -299,7 +266,7 @@ def _payloads_of_one_entry(
     return payloads
 
 
-def cut_entries(
+def _cut_entries(
     order: tuple[str, ...], header: Mapping[str, object], data: memoryview
 ) -> dict[str, memoryview]:
     """The bytes of every entry. `order`: the entries there must be, in the order of the file.
@@ -341,22 +308,6 @@ def _entry_end(name: str, entry: object, offset: int, size: int) -> int:
         raise CorruptPackError(f"the file ends inside entry {name!r}", PackFault.TRUNCATED)
     end: int = offsets[1]
     return end
-
-
-def _check_digests_v1(manifest: AnyManifest, payloads: Mapping[str, memoryview]) -> None:
-    for record in manifest.tensors:
-        if not isinstance(record, TensorRecordV1) or record.payload_blake3 is None:
-            continue
-        payload = payloads[record.name]
-        if blake3(payload).hexdigest()[: len(record.payload_blake3)] != record.payload_blake3:
-            raise CorruptPackError(
-                f"tensor {record.name} does not match its digest", PackFault.PAYLOAD_DIGEST
-            )
-        if record.appended_bytes > len(payload):
-            raise CorruptPackError(
-                f"tensor {record.name}: appended rows are longer than its payload",
-                PackFault.INVALID_MANIFEST,
-            )
 
 
 def file_entry(name: str) -> str:

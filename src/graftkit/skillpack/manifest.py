@@ -2,16 +2,15 @@
 
 import json
 import math
-from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from graftkit.checkpoint import TENSOR_DIGEST_HEX
 from graftkit.compress.codecs import Layout
-from graftkit.delta import TENSOR_DIGEST_HEX
 
 FORMAT_VERSION: Literal[2] = 2
-"""What this package writes; it reads every version up to this one."""
+"""The one version that this package writes and reads."""
 FILE_PREFIX = "file:"
 ROUTER_ENTRY = "router"
 """Name of the payload that holds the router key."""
@@ -21,14 +20,11 @@ _MAX_FILE_BYTES = 2**30
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 TensorDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{TENSOR_DIGEST_HEX}}}$")]
-TensorDigestV1 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-PayloadDigestV1 = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Extent = Annotated[int, Field(ge=0, le=MAX_NUMEL)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Kind = Literal["attention", "mlp", "embedding", "head", "norm", "bias", "router", "other"]
 Codec = Literal["zero", "exact", "sparse", "lowrank", "dense", "hybrid", "factors"]
-CodecV1 = Literal["zero", "exact", "sparse", "lowrank", "dense"]
 
 
 class Part(BaseModel):
@@ -126,20 +122,20 @@ class RouterInfo(Part):
         return 4 + 2 * self.width + self.components * (4 + self.width)
 
 
-class Record(Part):
+class TensorRecord(Part):
     """One tensor: what the target must hold, and how the tuned one is rebuilt."""
 
     name: str
     """Tensor name in the checkpoint."""
     kind: Kind
     """Module kind."""
-    dtype: str
+    dtype: str = "BF16"
     """safetensors dtype of the target's tensor."""
     shape: tuple[Extent, ...]
     """Shape of the target's tensor."""
-    blake3: str
+    blake3: TensorDigest
     """First digits of the digest of the target's tensor."""
-    codec: str
+    codec: Codec
     """How the delta is written."""
     layout: Layout = "matrix"
     """How the stored tensor becomes (out, in) matrices."""
@@ -153,6 +149,8 @@ class Record(Part):
     """Trailing payload bytes that hold rows the target lacks."""
     base: str | None = None
     """Target tensor that an added tensor is coded against; empty text for zeros."""
+    bytes: Count = 0
+    """Length of the payload."""
 
     @property
     def target_name(self) -> str | None:
@@ -175,49 +173,15 @@ class Record(Part):
         return math.prod(self.result_shape)
 
     @property
-    @abstractmethod
-    def has_payload(self) -> bool:
-        """Whether anything is stored for this tensor."""
-
-
-class TensorRecord(Record):
-    """The record of a tensor as it is written now."""
-
-    dtype: str = "BF16"
-    """safetensors dtype of the target's tensor."""
-    blake3: TensorDigest
-    """First digits of the digest of the target's tensor."""
-    codec: Codec
-    """How the delta is written."""
-    bytes: Count = 0
-    """Length of the payload."""
-
-    @property
     def has_payload(self) -> bool:
         """Whether anything is stored for this tensor."""
         return self.bytes > 0
 
 
-class TensorRecordV1(Record):
-    """The record of a tensor in a file of version 1."""
+class Manifest(Part):
+    """Everything a pack says about itself."""
 
-    blake3: TensorDigestV1
-    """First digits of the digest of the target's tensor."""
-    codec: CodecV1
-    """How the delta is written."""
-    payload_blake3: PayloadDigestV1 | None = None
-    """First digits of the digest of the payload."""
-
-    @property
-    def has_payload(self) -> bool:
-        """Whether anything is stored for this tensor."""
-        return self.payload_blake3 is not None
-
-
-class AnyManifest(Part):
-    """Everything a pack says about itself, whatever its version."""
-
-    format_version: int
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
     """Version of the format."""
     generator: str
     """Name and version of the writer."""
@@ -245,8 +209,12 @@ class AnyManifest(Part):
     """Results of evaluations by name."""
     files: tuple[FileRecord, ...] = ()
     """Side files that the tuned model changed."""
-    tensors: tuple[Record, ...]
+    tensors: tuple[TensorRecord, ...]
     """One record per tensor, in the order of their names."""
+    payload_blake3: Digest | None = None
+    """Digest of all payloads, one behind the other; absent where nothing is stored."""
+    router: RouterInfo | None = None
+    """The key by which prompts find the pack; absent where it has none."""
 
     def to_json(self) -> str:
         """Compact JSON without defaults; the same manifest gives the same text."""
@@ -280,31 +248,4 @@ class AnyManifest(Part):
     @property
     def stored_rest(self) -> tuple[str, ...]:
         """Names of the payloads behind those of tensors, in the order of the file."""
-        return self.stored_files
-
-
-class Manifest(AnyManifest):
-    """Everything a pack says about itself, as it is written now."""
-
-    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
-    """Version of the format."""
-    payload_blake3: Digest | None = None
-    """Digest of all payloads, one behind the other; absent where nothing is stored."""
-    router: RouterInfo | None = None
-    """The key by which prompts find the pack; absent where it has none."""
-    tensors: tuple[TensorRecord, ...]
-    """One record per tensor, in the order of their names."""
-
-    @property
-    def stored_rest(self) -> tuple[str, ...]:
-        """Names of the payloads behind those of tensors, in the order of the file."""
         return self.stored_files + ((ROUTER_ENTRY,) if self.router is not None else ())
-
-
-class ManifestV1(AnyManifest):
-    """Everything that a file of version 1 says about itself."""
-
-    format_version: Annotated[int, Field(ge=1, le=1)] = 1
-    """Version of the format."""
-    tensors: tuple[TensorRecordV1, ...]
-    """One record per tensor, in the order of their names."""

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from graftkit.errors import ConfigError, OutputError
-from graftkit.memory import kept_memory
 from graftkit.outputs import own_folder
+from graftkit.parallel import kept_memory
 from graftkit.vision.assembly import assemble
 from graftkit.vision.budget import Budget
 from graftkit.vision.donor import Donor, open_donor

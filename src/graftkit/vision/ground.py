@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from graftkit.errors import BudgetError
-from graftkit.precision import bfloat16_pays
+from graftkit.parallel import bfloat16_pays
 from graftkit.vision.assembly import Limit
 from graftkit.vision.budget import Budget
 from graftkit.vision.curve import Point, measure_points

@@ -51,7 +51,7 @@ _INFERENCE = """
 import sys
 from pathlib import Path
 import numpy as np
-from graftkit.memory import peak_rss_bytes
+from graftkit.parallel import peak_rss_bytes
 from graftkit.vision.predict import Predictor
 predictor = Predictor.open(Path(sys.argv[1]), threads=1)
 predictor.logits(np.zeros((1, 3, predictor.size, predictor.size), np.uint8))

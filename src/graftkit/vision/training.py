@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from graftkit.errors import ConfigError, ImagesError
 from graftkit.files import replaced_file
-from graftkit.precision import bfloat16_pays
+from graftkit.parallel import bfloat16_pays
 from graftkit.vision.augment import augment, seeded
 from graftkit.vision.images import Part, Report
 from graftkit.vision.rootstock import Rootstock

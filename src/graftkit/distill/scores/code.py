@@ -15,10 +15,10 @@ LABELS = ("python", "python3", "py")
 
 
 class CodeTests:
-    """The tests of the prompt, run behind the answer's code in a sandbox, one for each core.
+    """The tests of the prompt on the answer's code, in a sandbox, as many at once as there are cores.
 
-    Raises: ConfigError elsewhere than on Linux, or without bubblewrap; SourceError where the sandbox
-        does not start.
+    Raises: ConfigError elsewhere than on Linux, or without bubblewrap; SourceError where its
+        sandbox does not start.
     """
 
     costly = True

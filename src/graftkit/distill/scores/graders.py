@@ -12,7 +12,7 @@ import torch
 from blake3 import blake3
 from jinja2 import TemplateError
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Endpoint, EndpointSource, JudgeScore, RewardScore, located
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.scores import Verdict, finished

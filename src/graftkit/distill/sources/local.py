@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from graftkit.delta import Checkpoint
+from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import ModelSource, located
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused

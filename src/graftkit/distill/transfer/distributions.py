@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from graftkit.checkpoint import save_tensors
 from graftkit.distill.config import ModelSource, Transfer
 from graftkit.distill.transfer.alignment import (
     Cut,
@@ -30,12 +31,10 @@ from graftkit.distill.transfer.alignment import (
     read_as_source,
 )
 from graftkit.errors import RowsError
-from graftkit.files import replaced_file
+from graftkit.files import WorkFolder, replaced_file
 from graftkit.models.backward import visit_logits
 from graftkit.models.encoding import context_length, pad_id, vocabulary_size
-from graftkit.packing.job import WorkFolder
 from graftkit.rows import Row, batches_by_length, pad_batch
-from graftkit.sharded import save_tensors
 
 NEVER = -math.inf  # log-probability of what cannot be
 _KEY = "graftkit.distributions"  # of the file's only metadata; several would come in any order

@@ -1,0 +1,316 @@
+"""What every row of a batch uses: the target, one pack, or a weighted sum of packs' deltas.
+
+What the rows of the running batch use, and how to take and put back their part of a call.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from graftkit.errors import AttachError
+
+Choice = int | None | Mapping[int, float]
+"""Of one row: a pack, the plain target, or weights of packs."""
+
+Mixture = tuple[tuple[int, float], ...]
+"""The same in one form: (pack, weight) in the order of packs, no weight 0; () is the target."""
+
+Entries = slice | Tensor
+"""Entries along dimension 0: one range, or their indices."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A pack's share in some entries: y[entries] += weight · part.
+
+    Attributes:
+        weight: one for all entries, or a tensor (entries,) with one for each.
+    """
+
+    pack: int
+    entries: Entries
+    weight: float | Tensor
+
+    def scale(self, part: Tensor) -> Tensor:
+        """weight · part; the part itself at weight 1."""
+        if isinstance(self.weight, Tensor):
+            return part * self.weight.reshape(-1, *[1] * (part.dim() - 1))
+        return part if self.weight == 1 else part * self.weight
+
+
+class Rows:
+    """The choice of every row.
+
+    Rows that choose alike are of one kind. A module sees as many entries along dimension 0 as there
+    are rows, or k times as many: each row owns k consecutive ones (tokens of flattened batches,
+    beams).
+
+    Args:
+        kinds: of each row.
+        mixtures: of each kind.
+    """
+
+    def __init__(self, kinds: tuple[int, ...], mixtures: Sequence[Mixture]):
+        self.kinds = kinds
+        self.mixtures = mixtures
+        self.is_uniform = len(set(kinds)) == 1
+        self._groups: dict[tuple[int, torch.device], list[tuple[int, Entries]]] = {}
+        self._shares: dict[tuple[int, torch.device], list[Share]] = {}
+
+    def __len__(self) -> int:
+        return len(self.kinds)
+
+    @cached_property
+    def packs(self) -> list[int]:
+        """Every pack that any row uses, in order."""
+        return sorted({pack for mixture in self.mixtures for pack, _ in mixture})
+
+    def uses(self, pack: int) -> bool:
+        """Whether any row uses a pack."""
+        return pack in self.packs
+
+    def only(self, kind: int) -> "Rows":
+        """One row of this kind, for running a module again on the entries of its rows."""
+        return Rows((kind,), self.mixtures)
+
+    def groups(self, length: int, device: torch.device) -> list[tuple[int, Entries]]:
+        """(kind, its entries) for every kind, of a tensor with `length` entries.
+
+        Raises: AttachError when they cannot be dealt out to the rows evenly.
+        """
+        key = (length, device)
+        if key not in self._groups:
+            self._groups[key] = [
+                (kind, self._entries([k == kind for k in self.kinds], length, device))
+                for kind in sorted(set(self.kinds))
+            ]
+        return self._groups[key]
+
+    def shares(self, length: int, device: torch.device) -> list[Share]:
+        """The packs' shares in a tensor with `length` entries. Raises: AttachError as `groups`."""
+        key = (length, device)
+        if key not in self._shares:
+            weights = [dict(self.mixtures[kind]) for kind in self.kinds]
+            packs = sorted({pack for row in weights for pack in row})
+            self._shares[key] = [
+                self._share(pack, [row.get(pack, 0.0) for row in weights], length, device)
+                for pack in packs
+            ]
+        return self._shares[key]
+
+    def _share(self, pack: int, weights: list[float], length: int, device: torch.device) -> Share:
+        entries = self._entries([bool(weight) for weight in weights], length, device)
+        used = [weight for weight in weights if weight]
+        if len(set(used)) == 1:
+            return Share(pack, entries, used[0])
+        repeated = torch.tensor(used, device=device).repeat_interleave(length // len(self))
+        return Share(pack, entries, repeated)
+
+    def _entries(self, rows: list[bool], length: int, device: torch.device) -> Entries:
+        """The entries of the rows that are marked, at least one."""
+        if all(rows):
+            return slice(None)
+        if length % len(rows):
+            raise AttachError(
+                f"a module sees {length} entries for {len(rows)} rows, so it does not keep them "
+                "apart; run the rows of each pack in a batch of their own"
+            )
+        repeat = length // len(rows)
+        marked = [row for row, is_marked in enumerate(rows) if is_marked]
+        if marked[-1] - marked[0] + 1 == len(marked):
+            return slice(marked[0] * repeat, (marked[-1] + 1) * repeat)
+        places = [row * repeat + place for row in marked for place in range(repeat)]
+        return torch.tensor(places, device=device)
+
+
+def choose_rows(packs: Iterable[int], rows: Sequence[Choice]) -> Rows:
+    """Check a choice of packs and put it in one form.
+
+    Args:
+        packs: those attached. rows: as in `Attachment.route`.
+    Raises: AttachError for an empty list, a pack that is not attached, or a weight that is not
+        finite.
+    """
+    if not rows:
+        raise AttachError("no rows to route; pass one pack, None or weights for each row")
+    known = set(packs)
+    mixtures = [_mixture(choice, known) for choice in rows]
+    kinds = list(dict.fromkeys(mixtures))
+    return Rows(tuple(kinds.index(mixture) for mixture in mixtures), kinds)
+
+
+def _mixture(choice: Choice, known: set[int]) -> Mixture:
+    if choice is None:
+        return ()
+    weights = choice if isinstance(choice, Mapping) else {choice: 1.0}
+    for pack, weight in weights.items():
+        if type(pack) is not int or pack not in known:
+            raise AttachError(
+                f"a row is routed to pack {pack!r}, which is not attached; expected None or "
+                f"{_listed(known)}"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+            raise AttachError(f"pack {pack} has weight {weight!r}; expected a finite number")
+    return tuple(sorted((pack, float(weight)) for pack, weight in weights.items() if weight))
+
+
+def _listed(known: set[int]) -> str:
+    shown = [str(pack) for pack in sorted(known)]
+    return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "nothing else"
+
+
+# Named arguments that count tokens, and may by chance be as long as the batch.
+_NOT_ROWS = ("cache_position",)
+
+
+class Routing:
+    """What the rows of the next batches use of the attached packs.
+
+    Every thread that routes has rows of its own. A thread that never routed uses those of the one
+    thread that did, as long as that choice never changed: afterwards nobody could say for which of
+    its batches a choice was meant, and it is refused.
+
+    Attributes:
+        lock: held while the model runs; modules hold the parameters of one batch at a time.
+        batch: entries of the batch that runs, for modules that see only one of them.
+        recorder: while a probe runs, called with the name and the input of every module that has a
+            path.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.batch = 1
+        self.recorder: Callable[[str, Any], None] | None = None
+        self._rows: WeakKeyDictionary[threading.Thread, Rows | None] = WeakKeyDictionary()
+        self._default: Rows | None = None
+        self._routes = 0
+        self._override = threading.local()
+
+    @property
+    def rows(self) -> Rows:
+        """The choice for this thread.
+
+        Raises: AttachError where there is none, its pack was dropped, or several threads chose.
+        """
+        override: Rows | None = getattr(self._override, "rows", None)
+        if override is not None:
+            return override
+        thread = threading.current_thread()
+        rows = self._rows[thread] if thread in self._rows else self._borrow()
+        if rows is None:
+            raise AttachError(
+                "packs are attached but no row is routed, or a routed pack was dropped; "
+                "call route(rows) first"
+            )
+        return rows
+
+    @rows.setter
+    def rows(self, rows: Rows) -> None:
+        self._routes += 1
+        self._rows[threading.current_thread()] = rows
+
+    def set_default(self, rows: Rows) -> None:
+        """What serves every thread until one routes."""
+        self._default = rows
+
+    def drop(self, pack: int) -> None:
+        """Rows that may use this pack have to be routed again."""
+        for thread, rows in list(self._rows.items()):
+            if rows is not None and rows.uses(pack):
+                self._rows[thread] = None
+        if self._default is not None and self._default.uses(pack):
+            self._default = None
+
+    def begin(self, batch: int) -> None:
+        """Take note of a batch that the model starts on. Raises: AttachError if it does not fit."""
+        if batch % len(self.rows):
+            raise AttachError(
+                f"{len(self.rows)} rows are routed but the batch has {batch}; route every row"
+            )
+        self.batch = batch
+
+    @contextmanager
+    def using(self, rows: Rows) -> Iterator[None]:
+        """Another choice for this thread, for the length of a block."""
+        before, batch = getattr(self._override, "rows", None), self.batch
+        self._override.rows = rows
+        try:
+            yield
+        finally:
+            self._override.rows, self.batch = before, batch
+
+    def _borrow(self) -> Rows | None:
+        """The default, or the only choice that any thread made."""
+        if not self._routes:
+            return self._default
+        if self._routes > 1 or not self._rows:
+            raise AttachError(
+                "rows were routed by other threads, and never in this one; call route(rows) in "
+                "the thread that runs the model"
+            )
+        return next(iter(self._rows.values()))
+
+
+def first_tensor(values: Any) -> Tensor | None:
+    """The first tensor with a dimension in nested arguments, in their order."""
+    if isinstance(values, Tensor):
+        return values if values.dim() else None
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if isinstance(values, (list, tuple)):
+        for value in values:
+            found = first_tensor(value)
+            if found is not None:
+                return found
+    return None
+
+
+def take(values: Any, length: int, entries: Entries) -> Any:
+    """Nested arguments with every tensor of `length` entries cut to `entries`."""
+    if isinstance(values, Tensor):
+        return values[entries] if values.dim() and values.shape[0] == length else values
+    if isinstance(values, dict):
+        return {
+            key: value if key in _NOT_ROWS else take(value, length, entries)
+            for key, value in values.items()
+        }
+    if type(values) in (list, tuple):
+        return type(values)(take(value, length, entries) for value in values)
+    return values
+
+
+def put(whole: Any, part: Any, place: Callable[[Tensor], tuple[Tensor, Entries]]) -> Any:
+    """`whole` with a part of every tensor replaced; values that are no tensors are kept.
+
+    Args:
+        place: for a tensor of `whole` a copy that may be written to, and the entries of `part`.
+    Raises: AttachError where a part has another shape than its place.
+    """
+    if isinstance(whole, Tensor) and isinstance(part, Tensor):
+        if not whole.dim():
+            return whole
+        copy, entries = place(whole)
+        if copy[entries].shape != part.shape:
+            raise AttachError(
+                "a module's answer to a row depends on the other rows of the batch (its shape "
+                f"{list(part.shape)} alone, {list(copy[entries].shape)} in the batch); run the "
+                "rows of each pack in a batch of their own"
+            )
+        copy[entries] = part.to(copy.dtype)
+        return copy
+    if isinstance(whole, dict) and isinstance(part, dict):
+        filled = {key: put(value, part[key], place) for key, value in whole.items()}
+        return filled if type(whole) is dict else type(whole)(**filled)
+    if isinstance(whole, (list, tuple)) and isinstance(part, (list, tuple)):
+        pairs = zip(whole, part, strict=True)
+        return type(whole)(put(old, new, place) for old, new in pairs)
+    return whole

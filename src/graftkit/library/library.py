@@ -1,0 +1,428 @@
+"""Library: packs of one target in a folder, and the model that puts them to use.
+
+index    library.toml
+folder   the files: locked, and changed one step at a time
+live     the target in memory
+memory   packs beside it, under a byte limit
+routers  which pack answers a prompt
+answers  generation, rows of different packs together
+scores   routed answers against the right pack's, and the target's
+audit    what a pack changes, and which others lean the same way
+proof    that nothing of a removed pack stays
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import RLock
+from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overload
+
+from graftkit.attachment.target import check_tokenizer
+from graftkit.checkpoint import Checkpoint
+from graftkit.distill.config import located, read_config
+from graftkit.distill.pipeline import run_distill
+from graftkit.errors import ConfigError, LibraryError, PackMismatchError
+from graftkit.fuse.merge import config_changes
+from graftkit.library.answers import (
+    Answer,
+    LibraryScore,
+    Mix,
+    generate_texts,
+    score_library,
+    unanswerable,
+)
+from graftkit.library.audit import Audit, Proof, audit_pack, prove_removal
+from graftkit.library.folder import LEARNING, Entry, Index, PackFolder
+from graftkit.library.live import (
+    LiveLibrary,
+    Mixture,
+    RouterName,
+    describe_target,
+    make_router,
+    open_target,
+    parse_memory,
+)
+from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.loading import load_model
+from graftkit.route import TARGET, Route, Router
+from graftkit.route.centroid import fit_key
+from graftkit.route.classifier import train_classifier
+from graftkit.rows import Row
+from graftkit.skillpack import SkillPack
+
+__all__ = ["Answer", "Audit", "Entry", "Library", "LibraryScore", "Proof"]
+
+Progress = Callable[[str, int, int], None]
+
+_Options = ParamSpec("_Options")
+_Result = TypeVar("_Result")
+
+
+class AnswerOptions(TypedDict, total=False):
+    """What `Library.generate` takes beside prompts."""
+
+    route: str
+    router: RouterName
+    top_k: int
+    mix: Mix
+    max_new_tokens: int
+
+
+def _in_turn(method: Callable[_Options, _Result]) -> Callable[_Options, _Result]:
+    """A method of Library that waits until no other thread uses the object."""
+
+    @wraps(method)
+    def alone(*args: _Options.args, **options: _Options.kwargs) -> _Result:
+        with args[0]._lock:  # type: ignore[attr-defined]
+            return method(*args, **options)
+
+    return alone
+
+
+class Library:
+    """Packs of one target, addressed as NAME (its newest version), NAME@VERSION, or the first
+    eight or more digits of a digest.
+
+    What another process does to the folder is seen by the next call. The target is loaded when it
+    is first needed, and packs when they are. Any number of threads may use an object: calls that
+    need the model wait for each other.
+
+    Args:
+        memory: most bytes of packs beside the target, such as "2GB"; None for no limit.
+    """
+
+    def __init__(self, folder: PackFolder, memory: str | int | None = None):
+        self._lock = RLock()
+        self._folder = folder
+        self._memory = parse_memory(memory)
+        self._live: LiveLibrary | None = None
+        self._routers: dict[tuple[str, int], Router] = {}
+        self._seen = folder.read()
+
+    @classmethod
+    def init(cls, path: str | Path, target: str | Path) -> Self:
+        """Make an empty library for a target, in a new or empty folder; every tensor is read once.
+
+        Raises: CheckpointError, LibraryError, OutputError.
+        """
+        return cls(PackFolder.create(Path(path), describe_target(target)))
+
+    @classmethod
+    def open(cls, path: str | Path, memory: str | int | None = None) -> Self:
+        """Open a library; nothing but library.toml is read. Raises: LibraryError, ConfigError."""
+        return cls(PackFolder(Path(path)), memory)
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._folder.path
+
+    @property
+    def index(self) -> Index:
+        """What library.toml says now. Raises: LibraryError."""
+        return self._refresh()
+
+    @property
+    def live(self) -> LiveLibrary:
+        """The target in memory. Raises: CheckpointError, PackMismatchError."""
+        with self._lock:
+            if self._live is None:
+                self._live = LiveLibrary(self.checkpoint(), self._folder.load, self._memory)
+            return self._live
+
+    def checkpoint(self) -> Checkpoint:
+        """The target on disk. Raises: CheckpointError, PackMismatchError."""
+        return open_target(self.index.target)
+
+    def packs(self) -> tuple[Entry, ...]:
+        """All packs, in the order in which they came."""
+        return self.index.pack
+
+    def load(self, address: str) -> SkillPack:
+        """One pack. Raises: LibraryError where it is not here or another file lies in its place."""
+        return self._folder.load(self.index.find(address))
+
+    @_in_turn
+    def add(
+        self,
+        file: str | Path,
+        name: str,
+        prompts: Sequence[str] | None = None,
+        update: bool = False,
+    ) -> Entry:
+        """Take a pack in, a copy of the file.
+
+        Args:
+            prompts: 20 or more that the pack should answer; they become its router key, in place
+                of one that it has.
+            update: the name may be taken; the pack becomes its next version.
+        Raises: PackFormatError; PackMismatchError for a pack of another target, or one that
+            changes the vocabulary's size, the tokens of a text, or by its config.json what the
+            model computes; ConfigError for the name or too few prompts;
+            LibraryError, OutputError. The library is then as before.
+        """
+        file = Path(file)
+        self.index.next_version(name, update)  # before the work of fitting a key
+        pack = SkillPack.load(file)
+        self._check(pack, file)
+        if prompts is None:
+            return self._folder.add(file, name, _has_key(pack, file), update)
+        key = fit_key(self.live.model, self.live.tokenizer, prompts)
+        with TemporaryDirectory(prefix="graftkit-") as folder:
+            keyed = Path(folder) / file.name
+            key.into(pack).save(keyed)
+            return self._folder.add(keyed, name, True, update)
+
+    @_in_turn
+    def remove(self, address: str) -> list[Entry]:
+        """Take packs out and delete their files: every version of NAME, or the one pack of another
+        address. A classifier goes with them; the others and their routes stay as they are.
+
+        Raises: LibraryError, OutputError.
+        """
+        gone = self._folder.remove(address)
+        self._refresh()
+        return gone
+
+    def remains(self, name: str) -> list[Path]:
+        """What `learn` made packs of this name from, which `remove` leaves to its owner."""
+        learning = self.path / LEARNING
+        places = (learning / name, *learning.glob(f"{name}@*"))
+        return sorted(place for place in places if place.is_dir())
+
+    @_in_turn
+    def route(
+        self, prompts: Sequence[str], router: RouterName = "centroid", top_k: int = 1
+    ) -> list[Route]:
+        """Which packs, by name, should answer each prompt. Packs without a key are never chosen by
+        `centroid`.
+
+        Raises: ConfigError for an unknown router; as the router itself.
+        """
+        return self._router(router, top_k).route(list(prompts))
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, prompts: str, **options: Unpack[AnswerOptions]
+    ) -> Answer: ...
+    @overload
+    def generate(
+        self, prompts: Sequence[str], **options: Unpack[AnswerOptions]
+    ) -> list[Answer]: ...
+
+    @_in_turn
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        route: str = "auto",
+        router: RouterName = "centroid",
+        top_k: int = 1,
+        mix: Mix = "deltas",
+        max_new_tokens: int = 128,
+    ) -> Answer | list[Answer]:
+        """Answer greedily, each prompt by its own packs.
+
+        A prompt without tokens, or as long as the target's context, goes to the target, which has
+        nothing to say to it; the answer's note tells why. What no pack accepts, the target answers.
+
+        Args:
+            prompts: one, or several for a list of answers.
+            route: "auto", a pack's address, or "target" for no pack.
+            router, top_k: as in `route`, where route is "auto".
+            mix: "deltas" or "probabilities", where a prompt has several packs.
+        Raises: LibraryError, ConfigError; as `route`.
+        """
+        _check_options(mix, max_new_tokens)
+        several = [prompts] if isinstance(prompts, str) else list(prompts)
+        tokens = self.live.encode(several)
+        notes = [unanswerable(self.live, ids) for ids in tokens]
+        answers = [
+            Answer(prompt, "", Route({}, {}), note)
+            for prompt, note in zip(several, notes, strict=True)
+        ]
+        rows = [row for row, note in enumerate(notes) if note is None]
+        chosen = self._choose([several[row] for row in rows], route, router, top_k)
+        texts = generate_texts(
+            self.live,
+            [tokens[row] for row in rows],
+            [mixture for _, mixture in chosen],
+            mix,
+            max_new_tokens,
+        )
+        for row, (taken, _), text in zip(rows, chosen, texts, strict=True):
+            answers[row] = Answer(several[row], text, taken)
+        return answers[0] if isinstance(prompts, str) else answers
+
+    def mixture(self, route: Route) -> dict[Entry, float]:
+        """The packs that a route names."""
+        return {self.index.find(name): weight for name, weight in route.weights.items()}
+
+    @_in_turn
+    def evaluate(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        router: RouterName = "centroid",
+        progress: Progress | None = None,
+    ) -> LibraryScore:
+        """Routed answers against those of the right pack, and of the target alone.
+
+        Args:
+            rows: by the name of the pack that should answer them; "target" for rows of no pack.
+        Raises: LibraryError for a name without a pack; RowsError.
+        """
+        if not rows or not all(rows.values()):
+            raise ConfigError("no rows; name a pack and rows that it should answer")
+        packs = {name: {entry: 1.0} for name, entry in self.index.newest.items()}
+        for name in rows.keys() - packs.keys() - {TARGET}:
+            raise LibraryError(
+                f"rows are given for {name!r}; the packs are {', '.join(packs) or 'none'}, and "
+                f"{TARGET!r} stands for no pack"
+            )
+        mixtures: dict[str, dict[Entry, float]] = {TARGET: {}, **packs}
+        return score_library(self.live, self._router(router, 1), rows, mixtures, progress)
+
+    @_in_turn
+    def learn(
+        self,
+        config: str | Path,
+        name: str,
+        update: bool = False,
+        progress: Progress | None = None,
+    ) -> Entry:
+        """Distil a skill in learning/NAME, and add its pack; the other packs stay as they are.
+
+        Interrupted, the same call goes on where it stopped. Its training prompts become the pack's
+        router key, where they are enough for one.
+
+        Args:
+            config: of `graftkit distill`; its target must be the library's.
+        Raises: PackMismatchError for another target; as `run_distill` and `add`.
+        """
+        version = self.index.next_version(name, update)
+        target = located(read_config(config).target, Path(config).parent)
+        if describe_target(target).fingerprint != self.index.target.fingerprint:
+            raise PackMismatchError(
+                f"{config}: target {target} is not the library's, {self.index.target.reference}; "
+                "learn with that one"
+            )
+        folder = self.path / LEARNING / (name if version == 1 else f"{name}@{version}")
+        run_distill(config, folder, progress=progress)
+        return self.add(folder / "skill.skillpack", name, update=update)
+
+    @_in_turn
+    def train_router(self, rows: Mapping[str, Sequence[Row]]) -> None:
+        """Train the router `classifier` for the packs that are here now.
+
+        Args:
+            rows: held out, by the name of the pack they are meant for; under "target" rows of no
+                pack.
+        Raises: as `graftkit.route.classifier.train_classifier`; OutputError.
+        """
+        self._live = None  # training attaches the packs itself, to a target of its own
+        checkpoint = self.checkpoint()
+        packs = {name: self._folder.load(entry) for name, entry in self.index.newest.items()}
+        classifier = train_classifier(
+            load_model(checkpoint), usable_tokenizer(checkpoint), packs, rows
+        )
+        self._folder.save_classifier(classifier)
+        self._routers.clear()
+
+    @_in_turn
+    def audit(self, address: str, progress: Progress | None = None) -> Audit:
+        """What a pack changes, and which of the others lean the same way.
+
+        Raises: LibraryError; as `audit_pack`.
+        """
+        own = self.index.find(address)
+        others = {
+            entry.label: self._folder.load(entry)
+            for name, entry in self.index.newest.items()
+            if name != own.name
+        }
+        return audit_pack(self.checkpoint(), self._folder.load(own), others, progress)
+
+    def prove_removal(
+        self, address: str, prompts: Sequence[str], router: RouterName = "centroid"
+    ) -> Proof:
+        """Compare this library after `remove(address)` with one that never had those packs, in
+        copies of it; the library itself stays as it is.
+
+        Raises: LibraryError; ConfigError where no prompt can be answered.
+        """
+        gone = self.index.find_all(address)
+        return prove_removal(self._folder, gone, prompts, router, type(self))
+
+    def _refresh(self) -> Index:
+        """Read library.toml; packs that it no longer lists leave memory."""
+        index = self._folder.read()
+        if index is not self._seen:
+            self._seen = index
+            self._routers.clear()
+            if self._live is not None:
+                self._live.memory.keep({entry.digest for entry in index.pack})
+        return index
+
+    def _choose(
+        self, prompts: Sequence[str], route: str, router: RouterName, top_k: int
+    ) -> list[tuple[Route, Mixture]]:
+        """The route of each prompt and the packs that it means."""
+        if route == "auto":
+            return [(found, self.mixture(found)) for found in self.route(prompts, router, top_k)]
+        if route == TARGET:
+            return [(Route({}, {}), {}) for _ in prompts]
+        entry = self.index.find(route)
+        return [(Route({entry.name: 1.0}, {}), {entry: 1.0}) for _ in prompts]
+
+    def _router(self, name: str, top_k: int) -> Router:
+        entries = self.index.newest
+        if (name, top_k) not in self._routers:
+            self._routers[name, top_k] = make_router(
+                name, top_k, self.live, entries, self._folder.load, self.path
+            )
+        return self._routers[name, top_k]
+
+    def _check(self, pack: SkillPack, file: Path) -> None:
+        """Raises: PackMismatchError for what this library cannot serve."""
+        own, made_for = self.index.target, pack.manifest.target
+        if made_for.fingerprint != own.fingerprint:
+            raise PackMismatchError(
+                f"{file}: made for {made_for.name} (fingerprint {made_for.fingerprint[:12]}), this "
+                f"library is for {own.reference} ({own.fingerprint[:12]}); add it to a library of "
+                "its own target"
+            )
+        for record in pack.manifest.tensors:
+            if record.tuned_shape is not None:
+                raise PackMismatchError(
+                    f"{file}: changes the shape of {record.name}, so it cannot serve beside other "
+                    "packs; attach or merge it alone"
+                )
+        if not pack.manifest.files:
+            return
+        checkpoint = self.checkpoint()
+        check_tokenizer(checkpoint, pack)
+        keys = config_changes(pack, checkpoint)
+        if keys:
+            raise PackMismatchError(
+                f"{file}: config.json of {pack.manifest.tuned.name} has another "
+                f"{', '.join(keys)}, which changes what every row of a batch computes, so it "
+                "cannot serve beside other packs; attach or merge it alone"
+            )
+
+
+def _check_options(mix: str, max_new_tokens: int) -> None:
+    """Raises: ConfigError."""
+    if mix not in get_args(Mix):
+        raise ConfigError(f"mix is {mix!r}; choose one of {', '.join(get_args(Mix))}")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+
+
+def _has_key(pack: SkillPack, file: Path) -> bool:
+    """Raises: PackMismatchError for a key that a library has no use for."""
+    if pack.router_key is not None and pack.router_key[0].encoder is not None:
+        raise PackMismatchError(
+            f"{file}: its router key is of encoder {pack.router_key[0].encoder}, a library routes "
+            "by its target; add the pack with prompts to give it such a key"
+        )
+    return pack.router_key is not None
