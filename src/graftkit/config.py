@@ -28,6 +28,12 @@ BYTE_UNITS = {
 _BUDGET_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|bpp|[KMG]?i?B)\s*", re.IGNORECASE)
 
 
+class Settings(BaseModel):
+    """Frozen settings that refuse unknown keys; the sentence under a field is its description."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
 @dataclass(frozen=True)
 class Budget:
     """How large the pack file may be: a share of the target, bytes, or bits per parameter."""
@@ -71,10 +77,8 @@ TRAIN_STEPS = 400
 """Steps of code training that a calibrated pack gets unless told otherwise."""
 
 
-class PackConfig(BaseModel):
+class PackConfig(Settings):
     """What `pack` was asked for; it decides every byte of the result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     recipe: Recipe = "auto"
     """auto (smallest error per byte), graftllm (the paper's method) or lossless."""

@@ -1,6 +1,8 @@
-"""Text of others on its way to a terminal, a page or a picture."""
+"""Text on its way to a terminal, a page or a picture."""
 
+import difflib
 import re
+from collections.abc import Sequence
 
 # What moves the cursor, changes colours, begins a line, or turns the direction of letters around:
 # C0, DEL and C1; line and paragraph separators; bidirectional controls; halves of characters.
@@ -16,3 +18,9 @@ def printable(text: str, *, keep: str = "") -> str:
         return match[0] if match[0] in keep else ascii(match[0])[1:-1]
 
     return _CONTROLS.sub(escaped, text)
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What was probably meant, to be added to a sentence; nothing where no name is near."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -20,7 +20,7 @@ from graftkit.distill.config import (
     ModelSource,
     Source,
     Training,
-    located,
+    resolve_model,
 )
 from graftkit.distill.records import Prompt
 from graftkit.models.encoding import usable_tokenizer
@@ -33,7 +33,7 @@ PROBE_SIZE = 1024  # of the product that is timed
 
 
 def estimate(
-    config: DistillConfig, target: Checkpoint, prompts: tuple[Prompt, ...], where: Path
+    config: DistillConfig, target: Checkpoint, prompts: tuple[Prompt, ...], config_folder: Path
 ) -> dict[str, Any]:
     """Counts and sizes by stage; reads configurations and tokenizers, no weights.
 
@@ -41,7 +41,9 @@ def estimate(
     """
     tokenizer = usable_tokenizer(target)
     lengths = [len(tokenizer.encode(prompt.text)) for prompt in prompts]
-    sources = [_source(source, len(prompts), sum(lengths), where) for source in config.sources]
+    sources = [
+        _source(source, len(prompts), sum(lengths), config_folder) for source in config.sources
+    ]
     longest = max(source.max_new_tokens for source in config.sources)
     share = config.selection.sft_share
     for_sft = len(prompts) if share == "all" or not config.dpo else round(share * len(prompts))
@@ -69,7 +71,9 @@ def estimate(
     }
 
 
-def _source(source: Source, prompts: int, prompt_tokens: int, where: Path) -> dict[str, Any]:
+def _source(
+    source: Source, prompts: int, prompt_tokens: int, config_folder: Path
+) -> dict[str, Any]:
     samples = source.samples
     answers = prompts * samples
     tokens = answers * source.max_new_tokens
@@ -82,11 +86,11 @@ def _source(source: Source, prompts: int, prompt_tokens: int, where: Path) -> di
     if isinstance(source, EndpointSource):
         paid_in, paid_out = source.price_per_million
         return {**found, "cost": (prompt_tokens * samples * paid_in + tokens * paid_out) / 1e6}
-    return {**found, **_local(source, tokens + prompt_tokens * samples, where)}
+    return {**found, **_local(source, tokens + prompt_tokens * samples, config_folder)}
 
 
-def _local(source: ModelSource, tokens: int, where: Path) -> dict[str, Any]:
-    model = Checkpoint.open(located(source.model, where))
+def _local(source: ModelSource, tokens: int, config_folder: Path) -> dict[str, Any]:
+    model = Checkpoint.open(resolve_model(source.model, config_folder))
     on_gpu = torch.cuda.is_available()
     memory = model.nbytes if on_gpu else 4 * model.parameters
     seconds = 2 * model.parameters * tokens / _speed(torch.bfloat16 if on_gpu else torch.float32)

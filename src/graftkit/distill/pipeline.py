@@ -22,7 +22,6 @@ from graftkit.distill.config import DistillConfig, read_config
 from graftkit.distill.estimate import estimate
 from graftkit.distill.steps import WORK
 from graftkit.distill.workspace import (
-    Progress,
     StageBook,
     Workspace,
     digest_of,
@@ -32,6 +31,7 @@ from graftkit.distill.workspace import (
     processes,
 )
 from graftkit.errors import ConfigError, OutputError
+from graftkit.progress import Progress, no_progress
 
 
 def run_distill(
@@ -51,7 +51,7 @@ def run_distill(
     Raises: ConfigError, RowsError, CheckpointError, SourceError, SelectionError, BudgetError,
         OutputError. What is finished stays; the same call goes on from there.
     """
-    space = _open(Path(config_file), Path(folder), progress or (lambda step, done, total: None))
+    space = _open(Path(config_file), Path(folder), progress or no_progress)
     stages = stages_of(space.config)
     if only is not None and only not in stages:
         raise ConfigError(f"stage {only!r} is none of {', '.join(stages)}, which this run has")
@@ -70,8 +70,8 @@ def run_distill(
 def estimate_run(config_file: str | Path) -> dict[str, Any]:
     """What a run will take; see `estimate`. Raises: as `run_distill` before its first stage."""
     with TemporaryDirectory(prefix="graftkit-") as folder:
-        space = _open(Path(config_file), Path(folder), lambda step, done, total: None)
-        return estimate(space.config, space.target, space.prompts.prompts, space.where)
+        space = _open(Path(config_file), Path(folder), no_progress)
+        return estimate(space.config, space.target, space.prompts.prompts, space.config_folder)
 
 
 def stages_of(config: DistillConfig) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def _key(stage: str, space: Workspace) -> str:
         return digest_of(space.folder / f"{name}.jsonl")
 
     def prompts() -> list[Any]:
-        return [said["prompts"], digest_of(space.where / config.prompts.file)]
+        return [said["prompts"], digest_of(space.config_folder / config.prompts.file)]
 
     def sources() -> list[Any]:
         return [space.source_identity(source) for source in config.sources]

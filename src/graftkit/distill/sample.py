@@ -8,7 +8,7 @@ samples.partial/<source>.jsonl finished units of a run that is not over
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +20,8 @@ from graftkit.distill.config import DistillConfig, EndpointSource, Prompts, Sour
 from graftkit.distill.records import Journal, Prompt, answer_record, read_lines, write_lines
 from graftkit.distill.sources import SourceModel, Unit, open_source
 from graftkit.errors import OutputError, RowsError
+from graftkit.progress import Progress
 from graftkit.rows import read_records, sample_rows, text_field
-
-Progress = Callable[[str, int, int], None]
-"""Called with (step, done, total)."""
 
 # They say how a source is asked and what it costs, not what it answers.
 INDIFFERENT = {
@@ -61,7 +59,7 @@ class SourceSummary:
 
 
 def read_prompts(
-    config: Prompts, seed: int, wants_reference: bool, wants_tests: bool, where: Path
+    config: Prompts, seed: int, wants_reference: bool, wants_tests: bool, config_folder: Path
 ) -> PromptSet:
     """The prompts of a file; each id is its line, from 0, blank lines aside.
 
@@ -70,12 +68,12 @@ def read_prompts(
 
     Args:
         wants_reference, wants_tests: whether every row must have a `completion`, or `tests`.
-        where: folder that the file's path refers to.
+        config_folder: folder of the configuration, to which its paths are relative.
     Raises: RowsError with file and line for a row that lacks what is wanted.
     """
     dropped = {"empty": 0, "repeated": 0, "over the limit": 0}
     prompts: dict[str, Prompt] = {}
-    for number, (record, origin) in enumerate(read_records(where / config.file)):
+    for number, (record, origin) in enumerate(read_records(config_folder / config.file)):
         prompt = Prompt(
             number,
             text_field(record, "prompt", origin),
@@ -91,7 +89,7 @@ def read_prompts(
             prompts[asked] = prompt
     if not prompts:
         raise RowsError(
-            f"{where / config.file}: no prompts; expected one JSON object a line, "
+            f"{config_folder / config.file}: no prompts; expected one JSON object a line, "
             '{"prompt": "..."}'
         )
     chosen = list(prompts.values())
@@ -105,7 +103,7 @@ def sample_answers(
     config: DistillConfig,
     prompts: Sequence[Prompt],
     folder: Path,
-    where: Path,
+    config_folder: Path,
     progress: Progress,
 ) -> Path:
     """Ask every source every prompt; writes samples.jsonl into `folder` and returns its path.
@@ -114,7 +112,7 @@ def sample_answers(
     started again, as far as the sources themselves repeat an answer for the same seed.
 
     Args:
-        where: folder that relative paths of the configuration refer to.
+        config_folder: folder of the configuration, to which its paths are relative.
     Raises: ConfigError, CheckpointError, RowsError for a source that cannot be opened; SourceError
         when one fails on the way; OutputError.
     """
@@ -122,7 +120,7 @@ def sample_answers(
     records: list[dict[str, Any]] = []
     summaries = []
     for settings in config.sources:
-        units = _ask(settings, config.seed, prompts, partial, where, progress)
+        units = _ask(settings, config.seed, prompts, partial, config_folder, progress)
         summaries.append(_summary(settings, units))
         records += [answer for unit in units for answer in unit["answers"]]
     order = {settings.name: place for place, settings in enumerate(config.sources)}
@@ -144,11 +142,11 @@ def _ask(
     seed: int,
     prompts: Sequence[Prompt],
     partial: Path,
-    where: Path,
+    config_folder: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """Finished units of one source, in their order; what its journal lacks is asked for."""
-    source = open_source(settings, seed, where)
+    source = open_source(settings, seed, config_folder)
     journal = Journal(partial / f"{settings.name}.jsonl")
     units = dict(enumerate(source.units(prompts)))
     finished = _finished(journal, _digest(settings, seed, source, units.values()))

@@ -14,7 +14,7 @@ import torch
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill import card as cards
-from graftkit.distill.config import Graded, located
+from graftkit.distill.config import Graded, resolve_model
 from graftkit.distill.records import Scored, read_lines, write_lines
 from graftkit.distill.sample import read_summaries, sample_answers
 from graftkit.distill.scores import read_scored, score_answers
@@ -36,7 +36,7 @@ def sample(space: Workspace) -> dict[str, Any]:
     if (space.folder / "samples.jsonl").exists():
         shutil.rmtree(space.folder / "samples.partial", ignore_errors=True)
     else:
-        sample_answers(space.config, prompts, space.folder, space.where, space.progress)
+        sample_answers(space.config, prompts, space.folder, space.config_folder, space.progress)
     found = read_summaries(space.folder)
     return {
         "answers": sum(one.answers for one in found),
@@ -49,7 +49,7 @@ def sample(space: Workspace) -> dict[str, Any]:
 def score(space: Workspace) -> dict[str, Any]:
     """Judge the answers."""
     prompts = space.prompts.prompts
-    score_answers(space.config, prompts, space.folder, space.where, space.progress)
+    score_answers(space.config, prompts, space.folder, space.config_folder, space.progress)
     passed = sum(one.passed for one in read_scored(space.folder))
     return {"passed": passed}
 
@@ -85,7 +85,7 @@ def probe(space: Workspace) -> dict[str, Any]:
     for source in space.probed:
         file = space.distributions(source)
         file.parent.mkdir(exist_ok=True)
-        checkpoint = Checkpoint.open(located(source.model, space.where))
+        checkpoint = Checkpoint.open(resolve_model(source.model, space.config_folder))
         model, own = load_model(checkpoint, torch.float32), usable_tokenizer(checkpoint)
         report = partial(space.progress, f"probe {source.name}")
         transfer = space.config.transfer
@@ -106,7 +106,7 @@ def _guide(space: Workspace) -> Any:
     hidden = None
     if transfer.hidden_weight:
         source = space.models[0]
-        checkpoint = Checkpoint.open(located(source.model, space.where))
+        checkpoint = Checkpoint.open(resolve_model(source.model, space.config_folder))
         layers = empty_model(space.target).config.get_text_config().num_hidden_layers
         hidden = HiddenSource(
             source,

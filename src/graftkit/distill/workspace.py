@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from blake3 import blake3
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import DistillConfig, ModelSource, Source, located
+from graftkit.distill.config import DistillConfig, ModelSource, Source, resolve_model
 from graftkit.distill.sample import INDIFFERENT, PromptSet, read_prompts
 from graftkit.distill.scores import wants
 from graftkit.distill.select import Template
@@ -20,32 +20,37 @@ from graftkit.files import replaced_file
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model
 from graftkit.outputs import own_folder
-
-Progress = Callable[[str, int, int], None]
-"""Called with (step, done, total)."""
+from graftkit.progress import Progress
 
 
 class Workspace:
     """One configuration in one folder.
 
     Args:
-        where: the folder that relative paths in the configuration refer to.
+        config_folder: folder of the configuration, to which its paths are relative.
     """
 
-    def __init__(self, config: DistillConfig, folder: Path, where: Path, progress: Progress):
-        self.config, self.folder, self.where, self.progress = config, folder, where, progress
+    def __init__(
+        self, config: DistillConfig, folder: Path, config_folder: Path, progress: Progress
+    ):
+        self.config, self.folder, self.config_folder, self.progress = (
+            config,
+            folder,
+            config_folder,
+            progress,
+        )
 
     @cached_property
     def prompts(self) -> PromptSet:
         """What the sources are asked."""
         reference, tests = wants(self.config)
         settings = self.config.prompts
-        return read_prompts(settings, self.config.seed, reference, tests, self.where)
+        return read_prompts(settings, self.config.seed, reference, tests, self.config_folder)
 
     @cached_property
     def target(self) -> Checkpoint:
         """The model that learns."""
-        return Checkpoint.open(located(self.config.target, self.where))
+        return Checkpoint.open(resolve_model(self.config.target, self.config_folder))
 
     @cached_property
     def template(self) -> Template:
@@ -59,13 +64,13 @@ class Workspace:
     def inputs(self) -> list[str | Path]:
         """Files and models that the configuration names."""
         config = self.config
-        named: list[str | Path] = [self.where / config.prompts.file]
-        named.append(located(config.target, self.where))
+        named: list[str | Path] = [self.config_folder / config.prompts.file]
+        named.append(resolve_model(config.target, self.config_folder))
         for source in config.sources:
             if isinstance(source, ModelSource):
-                named.append(located(source.model, self.where))
+                named.append(resolve_model(source.model, self.config_folder))
             elif source.kind == "answers":
-                named.append(self.where / source.file)
+                named.append(self.config_folder / source.file)
         return named
 
     @property
@@ -97,7 +102,7 @@ class Workspace:
         """What decides a source's answers."""
         said = source.model_dump(mode="json", exclude=INDIFFERENT)
         if source.kind == "answers":
-            said["digest"] = digest_of(self.where / source.file)
+            said["digest"] = digest_of(self.config_folder / source.file)
         return said
 
 

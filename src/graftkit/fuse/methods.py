@@ -10,7 +10,6 @@ The merge methods by name, each with its settings.
 θ = θ_target + λ · rule(Δ_1 … Δ_T; w_1 … w_T)
 """
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from graftkit.compress.sparse import largest_entries
 from graftkit.errors import ConfigError
+from graftkit.text import nearest
 
 PCB_TAIL = 1e-4  # share of entries clamped at both ends before PCB's min-max; code of the paper
 
@@ -420,9 +420,3 @@ def check_weights(method: Method, weights: Sequence[float] | None, count: int) -
             "use task_arithmetic, which adds and takes away"
         )
     return result
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """What was probably meant, to be added to a sentence; nothing where no name is near."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""

@@ -9,7 +9,7 @@ agreement   the source's other samples; its own likelihood
 
 import json
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ from graftkit.distill.config import (
 )
 from graftkit.distill.records import Answer, Journal, Prompt, Scored, read_lines, write_lines
 from graftkit.errors import RowsError
+from graftkit.progress import Progress, StepProgress
 
 __all__ = ["Scorer", "Verdict", "finished", "open_scorer", "why_unusable"]
 
@@ -59,8 +60,8 @@ class Scorer(Protocol):
         """
 
 
-def open_scorer(score: Score, where: Path) -> Scorer:
-    """The scorer of one `[[scores]]` table; relative paths refer to `where`.
+def open_scorer(score: Score, config_folder: Path) -> Scorer:
+    """The scorer of one `[[scores]]` table; paths are relative to `config_folder`.
 
     Raises: ConfigError for a missing key, library or bubblewrap, or a reward model with several
         labels; CheckpointError for a reward model that cannot be used; SourceError for a sandbox
@@ -73,11 +74,11 @@ def open_scorer(score: Score, where: Path) -> Scorer:
     if isinstance(score, RewardScore):
         from graftkit.distill.scores.graders import RewardModel
 
-        return RewardModel(score, where)
+        return RewardModel(score, config_folder)
     if isinstance(score, JudgeScore):
         from graftkit.distill.scores.graders import Judge
 
-        return Judge(score, where)
+        return Judge(score, config_folder)
     if isinstance(score, AgreementScore | LikelihoodScore):
         from graftkit.distill.scores.checks import Agreement, Likelihood
 
@@ -106,8 +107,6 @@ SAMPLES, SCORES, PARTIAL = "samples.jsonl", "scores.jsonl", "scores.partial"
 # Settings that change how fast verdicts come or what they weigh, not what they say.
 PACE = {"weight", "key_env", "concurrency", "retries"}
 
-Progress = Callable[[str, int, int], None]
-
 
 def wants(config: DistillConfig) -> tuple[bool, bool]:
     """Whether the rules read `completion` and `tests` of the prompts file."""
@@ -122,7 +121,7 @@ def score_answers(
     config: DistillConfig,
     prompts: Sequence[Prompt],
     folder: Path,
-    where: Path,
+    config_folder: Path,
     progress: Progress,
 ) -> Path:
     """Score every answer of `folder`/samples.jsonl into `folder`/scores.jsonl, in the same order.
@@ -131,7 +130,7 @@ def score_answers(
     there, and gives the same bytes.
 
     Args:
-        where: folder that relative paths in the configuration refer to.
+        config_folder: folder of the configuration, to which its paths are relative.
         progress: called with (step, done, total).
     Raises: RowsError for samples that do not belong to the prompts, or a prompt without what a rule
         compares with; ConfigError, CheckpointError and SourceError as the scorers; OutputError.
@@ -146,7 +145,7 @@ def score_answers(
                 f"prompt {answer.prompt_id}); delete it and run again"
             )
     named = dict(zip(_names(config.scores), config.scores, strict=True))
-    scorers = {name: open_scorer(score, where) for name, score in named.items()}
+    scorers = {name: open_scorer(score, config_folder) for name, score in named.items()}
     verdicts: dict[str, Mapping[int, Verdict]] = {}
     # What costs nothing comes first: it finds faults of the prompts file before a judge is paid.
     for name in sorted(scorers, key=lambda name: scorers[name].costly):
@@ -203,7 +202,7 @@ def _keep_scoring(
     answers: Sequence[Answer],
     prompts: Mapping[int, Prompt],
     journal: Journal,
-    progress: Callable[[int, int], None],
+    progress: StepProgress,
 ) -> dict[int, Verdict]:
     """Verdicts by place, each kept on disk; a text that several samples share is scored once."""
     places: dict[tuple[int, str], list[int]] = {}

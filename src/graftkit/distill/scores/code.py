@@ -15,7 +15,7 @@ LABELS = ("python", "python3", "py")
 
 
 class CodeTests:
-    """The tests of the prompt on the answer's code, in a sandbox, as many at once as there are cores.
+    """The tests of the prompt on the answer's code, in a sandbox, one for each core.
 
     Raises: ConfigError elsewhere than on Linux, or without bubblewrap; SourceError where its
         sandbox does not start.

@@ -13,7 +13,7 @@ from blake3 import blake3
 from jinja2 import TemplateError
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import Endpoint, EndpointSource, JudgeScore, RewardScore, located
+from graftkit.distill.config import Endpoint, EndpointSource, JudgeScore, RewardScore, resolve_model
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.scores import Verdict, finished
 from graftkit.distill.sources import Unit, open_source
@@ -30,16 +30,16 @@ class RewardModel:
     it computes in the dtype on disk, on a CPU in float32. Weights are loaded with the first batch.
 
     Args:
-        where: folder that a relative path of the model refers to.
+        config_folder: folder of the configuration, to which its paths are relative.
     Raises: ConfigError for a model of another kind or with several labels; CheckpointError for one
         that cannot be used, lacks a tokenizer or, with settings.chat, a chat template.
     """
 
     costly = True
 
-    def __init__(self, settings: RewardScore, where: Path):
+    def __init__(self, settings: RewardScore, config_folder: Path):
         self.settings = settings
-        self._checkpoint = Checkpoint.open(located(settings.model, where))
+        self._checkpoint = Checkpoint.open(resolve_model(settings.model, config_folder))
         self._tokenizer = usable_tokenizer(self._checkpoint)
         shape: Any = empty_model(self._checkpoint)
         _check_labels(shape, settings.model)
@@ -167,7 +167,7 @@ class Judge:
 
     costly = True
 
-    def __init__(self, settings: JudgeScore, where: Path):
+    def __init__(self, settings: JudgeScore, config_folder: Path):
         self.settings = settings
         endpoint = EndpointSource(
             kind="endpoint",
@@ -178,7 +178,7 @@ class Judge:
             max_new_tokens=LONGEST_GRADE_TOKENS,
             chat=True,
         )
-        self._source = open_source(endpoint, 0, where)
+        self._source = open_source(endpoint, 0, config_folder)
 
     def score(
         self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]

@@ -69,8 +69,8 @@ class SourceModel(Protocol):
         """
 
 
-def open_source(settings: Source, seed: int, where: Path) -> SourceModel:
-    """The source of one `[[sources]]` table; relative paths refer to `where`.
+def open_source(settings: Source, seed: int, config_folder: Path) -> SourceModel:
+    """The source of one `[[sources]]` table; paths are relative to `config_folder`.
 
     Raises: ConfigError for a missing key or library; CheckpointError for a model that cannot be
         used; RowsError for a file that cannot.
@@ -78,7 +78,7 @@ def open_source(settings: Source, seed: int, where: Path) -> SourceModel:
     if isinstance(settings, AnswersSource):
         from graftkit.distill.sources import AnswersFile
 
-        return AnswersFile(settings, where)
+        return AnswersFile(settings, config_folder)
     if isinstance(settings, EndpointSource):
         try:
             from graftkit.distill.sources.endpoint import EndpointModel
@@ -90,7 +90,7 @@ def open_source(settings: Source, seed: int, where: Path) -> SourceModel:
         return EndpointModel(settings, seed)
     from graftkit.distill.sources.local import LocalModel
 
-    return LocalModel(settings, seed, where)
+    return LocalModel(settings, seed, config_folder)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -111,9 +111,9 @@ class AnswersFile:
     Raises: RowsError with file and line for what is no row.
     """
 
-    def __init__(self, settings: AnswersSource, where: Path):
+    def __init__(self, settings: AnswersSource, config_folder: Path):
         self.settings = settings
-        path = where / settings.file
+        path = config_folder / settings.file
         self._texts: dict[str, list[str]] = defaultdict(list)
         for row in read_rows(path):
             self._texts[row.prompt.strip()].append(row.completion.strip())

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import ModelSource, located
+from graftkit.distill.config import ModelSource, resolve_model
 from graftkit.distill.records import Answer, Prompt
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
 from graftkit.errors import CheckpointError, SourceError
@@ -37,14 +37,14 @@ class LocalModel:
     says all.
 
     Args:
-        where: folder that a relative path of the model refers to.
+        config_folder: folder of the configuration, to which its paths are relative.
     Raises: CheckpointError for a model that is no causal language model, lacks a tokenizer or, with
         settings.chat, a chat template.
     """
 
-    def __init__(self, settings: ModelSource, seed: int, where: Path):
+    def __init__(self, settings: ModelSource, seed: int, config_folder: Path):
         self.settings, self.seed = settings, seed
-        self._checkpoint = Checkpoint.open(located(settings.model, where))
+        self._checkpoint = Checkpoint.open(resolve_model(settings.model, config_folder))
         self.identity = f"{self._checkpoint.revision} {self._checkpoint.nbytes}"
         self.tokenizer = usable_tokenizer(self._checkpoint)
         shape: Any = empty_model(self._checkpoint)

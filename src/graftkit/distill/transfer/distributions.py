@@ -7,7 +7,7 @@ a cross-entropy (FuseLLM, arXiv 2401.10491). `collecting` writes the file.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from graftkit.errors import RowsError
 from graftkit.files import WorkFolder, replaced_file
 from graftkit.models.backward import visit_logits
 from graftkit.models.encoding import context_length, pad_id, vocabulary_size
+from graftkit.progress import StepProgress
 from graftkit.rows import Row, batches_by_length, pad_batch
 
 NEVER = -math.inf  # log-probability of what cannot be
@@ -251,9 +252,6 @@ def distribution_batch(
 
 SHARD_ROWS = 256  # rows that a killed run reads again, at most
 
-Progress = Callable[[int, int], None]
-"""Called with (rows done, rows in all)."""
-
 
 def collect_distributions(
     source: ModelSource,
@@ -263,7 +261,7 @@ def collect_distributions(
     rows: Sequence[Row],
     config: Transfer,
     file: Path,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Summary:
     """Write what one source expects in `rows`, in their order, to a safetensors file.
 
@@ -295,7 +293,7 @@ def collect_distributions(
 
 
 def _read_shards(
-    reader: "_Reader", rows: Sequence[Row], work: WorkFolder, progress: Progress
+    reader: "_Reader", rows: Sequence[Row], work: WorkFolder, progress: StepProgress
 ) -> list[dict[str, Tensor]]:
     """What the source expects in the rows, shard by shard; finished shards are not read again."""
     starts = range(0, len(rows), SHARD_ROWS)
