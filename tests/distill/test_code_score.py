@@ -13,7 +13,7 @@ import pytest
 from distill.sandboxed import MEMORY, failure, require_sandbox
 
 from graftkit.distill.config import CodeRule
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import open_scorer, sandbox
 from graftkit.distill.scores.code import find_code
 from graftkit.distill.scores.sandbox import check_sandbox
@@ -290,8 +290,8 @@ assert descriptors() == 5
 # The rule.
 
 
-def answer(text: str, prompt_id: int = 0, sample: int = 0) -> Answer:
-    return Answer(prompt_id, "Write double.", "mini", sample, text, tokens=9, finish="stop")
+def answer(text: str, prompt_id: int = 0, sample: int = 0) -> SourceAnswer:
+    return SourceAnswer(prompt_id, "Write double.", "mini", sample, text, tokens=9, finish="stop")
 
 
 def test_the_rule_runs_the_tests_of_each_answers_prompt():

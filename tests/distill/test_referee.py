@@ -418,7 +418,7 @@ def double(x):
         "[os.dup2(os.open('/dev/null', os.O_RDWR), number) for number in range(3, 9)]",
         "threading.Thread(target=os._exit, args=(0,)).start(); time.sleep(60)",
         "os.kill(os.getpid(), 9)",
-        "sys.setrecursionlimit(10**9); f = lambda x: f(f(x)); f(1)",
+        "import ctypes; ctypes.string_at(0)",
     ],
 )
 def test_an_answer_that_breaks_its_process_does_not_pass(harm):

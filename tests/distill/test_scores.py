@@ -19,16 +19,16 @@ from graftkit.distill.config import (
     NumberRule,
     RewardScore,
 )
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import finished, open_scorer, why_unusable
 from graftkit.distill.scores.checks import find_number, json_form, same_number
 from graftkit.distill.scores.graders import question, read_grade
 from graftkit.errors import CheckpointError, ConfigError, RowsError, SourceError
 
 
-def said(text: str, sample: int = 0, prompt_id: int = 0, **more) -> Answer:
+def said(text: str, sample: int = 0, prompt_id: int = 0, **more) -> SourceAnswer:
     more = {"source": "mini", "tokens": 3, "finish": "stop", **more}
-    return Answer(prompt_id, f"Question {prompt_id}?", sample=sample, text=text, **more)
+    return SourceAnswer(prompt_id, f"Question {prompt_id}?", sample=sample, text=text, **more)
 
 
 def verdicts(settings, answers, reference=None, config_folder=Path(), done=()):

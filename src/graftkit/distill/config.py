@@ -233,7 +233,7 @@ class Lora(Settings):
     """Scale: alpha / rank multiplies the product."""
 
 
-class Training(Settings):
+class TrainerSettings(Settings):
     """Settings that SFT and DPO share."""
 
     epochs: float = Field(default=1, gt=0)
@@ -263,7 +263,7 @@ class Training(Settings):
     """Train an adapter instead of all weights."""
 
 
-class Sft(Training):
+class Sft(TrainerSettings):
     """Supervised fine-tuning on the chosen answers; the loss counts their tokens only."""
 
     epochs: float = Field(default=3, gt=0)
@@ -272,7 +272,7 @@ class Sft(Training):
     """Largest learning rate of the schedule."""
 
 
-class Dpo(Training):
+class Dpo(TrainerSettings):
     """Preference optimisation on pairs; the reference is the model after SFT."""
 
     learning_rate: float = Field(default=8e-7, gt=0)

@@ -15,7 +15,7 @@ from graftkit.errors import ConfigError
 from graftkit.rows import pad_batch
 
 
-class _TwoRates:
+class _EmbeddingRate:
     """AdamW whose embeddings and head learn at a share of the others' rate."""
 
     def __init__(self, *arguments: Any, embedding_rate: float = 1.0, **options: Any):
@@ -44,7 +44,7 @@ def _embeddings(model: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(found))
 
 
-class RowTrainer(_TwoRates, SFTTrainer):  # type: ignore[misc]
+class RowTrainer(_EmbeddingRate, SFTTrainer):  # type: ignore[misc]
     """SFT on rows that are tokens already."""
 
 
@@ -143,7 +143,7 @@ class _GuidedCollator:
         return batch | self.guide.batch(examples)
 
 
-class PairTrainer(_TwoRates, DPOTrainer):  # type: ignore[misc]
+class PairTrainer(_EmbeddingRate, DPOTrainer):  # type: ignore[misc]
     """DPO on pairs that are tokens already."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:

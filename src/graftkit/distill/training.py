@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, SFTConfig
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import Dpo, Sft, Training
+from graftkit.distill.config import Dpo, Sft, TrainerSettings
 from graftkit.distill.trainers import GuidedTrainer, PairTrainer, RowTrainer, WrpoTrainer
 from graftkit.distill.transfer.guide import Guide
 from graftkit.distill.workspace import is_main, processes
@@ -113,7 +113,7 @@ def _work_folder(folder: Path) -> Path:
 
 
 def _trainer_arguments(
-    kind: Any, settings: Training, rows: int, seed: int, folder: Path, **own: Any
+    kind: Any, settings: TrainerSettings, rows: int, seed: int, folder: Path, **own: Any
 ) -> Any:
     """TRL's settings of the class `kind`, for so many rows.
 
@@ -166,7 +166,7 @@ class _TrainingRun:
         self,
         target: Checkpoint,
         start: Checkpoint,
-        settings: Training,
+        settings: TrainerSettings,
         folder: Path,
         progress: StepProgress,
     ):

@@ -5,7 +5,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from graftkit.distill.config import CodeRule
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import Verdict, finished
 from graftkit.distill.scores.sandbox import check_sandbox, run_tests
 from graftkit.errors import RowsError
@@ -28,7 +28,7 @@ class CodeTests:
         check_sandbox()
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
         """1.0, or why not, as tests end. Raises: RowsError for a prompt without tests."""
         todo = [(i, a, _tests(prompts[a.prompt_id])) for i, a in finished(answers) if i not in done]
@@ -40,7 +40,7 @@ class CodeTests:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _run(self, answer: Answer, tests: str) -> Verdict:
+    def _run(self, answer: SourceAnswer, tests: str) -> Verdict:
         rule = self.rule
         code = find_code(answer.text)
         failed = run_tests(code, tests, rule.timeout_seconds, rule.memory_bytes)

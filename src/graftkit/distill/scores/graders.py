@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Endpoint, EndpointSource, JudgeScore, RewardScore, resolve_model
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import Verdict, finished
 from graftkit.distill.sources import Unit, open_source
 from graftkit.errors import CheckpointError, ConfigError
@@ -52,7 +52,7 @@ class RewardModel:
         self._context, self._vocabulary = min(limits), vocabulary_size(shape)
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
         """Any finite number, or why there is none.
 
@@ -77,7 +77,7 @@ class RewardModel:
             rows, most = list(same), max(1, self.settings.batch_tokens // max(1, length))
             yield from (rows[start : start + most] for start in range(0, len(rows), most))
 
-    def _encode(self, answer: Answer) -> list[int]:
+    def _encode(self, answer: SourceAnswer) -> list[int]:
         if self.settings.chat:
             turns = [
                 {"role": "user", "content": answer.prompt},
@@ -181,7 +181,7 @@ class Judge:
         self._source = open_source(endpoint, 0, config_folder)
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
         """From 0 to 1, as grades come in. Raises: SourceError when the endpoint is lost."""
         todo = {

@@ -15,7 +15,7 @@ from typing import Protocol
 from blake3 import blake3
 
 from graftkit.distill.config import AnswersSource, EndpointSource, Source
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.errors import ConfigError
 from graftkit.rows import read_rows, rows_digest
 
@@ -41,7 +41,7 @@ class Reply:
         tokens_in, tokens_out: read and written, prompts once for each answer; 0: nobody counted.
     """
 
-    answers: tuple[Answer, ...]
+    answers: tuple[SourceAnswer, ...]
     tokens_in: int = 0
     tokens_out: int = 0
 
@@ -99,9 +99,9 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") & 0x7FFF_FFFF
 
 
-def refused(prompt: Prompt, source: str, sample: int, reason: str) -> Answer:
+def refused(prompt: Prompt, source: str, sample: int, reason: str) -> SourceAnswer:
     """An answer that there is none, and why."""
-    return Answer(prompt.id, prompt.text, source, sample, "", 0, "refused", reason=reason)
+    return SourceAnswer(prompt.id, prompt.text, source, sample, "", 0, "refused", reason=reason)
 
 
 class AnswersFile:
@@ -129,11 +129,11 @@ class AnswersFile:
             answers = [answer for prompt in unit.prompts for answer in self._answers(prompt)]
             yield number, Reply(tuple(answers))
 
-    def _answers(self, prompt: Prompt) -> list[Answer]:
+    def _answers(self, prompt: Prompt) -> list[SourceAnswer]:
         name, texts = self.settings.name, self._texts.get(prompt.text.strip(), [])
         if not texts:
             return [refused(prompt, name, 0, "no answer in the file")]
         return [
-            Answer(prompt.id, prompt.text, name, sample, text, tokens=0, finish="stop")
+            SourceAnswer(prompt.id, prompt.text, name, sample, text, tokens=0, finish="stop")
             for sample, text in enumerate(texts)
         ]

@@ -22,7 +22,7 @@ from urllib.parse import quote, quote_plus, urlsplit
 import openai
 
 from graftkit.distill.config import EndpointSource
-from graftkit.distill.records import Answer, Finish, Prompt
+from graftkit.distill.records import Finish, Prompt, SourceAnswer
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
 from graftkit.errors import ConfigError, SourceError
 
@@ -120,7 +120,7 @@ def _loop(process: int) -> asyncio.AbstractEventLoop:
     return loop
 
 
-class Mask:
+class KeyMask:
     """Puts *** where a text repeats a key, as it is, percent-encoded, or inside base64."""
 
     def __init__(self, key: str | None):
@@ -217,7 +217,9 @@ class EndpointModel:
             answer = refused(prompt, name, sample, reason)
         else:
             tokens = completion.tokens_out
-            answer = Answer(prompt.id, prompt.text, name, sample, text.strip(), tokens, finish)
+            answer = SourceAnswer(
+                prompt.id, prompt.text, name, sample, text.strip(), tokens, finish
+            )
         return Reply((answer,), completion.tokens_in, completion.tokens_out)
 
     def _body(self, prompt: Prompt, sample: int) -> dict[str, Any]:
@@ -262,8 +264,8 @@ class Client:
         self.settings = settings
         key = _key(settings)
         _check_url(settings, key)
-        self._mask = Mask(key)
-        self._pace = Pace(settings.requests_per_minute)
+        self._mask = KeyMask(key)
+        self._pace = RequestPace(settings.requests_per_minute)
         client: Any = openai.AsyncOpenAI(
             base_url=settings.url,
             api_key=key or "none",
@@ -348,7 +350,7 @@ class Client:
         return Completion(said, finish and self._shown(finish), *counts, reason=reason)
 
 
-class Pace:
+class RequestPace:
     """Turns that lie evenly in a minute; without a limit every turn is now."""
 
     def __init__(self, per_minute: int | None):

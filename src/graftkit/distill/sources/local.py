@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import ModelSource, resolve_model
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
 from graftkit.errors import CheckpointError, SourceError
 from graftkit.models.encoding import context_length, pad_id, usable_tokenizer, vocabulary_size
@@ -96,7 +96,7 @@ class LocalModel:
         )
         asked = [(prompt, sample) for prompt in unit.prompts for sample in unit.samples]
         answers = [
-            Answer(
+            SourceAnswer(
                 prompt.id,
                 prompt.text,
                 name,

@@ -23,7 +23,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Cut:
+class TokenizedText:
     """The tokens of a completion.
 
     Attributes:
@@ -39,7 +39,7 @@ class Cut:
     length: int
 
 
-def cut(tokenizer: Any, text: str) -> Cut:
+def tokenize_completion(tokenizer: Any, text: str) -> TokenizedText:
     """Cut a completion as `graftkit.rows.encode_row` does.
 
     Raises: CheckpointError for a tokenizer that does not tell where its tokens are.
@@ -58,10 +58,12 @@ def cut(tokenizer: Any, text: str) -> Cut:
         spans.append((start, end))
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
-    return Cut(ids, spans, len(text))
+    return TokenizedText(ids, spans, len(text))
 
 
-def read_as_source(tokenizer: Any, row: Row, chat: bool, vocabulary: int) -> tuple[list[int], Cut]:
+def read_as_source(
+    tokenizer: Any, row: Row, chat: bool, vocabulary: int
+) -> tuple[list[int], TokenizedText]:
     """What a source reads of a row: the prompt's tokens and the completion's.
 
     Args:
@@ -83,7 +85,7 @@ def read_as_source(tokenizer: Any, row: Row, chat: bool, vocabulary: int) -> tup
             raise CheckpointError(
                 f"{name}: the chat template fails ({error}); correct it, or set chat = false"
             ) from error
-    completion = cut(tokenizer, row.completion)
+    completion = tokenize_completion(tokenizer, row.completion)
     largest = max(prompt + completion.ids, default=0)
     if largest >= vocabulary:
         raise CheckpointError(
@@ -93,7 +95,9 @@ def read_as_source(tokenizer: Any, row: Row, chat: bool, vocabulary: int) -> tup
     return prompt, completion
 
 
-def match_tokens(source: Cut, target: Cut, vocabulary: np.ndarray) -> np.ndarray:
+def match_tokens(
+    source: TokenizedText, target: TokenizedText, vocabulary: np.ndarray
+) -> np.ndarray:
     """For every token of the target that of the source that starts with it, else UNKNOWN.
 
     Args:
@@ -108,7 +112,7 @@ def match_tokens(source: Cut, target: Cut, vocabulary: np.ndarray) -> np.ndarray
     return found
 
 
-def _places(tokens: Cut) -> list[tuple[int, int]]:
+def _places(tokens: TokenizedText) -> list[tuple[int, int]]:
     """Where each token starts: the character, and how many tokens started there before."""
     starts = [start for start, _ in tokens.spans]
     starts += [tokens.length] * (len(tokens.ids) - len(starts))

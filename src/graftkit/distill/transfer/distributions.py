@@ -24,11 +24,11 @@ from torch.nn.functional import cross_entropy
 from graftkit.checkpoint import save_tensors
 from graftkit.distill.config import ModelSource, Transfer
 from graftkit.distill.transfer.alignment import (
-    Cut,
-    cut,
+    TokenizedText,
     map_vocabulary,
     match_tokens,
     read_as_source,
+    tokenize_completion,
 )
 from graftkit.errors import RowsError
 from graftkit.files import WorkFolder, replaced_file
@@ -67,7 +67,7 @@ class RowDistribution:
 
 
 @dataclass(frozen=True)
-class Summary:
+class DistributionSummary:
     """What a file holds.
 
     rows, tokens: of the target. aligned: tokens that the source says something about.
@@ -80,7 +80,7 @@ class Summary:
     too_long: int
 
 
-class Distributions:
+class DistributionFile:
     """A file of `collect_distributions`, memory-mapped; rows are read when they are asked for."""
 
     def __init__(self, file: Path):
@@ -89,7 +89,7 @@ class Distributions:
             self._file = _open(file)
             said = json.loads(self._file.metadata()[_KEY])
             self.job: str = said.pop("job")
-            self.summary = Summary(**said)
+            self.summary = DistributionSummary(**said)
             self._tokens = self._file.get_tensor("row_tokens").tolist()
             self._entries = self._file.get_tensor("row_entries").tolist()
             self._cross_entropy = self._file.get_tensor("cross_entropy").tolist()
@@ -147,7 +147,7 @@ def pack_rows(rows: Sequence[RowDistribution]) -> dict[str, Tensor]:
 
 
 def write_distributions(
-    shards: Sequence[dict[str, Tensor]], summary: Summary, job: str, file: Path
+    shards: Sequence[dict[str, Tensor]], summary: DistributionSummary, job: str, file: Path
 ) -> None:
     """Write packed rows, one shard behind the other, as one file. Raises: OutputError."""
     tensors = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
@@ -160,7 +160,7 @@ def write_distributions(
         save_tensors(tensors, partial, metadata)
 
 
-def merge_duplicates(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+def merge_duplicate_tokens(ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
     """Add up what the same id has in a list, likeliest first; ids and log_probs (n, m).
 
     Returns: (n, k) each; shorter lists repeat their first id at -inf.
@@ -195,7 +195,7 @@ def fuse_distributions(
     rewards = torch.tensor([-row.cross_entropy for row in able]).exp()
     weights = rewards.softmax(dim=0)
     shares = list(zip(able, weights.log(), strict=True))
-    ids, log_probs = merge_duplicates(
+    ids, log_probs = merge_duplicate_tokens(
         torch.cat([row.ids for row in able], dim=1),
         torch.cat([row.log_probs + share for row, share in shares], dim=1),
     )
@@ -205,7 +205,7 @@ def fuse_distributions(
 
 
 def distribution_batch(
-    sources: Sequence[Distributions],
+    sources: Sequence[DistributionFile],
     indices: Sequence[int],
     encoded: Sequence[tuple[Sequence[int], int]],
     fusion: Literal["min_ce", "average_ce"],
@@ -262,7 +262,7 @@ def collect_distributions(
     config: Transfer,
     file: Path,
     progress: StepProgress | None = None,
-) -> Summary:
+) -> DistributionSummary:
     """Write what one source expects in `rows`, in their order, to a safetensors file.
 
     A finished file of the same job is kept. Probabilities are taken at `config.temperature`, and
@@ -277,23 +277,23 @@ def collect_distributions(
     if not rows:
         raise RowsError("no rows to read; expected the rows that the target is trained on")
     job = _job(source, [tokenizer, target_tokenizer], _end_tokens(model), rows, config)
-    if file.is_file() and (finished := Distributions(file)).job == job:
+    if file.is_file() and (finished := DistributionFile(file)).job == job:
         return finished.summary
     with closing(WorkFolder(file.with_name(file.name + ".partial"))) as work:
         work.open(job)
-        reader = _Reader(source, model, tokenizer, target_tokenizer, config)
+        reader = _SourceReader(source, model, tokenizer, target_tokenizer, config)
         shards = _read_shards(reader, rows, work, progress or (lambda done, total: None))
         seen = torch.stack([shard.pop("seen") for shard in shards]).sum(dim=0)
         aligned, too_long = seen.tolist()
         tokens = sum(len(shard["counts"]) for shard in shards)
-        summary = Summary(len(rows), tokens, aligned, too_long)
+        summary = DistributionSummary(len(rows), tokens, aligned, too_long)
         write_distributions(shards, summary, job, file)
         work.remove()
     return summary
 
 
 def _read_shards(
-    reader: "_Reader", rows: Sequence[Row], work: WorkFolder, progress: StepProgress
+    reader: "_SourceReader", rows: Sequence[Row], work: WorkFolder, progress: StepProgress
 ) -> list[dict[str, Tensor]]:
     """What the source expects in the rows, shard by shard; finished shards are not read again."""
     starts = range(0, len(rows), SHARD_ROWS)
@@ -318,7 +318,7 @@ def _job(
     return blake3(json.dumps([asked, tokens, ends, texts]).encode()).hexdigest()
 
 
-class _Expected(NamedTuple):
+class _Predictions(NamedTuple):
     """The likeliest tokens of a source at the m completion tokens that it predicts.
 
     ids, log_probs: (m, k). log_rest, surprise: (m,), the surprise of its own next token.
@@ -330,7 +330,7 @@ class _Expected(NamedTuple):
     surprise: Tensor
 
 
-class _Reader:
+class _SourceReader:
     """A source that reads rows and tells what it expects, in the target's tokens."""
 
     def __init__(
@@ -351,7 +351,7 @@ class _Reader:
         size = len(self.vocabulary)
         read = [read_as_source(self.tokenizer, row, self.source.chat, size) for row in rows]
         prompts, cuts = [prompt for prompt, _ in read], [completion for _, completion in read]
-        targets = [cut(self.target, row.completion) for row in rows]
+        targets = [tokenize_completion(self.target, row.completion) for row in rows]
         found = [RowDistribution.certain(target.ids) for target in targets]
         lengths = [len(p) + len(c.ids) for p, c in zip(prompts, cuts, strict=True)]
         limit = context_length(self.model) or max(lengths)
@@ -374,7 +374,9 @@ class _Reader:
         too_long = sum(length > limit for length in lengths)
         return {**pack_rows(found), "seen": torch.tensor([aligned, too_long])}
 
-    def _run(self, prompts: Sequence[list[int]], cuts: Sequence[Cut]) -> Iterator[_Expected]:
+    def _run(
+        self, prompts: Sequence[list[int]], cuts: Sequence[TokenizedText]
+    ) -> Iterator[_Predictions]:
         """What is expected in each row of one pass."""
         rows = [prompt + tokens.ids for prompt, tokens in zip(prompts, cuts, strict=True)]
         ids, mask = pad_batch(rows, pad_id(self.tokenizer))
@@ -382,7 +384,7 @@ class _Reader:
         for index, prompt in enumerate(prompts):
             scored[index, max(0, len(prompt) - 1) : len(rows[index]) - 1] = True
         own = ids.roll(-1, dims=1)[scored]
-        parts: list[_Expected] = []
+        parts: list[_Predictions] = []
 
         def visit(logits: Tensor, span: slice) -> None:
             parts.append(self._likeliest(logits, own[span]))
@@ -392,22 +394,22 @@ class _Reader:
             self.model, ids.to(device), mask.to(device), scored.to(device), visit, backward=False
         )
         counts = scored.sum(dim=1).tolist()
-        joined = _Expected(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        return map(_Expected, *(torch.split(column, counts) for column in joined))
+        joined = _Predictions(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        return map(_Predictions, *(torch.split(column, counts) for column in joined))
 
-    def _likeliest(self, logits: Tensor, own: Tensor) -> _Expected:
+    def _likeliest(self, logits: Tensor, own: Tensor) -> _Predictions:
         """logits (m, vocabulary) float32; own (m,), the tokens that came."""
         surprise = cross_entropy(logits, own.to(logits.device), reduction="none")
         logits = logits / self.config.temperature
         total = logits.logsumexp(dim=1)
         likely, ids = logits.topk(min(self.config.top_k, logits.shape[1]), dim=1)
         rest = logits.scatter(1, ids, NEVER).logsumexp(dim=1)
-        return _Expected(
+        return _Predictions(
             ids.cpu(), (likely - total[:, None]).cpu(), (rest - total).cpu(), surprise.cpu()
         )
 
     def _translate(
-        self, expected: _Expected, pairs: np.ndarray, target: Sequence[int]
+        self, expected: _Predictions, pairs: np.ndarray, target: Sequence[int]
     ) -> tuple[RowDistribution, int]:
         """One row in the target's tokens, and how many of them the source says something about.
 
@@ -421,7 +423,7 @@ class _Reader:
         chosen, at, mapped = chosen[usable], at[usable], mapped[usable]
         # What is likely but no token of the target joins the rest.
         lost = expected.log_probs[at].masked_fill(mapped >= 0, NEVER).logsumexp(dim=1)
-        ids, log_probs = merge_duplicates(
+        ids, log_probs = merge_duplicate_tokens(
             mapped, expected.log_probs[at].masked_fill(mapped < 0, NEVER)
         )
         width = max(1, ids.shape[1])

@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 
 from graftkit.distill.config import ModelSource, Transfer
-from graftkit.distill.transfer.alignment import UNKNOWN, cut, read_as_source, span_pools
-from graftkit.distill.transfer.distributions import Distributions, distribution_batch
+from graftkit.distill.transfer.alignment import (
+    UNKNOWN,
+    read_as_source,
+    span_pools,
+    tokenize_completion,
+)
+from graftkit.distill.transfer.distributions import DistributionFile, distribution_batch
 from graftkit.distill.transfer.losses import (
     layer_pairs,
     pool,
@@ -96,7 +101,7 @@ class HiddenSource:
         """What the source reads, and the spans of its tokens and of the target's."""
         size = vocabulary_size(self.model)
         prompt, completion = read_as_source(self.tokenizer, row, self.source.chat, size)
-        target = cut(self.target, row.completion)
+        target = tokenize_completion(self.target, row.completion)
         ids = prompt + completion.ids
         limit = context_length(self.model) or len(ids)
         if len(ids) > limit or not ids:
@@ -122,7 +127,7 @@ class Guide:
     def __init__(
         self,
         settings: Transfer,
-        files: Sequence[Distributions],
+        files: Sequence[DistributionFile],
         hidden: HiddenSource | None,
         asked: Sequence[Row],
     ):
