@@ -1,4 +1,4 @@
-"""Behind `distill`: the run or its estimate, and what a person sees of it."""
+"""The command `distill`: a run or its estimate, and what it prints."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from graftkit.distill.pipeline import estimate_run, run_distill
 
 
 def distill_into(config: Path, folder: Path, only: str | None, dry_run: bool) -> dict[str, Any]:
-    """Run, or say what a run would take."""
+    """Run the stages, or estimate what they would take."""
     if dry_run:
         return estimate_run(config)
     with show.progress() as report:
@@ -19,24 +19,24 @@ def distill_into(config: Path, folder: Path, only: str | None, dry_run: bool) ->
 
 
 def print_run(result: dict[str, Any]) -> None:
-    """Every stage with its seconds and counts."""
+    """Print every stage with its seconds and counts."""
     table = show.Table()
     for header in ("stage", "seconds", "result"):
         table.add_column(header, justify="right" if header == "seconds" else "left")
     for stage, entry in result["stages"].items():
-        table.add_row(stage, f"{entry['seconds']:,.1f}", _told(entry))
+        table.add_row(stage, f"{entry['seconds']:,.1f}", _counts(entry))
     Console().print(table)
     show.line(f"{result['output']}: done")
 
 
-def print_estimate(found: dict[str, Any]) -> None:
-    """Counts, memory, disk and time of a run that has not begun."""
-    show.line(f"{found['prompts']:,} prompts, {found['prompt_tokens']:,} tokens")
+def print_estimate(estimate: dict[str, Any]) -> None:
+    """Print counts, memory, disk and time of a run that has not begun."""
+    show.line(f"{estimate['prompts']:,} prompts, {estimate['prompt_tokens']:,} tokens")
     table = show.Table()
     headers = ("stage", "rows", "steps", "tokens", "memory", "time", "cost")
     for header in headers:
         table.add_column(header, justify="left" if header == "stage" else "right")
-    for stage, entry in found["stages"].items():
+    for stage, entry in estimate["stages"].items():
         table.add_row(
             stage,
             f"{entry.get('answers', entry.get('rows')):,}",
@@ -48,12 +48,12 @@ def print_estimate(found: dict[str, Any]) -> None:
         )
     Console().print(table)
     show.line(
-        f"disk: {show.size(found['disk_bytes'])}. Tokens, time, cost and disk are those of answers "
-        "of full length; time is arithmetic alone, memory without activations"
+        f"disk: {show.size(estimate['disk_bytes'])}. Tokens, time, cost and disk are for answers "
+        "of maximal length; time is that of the arithmetic, memory is without activations"
     )
 
 
-def _told(entry: dict[str, Any]) -> str:
+def _counts(entry: dict[str, Any]) -> str:
     parts = []
     for name, value in entry.items():
         if name == "loss":

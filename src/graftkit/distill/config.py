@@ -8,12 +8,10 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
 from pydantic import Field, ValidationError, model_validator
 
 from graftkit.config import TRAIN_STEPS, Budget, Recipe, Settings
 from graftkit.errors import BudgetError, ConfigError
-from graftkit.parallel import bfloat16_pays
 from graftkit.text import nearest
 
 
@@ -27,6 +25,10 @@ Precision = Literal["float32", "bfloat16"]
 
 def _fastest_precision() -> Precision:
     """bfloat16 where the device multiplies in it; emulated, it takes ten times as long."""
+    import torch  # here, so that settings are read without it
+
+    from graftkit.parallel import bfloat16_pays
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return "bfloat16" if bfloat16_pays(device) else "float32"
 

@@ -136,9 +136,10 @@ class _Process:
 
     def __exit__(self, *_: object) -> None:
         self._end()
-        for file in (self._input, self._filter, self._errors):
+        for file in (self._input, self._filter, self._errors, self._process.stdout):
             with suppress(BrokenPipeError):
-                file.close()
+                if file is not None:
+                    file.close()
 
     def finish(self, seconds: float) -> str | None:
         """Wait, then end the process. Returns: what it wrote; None where the time was too short.
