@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 import matplotlib as mpl
-from ledger import Record, newest, provenance, table, write_between
+from ledger import Record, Table, newest, provenance, publish, table
 
 from graftkit.evaluate import Course
 
@@ -26,7 +26,7 @@ def write_report(
     ordered: Mapping[str, bool],
     docs: Path,
 ) -> None:
-    """Write what `continual` says in docs/benchmarks.md, and its figure.
+    """Write the table of docs/benchmarks.md, its figure, and docs/results/continual-orders.csv.
 
     Args:
         ordered: by method, in the order of the table: whether its states are named in the order of
@@ -38,13 +38,12 @@ def write_report(
         return
     courses = {way: _courses(way, states, orders, ordered[way]) for way in ordered}
     courses = {way: found for way, found in courses.items() if found}
-    parts = [provenance(lines), _before(states, orders[0]), _table(courses, states, orders)]
-    if len(orders) > 1:
-        parts.append(_by_order(courses, orders))
+    parts = [provenance(lines), _table(courses, states, orders)]
     if courses:
         _draw(courses, docs / "figures" / "continual.png")
         parts.append("![Exact match on the skills learned so far](figures/continual.png)")
-    write_between(docs / "benchmarks.md", "continual", "\n\n".join(parts))
+    raw = {"continual-orders": _by_order(courses, orders)}
+    publish(docs, "continual", "\n\n".join(parts), raw)
 
 
 def _courses(
@@ -63,12 +62,6 @@ def _courses(
         sizes = [line["bytes"] for line in found if line]
         courses.append(Course(order, rows, [before[task] for task in order], sizes))
     return courses
-
-
-def _before(states: Mapping[tuple[str, str], Record], skills: Order) -> str:
-    scores = states["target", ""]["scores"]
-    told = ", ".join(f"{skill} {scores[skill]:.3f}" for skill in sorted(skills))
-    return f"The target alone: {told}."
 
 
 def _table(
@@ -108,13 +101,13 @@ def _routed_right(
     return line.get("routed_right")
 
 
-def _by_order(courses: Mapping[str, list[Course]], orders: Sequence[Order]) -> str:
+def _by_order(courses: Mapping[str, list[Course]], orders: Sequence[Order]) -> Table:
     header = ("AP, BWT", *(" → ".join(order) for order in orders))
     rows = [
         [way, *(f"{course.average:.3f}, {_signed(course.backward_transfer)}" for course in found)]
         for way, found in courses.items()
     ]
-    return table(header, rows)
+    return header, rows
 
 
 def _spread(values: Sequence[float | None]) -> str:

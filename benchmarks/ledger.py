@@ -1,9 +1,10 @@
-"""Records of benchmarks: JSON lines that grow, and tables between markers of a page.
+"""Records of benchmarks: JSON lines that grow, short tables in a page, raw tables as CSV.
 
 Imports neither torch nor graftkit: the parent of a memory measurement must stay small (speed.py).
 """
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -18,6 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""A header and its rows, every cell as text."""
 
 
 class Ledger:
@@ -126,6 +129,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, the first column left-aligned and the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def publish(docs: Path, name: str, text: str, raw: Mapping[str, Table]) -> None:
+    """Put `text` between the markers `name` of docs/benchmarks.md, and raw tables beside it.
+
+    Args:
+        raw: by name of the file without its ending: `frontier-means` becomes
+            docs/results/frontier-means.csv. Tables without rows are not written.
+
+    Raises: ValueError when the page lacks the markers; then nothing is written.
+    """
+    write_between(docs / "benchmarks.md", name, text)
+    for stem, (header, rows) in raw.items():
+        if rows:
+            write_csv(docs / "results" / f"{stem}.csv", header, rows)
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table as CSV; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def write_between(page: Path, name: str, text: str) -> None:

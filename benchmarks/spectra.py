@@ -1,8 +1,8 @@
 """Spectra of deltas, plain and as a layer's inputs and outputs see them: benchmarks/spectra.py
 
 For every matrix of the nursery's fine-tunes, and of a DPO fine-tune where benchmarks/dpo_tune.py
-has made one. Writes benchmarks/out/spectra.json, docs/figures/spectra.png, and the tables of
-docs/benchmarks.md where the page has their markers.
+has made one. Writes benchmarks/out/spectra.json, docs/figures/spectra.png, the table of
+docs/benchmarks.md and docs/results/spectra-*.csv.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str]) -> None:
         file.write_text(json.dumps({**stamp, "records": records}), encoding="utf-8")
     found = json.loads(file.read_text(encoding="utf-8"))
     draw_spectra(found["records"], options.docs / "figures" / "spectra.png")
-    write_tables(found, options.docs / "benchmarks.md")
+    write_tables(found, options.docs)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,21 @@ from ledger import Ledger, Record, command_line
 from vision_report import write_report
 
 from graftkit.parallel import kept_memory
+from graftkit.vision.baselines import tune_donor
 from graftkit.vision.budget import Budget
+from graftkit.vision.evaluate import Measured, lead, measure, score
 from graftkit.vision.features import ALL_VIEWS, FeatureTable
-from graftkit.vision.grafting import GraftSettings, graft, prepare, trainer_of, untrained
-from graftkit.vision.ground import choose, tuned_ground
-from graftkit.vision.measuring import Measured, measure
+from graftkit.vision.graft import (
+    GraftSettings,
+    choose,
+    graft,
+    prepare,
+    trainer_of,
+    tuned_ground,
+    untrained,
+)
 from graftkit.vision.probe import fit_probe
-from graftkit.vision.scoring import lead, score
-from graftkit.vision.soft_labels import SoftLabels
-from graftkit.vision.trained import tune_donor
+from graftkit.vision.training import SoftLabels
 
 EPOCHS = 12
 TUNED = "fine-tuned, 0.6 MiB"

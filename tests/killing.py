@@ -1,6 +1,7 @@
-"""A process that is killed, or stops for a while, at its n-th change of files below a folder."""
+"""Processes that are killed, stopped or watched at their changes of files below a folder."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -90,6 +91,39 @@ def killed_at(
 ) -> int:
     """Status of `work`, killed before its count-th change of files below `folder`."""
     return Forked(work, signal_at(folder, count, signal.SIGKILL, changes)).end()
+
+
+def states_at_changes(
+    folder: Path, work: Callable[[], int | None], copies: Path, changes: Sequence[str] = CHANGES
+) -> list[Path]:
+    """What a kill before each change of files below `folder` would leave of it, in that order.
+
+    `work`, of one thread at a time, runs once, in a process of its own that has ended when this
+    returns. Each state is a copy of the folder below `copies`; one that equals the state before it
+    is left out.
+    """
+
+    def copy(seen: int) -> None:
+        shutil.copytree(folder, copies / f"{seen:04}", symlinks=True)
+
+    copies.mkdir()
+    assert Forked(work, lambda: changed_files(folder, copy, changes)).end(600) == 0
+    states: list[Path] = []
+    for state in sorted(copies.iterdir()):
+        if not states or _entries(state) != _entries(states[-1]):
+            states.append(state)
+    return states
+
+
+def restore(state: Path, folder: Path) -> None:
+    """Put a state in the place of the folder that it was copied from."""
+    shutil.rmtree(folder)
+    state.rename(folder)
+
+
+def _entries(folder: Path) -> tuple[set[str], dict[str, bytes]]:
+    """Names of all files and folders, and the contents of the files."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}, tree(folder)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
-from graftkit.demo import _Demo, folder, run_demo
+from graftkit.demo import _Demo, run_demo
 from graftkit.demo.embedded import DATA, NOTICE, SKILLS
 from graftkit.demo.folder import DemoFolder
 from graftkit.demo.story import Story
@@ -146,7 +147,7 @@ def test_every_data_set_is_credited_beside_the_rows_and_in_the_packs(demo):
 def test_a_tuned_model_that_is_not_rebuilt_exactly_is_refused(tmp_path, monkeypatch):
     out = DemoFolder(tmp_path)
     out.fill()
-    monkeypatch.setattr(folder, "fingerprint_of", lambda checkpoint: "0" * 64)
+    monkeypatch.setattr(Checkpoint, "fingerprint", lambda checkpoint: "0" * 64)
     with pytest.raises(GraftError, match="rebuilt with fingerprint 0000000000000000"):
         out.rebuild(SKILLS[0])
 

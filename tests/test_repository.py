@@ -66,12 +66,56 @@ def test_every_setting_is_described() -> None:
         assert field.description, name
 
 
-def test_links_between_documents_lead_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    for page in pages:
-        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-            if not re.match(r"[a-z]+:", link):
-                assert (page.parent / link).exists(), f"{page.name} links to {link}"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+PAGE_LIMIT_LINES = 350
+"""Of docs/benchmarks.md: one table a question; long tables are in docs/results/."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(page: Path) -> None:
+    for link, heading in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        if not re.match(r"[a-z]+:", link):
+            file = page.parent / link if link else page
+            assert file.exists(), link
+            assert not heading or heading in _anchors(file), f"{link}#{heading}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Headings as GitHub links to them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_of_code_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`((?:\w+/)+\w+\.py)(?:::\w+)?`", page.read_text())
+    for file in named:
+        assert any((root / file).exists() for root in (ROOT, ROOT / "src/graftkit")), file
+
+
+def test_the_page_of_results_stays_short_and_leads_to_every_raw_table() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert page.count("\n") <= PAGE_LIMIT_LINES
+    for file in sorted((ROOT / "docs/results").iterdir()):
+        assert f"(results/{file.name})" in page, file.name
+
+
+def test_the_map_in_the_readme_has_every_folder_and_file_of_the_package() -> None:
+    tree = re.search(r"```\nsrc/graftkit/(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree
+    named = set(re.findall(r"^[├└]── (\w+)/", tree[1], re.MULTILINE))
+    source = ROOT / "src/graftkit"
+    assert named == {file.parent.name for file in source.glob("*/__init__.py")}
+    files = re.findall(r"^[├└]── ((?:\w+ )+) ", tree[1], re.MULTILINE)
+    names = {file.stem for file in source.glob("*.py") if not file.stem.startswith("__")}
+    assert set(" ".join(files).split()) == names
+
+
+def test_every_benchmark_is_listed_with_what_it_needs() -> None:
+    page = (ROOT / "benchmarks/README.md").read_text()
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        if 'if __name__ == "__main__"' in file.read_text() and file.name != "speed_child.py":
+            assert f"`{file.name}`" in page, file.name
 
 
 def test_the_paper_map_names_functions_and_tests_that_exist() -> None:

@@ -1,17 +1,32 @@
 """Seeded two-layer models of every architecture, made from configs; nothing is downloaded."""
 
-from collections.abc import Callable
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from graftkit.packing import pack_delta
+from graftkit.skillpack import SkillPack
 
 transformers.utils.logging.disable_progress_bar()
 
+_MADE = tempfile.TemporaryDirectory(prefix="graftkit-pairs-")
+
 VOCABULARY = 96
+ONE_LAYER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+}
 _DECODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -82,6 +97,14 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
     "bert": _bert,
 }
 CAUSAL = tuple(name for name in ARCHITECTURES if name != "bert")
+DIFFERENT = ("llama", "gpt2", "phi3", "mixtral", "gpt_oss", "bert")
+"""Weights laid out in as many ways: plain; tied and transposed; projections fused; a tensor an
+expert; experts stacked, with biases; an encoder."""
+
+
+def architectures(names: Iterable[str] = ARCHITECTURES, quick: Sequence[str] = DIFFERENT) -> list:
+    """Parameters of a test: `quick` ones in the default run, the others in the slow run."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
 def build(
@@ -111,12 +134,46 @@ def make_pair(
     scale: float = 0.02,
 ) -> tuple[Path, Path]:
     """Save a target and a tuned copy of it whose every parameter moved; returns both folders."""
-    model = build(architecture, dtype, seed)
+    made = Path(_MADE.name, f"{architecture}-{dtype}-{seed}-{scale}")
+    if not made.exists():
+        save_pair(made, build(architecture, dtype, seed), seed=seed + 1, scale=scale)
+    torch.manual_seed(seed)
+    for name in ("target", "tuned"):
+        shutil.copytree(made / name, folder / name, dirs_exist_ok=True)
+    return folder / "target", folder / "tuned"
+
+
+def lossless_pack(target: Path, tuned: Path) -> SkillPack:
+    """The pack of two folders, made once for all tests of this process that ask for the same."""
+    digest = hashlib.sha256()
+    for file in (*sorted(target.rglob("*")), *sorted(tuned.rglob("*"))):
+        content = b"" if file.is_dir() else file.read_bytes()
+        digest.update(f"{file.parent.name}/{file.name} {len(content)} ".encode())
+        digest.update(content)
+    made = Path(_MADE.name, f"{digest.hexdigest()}.skillpack")
+    if not made.exists():
+        pack_delta(target, tuned, recipe="lossless", workers=1).save(made)
+    return SkillPack.load(made)
+
+
+def save_pair(
+    folder: Path, model: PreTrainedModel, seed: int = 1, scale: float = 0.05
+) -> tuple[Path, Path]:
+    """Save the model as the target, and again with every parameter moved; returns both folders."""
     target, tuned = folder / "target", folder / "tuned"
     model.save_pretrained(target)
-    perturb(model, seed=seed + 1, scale=scale)
+    perturb(model, seed=seed, scale=scale)
     model.save_pretrained(tuned)
     return target, tuned
+
+
+def one_layer_llama(**sizes: int) -> tuple[LlamaConfig, dict[str, tuple[int, ...]]]:
+    """The config of an untied one-layer Llama, and the shapes of its parameters by name."""
+    options = {"num_hidden_layers": 1, "tie_word_embeddings": False}
+    config = LlamaConfig(**sizes, **options, architectures=["LlamaForCausalLM"])
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    return config, {name: tuple(value.shape) for name, value in model.named_parameters()}
 
 
 def save_tokenizer(folder: Path, size: int = VOCABULARY) -> None:

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.demo.embedded import DATA, SKILLS, fingerprint_of
+from graftkit.demo.embedded import DATA, SKILLS
 from graftkit.packing import pack_delta
 from graftkit.skillpack import SkillPack
 
@@ -38,7 +38,7 @@ def embed_skills(weights: Path) -> None:
         pack = pack_delta(weights / "target", tuned, recipe="lossless")
         # What the demo compares the rebuilt checkpoint with, and whose data it learned from.
         provenance = {
-            "tuned_fingerprint": fingerprint_of(Checkpoint.open(tuned)),
+            "tuned_fingerprint": Checkpoint.open(tuned).fingerprint(),
             "training_data": skill.attribution,
         }
         manifest = pack.manifest.model_copy(update={"provenance": provenance})

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from graftkit.library import Library
     from graftkit.packing import pack_delta
     from graftkit.skillpack import SkillPack
-    from graftkit.vision.grafting import GraftSettings, graft
+    from graftkit.vision.graft import GraftSettings, graft
     from graftkit.vision.predict import Predictor
 
 
@@ -48,8 +48,8 @@ _PUBLIC = {
     "Library": "graftkit.library",
     "import_lora": "graftkit.interop",
     "export_lora": "graftkit.interop",
-    "graft": "graftkit.vision.grafting",
-    "GraftSettings": "graftkit.vision.grafting",
+    "graft": "graftkit.vision.graft",
+    "GraftSettings": "graftkit.vision.graft",
     "Predictor": "graftkit.vision.predict",
 }
 

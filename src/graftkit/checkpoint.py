@@ -158,6 +158,21 @@ class Checkpoint:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{info.file}: cannot read {name}: {error}") from error
 
+    def fingerprint(self, digests: Mapping[str, str] | None = None) -> str:
+        """One digest over all tensors; it tells a target from every other.
+
+        Args:
+            digests: `tensor_digest` of every tensor by name, where they are there already; without
+                them every tensor is read.
+        Raises: CheckpointError.
+        """
+        if digests is None:
+            digests = {name: tensor_digest(self.read(name)) for name in self.tensors}
+        infos = self.tensors.values()
+        return fingerprint(
+            (info.name, info.dtype, info.shape, digests[info.name]) for info in infos
+        )
+
     def side_file(self, name: str) -> bytes | None:
         """Bytes of a side file, or None where the directory lacks it."""
         file = self.path / name

@@ -1,19 +1,88 @@
-"""Settings a user writes: byte budgets and the options of `pack`."""
+"""Settings a user writes: the base of them all, amounts with a unit, and the options of `pack`."""
 
 import math
 import re
+import tomllib
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Literal, Self
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from graftkit.errors import BudgetError, ConfigError
+from graftkit.text import nearest_name
 
 VERSION = "0.1.0"
 """Version of graftkit; packs name it as their generator."""
 
 Recipe = Literal["auto", "graftllm", "lossless"]
 RECIPES: tuple[Recipe, ...] = ("auto", "graftllm", "lossless")
+
+
+class Settings(BaseModel):
+    """Frozen settings that refuse unknown keys; the sentence under a field describes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def read_toml(cls, path: str | Path) -> Self:
+        """Read a TOML file.
+
+        Raises: ConfigError for a file that cannot be read or is not TOML; for an unknown key, with
+            the nearest there is; for a value that does not fit, with the value.
+        """
+        path = Path(path)
+        try:
+            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValidationError as error:
+            raise ConfigError(f"{path}: {cls.explain(error)}") from error
+        except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+            raise ConfigError(f"{path}: not TOML ({error})") from error
+
+    def to_toml(self) -> str:
+        """The text of a TOML file with these settings; those that are None are left out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+    @classmethod
+    def explain(cls, error: ValidationError) -> str:
+        """Everything that pydantic found wrong, in one line."""
+        return "; ".join(cls._explain_one(fault) for fault in error.errors())
+
+    @classmethod
+    def _explain_one(cls, fault: Any) -> str:
+        location = fault["loc"]
+        place = ".".join(map(str, location))
+        if fault["type"] == "extra_forbidden":
+            names = {name for table in cls._tables_at(location) for name in table.model_fields}
+            prefix = "".join(f"{part}." for part in location[:-1] if not isinstance(part, int))
+            return f"unknown key {place}{nearest_name(str(location[-1]), names, prefix)}"
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] in ("missing", "value_error"):
+            return f"{place}: {message}" if place else message
+        return f"{place}: {message} (found {fault['input']!r})"
+
+    @classmethod
+    def _tables_at(cls, location: tuple[int | str, ...]) -> list[type[BaseModel]]:
+        """Settings that a key at this location may belong to."""
+        if len(location) == 1:
+            return [cls]
+        field = cls.model_fields.get(str(location[0]))
+        return [] if field is None else list(_tables_inside(field.annotation))
+
+
+def _tables_inside(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Settings that values of this type consist of, at any depth."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        for field in annotation.model_fields.values():
+            yield from _tables_inside(field.annotation)
+    for argument in get_args(annotation):
+        yield from _tables_inside(argument)
+
 
 BYTE_UNITS = {
     "B": 1,
@@ -24,14 +93,24 @@ BYTE_UNITS = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-"""Decimal units, as disks and file managers count; the binary ones are spelled with an i."""
-_BUDGET_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(%|bpp|[KMG]?i?B)\s*", re.IGNORECASE)
+"""1 MB is 10^6 bytes, as disks and file managers count; 1 MiB is 2^20 bytes."""
+_AMOUNT_PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+|%)\s*")
 
 
-class Settings(BaseModel):
-    """Frozen settings that refuse unknown keys; the sentence under a field is its description."""
+def parse_amount(text: str, units: Collection[str]) -> tuple[float, str] | None:
+    """Split an amount such as `0.6MB` or `5 %` into its number and its unit in capitals.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    Args:
+        units: in capitals; the text may spell them in any case.
+    Returns: None where the text is no such amount.
+    """
+    match = _AMOUNT_PATTERN.fullmatch(text)
+    if match is None or match[2].upper() not in units:
+        return None
+    return float(match[1]), match[2].upper()
+
+
+_BUDGET_UNITS = frozenset(("%", "BPP", *BYTE_UNITS))
 
 
 @dataclass(frozen=True)
@@ -48,13 +127,13 @@ class Budget:
 
         Raises: BudgetError when the text is none of these, or the amount is not above zero.
         """
-        match = _BUDGET_PATTERN.fullmatch(text)
-        if match is None:
+        parsed = parse_amount(text, _BUDGET_UNITS)
+        if parsed is None:
             raise BudgetError(
                 f"budget {text!r} is not understood; write a share of the target's bytes (5%), "
                 "a file size (12MB, 800KB) or bits per parameter (1.0bpp)"
             )
-        amount, unit = float(match[1]), match[2].upper()
+        amount, unit = parsed
         if amount <= 0:
             raise BudgetError(f"budget {text!r} is zero; a pack needs at least its manifest")
         if unit == "%" and amount > 100:

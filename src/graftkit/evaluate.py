@@ -11,7 +11,7 @@ those of Lopez-Paz and Ranzato (arXiv 1706.08840), who call the average ACC.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -31,19 +31,16 @@ from graftkit.errors import CheckpointError, CheckpointMismatchError, ConfigErro
 from graftkit.models.encoding import (
     context_length,
     pad_id,
+    tokens_with_logits,
     usable_tokenizer,
-    vocabulary_size,
 )
 from graftkit.models.loading import class_name, load_model
+from graftkit.progress import StepProgress, silent
 from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
 
 BATCH_TOKENS = 2_048  # padded tokens of one batch; on a CPU 8,192 are a quarter slower (caches)
-LOGITS_BYTES = 2**28  # float32 logits of one batch, (tokens, vocab)
 SLACK_TOKENS = 8  # generated beyond the completion's own tokens: other tokens may spell one text
-
-Progress = Callable[[int, int], None]
-"""Called with (rows done, rows in all)."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def compare(
     tuned: str | Path | Checkpoint,
     pack: str | Path | SkillPack,
     rows: Sequence[Row],
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Comparison:
     """Measure target, tuned and target + pack on rows.
 
@@ -112,9 +109,9 @@ def compare(
     own = tuned_tokenizer(target, pack)
     model: Any = load_model(target, torch.float32)
     stages = 4 if model.can_generate() else 1
-    tell = progress or (lambda done, total: None)
+    tell = progress or silent
 
-    def report(stage: int) -> Progress:
+    def report(stage: int) -> StepProgress:
         return lambda done, total: tell(stage * total + done, stages * total)
 
     def answers(model: Any, own: Any, stage: int) -> float | None:
@@ -137,7 +134,11 @@ def compare(
 
 
 def token_fidelity(
-    tuned: Any, packed: Any, tokenizer: Any, rows: Sequence[Row], progress: Progress | None = None
+    tuned: Any,
+    packed: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    progress: StepProgress | None = None,
 ) -> TokenFidelity:
     """Distance of `packed` from `tuned`, two live models, over the same teacher-forced tokens.
 
@@ -156,7 +157,8 @@ def token_fidelity(
         _check_prompts(rows, encoded)
     divergences, agreed = [np.empty(0)], 0
     done = 0
-    for batch in batches_by_length([len(ids) for ids, _ in encoded], _batch_tokens(tuned)):
+    tokens = tokens_with_logits(tuned, BATCH_TOKENS)
+    for batch in batches_by_length([len(ids) for ids, _ in encoded], tokens):
         ids, mask = pad_batch([encoded[index][0] for index in batch], pad_id(tokenizer))
         scored = _completion_mask([encoded[i] for i in batch], mask) if causal else mask.bool()
         p, q = (_log_probabilities(model, ids, mask, scored) for model in (tuned, packed))
@@ -170,7 +172,7 @@ def token_fidelity(
 
 
 def exact_match(
-    model: Any, tokenizer: Any, rows: Sequence[Row], progress: Progress | None = None
+    model: Any, tokenizer: Any, rows: Sequence[Row], progress: StepProgress | None = None
 ) -> float:
     """Share of rows (0 to 1) whose greedy generation is the completion, blanks around it apart.
 
@@ -214,11 +216,6 @@ def _check_prompts(rows: Sequence[Row], encoded: Sequence[tuple[list[int], int]]
                 f"{row.origin}: the prompt has no tokens, and a model needs one to start from; "
                 "give the row a prompt"
             )
-
-
-def _batch_tokens(model: Any) -> int:
-    vocabulary = vocabulary_size(model)
-    return min(BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary))
 
 
 def _fidelity(divergences: np.ndarray, agreed: int) -> TokenFidelity:

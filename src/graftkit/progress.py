@@ -1,13 +1,13 @@
-"""How long work reports how far it is."""
+"""How long work tells its caller where it stands; the command line draws it (`cli.show`)."""
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with the name of a step, how much of it is done, and how much it has in all."""
+"""Called with the name of a step, the units of it that are done, and the units in all."""
 
 StepProgress = Callable[[int, int], None]
-"""Called with how much of one step is done, and how much it has in all."""
+"""Called with the units done and the units in all of one step, which the caller names."""
 
 
-def no_progress(step: str, done: int, total: int) -> None:
-    """A `Progress` that reports to nobody."""
+def silent(*progress: object) -> None:
+    """A `Progress` or `StepProgress` that reports nothing: the default."""

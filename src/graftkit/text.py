@@ -1,8 +1,8 @@
-"""Text on its way to a terminal, a page or a picture."""
+"""Text of others on its way to a terminal, a page or a picture; names that were misspelled."""
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 # What moves the cursor, changes colours, begins a line, or turns the direction of letters around:
 # C0, DEL and C1; line and paragraph separators; bidirectional controls; halves of characters.
@@ -20,7 +20,12 @@ def printable(text: str, *, keep: str = "") -> str:
     return _CONTROLS.sub(escaped, text)
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """What was probably meant, to be added to a sentence; nothing where no name is near."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def nearest_name(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """A hint such as "; did you mean density?" to end a message with, empty where none is near.
+
+    Args:
+        name: what was written. names: what may be written there.
+        prefix: put in front of the name that is proposed.
+    """
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

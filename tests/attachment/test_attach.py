@@ -3,7 +3,7 @@ import hashlib
 import pytest
 import torch
 from attachment.packs import empty_pack, exact_pack, low_rank_pack
-from tiny_models import ARCHITECTURES, CAUSAL, inputs, make_pair
+from tiny_models import CAUSAL, architectures, inputs, make_pair
 
 from graftkit.attachment import attach, attached, detach
 from graftkit.checkpoint import tensor_bytes
@@ -11,6 +11,7 @@ from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model
 
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+FEW = ("llama", "gpt2", "mixtral")
 
 
 def bytes_of(model):
@@ -26,8 +27,16 @@ def logits(model, **batch):
         return model(**(batch or inputs())).logits
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        *(pytest.param(*each.values, torch.float32, marks=each.marks) for each in architectures()),
+        *(
+            pytest.param(*each.values, torch.bfloat16, marks=each.marks)
+            for each in architectures(quick=FEW)
+        ),
+    ],
+)
 def test_a_merged_exact_pack_is_the_tuned_model(pair_of, architecture, dtype):
     target, tuned, pack = pair_of(architecture, dtype)
     model = load_model(target)
@@ -41,7 +50,7 @@ def test_a_merged_exact_pack_is_the_tuned_model(pair_of, architecture, dtype):
 
 
 @pytest.mark.parametrize("codec", ["exact", "lowrank"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_a_pack_beside_the_model_gives_what_it_gives_merged(pair_of, architecture, codec):
     target, _, exact = pair_of(architecture)
     model = load_model(target)
@@ -58,7 +67,7 @@ def test_a_pack_beside_the_model_gives_what_it_gives_merged(pair_of, architectur
     assert bytes_of(model) == before
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_rows_of_one_batch_use_packs_of_their_own(pair_of, architecture):
     target, _, exact = pair_of(architecture)
     model = load_model(target)
@@ -81,7 +90,7 @@ def test_rows_of_one_batch_use_packs_of_their_own(pair_of, architecture):
 
 
 @pytest.mark.parametrize("mode", ["merged", "side"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures(quick=FEW))
 def test_an_exception_inside_leaves_every_byte_as_before(pair_of, architecture, mode):
     target, _, pack = pair_of(architecture)
     model = load_model(target)
@@ -92,7 +101,7 @@ def test_an_exception_inside_leaves_every_byte_as_before(pair_of, architecture, 
     assert torch.equal(logits(model), plain)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", architectures(CAUSAL, quick=FEW))
 def test_generation_in_a_mixed_batch_says_what_each_pack_says_alone(tmp_path, architecture):
     target, tuned = make_pair(tmp_path, architecture, torch.float32, scale=0.1)
     model = load_model(target)

@@ -7,7 +7,7 @@ import torch
 import transformers
 from attachment.packs import exact_pack
 from attachment.test_attach import bytes_of, logits
-from tiny_models import inputs, perturb
+from tiny_models import ONE_LAYER, inputs, perturb
 from torch import nn
 
 from graftkit.attachment import attach, attached
@@ -16,11 +16,9 @@ from graftkit.errors import AttachError
 from graftkit.models import load_model
 
 SMALL = {
+    **ONE_LAYER,
     "vocab_size": 96,
-    "hidden_size": 32,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
     "max_position_embeddings": 64,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -184,14 +182,7 @@ def test_positions_relative_to_a_token_are_no_rows(tmp_path):
 
 
 def test_a_model_of_images_keeps_its_rows_apart(tmp_path):
-    config = transformers.ViTConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        intermediate_size=64,
-        image_size=16,
-        patch_size=8,
-    )
+    config = transformers.ViTConfig(**ONE_LAYER, image_size=16, patch_size=8)
     target, tuned = states(tmp_path, transformers.ViTForImageClassification(config))
     images = {"pixel_values": torch.randn(3, 3, 16, 16)}
     model = load_model(target)

@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 from attachment.packs import low_rank_pack
-from attachment.test_attach import EXPERTS, bytes_of, logits
+from attachment.test_attach import EXPERTS, FEW, bytes_of, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, CAUSAL, inputs
+from tiny_models import CAUSAL, architectures, inputs
 
 from graftkit.attachment import attached, bare
 from graftkit.errors import AttachError
@@ -51,8 +51,8 @@ def merged_logits(target, states, mixture):
     return logits(model)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@settings(max_examples=3, deadline=None, database=None)
+@pytest.mark.parametrize("architecture", architectures(quick=FEW))
+@settings(max_examples=3, database=None)
 @given(first=weights, second=weights)
 def test_a_mixture_beside_the_model_is_the_model_merged_by_task_arithmetic(
     skills_of, architecture, first, second
@@ -69,7 +69,7 @@ def test_a_mixture_beside_the_model_is_the_model_merged_by_task_arithmetic(
     torch.testing.assert_close(mixed[[1, 3]], expected[[1, 3]], rtol=2e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_a_rows_mixture_does_not_depend_on_the_mixtures_of_other_rows(skills_of, architecture):
     target, packs, _ = skills_of(architecture)
     with attached(load_model(target), packs, mode="side") as attachment:
@@ -81,7 +81,7 @@ def test_a_rows_mixture_does_not_depend_on_the_mixtures_of_other_rows(skills_of,
         torch.testing.assert_close(found, results[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_weight_nought_is_the_target_and_weight_one_the_pack_bit_for_bit(skills_of, architecture):
     target, packs, _ = skills_of(architecture)
     model = load_model(target)
@@ -97,7 +97,7 @@ def test_weight_nought_is_the_target_and_weight_one_the_pack_bit_for_bit(skills_
         assert not torch.equal(expected, plain)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", architectures(CAUSAL, quick=FEW))
 def test_generation_with_mixtures_says_what_each_says_alone(skills_of, architecture):
     target, packs, _ = skills_of(architecture)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 from compress.test_quantize import gaussian
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress.codecs import (
@@ -85,7 +85,6 @@ def test_factors_without_a_basis_are_refused():
         encode_matrix(gaussian(4, 4), Statistics(), LowRankTiers((Tier(4, 1),)))
 
 
-@settings(max_examples=30)
 @given(st.integers(2, 9), st.integers(1, 50))
 def test_a_stack_of_unequal_parts_is_refused(count, size):
     if size % count:

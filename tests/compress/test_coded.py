@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from compress.test_quantize import gaussian
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress.allocate import bits_per_unit, coding
@@ -76,7 +76,6 @@ def test_knowing_the_inputs_saves_error_in_the_outputs():
     assert lost(delta, seen, metric) < 0.7 * lost(delta, blind, metric)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 1000))
 def test_feedback_never_errs_more_than_its_steps_allow(seed):
     weight, metric = gaussian(5, 96, seed=seed), covariance()

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress.codes import LARGEST_CODE, decode_codes, encode_codes
@@ -21,7 +21,6 @@ def round_trip(codes):
     return decode_codes(memoryview(encode_codes(codes)), codes.shape)
 
 
-@settings(max_examples=60, deadline=None)
 @given(MATRICES)
 def test_codes_come_back(codes):
     assert np.array_equal(round_trip(codes), codes)

@@ -1,14 +1,13 @@
 import pytest
 import torch
 from compress.test_quantize import correlated, gaussian
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress import dense
 from graftkit.errors import CorruptPackError
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 300), st.integers(1, 8), st.booleans())
 def test_a_payload_takes_exactly_the_bytes_foretold(rows, columns, bits, calibrated):
     covariance = correlated(columns) if calibrated else None

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.testing import assert_array_equal
@@ -211,7 +211,6 @@ def test_flipped_bits_give_words_or_a_corrupt_error_never_a_crash(kind, count):
         assert_words_or_corrupt(bytes(damaged), target)
 
 
-@settings(max_examples=200)
 @given(st.binary(max_size=40), st.sampled_from(DTYPES), st.integers(0, 50))
 def test_arbitrary_bytes_give_words_or_a_corrupt_error_never_a_crash(noise, dtype, count):
     target = np.random.default_rng(0).integers(0, 60_000, count).astype(dtype)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress.quantize import (
@@ -121,7 +121,6 @@ def test_a_scale_that_is_not_finite_or_negative_is_refused(value):
         unpack_rows(memoryview(payload), 2, 10, 4, GROUP_SIZE)
 
 
-@settings(max_examples=50)
 @given(CASES, st.integers(-3, 3).filter(bool))
 def test_rows_of_another_length_are_refused(case, more):
     rows, columns, bits, _ = case

@@ -3,27 +3,21 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import lossless_pack, one_layer_llama
 
 from graftkit.errors import ConfigError, GraftError
 from graftkit.fuse import merge_packs, methods
 from graftkit.fuse.continual import project_out
 from graftkit.fuse.methods import METHODS
 from graftkit.fuse.sequential import merge_in_turn
-from graftkit.packing import pack_delta
 
-CONFIG = LlamaConfig(
+CONFIG, SHAPES = one_layer_llama(
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=1,
     num_attention_heads=1,
     num_key_value_heads=1,
     vocab_size=20,
-    tie_word_embeddings=False,
-    architectures=["LlamaForCausalLM"],
 )
-with torch.device("meta"):
-    SHAPES = {n: tuple(p.shape) for n, p in LlamaForCausalLM(CONFIG).named_parameters()}
 UP = "model.layers.0.mlp.up_proj.weight"
 ADDS = [name for name, kind in METHODS.items() if not kind.averages]
 AVERAGES = [name for name, kind in METHODS.items() if kind.averages]
@@ -48,7 +42,7 @@ class Skills:
             name = folder / f"tuned-{index}"
             tuned = {n: (w.double() + own[n]).clamp(-most, most) for n, w in weights.items()}
             self.write(name, {n: t.to(dtype) for n, t in tuned.items()})
-            self.packs.append(pack_delta(self.target, name, recipe="lossless", workers=1))
+            self.packs.append(lossless_pack(self.target, name))
         self.one, self.other, self.opposite = self.packs
 
     def write(self, folder, tensors):

@@ -4,26 +4,21 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_models import perturb
+from tiny_models import ONE_LAYER, lossless_pack, save_pair
 
 from graftkit.interop import export_lora
 from graftkit.models import load_model
-from graftkit.packing import pack_delta
-
-SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1}
 
 
 def mamba():
-    return transformers.FalconMambaForCausalLM(
-        transformers.FalconMambaConfig(**SIZES, state_size=4)
-    )
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    return transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**sizes))
 
 
 def mixture_with_a_dense_layer():
     config = transformers.AfmoeConfig(
-        **SIZES,
-        intermediate_size=64,
-        num_attention_heads=4,
+        **ONE_LAYER,
+        vocab_size=96,
         num_key_value_heads=2,
         head_dim=8,
         num_dense_layers=1,
@@ -36,10 +31,7 @@ def mixture_with_a_dense_layer():
 
 def pooling_by_attention():
     """A vision tower whose pooling hands the weight of a projection to torch.nn.functional."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-    config = transformers.SiglipVisionConfig(
-        **sizes, num_hidden_layers=1, image_size=16, patch_size=8
-    )
+    config = transformers.SiglipVisionConfig(**ONE_LAYER, image_size=16, patch_size=8)
     return transformers.SiglipVisionModel(config)
 
 
@@ -53,11 +45,8 @@ def pooling_by_attention():
 )
 def test_what_peft_does_not_load_or_call_is_left_out_and_listed(tmp_path, make, lost):
     peft = pytest.importorskip("peft")
-    model = make().eval()
-    model.save_pretrained(tmp_path / "target")
-    perturb(model, seed=1, scale=0.05)
-    model.save_pretrained(tmp_path / "tuned")
-    pack = pack_delta(tmp_path / "target", tmp_path / "tuned", recipe="lossless", workers=1)
+    save_pair(tmp_path, make().eval())
+    pack = lossless_pack(tmp_path / "target", tmp_path / "tuned")
     export = export_lora(pack, tmp_path / "target", tmp_path / "lora", rank=4)
     modules = {module.module for module in export.modules}
     assert modules

@@ -54,7 +54,7 @@ def reference(checkpoint, modules):
     return sums
 
 
-@pytest.mark.parametrize("architecture", tiny_models.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", tiny_models.architectures())
 def test_padded_batches_give_the_covariances_of_single_rows(tmp_path, architecture):
     checkpoint = save_model(tmp_path / "tuned", architecture)
     modules = linear_modules(checkpoint)

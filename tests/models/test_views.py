@@ -1,7 +1,7 @@
 import pytest
 import torch
 import transformers
-from tiny_models import ARCHITECTURES, build, make_pair
+from tiny_models import architectures, build, make_pair
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
@@ -13,7 +13,7 @@ def tensor_of(model, view):
     return view.tensor(model.state_dict(keep_vars=True)[view.parameter])
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_every_tensor_on_disk_has_a_view_that_equals_it_bit_for_bit(tmp_path, architecture):
     target, _ = make_pair(tmp_path, architecture)
     checkpoint, model = Checkpoint.open(target), load_model(target)
@@ -24,7 +24,7 @@ def test_every_tensor_on_disk_has_a_view_that_equals_it_bit_for_bit(tmp_path, ar
         assert torch.equal(found, checkpoint.read(name)), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_copying_a_tuned_checkpoint_into_the_views_makes_the_tuned_model(tmp_path, architecture):
     target, tuned = make_pair(tmp_path, architecture)
     model, checkpoint = load_model(target), Checkpoint.open(tuned)

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import one_layer_llama
 
 from graftkit.compress.allocate import output_energy
 from graftkit.compress.codecs import (
@@ -30,18 +29,13 @@ from graftkit.packing import encode, pack_delta
 from graftkit.packing.measure import LARGEST_DELTA, SMALLEST_DELTA, is_extreme
 from graftkit.skillpack import SkillPack
 
-CONFIG = LlamaConfig(
+CONFIG, SHAPES = one_layer_llama(
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=1,
     vocab_size=80,
-    tie_word_embeddings=False,
-    architectures=["LlamaForCausalLM"],
 )
-with torch.device("meta"):
-    SHAPES = {n: tuple(p.shape) for n, p in LlamaForCausalLM(CONFIG).named_parameters()}
 RECIPES = [("lossless", None), ("graftllm", "60%"), ("auto", "10%"), ("auto", "60%")]
 UP = "model.layers.0.mlp.up_proj.weight"
 CHANGED = (UP, "model.layers.0.self_attn.q_proj.weight", "lm_head.weight")
@@ -145,8 +139,20 @@ def check_sound(folder, pack, target, tuned):
         assert record.error == pytest.approx(error, rel=2e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scale", [1e-45, 1e-20, 1e-9, 1e3, 3e4, 6e4, 1e18, 3e38])
+SIZES = (1e-45, 1e-20, 1e-9, 1e3, 3e4, 6e4, 1e18, 3e38)
+ENDS = {torch.float32: (1e-45, 3e38), torch.bfloat16: (1e18,), torch.float16: (1e-9, 6e4)}
+"""Sizes of the default run, by dtype."""
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [
+        pytest.param(scale, dtype, marks=() if scale in ENDS[dtype] else pytest.mark.slow)
+        for scale in SIZES
+        for dtype in ENDS
+    ],
+    ids=str,
+)
 def test_every_size_of_delta_is_packed_soundly(dtype, scale, tmp_path):
     target, tuned = states(tmp_path, dtype, gaussian, min(scale, torch.finfo(dtype).max))
     with warnings.catch_warnings():
@@ -156,7 +162,7 @@ def test_every_size_of_delta_is_packed_soundly(dtype, scale, tmp_path):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize("weight", [0.0, 0.05])
+@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.05])
 def test_every_form_of_delta_is_packed_soundly(form, weight, tmp_path):
     target, tuned = states(tmp_path, torch.float32, form, 0.01, weight)
     with warnings.catch_warnings():
@@ -166,7 +172,6 @@ def test_every_form_of_delta_is_packed_soundly(form, weight, tmp_path):
 
 
 @pytest.mark.slow
-@examples(max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     form=st.sampled_from(FORMS),
@@ -262,7 +267,6 @@ def test_energies_hold_where_float32_squares_vanish_or_overflow():
 SIDES = st.sampled_from([(1, 1), (1, 7), (7, 1), (2, 2), (40, 3), (3, 40), (33, 33)])
 
 
-@examples(max_examples=60)
 @given(
     shape=SIDES,
     form=st.sampled_from([gaussian, rank_one, all_equal, identity, rows_apart, same_rows]),

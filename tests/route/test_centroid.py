@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build, save_tokenizer
 
@@ -100,7 +100,6 @@ def test_prompts_without_tokens_and_a_library_without_packs_leave_all_to_the_tar
     assert CentroidRouter(model, tokenizer, keys).route([]) == []
 
 
-@settings(max_examples=30, deadline=None)
 @given(prompt=st.text(max_size=40), top_k=st.integers(1, 4))
 def test_weights_are_shares_of_the_packs_that_accept(model, tokenizer, keys, prompt, top_k):
     [route] = CentroidRouter(model, tokenizer, keys, top_k=top_k).route([prompt])

@@ -226,4 +226,8 @@ def test_one_row_gives_a_net_that_its_reader_takes(case, tmp_path):
     rows = {TARGET: case.rows[TARGET][:1]}
     net = train_classifier(case.model, case.tokenizer, case.packs, rows, labels="task")
     net.save(tmp_path / "classifier.safetensors")
-    Classifier.load(tmp_path / "classifier.safetensors", case.digests)
+    again = Classifier.load(tmp_path / "classifier.safetensors", case.digests)
+    assert again.packs == net.packs == case.digests
+    assert again.tensors.keys() == net.tensors.keys()
+    assert all(torch.equal(again.tensors[name], value) for name, value in net.tensors.items())
+    assert all(value.isfinite().all() for value in net.tensors.values())

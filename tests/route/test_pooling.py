@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, CAUSAL, build, make_pair, save_tokenizer
+from tiny_models import CAUSAL, architectures, build, lossless_pack, make_pair, save_tokenizer
 from transformers import BertModel
 
 from graftkit.attachment import attached
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.loading import load_model, load_tokenizer
-from graftkit.packing import pack_delta
 from graftkit.route.centroid import MAX_TOKENS, load_encoder, pooled_states, state_width
 
 PROMPTS = ("Add 1 2", "a", "", "What is the longest of these prompts?", "b", "Add 3 4")
@@ -21,7 +20,7 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", architectures())
 def test_a_state_is_the_mean_and_the_last_of_the_tokens_directions_behind_a_layer(
     architecture, tokenizer
 ):
@@ -36,7 +35,7 @@ def test_a_state_is_the_mean_and_the_last_of_the_tokens_directions_behind_a_laye
     torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", architectures(CAUSAL))
 def test_a_state_is_the_same_alone_and_in_any_batch_bit_for_bit(architecture, tokenizer):
     model = build(architecture)
     alone = torch.cat([pooled_states(model, tokenizer, [prompt], 1) for prompt in PROMPTS])
@@ -44,7 +43,7 @@ def test_a_state_is_the_same_alone_and_in_any_batch_bit_for_bit(architecture, to
     assert torch.equal(pooled_states(model, tokenizer, PROMPTS[::-1], 1), alone.flip(0))
 
 
-@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("architecture", architectures(CAUSAL))
 def test_prompts_that_share_a_pass_keep_their_states_but_for_rounding(architecture, tokenizer):
     model = build(architecture)
     alone = pooled_states(model, tokenizer, PROMPTS, 1)
@@ -79,7 +78,7 @@ def test_of_a_prompt_beyond_the_context_the_end_is_read(tokenizer):
 
 def test_packs_beside_the_model_do_not_change_a_state(tokenizer, tmp_path):
     target, tuned = make_pair(tmp_path, "llama")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     model = load_model(target, torch.float32)
     before = pooled_states(model, tokenizer, PROMPTS, 2)
     with attached(model, pack, mode="side") as attachment:

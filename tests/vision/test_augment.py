@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftkit.vision.augment import LIGHT, augment
+from graftkit.vision.training import LIGHT, augment
 
 SIDE = 24
 

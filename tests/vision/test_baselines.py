@@ -11,10 +11,9 @@ from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor, 
 
 from graftkit.errors import BudgetError, ConfigError, DonorError
 from graftkit.vision.baselines import donor_classifier, pruned_donor, random_trunk, student
-from graftkit.vision.donor import open_donor, pool
-from graftkit.vision.heads import hidden_head
-from graftkit.vision.norms import exported_parameters, insert_norms
-from graftkit.vision.rootstock import Rootstock
+from graftkit.vision.donor import pool
+from graftkit.vision.donors import open_donor
+from graftkit.vision.rootstock import Rootstock, exported_parameters, hidden_head, insert_norms
 from graftkit.vision.training import TrainingSettings, fine_tune
 
 IMAGES = as_images(colored(4).pixels)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from graftkit.vision.costs import Cost, layer_costs, median_ms, module_cost
-from graftkit.vision.donor import open_donor
+from graftkit.vision.donors import open_donor
 
 NPZ = "data/vision/mobilenet_v2_1.0_imagenet_fp16.npz"
 

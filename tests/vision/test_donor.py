@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from graftkit.errors import ConfigError, DonorError
-from graftkit.vision.donor import Donor, Normalization, open_donor, pool
-from graftkit.vision.donors import mobilenet_npz
+from graftkit.vision.donor import Donor, Normalization, pool
+from graftkit.vision.donors import architectures, open_donor
 
 NPZ = "data/vision/mobilenet_v2_1.0_imagenet_fp16.npz"
 SIZE = 32
@@ -276,7 +276,7 @@ def npz_arrays() -> dict[str, np.ndarray]:
     generator = np.random.default_rng(0)
     shapes = {
         name: tuple(parameter.shape)
-        for name, parameter in mobilenet_npz._named_parameters(mobilenet_npz._layers(SIZE))
+        for name, parameter in architectures._named_parameters(architectures._layers(SIZE))
     }
     shapes |= {"fc.weight": (1001, 1280), "fc.bias": (1001,)}
     return {

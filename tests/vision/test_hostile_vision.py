@@ -13,10 +13,8 @@ import pytest
 from PIL import Image
 
 from graftkit.errors import GraftError, ImagesError, RootstockError
-from graftkit.vision.images import decoding, sources
-from graftkit.vision.images.decoding import decode_image
-from graftkit.vision.images.listing import list_images
-from graftkit.vision.images.sources import Archive
+from graftkit.vision.images import files
+from graftkit.vision.images.files import Archive, decode_image, list_images
 
 onnx = pytest.importorskip("onnx")
 predict = pytest.importorskip("graftkit.vision.predict")
@@ -54,15 +52,15 @@ PICTURES = {
 def test_an_image_converted_in_strips_has_the_same_pixels(mode, monkeypatch):
     content = png(PICTURES[mode])
     for size in (16, 41):
-        monkeypatch.setattr(decoding, "STRIP_PIXELS", 2**20)
+        monkeypatch.setattr(files, "STRIP_PIXELS", 2**20)
         whole = decode_image(content, size)
-        monkeypatch.setattr(decoding, "STRIP_PIXELS", 130)
+        monkeypatch.setattr(files, "STRIP_PIXELS", 130)
         assert np.array_equal(decode_image(content, size), whole)
 
 
 PEAK = """
 import resource, sys
-from graftkit.vision.images.decoding import decode_image
+from graftkit.vision.images.files import decode_image
 content = open(sys.argv[1], "rb").read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 decode_image(content, 64)
@@ -97,7 +95,7 @@ def test_an_archive_with_a_huge_list_of_files_is_refused_before_it_is_read(
         monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
     file = archive(tmp_path / "a.zip", 40)
     assert len(Archive(file).names()) == 40
-    monkeypatch.setattr(sources, "DIRECTORY_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(files, "DIRECTORY_LIMIT_BYTES", 1000)
     with pytest.raises(ImagesError, match=r"lists files in 2,\d\d\d bytes, more than 1,000"):
         Archive(file)
 

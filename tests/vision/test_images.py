@@ -14,9 +14,8 @@ from PIL import Image
 from vision.pictures import CLASSES, encoded, picture, write_pictures, write_zip
 
 from graftkit.errors import ConfigError, ImagesError, OutputError
-from graftkit.vision.images import SPLITS, ImageSet, decode_image, open_images
-from graftkit.vision.images import cache as cache_module
-from graftkit.vision.images.splitting import split_images
+from graftkit.vision import images as images_module
+from graftkit.vision.images import SPLITS, ImageSet, decode_image, open_images, split_images
 
 SIZE = 16
 GIVEN = {"train": 4, "val": 2, "test": 2}
@@ -397,7 +396,7 @@ def test_broken_and_hostile_files_are_errors_with_a_reason(content: bytes, reaso
 
 
 def test_more_pixels_than_the_limit_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftkit.vision.images.decoding.PIXEL_LIMIT", 255)
+    monkeypatch.setattr("graftkit.vision.images.files.PIXEL_LIMIT", 255)
     with pytest.raises(ImagesError, match="16x16 pixels, more than 255"):
         decode_image(encoded(picture(0, 0)), SIZE)
 
@@ -464,7 +463,7 @@ def test_a_file_of_too_many_bytes_is_not_read(
 ) -> None:
     folder = write_pictures(tmp_path / "data", 10)
     (folder / "fern/huge.png").write_bytes(b"x" * 5000)
-    monkeypatch.setattr("graftkit.vision.images.sources.FILE_LIMIT_BYTES", 4000)
+    monkeypatch.setattr("graftkit.vision.images.files.FILE_LIMIT_BYTES", 4000)
     for data in (folder, write_zip(folder, tmp_path / "data.zip")):
         assert opened(data).skipped[0].reason == "5,000 bytes, more than 4,000"
 
@@ -485,7 +484,7 @@ def test_the_second_call_maps_the_cache_without_decoding(
     steps: list[tuple[str, int, int]] = []
     first = opened(folder, report=lambda *step: steps.append(step))
     assert steps[-1] == ("reading images", 15, 15)
-    monkeypatch.setattr(cache_module, "decode_image", None)
+    monkeypatch.setattr(images_module, "decode_image", None)
     second = opened(folder)
     assert first.digest == second.digest
     assert isinstance(second.pixels, np.memmap)
@@ -545,7 +544,7 @@ def test_the_seedlings_come_with_their_own_splits(shared: Path, opened: Callable
     data = shared / "data/vision"
     if not data.is_dir():
         pytest.skip("no vision data")
-    from graftkit.vision.images.listing import list_images
+    from graftkit.vision.images.files import list_images
 
     listings = [list_images(data / name) for name in ("plant_seedlings_128.zip", "labels.csv")]
     assert listings[0].entries == listings[1].entries

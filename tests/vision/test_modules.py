@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from graftkit.errors import DonorError
-from graftkit.vision.donor import open_donor
+from graftkit.vision.donors import open_donor
 
 SIZE = 16
 

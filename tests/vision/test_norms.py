@@ -11,12 +11,7 @@ from torch import Tensor, nn
 from vision.tiny_networks import SIZE, as_images, colored, tiny_rootstock
 
 from graftkit.errors import ImagesError
-from graftkit.vision.norms import (
-    exported_parameters,
-    fold_norms,
-    fold_rootstock,
-    insert_norms,
-)
+from graftkit.vision.rootstock import exported_parameters, fold_norms, fold_rootstock, insert_norms
 
 
 def norms_in(module: nn.Module) -> list[nn.BatchNorm2d]:

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import ViTConfig, ViTModel
 
 from graftkit.errors import BudgetError, ConfigError
+from graftkit.vision.choose import PaperRootstock, paper_donor, paper_scion, reads_of_one_stage
 from graftkit.vision.costs import layer_costs, module_cost
-from graftkit.vision.donor import Donor, open_donor
-from graftkit.vision.paper import PaperRootstock, paper_donor, paper_scion, reads_of_one_stage
+from graftkit.vision.donor import Donor
+from graftkit.vision.donors import open_donor
 
 NPZ = "data/vision/mobilenet_v2_1.0_imagenet_fp16.npz"
 MIB = 2**20

@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from graftkit.vision.heads import fold_head
 from graftkit.vision.probe import (
     NEVER,
     Probe,
     fit_hidden,
     fit_probe,
     l2_relevance,
+    read_probes,
     taylor_relevance,
+    write_probes,
 )
-from graftkit.vision.probe_file import read_probes, write_probes
+from graftkit.vision.rootstock import fold_head
 
 
 def blobs(count: int, classes: int = 3, features: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def test_probes_that_are_damaged_too_few_or_fitted_otherwise_are_not_taken(
     write_probes([fit_probe(blobs(60), blobs(30, seed=1), 3)], file)
     assert read_probes(file, 2) is None
     with monkeypatch.context() as other:
-        other.setattr("graftkit.vision.probe_file._FITTED", {"fitted": "otherwise"})
+        other.setattr("graftkit.vision.probe._FITTED", {"fitted": "otherwise"})
         assert read_probes(file, 1) is None
     file.write_bytes(file.read_bytes()[:-10])
     assert read_probes(file, 1) is None

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graftkit.vision.donor import open_donor
-from graftkit.vision.donors.mobilenet_npz import InvertedResidual, _block
-from graftkit.vision.pruning import drop_dead_channels
+from graftkit.vision.donors import open_donor
+from graftkit.vision.donors.architectures import InvertedResidual, _block
+from graftkit.vision.thinning import drop_dead_channels
 
 WIDTH = 6
 

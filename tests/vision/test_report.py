@@ -16,8 +16,7 @@ from PIL import Image
 
 from graftkit.errors import OutputError
 from graftkit.vision.report import render_page, write_report
-from graftkit.vision.results import runs
-from graftkit.vision.verdict import judge
+from graftkit.vision.results import judge, runs
 
 OWN = 0.912  # the rootstock's accuracy
 HOSTILE = '<script>alert("1")</script>\'&$\\frac{\x00\udcff\u202e麦'

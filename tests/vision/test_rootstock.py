@@ -9,8 +9,7 @@ from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor, 
 
 from graftkit.errors import DonorError
 from graftkit.vision.donor import pool
-from graftkit.vision.heads import fold_head, hidden_head, linear_head
-from graftkit.vision.rootstock import Scion, grow
+from graftkit.vision.rootstock import Scion, fold_head, grow, hidden_head, linear_head
 
 IMAGES = as_images(colored(4).pixels)
 

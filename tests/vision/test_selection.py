@@ -5,9 +5,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from graftkit.vision.features import FeatureTable
+from graftkit.vision.choose import choose_scion, probe_curve
+from graftkit.vision.features import FeatureTable, columns_of, scion_of
 from graftkit.vision.rootstock import Scion
-from graftkit.vision.selection import choose_scion, columns_of, probe_curve, scion_of
 
 WIDTHS = (4, 4, 8)  # two poolings of 2, 2 and 4 channels
 

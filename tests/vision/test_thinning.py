@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from vision.tiny_networks import SIZE, colored, inverted_residual, tiny_donor, wide_donor
 
-from graftkit.vision.donor import Donor, Normalization
-from graftkit.vision.donors.chain import Chain
+from graftkit.vision.donor import Chain, Donor, Normalization
 from graftkit.vision.thinning import LEAST_KEPT, Thinner, find_hidden, hidden_channels, narrow
 
 PIXELS = colored(24).pixels

@@ -15,13 +15,12 @@ from vision.tiny_networks import CLASSES, SIZE, colored, tiny_donor, tiny_rootst
 
 from graftkit.errors import ConfigError, ImagesError, OutputError
 from graftkit.vision.baselines import donor_classifier
+from graftkit.vision.evaluate import Scores, lead, score, wilson_interval
 from graftkit.vision.images import Part
-from graftkit.vision.norms import insert_norms
-from graftkit.vision.rootstock import Rootstock
-from graftkit.vision.scoring import Scores, lead, logits_of, score, wilson_interval
-from graftkit.vision.soft_labels import SoftLabels
+from graftkit.vision.rootstock import Rootstock, insert_norms, logits_of
 from graftkit.vision.training import (
     CHECKPOINT,
+    SoftLabels,
     Training,
     TrainingSettings,
     fine_tune,

@@ -4,12 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graftkit.vision.donor import Donor, Normalization
-from graftkit.vision.donors.chain import Chain
-from graftkit.vision.donors.mobilenet_npz import _block
-from graftkit.vision.heads import hidden_head
+from graftkit.vision.donor import Chain, Donor, Normalization
+from graftkit.vision.donors.architectures import _block
 from graftkit.vision.images import Part
-from graftkit.vision.rootstock import Rootstock, Scion, grow
+from graftkit.vision.rootstock import Rootstock, Scion, grow, hidden_head
 
 SIZE = 16
 CLASSES = ("blue", "green", "red")

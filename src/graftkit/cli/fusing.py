@@ -16,6 +16,7 @@ from graftkit.fuse.methods import IN_TURN, check_weights, find_method
 from graftkit.fuse.search import search_weights
 from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
 from graftkit.outputs import check_output, claimed
+from graftkit.progress import Progress
 from graftkit.rows import read_rows
 from graftkit.side_files import code_names
 from graftkit.skillpack.pack import pack_summary
@@ -152,7 +153,7 @@ def _searched(
     files: list[Path],
     choice: dict[str, Any],
     rows: Path | None,
-    report: show.Report,
+    report: Progress,
 ) -> dict[str, Any]:
     """Put the best weights for the rows into `choice`; without rows nothing is searched."""
     if rows is None:

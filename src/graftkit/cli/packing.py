@@ -10,8 +10,8 @@ from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFaul
 from graftkit.files import WorkFolder
 from graftkit.outputs import Claim, check_output, claimed
 from graftkit.packing import pack_delta
-from graftkit.packing.measure import Progress
 from graftkit.parallel import peak_rss_bytes
+from graftkit.progress import Progress
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.pack import pack_summary
 

@@ -13,20 +13,20 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as ProgressBar
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from graftkit.progress import Progress
 from graftkit.text import printable
 
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Report = Callable[[str, int, int], None]
 
 
 def line(text: str, *, error: bool = False) -> None:
@@ -72,7 +72,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
+def progress() -> Iterator[Progress]:
     """A bar per step on stderr; silent when stderr is not a terminal."""
     console = Console(stderr=True)
     columns = (
@@ -81,7 +81,7 @@ def progress() -> Iterator[Report]:
         MofNCompleteColumn(),
     )
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    bar = Progress(*columns, *times, console=console, disable=not sys.stderr.isatty())
+    bar = ProgressBar(*columns, *times, console=console, disable=not sys.stderr.isatty())
     tasks: dict[str, Any] = {}
 
     def report(step: str, done: int, total: int) -> None:

@@ -14,7 +14,7 @@ from graftkit.parallel import peak_rss_bytes
 from graftkit.text import printable
 
 if TYPE_CHECKING:
-    from graftkit.vision.images import Skipped
+    from graftkit.vision.images.files import Skipped
     from graftkit.vision.predict import Prediction, Predictor
 
 app = typer.Typer(no_args_is_help=True, help="Features of a big network, grafted into a small one.")
@@ -56,8 +56,8 @@ def graft(
     json_output: show.Json = False,
 ) -> None:
     """Cut features out of a big network, grow a small classifier on them, and compare it."""
-    from graftkit.vision.grafting import GraftSettings
-    from graftkit.vision.grafting import graft as run
+    from graftkit.vision.graft import GraftSettings
+    from graftkit.vision.graft import graft as run
 
     settings = GraftSettings.checked(
         budget=budget, method=method, freeze=freeze, upright=upright, size=size, epochs=epochs,
@@ -137,7 +137,7 @@ def _left_out(skipped: list[dict[str, str]]) -> list[str]:
 
 def _predict(predictor: "Predictor", places: list[Path], top: int, json_output: bool) -> None:
     from graftkit.errors import ImagesError
-    from graftkit.vision.images import Skipped
+    from graftkit.vision.images.files import Skipped
 
     found = predictor.predict(_find(places))
     show.json_or(json_output, [_record(each) for each in found], lambda: _print_table(found, top))
@@ -215,7 +215,7 @@ def _line(found: "Prediction | Skipped", top: int) -> str:
 
 def _answers(found: "Prediction | Skipped", top: int) -> list[tuple[str, str]]:
     """The most likely classes and their probabilities, or why there are none."""
-    from graftkit.vision.images import Skipped
+    from graftkit.vision.images.files import Skipped
 
     if isinstance(found, Skipped):
         return [(found.reason, "–")]

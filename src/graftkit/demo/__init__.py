@@ -7,7 +7,7 @@ story     what is printed
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,11 @@ from graftkit.evaluate import SLACK_TOKENS, exact_match
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.outputs import own_folder
 from graftkit.packing import pack_delta
+from graftkit.progress import Progress, silent
 from graftkit.rows import Row, encode_prompt, pad_batch, read_rows
 from graftkit.skillpack import SkillPack
 
 __all__ = ["DemoResult", "MixedAnswer", "SkillResult", "run_demo"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with the step's name, items done and items in all."""
 
 
 def run_demo(
@@ -70,7 +68,7 @@ class _Demo:
     def __init__(self, folder: DemoFolder, story: Story, progress: Progress | None):
         self.folder = folder
         self.story = story
-        self.progress = progress or (lambda step, done, total: None)
+        self.progress = progress or silent
 
     def rebuild(self) -> None:
         """Target and tuned checkpoints as ordinary directories."""

@@ -7,8 +7,6 @@ data the models learned from; tools/make_demo_weights.py and tools/embed_demo.py
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftkit.checkpoint import Checkpoint, fingerprint, tensor_digest
-
 DATA = Path(__file__).parent / "data"
 TARGET = DATA / "target"
 NOTICE = DATA / "NOTICE.md"
@@ -78,11 +76,3 @@ SKILLS = (
         attribution="Snips (Coucke et al. 2018), sonos/nlu-benchmark @b86ac7f15778, CC0-1.0",
     ),
 )
-
-
-def fingerprint_of(checkpoint: Checkpoint) -> str:
-    """One digest over every tensor of a checkpoint, as manifests carry it for their target."""
-    return fingerprint(
-        (info.name, info.dtype, info.shape, tensor_digest(checkpoint.read(info.name)))
-        for info in checkpoint.tensors.values()
-    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.demo.embedded import NOTICE, SKILLS, TARGET, Skill, fingerprint_of
+from graftkit.demo.embedded import NOTICE, SKILLS, TARGET, Skill
 from graftkit.errors import GraftError, OutputError
 from graftkit.files import WorkFolder, replaced_file
 from graftkit.fuse import merge_packs
@@ -77,7 +77,7 @@ class DemoFolder:
                     os.replace(file, tuned / file.name)
         finally:
             work.remove()
-        found = fingerprint_of(Checkpoint.open(tuned))
+        found = Checkpoint.open(tuned).fingerprint()
         expected = pack.manifest.provenance["tuned_fingerprint"]
         if found != expected:
             raise GraftError(

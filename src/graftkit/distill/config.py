@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from graftkit.config import TRAIN_STEPS, Budget, Recipe, Settings
 from graftkit.errors import BudgetError, ConfigError
-from graftkit.text import nearest
+from graftkit.text import nearest_name
 
 
 def resolve_model(reference: str, folder: Path) -> str:
@@ -429,6 +429,6 @@ def _explain_one(fault: Any) -> str:
 
 def _nearest(place: tuple[int | str, ...]) -> str:
     tables = _TABLES.get(str(place[0]) if len(place) > 1 else "", ())
-    known = sorted({name for table in tables for name in table.model_fields})
+    names = sorted({name for table in tables for name in table.model_fields})
     prefix = "".join(f"{part}." for part in place[:-1] if not isinstance(part, int))
-    return nearest(str(place[-1]), known).replace("mean ", f"mean {prefix}")
+    return nearest_name(str(place[-1]), names, prefix)

@@ -31,7 +31,7 @@ from graftkit.distill.workspace import (
     stage_key,
 )
 from graftkit.errors import ConfigError, OutputError
-from graftkit.progress import Progress, no_progress
+from graftkit.progress import Progress, silent
 
 
 def run_distill(
@@ -51,7 +51,7 @@ def run_distill(
     Raises: ConfigError, RowsError, CheckpointError, SourceError, SelectionError, BudgetError,
         OutputError. Finished work stays, and the same call continues there.
     """
-    space = _open(Path(config_file), Path(folder), progress or no_progress)
+    space = _open(Path(config_file), Path(folder), progress or silent)
     stages = stages_of(space.config)
     if only is not None and only not in stages:
         raise ConfigError(f"stage {only!r} is none of {', '.join(stages)}, which this run has")
@@ -74,7 +74,7 @@ def estimate_run(config_file: str | Path) -> dict[str, Any]:
         cannot be used.
     """
     with TemporaryDirectory(prefix="graftkit-") as folder:
-        space = _open(Path(config_file), Path(folder), no_progress)
+        space = _open(Path(config_file), Path(folder), silent)
         return estimate(space.config, space.target, space.prompts.prompts, space.config_folder)
 
 

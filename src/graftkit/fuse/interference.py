@@ -19,7 +19,8 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.compress.sparse import largest_entries
 from graftkit.errors import ConfigError
 from graftkit.files import replaced_file
-from graftkit.fuse.merge import Progress, open_mixture
+from graftkit.fuse.merge import open_mixture
+from graftkit.progress import Progress
 from graftkit.skillpack import SkillPack
 from graftkit.text import printable
 

@@ -9,7 +9,7 @@ Several packs as one: merged in a temporary folder, and packed again for the sam
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,10 +28,10 @@ from graftkit.models.loading import empty_model
 from graftkit.outputs import Claim, claimed
 from graftkit.packing import pack_delta
 from graftkit.parallel import MemoryGate, in_threads
+from graftkit.progress import Progress, silent
 from graftkit.side_files import code_names, is_tokenizer_file, written_files
 from graftkit.skillpack import SkillPack
 
-Progress = Callable[[str, int, int], None]
 Packs = str | Path | SkillPack | Sequence[str | Path | SkillPack]
 
 
@@ -291,7 +291,7 @@ def write_mixture(mixture: Merged, folder: Path, progress: Progress | None) -> N
 
     Raises: OutputError.
     """
-    names, report = mixture.names, progress or (lambda step, done, total: None)
+    names, report = mixture.names, progress or silent
     gate = MemoryGate(max(info.numel for info in mixture.target.tensors.values()))
 
     def merged(name: str) -> Tensor:

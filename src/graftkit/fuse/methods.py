@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graftkit.compress.sparse import largest_entries
 from graftkit.errors import ConfigError
-from graftkit.text import nearest
+from graftkit.text import nearest_name
 
 PCB_TAIL = 1e-4  # share of entries clamped at both ends before PCB's min-max; code of the paper
 
@@ -369,9 +369,8 @@ def find_method(name: str, settings: Mapping[str, Any]) -> Method:
         )
     if name not in METHODS:
         known = [*METHODS, *IN_TURN]
-        raise ConfigError(
-            f"method {name!r} is unknown{nearest(name, known)}; choose one of {', '.join(known)}"
-        )
+        hint = nearest_name(name, known)
+        raise ConfigError(f"method {name!r} is unknown{hint}; choose one of {', '.join(known)}")
     return checked_settings(name, METHODS[name], settings)
 
 
@@ -385,7 +384,7 @@ def checked_settings(name: str, kind: type[_Settings], settings: Mapping[str, An
         if key not in known:
             told = ", ".join(known) or "none"
             raise ConfigError(
-                f"{name} has no setting {key!r}{nearest(key, known)}; its settings: {told}"
+                f"{name} has no setting {key!r}{nearest_name(key, known)}; its settings: {told}"
             )
     try:
         return kind(**settings)

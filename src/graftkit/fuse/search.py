@@ -30,18 +30,18 @@ from graftkit.attachment import attached
 from graftkit.attachment.target import LiveTarget
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
-from graftkit.fuse.merge import Mixture, Packs, Progress, open_mixture
+from graftkit.fuse.merge import Mixture, Packs, open_mixture
 from graftkit.models.encoding import (
-    LOGITS_BYTES,
     EncodedRow,
     encode_rows,
     pad_id,
     scored_tokens,
+    tokens_with_logits,
     usable_tokenizer,
-    vocabulary_size,
 )
 from graftkit.models.loading import load_model
 from graftkit.parallel import in_threads
+from graftkit.progress import Progress
 from graftkit.rows import Row, batches_by_length, pad_batch
 from graftkit.skillpack import SkillPack
 
@@ -201,7 +201,7 @@ def loss_batches(model: Any, rows: Sequence[EncodedRow]) -> list[list[int]]:
     """Rows of one pass each, by index. Raises: RowsError where nothing can be scored."""
     if not any(len(row) > max(row.start, 1) for row in rows):
         raise RowsError("no row has a completion, and only completions are scored; add some")
-    tokens = min(_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary_size(model)))
+    tokens = tokens_with_logits(model, _BATCH_TOKENS)
     return batches_by_length([len(row) for row in rows], tokens)
 
 

@@ -28,7 +28,6 @@ from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
 from graftkit.fuse.continual import Kif, Opcm, Running, Skill
 from graftkit.fuse.merge import (
-    Progress,
     check_computation,
     check_shapes,
     check_token_ids,
@@ -41,6 +40,7 @@ from graftkit.fuse.merge import (
 )
 from graftkit.fuse.search import measure_importances
 from graftkit.outputs import Claim, claimed
+from graftkit.progress import Progress
 from graftkit.rows import Row
 from graftkit.side_files import written_files
 from graftkit.skillpack import SkillPack

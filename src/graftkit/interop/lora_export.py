@@ -34,11 +34,12 @@ from graftkit.evaluate import TokenFidelity, token_fidelity
 from graftkit.files import writing
 from graftkit.fuse.merge import config_changes
 from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
-from graftkit.interop.lora_import import Progress, read_lora
+from graftkit.interop.lora_import import read_lora
 from graftkit.models.architecture import ModuleKind, tensor_roles
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model, quiet
 from graftkit.outputs import claimed
+from graftkit.progress import Progress, silent
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import TensorRecord
@@ -298,7 +299,7 @@ def export_lora(
     """
     if rank is not None and rank < 1:
         raise ConfigError(f"rank is {rank}; it must be at least 1")
-    report = progress or (lambda step, done, total: None)
+    report = progress or silent
     inputs = [
         pack.digest if isinstance(pack, SkillPack) else pack,
         target.path if isinstance(target, Checkpoint) else target,

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,11 @@ from graftkit.packing.encode import (
 from graftkit.packing.measure import Scan
 from graftkit.packing.pairs import Pair
 from graftkit.parallel import in_threads
+from graftkit.progress import Progress, silent
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import file_entry, payloads_digest
 from graftkit.skillpack.manifest import FileRecord, Manifest, Omission, TensorRecord, TunedInfo
 from graftkit.skillpack.pack import changed_files, encode_file
-
-Progress = Callable[[str, int, int], None]
-"""Called with the step's name, items done and items in all."""
 
 RECIPE = "lora"
 """Recipe that the manifest of an imported adapter names."""
@@ -96,7 +94,7 @@ def read_lora(
     """
     checkpoint = target if isinstance(target, Checkpoint) else Checkpoint.open(target)
     job = _Import(checkpoint, Adapter.open(adapter))
-    return job.run(progress or (lambda step, done, total: None))
+    return job.run(progress or silent)
 
 
 class _Import:

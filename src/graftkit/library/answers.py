@@ -7,13 +7,14 @@ Rows come under the name of the pack that should answer them, or under "target" 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from graftkit.evaluate import BATCH_TOKENS, exact_match
 from graftkit.library.live import LiveLibrary, Mixture, Voice
 from graftkit.models.encoding import pad_id
+from graftkit.progress import Progress, silent
 from graftkit.route import TARGET, Route, Router
 from graftkit.route.averaging import generate_averaged
 from graftkit.rows import Row, batches_by_length, pad_batch
@@ -143,9 +144,6 @@ def _with_target(live: LiveLibrary, mixture: Mixture) -> dict[int | None, float]
     return shares | {None: rest} if rest > _ROUNDING else shares
 
 
-Progress = Callable[[str, int, int], None]
-
-
 @dataclass(frozen=True)
 class SkillScore:
     """The rows of one pack, or of none. Shares are 0 to 1, of rows answered word for word."""
@@ -222,7 +220,7 @@ def score_library(
     Args:
         mixtures: what each name stands for. Raises: RowsError as `exact_match`.
     """
-    tell = progress or (lambda step, done, total: None)
+    tell = progress or silent
     skills, confusion = {}, {}
     seconds, done, total = 0.0, 0, sum(map(len, rows.values()))
     for name, own in rows.items():

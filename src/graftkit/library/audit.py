@@ -25,6 +25,7 @@ from graftkit.fuse.merge import pack_digest
 from graftkit.library.answers import unanswerable
 from graftkit.library.folder import PACKS, Entry, PackFolder
 from graftkit.library.live import RouterName
+from graftkit.progress import Progress, silent
 from graftkit.route import Route
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import TensorRecord
@@ -32,8 +33,6 @@ from graftkit.skillpack.manifest import TensorRecord
 if TYPE_CHECKING:
     from graftkit.library.library import Library
 
-
-Progress = Callable[[str, int, int], None]
 
 MOST_ENERGY = 0.9
 """Share of a delta's energy that stands for most of it."""
@@ -154,7 +153,7 @@ def audit_pack(
         others: by label; they and the pack must be of this target.
     Raises: CheckpointError, CorruptPackError.
     """
-    tell = progress or (lambda step, done, total: None)
+    tell = progress or silent
     found = Audit(
         files=[record.name for record in pack.manifest.files],
         omitted=[part.name for part in pack.manifest.omitted],

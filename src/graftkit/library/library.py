@@ -45,6 +45,7 @@ from graftkit.library.live import (
 )
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
+from graftkit.progress import Progress
 from graftkit.route import TARGET, Route, Router
 from graftkit.route.centroid import fit_key
 from graftkit.route.classifier import train_classifier
@@ -53,7 +54,6 @@ from graftkit.skillpack import SkillPack
 
 __all__ = ["Answer", "Audit", "Entry", "Library", "LibraryScore", "Proof"]
 
-Progress = Callable[[str, int, int], None]
 
 _Options = ParamSpec("_Options")
 _Result = TypeVar("_Result")

@@ -16,7 +16,7 @@ from blake3 import blake3
 from graftkit.attachment import Attachment, attach
 from graftkit.attachment.configuration import tuned_generation
 from graftkit.attachment.target import check_tokenizer, tuned_tokenizer
-from graftkit.checkpoint import Checkpoint, fingerprint, tensor_digest
+from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
 from graftkit.errors import AttachError, BudgetError, ConfigError, PackMismatchError
 from graftkit.library.folder import CLASSIFIER, Entry, LibraryTarget
@@ -231,16 +231,14 @@ class LiveLibrary:
 def describe_target(reference: str | Path) -> LibraryTarget:
     """Reads every tensor once. Raises: CheckpointError."""
     checkpoint = Checkpoint.open(reference)
-    entries = [
-        (info.name, info.dtype, info.shape, tensor_digest(checkpoint.read(info.name)))
-        for info in checkpoint.tensors.values()
-    ]
     if checkpoint.revision is None:
         place = str(checkpoint.path.resolve())
     else:
         place = f"{checkpoint.name}@{checkpoint.revision}"
     return LibraryTarget(
-        reference=place, fingerprint=fingerprint(entries), config_blake3=_config(checkpoint)
+        reference=place,
+        fingerprint=checkpoint.fingerprint(),
+        config_blake3=_config(checkpoint),
     )
 
 

@@ -28,9 +28,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
-from graftkit.models.calibration import CovarianceStore, Progress, job_digest
+from graftkit.models.calibration import CovarianceStore, job_digest
 from graftkit.models.encoding import (
-    LOGITS_BYTES,
     EncodedRow,
     encode_rows,
     one_thread,
@@ -39,10 +38,12 @@ from graftkit.models.encoding import (
     scored_tokens,
     skips_logits,
     submodule,
+    tokens_with_logits,
     usable_tokenizer,
     vocabulary_size,
 )
 from graftkit.models.loading import output_embeddings, stream_model, token_embedding
+from graftkit.progress import StepProgress, silent
 from graftkit.rows import Row, batches_by_length, pad_batch
 
 BACKWARD_TOKENS = 2_048  # padded tokens of one pass: inputs of 32 layers of width 4,096 are 1 GB
@@ -67,7 +68,7 @@ def prepare_backward(model: Any) -> None:
 def backward_batches(model: Any, lengths: Sequence[int], tokens: int) -> list[list[int]]:
     """Rows of one pass of at most `tokens` padded tokens, similar lengths together."""
     if not skips_logits(model):
-        tokens = max(1, min(tokens, LOGITS_BYTES // (4 * vocabulary_size(model))))
+        tokens = tokens_with_logits(model, tokens)
     return batches_by_length(lengths, tokens)
 
 
@@ -213,7 +214,7 @@ def collect_sensitivities(
     modules: Sequence[str],
     store: CovarianceStore,
     seed: int,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> SensitivitySummary:
     """Run the model of `checkpoint` forward and back on prompt + completion and fill `store`.
 
@@ -233,7 +234,7 @@ def collect_sensitivities(
         return SensitivitySummary(**finished)
     store.clear()
     tokenizer = usable_tokenizer(checkpoint)
-    report = progress or (lambda done, total: None)
+    report = progress or silent
     with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
         model: Any = stream_model(checkpoint, Path(offload))
         encoded = encode_rows(tokenizer, rows, SENSITIVITY_TOKENS, seed, model, checkpoint.name)

@@ -34,14 +34,12 @@ from graftkit.models.encoding import (
     vocabulary_size,
 )
 from graftkit.models.loading import output_embeddings, stream_model
+from graftkit.progress import StepProgress, silent
 from graftkit.rows import Row, pad_batch
 from graftkit.side_files import SIDE_FILES
 
 CALIBRATION_TOKENS = 16_384  # tokens measured: more than any input of a common layer has columns
 HEAD, TOKENS = "head", "tokens"  # store keys: H of the output head's input; token counts (vocab,)
-
-Progress = Callable[[int, int], None]
-"""Called with (micro-batches done, micro-batches in all)."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +141,7 @@ def collect_covariances(
     modules: Sequence[str],
     store: CovarianceStore,
     seed: int,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> CalibrationSummary:
     """Run the model of `checkpoint` on prompt + completion and fill `store`.
 
@@ -163,7 +161,7 @@ def collect_covariances(
         return CalibrationSummary(**finished)
     store.clear()
     tokenizer = usable_tokenizer(checkpoint)
-    report = progress or (lambda done, total: None)
+    report = progress or silent
     with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
         model = stream_model(checkpoint, Path(offload))
         encoded = encode_rows(tokenizer, rows, CALIBRATION_TOKENS, seed, model, checkpoint.name)

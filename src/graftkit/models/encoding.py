@@ -16,7 +16,7 @@ from graftkit.models.loading import load_tokenizer, token_embedding
 from graftkit.rows import Row, batches_by_length, encode_row, sample_rows
 
 MICRO_BATCH_TOKENS = 4_096  # padded tokens in one pass: activations of one layer stay below 1 GB
-LOGITS_BYTES = 2**28  # float32 logits of one pass, where a model cannot leave them out
+LOGITS_BYTES = 2**28  # float32 logits of one pass, (tokens, vocabulary)
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,16 @@ def skips_logits(model: Any) -> bool:
     return "logits_to_keep" in signature(model.forward).parameters and model.base_model is not model
 
 
+def tokens_with_logits(model: Any, tokens: int) -> int:
+    """At most `tokens`, and so few that their logits over the vocabulary fit LOGITS_BYTES."""
+    return max(1, min(tokens, LOGITS_BYTES // (4 * vocabulary_size(model))))
+
+
 def pass_batches(model: Any, lengths: Sequence[int]) -> list[list[int]]:
     """Rows of one forward pass each, similar lengths together."""
     tokens = MICRO_BATCH_TOKENS
     if not skips_logits(model):
-        tokens = max(1, min(tokens, LOGITS_BYTES // (4 * vocabulary_size(model))))
+        tokens = tokens_with_logits(model, tokens)
     return batches_by_length(lengths, tokens)
 
 

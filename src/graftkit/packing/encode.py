@@ -13,7 +13,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from graftkit.checkpoint import TENSOR_DIGEST_HEX, Checkpoint, difference, fingerprint, tensor_bytes
+from graftkit.checkpoint import TENSOR_DIGEST_HEX, Checkpoint, difference, tensor_bytes
 from graftkit.compress.allocate import output_energy
 from graftkit.compress.codecs import (
     Precision,
@@ -292,7 +292,7 @@ class Assembly:
         records = [drafts[i] if i in drafts else stored[i].record for i in range(len(pairs))]
         sizes = {pairs[i].name: longest for i in lossy} | self._other_sizes()
         sizes |= {pairs[i].name: part.nbytes for i, part in stored.items()}
-        header = build_header(self._manifest(records, 0.0001234, "0" * 64), sizes)
+        header = build_header(self._manifest(records, WORST_CASE_ERROR, "0" * 64), sizes)
         fixed = len(header) + sum(part.nbytes for part in stored.values())
         return fixed + sum(map(len, appended.values())) + sum(self._other_sizes().values())
 
@@ -361,12 +361,11 @@ def target_info(target: Checkpoint, scans: Sequence[Scan]) -> TargetInfo:
     """What the manifest says of the target."""
     digests = {scan.name: scan.target_digest for scan in scans}
     config = target.side_file("config.json") or b""
-    entries = [(t.name, t.dtype, t.shape, digests[t.name]) for t in target.tensors.values()]
     return TargetInfo(
         name=target.name,
         revision=target.revision,
         config_blake3=blake3(config).hexdigest(),
-        fingerprint=fingerprint(entries),
+        fingerprint=target.fingerprint(digests),
         bytes=target.nbytes,
         parameters=target.parameters,
     )

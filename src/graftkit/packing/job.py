@@ -43,7 +43,6 @@ from graftkit.packing.measure import (
     Calibration,
     Flags,
     Metric,
-    Progress,
     Scan,
     basis_name,
     job_key,
@@ -56,6 +55,7 @@ from graftkit.packing.measure import (
 from graftkit.packing.pairs import Pair, match_tensors
 from graftkit.packing.train import Plan, correct_codes
 from graftkit.parallel import MemoryGate, in_threads
+from graftkit.progress import Progress, silent
 from graftkit.route.centroid import fit_key
 from graftkit.route.key import RouterKey
 from graftkit.rows import read_prompts, read_rows, rows_digest
@@ -414,7 +414,7 @@ def pack_delta(
         TRAIN_STEPS if train_steps is None else train_steps,
     ).model_copy(update={"licence": licence, "provenance": dict(provenance or {})})
     rows = None if calibration is None else _calibration(Path(calibration))
-    report = progress or (lambda step, done, total: None)
+    report = progress or silent
     asked = _prompts(prompts)
     job = PackingJob(Checkpoint.open(target), Checkpoint.open(tuned), config, rows, asked, report)
     scans = job.scan()

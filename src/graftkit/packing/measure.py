@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from graftkit.models.backward import (
 )
 from graftkit.models.calibration import HEAD, CovarianceStore, collect_covariances
 from graftkit.packing.pairs import Pair
+from graftkit.progress import Progress
 from graftkit.rows import Row
 from graftkit.skillpack.manifest import CalibrationInfo
 
@@ -57,8 +58,6 @@ UNKNOWN_SENSITIVITY = 0.1
 SMALLEST_DELTA, LARGEST_DELTA = 2.0**-40, 2.0**16
 """Peak of a delta that lossy codecs take; others are stored exactly."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with the step's name, items done and items in all."""
 
 _SAMPLE = 2**22
 _SMALLEST_TRACE = 1e-30

@@ -10,6 +10,7 @@ from graftkit.compress.codecs import Layout, matrix_shape
 from graftkit.errors import CheckpointMismatchError
 from graftkit.models.aligned import AlignedCheckpoint, align
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
+from graftkit.skillpack.manifest import largest_vocabulary
 
 SMALLEST_LOSSY = 4096
 """Matrices of fewer weights are stored exactly: side information would eat the saving."""
@@ -55,7 +56,7 @@ class Pair:
         before, after = self.target.shape, self.tuned.shape
         biases = len(before) == 1 and self.role.kind is ModuleKind.BIAS
         rows = bool(before) and len(before) == len(after) and before[1:] == after[1:]
-        fits = rows and after[0] <= max(2 * before[0], before[0] + 65_536)
+        fits = rows and after[0] <= largest_vocabulary(before[0])
         return fits and (self.gathered or biases)
 
     @property

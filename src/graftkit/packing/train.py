@@ -47,6 +47,7 @@ from graftkit.models.encoding import (
 )
 from graftkit.models.loading import load_model, stream_model
 from graftkit.packing.student import Student
+from graftkit.progress import StepProgress, silent
 from graftkit.rows import Row, pad_batch
 from graftkit.skillpack import SkillPack
 
@@ -62,9 +63,6 @@ PRICE_STEPS = 10  # steps between two looks at the bytes
 LEAST_PRICE, MOST_PRICE = 0.01, 10_000.0  # λ over what a bit is worth on average at first
 LIKELY = 256  # tokens whose probability is kept for each position; the rest share one
 RESIDENT_BYTES = 2**28  # a model below this size in float32 is loaded whole
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def train_codes(
     rows: Sequence[Row],
     plan: Plan,
     work: WorkFolder,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> Trained:
     """Train `factors` so that the packed model answers as the tuned one.
 
@@ -109,7 +107,7 @@ def train_codes(
         work: keeps unfinished training; the same call goes on there.
     Raises: CheckpointError for a missing module or tokenizer; RowsError.
     """
-    report = progress or (lambda done, total: None)
+    report = progress or silent
     with ExitStack() as stack:
         stack.enter_context(one_thread())
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="models-", dir=work.path)))
@@ -225,7 +223,7 @@ def _train(
     plan: Plan,
     before: float,
     work: WorkFolder,
-    report: Progress,
+    report: StepProgress,
 ) -> None:
     """Adam over shuffled batches; the rates rise for a few steps and fall with a cosine.
 

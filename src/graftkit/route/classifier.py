@@ -23,12 +23,11 @@ from graftkit.checkpoint import save_tensors
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.files import replaced_file
 from graftkit.models.encoding import (
-    LOGITS_BYTES,
     MICRO_BATCH_TOKENS,
     context_length,
     one_thread,
     pad_id,
-    vocabulary_size,
+    tokens_with_logits,
 )
 from graftkit.route.base import TARGET, Route
 from graftkit.route.centroid import Reader, pooled_states, state_width
@@ -173,7 +172,7 @@ def completion_losses(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor
         if not 0 < start < len(span):
             raise RowsError(f"{row.origin}: needs a prompt and a completion to learn a route from")
     losses = torch.zeros(len(rows))
-    tokens = min(MICRO_BATCH_TOKENS, LOGITS_BYTES // (4 * vocabulary_size(model)))
+    tokens = tokens_with_logits(model, MICRO_BATCH_TOKENS)
     with torch.no_grad():
         for batch in batches_by_length([len(ids) for ids, _ in encoded], tokens):
             ids, mask = pad_batch([encoded[index][0] for index in batch], pad_id(tokenizer))

@@ -27,6 +27,11 @@ Kind = Literal["attention", "mlp", "embedding", "head", "norm", "bias", "router"
 Codec = Literal["zero", "exact", "sparse", "lowrank", "dense", "hybrid", "factors"]
 
 
+def largest_vocabulary(rows: int) -> int:
+    """Most rows to which training may grow a vocabulary: twice as many, or 65,536 more."""
+    return max(2 * rows, rows + 65_536)
+
+
 class Part(BaseModel):
     """Base of all parts of the manifest: frozen, unknown keys refused."""
 

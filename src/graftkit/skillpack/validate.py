@@ -26,9 +26,8 @@ from graftkit.skillpack.manifest import (
     FileRecord,
     Manifest,
     TensorRecord,
+    largest_vocabulary,
 )
-
-_MAX_EXTRA_ROWS = 65_536
 
 
 def parse_manifest(text: str) -> Manifest:
@@ -132,7 +131,7 @@ def _check_shapes(manifest: Manifest) -> None:
         )
     for record in manifest.tensors:
         first, after = record.shape[:1], (record.tuned_shape or record.shape)[:1]
-        if after > first and after[0] > max(2 * first[0], first[0] + _MAX_EXTRA_ROWS):
+        if after > first and after[0] > largest_vocabulary(first[0]):
             raise CorruptPackError(
                 f"{record.name}: vocabulary grows from {first[0]} to {after[0]}",
                 PackFault.SHAPE_TOO_LARGE,

@@ -1,13 +1,14 @@
-"""Donor: a pretrained network as a chain of layers, whose outputs a rootstock can read.
+"""A network as a chain of layers, and the normalization of the images it was trained on.
+
+Donor: a pretrained network as a chain of layers, whose outputs a rootstock can read.
 
 Knowledge Grafting (arXiv 2507.19261) takes feature maps from inside a large network. So a donor
 is neither a classifier nor an architecture here: it is a list of layers that can be cut anywhere.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain as joined
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,89 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from graftkit.errors import ConfigError, DonorError
-from graftkit.vision.donors import mobilenet_npz, modules, vgg
-from graftkit.vision.donors.chain import IMAGENET, Chain, Normalization, run_layer
 
-__all__ = ["POOLINGS", "Donor", "Normalization", "open_donor", "pool"]
+
+@dataclass(frozen=True)
+class Normalization:
+    """How a network wants its images: input = (x − mean) / std, for RGB values x of 0..255."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def apply(self, image: Tensor) -> Tensor:
+        """Normalize images (n, 3, size, size), float, RGB 0..255."""
+        mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return (image - mean) / std
+
+
+IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+"""Mean and standard deviation of ImageNet's training images, as torchvision publishes them."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A donor before it is opened at a size: layer i maps the output of layer i - 1 to its own.
+
+    normalization: None where the network does not say it.
+    folded: batch normalization is folded into the convolutions.
+    """
+
+    name: str
+    normalization: Normalization | None
+    layers: tuple[nn.Module, ...]
+    layer_names: tuple[str, ...]
+    folded: bool = False
+
+
+def normalization_of(
+    settings: Mapping[str, Any], mean: str, std: str, rescale: float
+) -> Normalization | None:
+    """The normalization written in a preprocessor's settings; None where there is none.
+
+        (rescale · x − mean) / std = (x − mean / rescale) / (std / rescale)
+
+    Args:
+        settings: what a preprocessor's file says.
+        mean, std: keys of the three numbers for red, green and blue.
+        rescale: what RGB values of 0..255 are multiplied with before; mostly 1/255.
+    Raises: DonorError for numbers that cannot be a mean and a standard deviation.
+    """
+    if settings.get(mean) is None or settings.get(std) is None:
+        return None
+    try:
+        shift, scale = (_three(settings[key], rescale) for key in (mean, std))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise DonorError(
+            f"the donor's {mean} and {std} must be three numbers each, found {settings[mean]!r} "
+            f"and {settings[std]!r}; correct its preprocessor settings"
+        ) from error
+    return Normalization(shift, scale)
+
+
+def _three(values: float | Iterable[float], rescale: float) -> tuple[float, float, float]:
+    listed = [values] * 3 if isinstance(values, int | float) else list(values)
+    red, green, blue = (float(value) / rescale for value in listed)
+    return red, green, blue
+
+
+def reason(error: BaseException) -> str:
+    """First line of what an error of another library says, for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+@torch.no_grad()
+def run_layer(layer: nn.Module, name: str, x: Tensor) -> Any:
+    """Output of one layer; DonorError where it does not take what comes before it."""
+    try:
+        return layer(x)
+    # Any network may stand here, and it may raise anything.
+    except Exception as error:
+        raise DonorError(
+            f"layer {name} does not take an input of {tuple(x.shape)} ({reason(error)}); "
+            "use the size that the donor was made for, or a larger one"
+        ) from error
+
 
 POOLINGS = ("mean", "std", "max")
 
@@ -114,33 +194,6 @@ class Donor(nn.Module):
         return tuple(tuple(output.shape[1:]) for output, _ in outputs)
 
 
-def open_donor(
-    reference: str | Path | nn.Module,
-    size: int,
-    pretrained: bool = True,
-    normalization: Normalization | None = None,
-) -> Donor:
-    """Open a network as a chain of layers.
-
-    Args:
-        reference: an .npz file of MobileNetV2; a directory or Hub id[@revision] of a ResNet,
-            MobileNetV2, ConvNeXt or ViT; `timm:NAME`; `vgg16`; or any torch module, which is
-            copied. Code that a model brings along is never run.
-        size: pixels of a side that the donor will be used at.
-        pretrained: False takes the architecture only, with random values. A torch module is taken
-            as it is either way.
-        normalization: of the images, where the donor does not say it or says it wrongly.
-    Raises: DonorError when the donor cannot be read, cannot be cut, or does not take this size;
-        ConfigError for a size below one pixel, or for `timm:` without timm.
-    """
-    if size < 1:
-        raise ConfigError(f"a donor needs images of at least one pixel a side, found {size}")
-    chain = _read_chain(reference, size, pretrained)
-    if normalization is not None:
-        chain = replace(chain, normalization=normalization)
-    return Donor(chain, size)
-
-
 def pool(output: Tensor, poolings: Sequence[str] = ("mean",)) -> Tensor:
     """Statistics of every channel over the map or over the tokens: the features of one layer.
 
@@ -196,19 +249,3 @@ class _MeanAndStd(torch.autograd.Function):
         count = x.numel() // mean.numel()
         slope = of_std / (std * count)
         return (x * slope).add_(of_mean / count - slope * mean), None
-
-
-def _read_chain(reference: str | Path | nn.Module, size: int, pretrained: bool) -> Chain:
-    if isinstance(reference, nn.Module) and not hasattr(reference, "base_model_prefix"):
-        return modules.module_chain(reference, size)
-    if str(reference) == "vgg16":
-        return vgg.vgg16_chain(pretrained)
-    if str(reference).endswith(".npz"):
-        return mobilenet_npz.read_chain(Path(str(reference)), size, pretrained)
-    from graftkit.vision.donors import hub  # transformers takes seconds to import
-
-    if isinstance(reference, nn.Module):
-        return hub.model_chain(reference, size)
-    if str(reference).startswith("timm:"):
-        return hub.timm_chain(str(reference).removeprefix("timm:"), size, pretrained)
-    return hub.hub_chain(str(reference), size, pretrained)

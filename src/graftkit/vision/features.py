@@ -5,6 +5,7 @@ Whatever is probed or selected afterwards reads these files; the donor is not ru
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from graftkit.files import replaced_file
 from graftkit.vision.donor import Donor, pool
 from graftkit.vision.images import SPLITS, ImageSet, Report
+from graftkit.vision.rootstock import Scion
 
 POOLINGS = ("mean", "std")
 """Of every layer. The spread over the image says what the mean discards (docs/adr/0015)."""
@@ -162,3 +164,24 @@ def pooled_outputs(donor: Donor, rows: NDArray[np.uint8], view: int = 0) -> NDAr
     # Activations of a network without batch normalization can pass what float16 holds.
     limit = torch.finfo(torch.float16).max
     return pooled.clamp(-limit, limit).half().numpy()
+
+
+def scion_of(
+    table: FeatureTable, columns: NDArray[Any], poolings: Sequence[str] = POOLINGS
+) -> Scion:
+    """The scion that reads these columns of a table."""
+    starts = [0, *accumulate(table.widths)]
+    layers = np.searchsorted(starts, columns, side="right") - 1
+    channels = {
+        int(layer): tuple(int(column - starts[layer]) for _, column in members)
+        for layer, members in groupby(zip(layers, np.sort(columns), strict=True), lambda m: m[0])
+    }
+    return Scion(max(channels) + 1, channels, tuple(poolings))
+
+
+def columns_of(table: FeatureTable, scion: Scion) -> NDArray[Any]:
+    """The columns of a table that a scion reads, in its order."""
+    starts = [0, *accumulate(table.widths)]
+    return np.concatenate(
+        [starts[layer] + np.array(kept) for layer, kept in scion.channels.items()]
+    )

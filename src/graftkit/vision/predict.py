@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from graftkit.errors import ConfigError, ImagesError, RootstockError
-from graftkit.vision.images.decoding import Skipped, decode_image
-from graftkit.vision.images.sources import Folder, is_image_name, read_file
+from graftkit.vision.images.files import Folder, Skipped, decode_image, is_image_name, read_file
 
 try:
     import onnxruntime

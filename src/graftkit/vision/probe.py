@@ -1,18 +1,26 @@
-"""How well pooled features tell the classes: logistic regression on frozen features."""
+"""How well pooled features tell the classes: logistic regression on frozen features.
 
+Probes on disk, so that another budget does not fit those of every cut again.
+"""
+
+import json
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
-from graftkit.vision.heads import linear_head, standardized_head
+from graftkit.files import replaced_file
+from graftkit.vision.rootstock import linear_head, standardized_head
 
 DECAYS = (0.01, 0.003, 0.001, 0.0003)
 """λ of the penalty λ/2 ‖W‖² beside the mean cross-entropy, strongest first."""
@@ -182,3 +190,42 @@ def taylor_relevance(probe: Probe, train: tuple[Tensor, Tensor]) -> Tensor:
     error[torch.arange(len(labels)), labels] -= 1  # ∂L/∂logits of each image
     relevance: Tensor = (scaled * (error @ probe.weight)).abs().mean(dim=0)
     return relevance
+
+
+_FIELDS = tuple(field.name for field in fields(Probe))
+_FITTED = {"fitted": json.dumps([DECAYS, ITERATIONS])}
+
+
+def write_probes(probes: Sequence[Probe], file: Path) -> None:
+    """Write probes, in their order, whole or not at all. Raises: OutputError."""
+    values = {
+        f"{index}.{name}": _as_tensor(getattr(probe, name))
+        for index, probe in enumerate(probes)
+        for name in _FIELDS
+    }
+    with replaced_file(file) as partial:
+        partial.write_bytes(save(values, metadata=_FITTED))
+
+
+def read_probes(file: Path, count: int) -> list[Probe] | None:
+    """The first `count` probes; None where they are not there, damaged, or fitted otherwise."""
+    try:
+        with safe_open(file, framework="pt") as found:
+            if found.metadata() != _FITTED:
+                return None
+            values = [
+                {name: found.get_tensor(f"{index}.{name}") for name in _FIELDS}
+                for index in range(count)
+            ]
+    except (OSError, SafetensorError):
+        return None
+    return [
+        Probe(**{name: value if value.ndim else value.item() for name, value in of.items()})
+        for of in values
+    ]
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    return torch.tensor(value, dtype=torch.float64)

@@ -1,19 +1,111 @@
-"""Rootstock: the first layers of a donor, and a small head on the pooled outputs of some of them.
+"""Heads of a rootstock: from pooled features (n, features) to logits (n, classes).
+
+Rootstock: the first layers of a donor, and a small head on the pooled outputs of some of them.
 
 Knowledge Grafting (arXiv 2507.19261): feature maps of the donor, averaged over the image,
 concatenated, classified by a few dense layers. Which maps are read is the scion.
+
+Batch normalization into a network that has none, and out of one that has it.
+
+A donor whose normalization is folded into its convolutions trains badly. Here every convolution
+gets one that leaves the function as it is, and gives it back before the network is exported.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from graftkit.errors import DonorError
+from graftkit.errors import DonorError, ImagesError
 from graftkit.vision.donor import Donor, Normalization, pool
+
+DROPOUT = 0.2
+HeadMaker = Callable[[int, int], nn.Module]
+"""A head from the numbers of features and of classes."""
+
+
+def linear_head(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> nn.Linear:
+    """A logistic regression on standardised features, as one layer on the features themselves.
+
+        W (x − μ) / σ + b = W′ x + b′,   W′ = W / σ,   b′ = b − W′ μ
+
+    Args:
+        weight: (classes, features). bias: (classes,).
+        mean, std: of every feature, (features,); a std of 0, a constant feature, counts as 1.
+    """
+    std = torch.where(std > 0, std, torch.ones_like(std))
+    return _rescaled(weight, bias, 1 / std, -mean / std)
+
+
+@torch.no_grad()
+def standardized_head(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> nn.Sequential:
+    """The same function as `linear_head`, to be trained further: batch normalization and a layer.
+
+    Features differ in scale by orders of magnitude; one rate serves weights of standardised ones.
+    """
+    norm = nn.BatchNorm1d(len(mean))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(torch.where(std > 0, std, torch.ones_like(std)).square() - norm.eps)
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight.copy_(weight)
+    linear.bias.copy_(bias)
+    return nn.Sequential(norm, linear).eval()
+
+
+def hidden_head(features: int, hidden: int, classes: int) -> nn.Sequential:
+    """Batch normalization, a hidden layer with ReLU, dropout, and the layer of the classes."""
+    return nn.Sequential(
+        nn.BatchNorm1d(features),
+        nn.Linear(features, hidden),
+        nn.ReLU(),
+        nn.Dropout(DROPOUT),
+        nn.Linear(hidden, classes),
+    )
+
+
+def fold_head(head: nn.Module) -> nn.Module:
+    """The same function in eval mode, as a copy without batch normalization and dropout.
+
+    W (γ (x − μ) / √(var + ε) + β) + b = W′ x + b′
+    """
+    if not isinstance(head, nn.Sequential):
+        return copy.deepcopy(head).eval()
+    kept: list[nn.Module] = []
+    norm: nn.BatchNorm1d | None = None
+    for layer in head:
+        if isinstance(layer, nn.BatchNorm1d):
+            norm = layer
+        elif norm is not None and isinstance(layer, nn.Linear):
+            kept.append(_absorbed(norm, layer))
+            norm = None
+        elif not isinstance(layer, nn.Dropout):
+            kept.append(copy.deepcopy(layer))
+    return nn.Sequential(*kept).eval()
+
+
+def _absorbed(norm: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    shift = norm.bias - scale * norm.running_mean
+    return _rescaled(linear.weight, linear.bias, scale, shift)
+
+
+@torch.no_grad()
+def _rescaled(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> nn.Linear:
+    """W (scale · x + shift) + b as one layer; computed in float64."""
+    wide = weight.double()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+    linear.weight.copy_(wide * scale.double())
+    linear.bias.copy_(bias.double() + wide @ shift.double())
+    return linear.eval()
 
 
 @dataclass(frozen=True)
@@ -144,3 +236,167 @@ def _check_channels(rootstock: Rootstock) -> None:
                 f"layer {index} has {width} pooled features, but the scion reads number "
                 f"{read[-1] if read[-1] >= width else read[0]}; numbers go from 0 to {width - 1}"
             )
+
+
+class NormedConv(nn.Sequential):
+    """A convolution and the normalization that `insert_norms` put behind it."""
+
+
+@torch.no_grad()
+def insert_norms(module: nn.Module, pixels: np.ndarray) -> None:
+    """Put a BatchNorm2d behind every convolution, in place; the eval function stays.
+
+        γ = √(var + ε), β = mean:   γ (x − mean) / √(var + ε) + β = x
+
+    The function does not change, so one pass measures the channels of all convolutions.
+
+    Args:
+        module: a network of images (n, 3, size, size), float, RGB 0..255.
+        pixels: training images to measure on, uint8 (n, 3, size, size).
+    Raises: ImagesError without images.
+    """
+    if len(pixels) == 0:
+        raise ImagesError("there is no image to measure batch normalization on; give at least one")
+    module.eval()
+    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    moments = {conv: _Moments(conv) for conv in convolutions}
+    watched = [conv.register_forward_hook(moment.watch) for conv, moment in moments.items()]
+    try:
+        for images in batches(pixels):
+            module(images.to(_device(module)))
+    finally:
+        for hook in watched:
+            hook.remove()
+    _exchange(module, {conv: NormedConv(conv, found.norm()) for conv, found in moments.items()})
+    module.eval()
+
+
+@torch.no_grad()
+def fold_norms(module: nn.Module, size: int) -> None:
+    """Multiply every BatchNorm2d that reads a convolution's output into it, in place.
+
+    Which convolution a normalization reads is seen in a pass of one black image of `size` pixels
+    a side. The function in eval mode stays; a normalization that reads something else stays too.
+    """
+    module.eval()
+    readers = _readers(module, size)
+    for norm, conv in readers.items():
+        fused = fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
+    _exchange(module, {norm: nn.Identity() for norm in readers})
+    inserted = [part for part in module.modules() if isinstance(part, NormedConv)]
+    _exchange(module, {part: part[0] for part in inserted})
+
+
+def fold_rootstock(rootstock: Rootstock) -> Rootstock:
+    """A copy in eval mode without batch normalization, for export; the same function."""
+    folded = copy.deepcopy(rootstock)
+    fold_norms(folded, folded.size)
+    folded.head = fold_head(folded.head)
+    return folded.eval()
+
+
+def exported_parameters(rootstock: Rootstock) -> int:
+    """Parameters that are left when batch normalization is folded away, as in the exported file."""
+    return sum(weights.numel() for weights in fold_rootstock(rootstock).parameters())
+
+
+class _Moments:
+    """Mean and variance of every channel over images and positions, from batches."""
+
+    def __init__(self, conv: nn.Conv2d):
+        self.count = 0
+        self.sum = conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.sum)
+
+    def watch(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        """A forward hook: takes in an output (n, channels, height, width)."""
+        count = output.numel() // output.shape[1]
+        var, mean = torch.var_mean(output, dim=(0, 2, 3), correction=0)
+        mean, var = mean.double(), var.double()
+        self.count += count
+        self.sum += count * mean
+        self.squares += count * (var + mean**2)
+
+    def norm(self) -> nn.BatchNorm2d:
+        """The normalization that leaves these channels as they are."""
+        norm = nn.BatchNorm2d(len(self.sum), device=self.sum.device)
+        mean = self.sum / self.count
+        var = (self.squares / self.count - mean**2).clamp_min(0)
+        for kept, value in (
+            (norm.running_mean, mean),
+            (norm.running_var, var),
+            (norm.weight, torch.sqrt(var + norm.eps)),
+            (norm.bias, mean),
+        ):
+            assert kept is not None
+            kept.copy_(value)
+        return norm
+
+
+def _readers(module: nn.Module, size: int) -> dict[nn.BatchNorm2d, nn.Conv2d]:
+    """By normalization, the convolution whose output it reads."""
+    outputs: list[tuple[nn.Conv2d, Tensor]] = []
+    found: dict[nn.BatchNorm2d, nn.Conv2d] = {}
+
+    def note_output(conv: Any, _inputs: Any, output: Tensor) -> None:
+        outputs.append((conv, output))
+
+    def note_input(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        for conv, output in outputs:
+            if output is inputs[0]:
+                found[norm] = conv
+
+    hooks = []
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            hooks.append(part.register_forward_hook(note_output))
+        elif type(part) is nn.BatchNorm2d:  # a subclass may hold an activation as well
+            hooks.append(part.register_forward_pre_hook(note_input))
+    try:
+        module(torch.zeros(1, 3, size, size, device=_device(module)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _exchange(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules where the keys of `replacements` stand."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+BATCH = 64
+
+
+@torch.inference_mode()
+def logits_of(
+    module: nn.Module, pixels: np.ndarray, batch: int = BATCH, bfloat16: bool = False
+) -> Tensor:
+    """Logits (n, classes) of images as they are, in eval mode; float32, on the CPU.
+
+    Args:
+        pixels: uint8 (n, 3, size, size), RGB.
+        bfloat16: compute so, for speed (autocast).
+    """
+    device = next(module.parameters()).device
+    training = module.training
+    module.eval()
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
+        found = [module(images.to(device)).float().cpu() for images in batches(pixels, batch)]
+    module.train(training)
+    return torch.cat(found) if found else torch.empty(0, 0)
+
+
+def batches(pixels: np.ndarray, batch: int = BATCH) -> Iterator[Tensor]:
+    """Images, uint8 (n, 3, size, size), as networks take them: float32, channels last."""
+    for start in range(0, len(pixels), batch):
+        rows = torch.from_numpy(np.array(pixels[start : start + batch]))
+        yield rows.float().contiguous(memory_format=torch.channels_last)

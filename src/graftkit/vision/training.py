@@ -1,4 +1,12 @@
-"""Fine-tuning of a rootstock on images, and scores of what it answers.
+"""Random views of a batch of images: symmetries, crops, small rotations and light.
+
+Everything geometric is one affine map and is sampled once; everything of colour is one 3 x 3
+matrix and an offset. Draws depend on (seed, epoch, batch) only: training that is resumed sees what
+it would have seen.
+
+What the fine-tuned donor says of training images: the soft labels of all that learn from it.
+
+Fine-tuning of a rootstock on images, and scores of what it answers.
 
     loss = (1 − w) CE(smoothed labels) + w T² KL(softmax(soft / T) ‖ softmax(logits / T))
 
@@ -10,8 +18,10 @@ from its last whole epoch, to the same bits on the same machine.
 import json
 import math
 import pickle
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,21 +30,108 @@ import numpy as np
 import torch
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
 from graftkit.errors import ConfigError, ImagesError
 from graftkit.files import replaced_file
 from graftkit.parallel import bfloat16_pays
-from graftkit.vision.augment import augment, seeded
-from graftkit.vision.images import Part, Report
-from graftkit.vision.rootstock import Rootstock
-from graftkit.vision.scoring import logits_of, score
-from graftkit.vision.soft_labels import SoftLabels
+from graftkit.vision.evaluate import score
+from graftkit.vision.images import ImageSet, Part, Report
+from graftkit.vision.rootstock import Rootstock, insert_norms, logits_of
+
+LEAST_AREA = 0.6  # share of the image that a crop shows, at least
+MOST_DEGREES = 10.0  # of a rotation to either side
+LIGHT = 0.2  # brightness, contrast and saturation are scaled by 1 - LIGHT to 1 + LIGHT
+GREY = (0.299, 0.587, 0.114)  # luma of R, G and B, ITU-R BT.601
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Inside, torch's random numbers follow from `numbers`; afterwards they go on as before."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed[0]))
+        yield
+
+
+def augment(pixels: Tensor, seed: int, epoch: int, batch: int, upright: bool = False) -> Tensor:
+    """A random view of every image.
+
+    Args:
+        pixels: (n, 3, size, size), uint8, RGB.
+        seed, epoch, batch: decide every draw.
+        upright: whether up matters; only mirrored then, otherwise also turned by 90 degrees.
+    Returns: the same shape, float32, 0..255.
+    """
+    with seeded(seed, epoch, batch):
+        maps = _geometry(len(pixels), upright).to(pixels.device)
+        matrix, contrast = (part.to(pixels.device) for part in _light(len(pixels)))
+    images = pixels.float()
+    grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
+    images = functional.grid_sample(
+        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    return _lit(images, matrix, contrast)
+
+
+def _geometry(count: int, upright: bool) -> Tensor:
+    """Affine maps (count, 2, 3) from the view's coordinates to the image's, both -1 to 1."""
+    angle = torch.deg2rad((2 * torch.rand(count) - 1) * MOST_DEGREES)
+    if not upright:
+        angle = angle + torch.randint(4, (count,)) * (math.pi / 2)
+    side = torch.sqrt(LEAST_AREA + (1 - LEAST_AREA) * torch.rand(count))
+    mirrored = 1 - 2 * torch.randint(2, (count,)).float()
+    center = (2 * torch.rand(count, 2) - 1) * (1 - side)[:, None]
+    cosine, sine = side * torch.cos(angle), side * torch.sin(angle)
+    rows = [cosine * mirrored, -sine, center[:, 0], sine * mirrored, cosine, center[:, 1]]
+    return torch.stack(rows, dim=1).view(count, 2, 3)
+
+
+def _light(count: int) -> tuple[Tensor, Tensor]:
+    """Colour matrices (count, 3, 3) and the contrasts that they hold, (count, 1, 1)."""
+    brightness, contrast, saturation = 1 + LIGHT * (2 * torch.rand(3, count, 1, 1) - 1)
+    grey = torch.tensor(GREY).expand(3, 3)
+    return brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * grey), contrast
+
+
+def _lit(images: Tensor, matrix: Tensor, contrast: Tensor) -> Tensor:
+    """matrix · x, with the mean grey of every image where brightness alone would put it.
+
+    Saturation leaves grey as it is, so the mean grey of matrix · x is brightness · contrast · g.
+    """
+    flat = images.flatten(2)
+    colored = matrix @ flat
+    grey = torch.tensor(GREY, device=images.device)
+    mean = torch.einsum("c,ncp->n", grey, colored)[:, None, None] / flat.shape[2]
+    return (colored + (1 / contrast - 1) * mean).clamp_(0, 255).view_as(images)
+
+
+class SoftLabels:
+    """A network's logits for batches of images, each batch computed once.
+
+    Networks that are trained with one seed see the same views in the same batches, so only the
+    first of them waits for the answers.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network.eval()
+        self._known: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, images: Tensor) -> Tensor:
+        """Logits (n, classes), float32, of images (n, 3, size, size); as autocast computes them."""
+        rows = images.movedim(1, -1).contiguous().cpu()  # no copy where channels are last
+        key = blake3(rows.numpy().view(np.uint8).data).digest()
+        if key not in self._known:
+            self._known[key] = self.network(images).float()
+        return self._known[key]
+
 
 STEP = "fine-tuning"  # as `report` hears it
 CHECKPOINT = "checkpoint.pt"
+NORM_IMAGES = 512  # training images that inserted batch normalization is measured on
 WARM_UP_SHARE = 0.1  # of all steps
 
 
@@ -327,3 +424,63 @@ def _digest(
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Network:
+    """A rootstock or a baseline, ready to be measured.
+
+    Attributes:
+        history: of its fine-tuning, empty where its trunk is the donor's.
+        draws: test accuracies with other draws of the training images, where they were taken.
+    """
+
+    name: str
+    rootstock: Rootstock
+    history: tuple[Epoch, ...] = ()
+    draws: tuple[float, ...] = ()
+
+
+def file_stem(name: str) -> str:
+    """Letters and digits of a name, other characters as hyphens: paper-s-scion."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+
+
+class Trainer:
+    """Fine-tunes one network after another in the same way; each resumes in a folder of its own.
+
+    Networks without batch normalization get it where the donor has its own folded away.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        folded: bool,
+        settings: TrainingSettings,
+        folder: Path,
+        report: Report,
+    ):
+        self.train, self.val = images.part("train"), images.part("val")
+        self.folded, self.settings = folded, settings
+        self.folder, self.report = folder, report
+
+    def tune(
+        self, name: str, rootstock: Rootstock, soft_labels: SoftLabels | None, random: bool = False
+    ) -> Network:
+        """Fine-tune `rootstock` in place.
+
+        Args:
+            random: its trunk begins with random weights and learns as fast as its head.
+        """
+        has_norms = any(isinstance(part, nn.BatchNorm2d) for part in rootstock.trunk.modules())
+        if self.folded and not has_norms:
+            chosen = np.random.default_rng(self.settings.seed).permutation(len(self.train.labels))
+            insert_norms(rootstock, self.train.pixels[np.sort(chosen[:NORM_IMAGES])])
+        settings = self.settings.model_copy(update={"trunk_share": 1.0} if random else {})
+        folder = self.folder / file_stem(name)
+
+        def report(_step: str, done: int, total: int) -> None:
+            self.report(f"fine-tuning: {name}", done, total)
+
+        done = fine_tune(rootstock, self.train, self.val, settings, folder, soft_labels, report)
+        return Network(name, rootstock, done.history)

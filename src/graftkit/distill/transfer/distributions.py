@@ -35,7 +35,7 @@ from graftkit.errors import RowsError
 from graftkit.files import WorkFolder, replaced_file
 from graftkit.models.backward import visit_logits
 from graftkit.models.encoding import context_length, pad_id, vocabulary_size
-from graftkit.progress import StepProgress
+from graftkit.progress import StepProgress, silent
 from graftkit.rows import Row, batches_by_length, pad_batch
 
 NEVER = -math.inf  # log-probability of 0
@@ -290,7 +290,7 @@ def collect_distributions(
     with closing(WorkFolder(file.with_name(file.name + ".partial"))) as work:
         work.open(job)
         reader = _SourceReader(source, model, tokenizer, target_tokenizer, config)
-        shards = _read_shards(reader, rows, work, progress or (lambda done, total: None))
+        shards = _read_shards(reader, rows, work, progress or silent)
         counts = torch.stack([shard.pop("seen") for shard in shards]).sum(dim=0)
         aligned, too_long = counts.tolist()
         tokens = sum(len(shard["counts"]) for shard in shards)

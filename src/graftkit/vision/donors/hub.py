@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
 from graftkit.errors import ConfigError, DonorError
-from graftkit.vision.donors.chain import Chain, Normalization, normalization_of, reason
+from graftkit.vision.donor import Chain, Normalization, normalization_of, reason
 from graftkit.vision.donors.modules import module_chain
 
 Named = list[tuple[str, nn.Module]]

@@ -2,6 +2,8 @@
 
 The file holds float16 arrays in torch's shapes: `f.0` is the stem, `f.1` to `f.17` are inverted
 residuals, `f.18` is the last 1x1 convolution; `fc`, the classifier, is checked and left out.
+
+VGG16 (arXiv 1409.1556, table 1, column D): the donor of the Knowledge Grafting paper.
 """
 
 import zipfile
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.errors import DonorError
-from graftkit.vision.donors.chain import Chain, Normalization, reason
+from graftkit.vision.donor import IMAGENET, Chain, Normalization, reason
 
 STAGES = (
     (1, 16, 1, 1),
@@ -149,3 +151,38 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     else:
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     return shape, dtype
+
+
+BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+"""Channels and number of the 3x3 convolutions of each block; a max-pooling ends a block."""
+
+
+def vgg16_chain(pretrained: bool) -> Chain:
+    """The 13 convolution layers. A block's pooling opens the first layer of the next block.
+
+    So the output of a layer is what its convolution and ReLU give, as the paper reads it.
+    Raises: DonorError when `pretrained`: no weights come with graftkit.
+    """
+    if pretrained:
+        raise DonorError(
+            "graftkit brings no weights of VGG16; use timm:vgg16, a module of your own, or the "
+            "architecture without weights (pretrained=False)"
+        )
+    layers: list[nn.Module] = []
+    names = []
+    width = 3
+    for block, (channels, depth) in enumerate(BLOCKS, start=1):
+        for number in range(1, depth + 1):
+            opening = [nn.MaxPool2d(2)] if number == 1 and block > 1 else []
+            layers.append(nn.Sequential(*opening, _vgg_convolution(width, channels), nn.ReLU()))
+            names.append(f"block{block}_conv{number}")
+            width = channels
+    return Chain("vgg16", IMAGENET, tuple(layers), tuple(names))
+
+
+def _vgg_convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+    # torch's own start is too small for thirteen layers without normalization (arXiv 1502.01852).
+    nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
+    return conv

@@ -14,16 +14,24 @@ from vision.pictures import write_pictures
 from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor, wide_donor
 
 from graftkit.errors import BudgetError, ConfigError, OutputError
-from graftkit.vision.assembly import Limit, assemble
+from graftkit.vision.baselines import (
+    BEST_LAYER,
+    DONOR,
+    DRAWS,
+    LAST_LAYER,
+    PAPER_SCION,
+    PRUNED,
+    RANDOM,
+    RANDOM_TRUNK,
+    STUDENT,
+)
 from graftkit.vision.budget import Budget
-from graftkit.vision.frozen import BEST_LAYER, DRAWS, LAST_LAYER, PAPER_SCION, RANDOM
-from graftkit.vision.grafting import NO_PAPER_SCION, GraftSettings, graft, prepare
-from graftkit.vision.ground import thinned_choices
-from graftkit.vision.measuring import measure
+from graftkit.vision.choose import Limit, assemble
+from graftkit.vision.evaluate import measure
+from graftkit.vision.graft import NO_PAPER_SCION, GraftSettings, graft, prepare, thinned_choices
 from graftkit.vision.predict import Prediction, Predictor
 from graftkit.vision.rootstock import Scion, grow
 from graftkit.vision.thinning import hidden_channels
-from graftkit.vision.trained import DONOR, PRUNED, RANDOM_TRUNK, STUDENT
 
 COUNTS = {"train": 12, "val": 6, "test": 6}
 
