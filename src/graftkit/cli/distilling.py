@@ -67,7 +67,7 @@ def print_estimate(estimate: dict[str, Any]) -> None:
     table.show()
     show.line(
         f"disk: {show.size(estimate['disk_bytes'])}. Tokens, time, cost and disk assume answers of "
-        "full length; time counts arithmetic only, memory leaves out activations"
+        "maximal length; time counts the arithmetic only, memory leaves out activations"
     )
 
 

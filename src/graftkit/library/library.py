@@ -20,7 +20,7 @@ from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overlo
 
 from graftkit.attachment.target import check_tokenizer
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import located, read_config
+from graftkit.distill.config import read_config, resolve_model
 from graftkit.distill.pipeline import run_distill
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
@@ -297,7 +297,7 @@ class Library:
         Raises: PackMismatchError for another target; as `run_distill` and `add`.
         """
         version = self.index.next_version(name, update)
-        target = located(read_config(config).target, Path(config).parent)
+        target = resolve_model(read_config(config).target, Path(config).parent)
         if describe_target(target).fingerprint != self.index.target.fingerprint:
             raise PackMismatchError(
                 f"{config}: target {target} is not the library's, {self.index.target.reference}; "
