@@ -14,9 +14,9 @@ from tiny_models import one_layer_llama
 
 from graftkit.compress.allocate import output_energy
 from graftkit.compress.codecs import (
-    Entries,
-    Factored,
-    Hybrid,
+    CodedDense,
+    CodedHybrid,
+    CodedLowRank,
     LowRankTiers,
     Statistics,
     decode_matrix,
@@ -298,9 +298,9 @@ def test_any_matrix_in_range_decodes_to_finite_numbers(shape, form, exponent, ca
     level, rank = share * float(delta.abs().max()), min(shape)
     statistics = Statistics(covariance, basis)
     precisions = {
-        "dense": Entries(level),
-        "lowrank": Factored(rank, level),
-        "hybrid": Hybrid(rank, level),
+        "dense": CodedDense(level),
+        "lowrank": CodedLowRank(rank, level),
+        "hybrid": CodedHybrid(rank, level),
         "tiers": LowRankTiers(split_tiers(rank, (0.1, 0.9, 0.0))),
     }
     for name, precision in precisions.items():
