@@ -1,4 +1,7 @@
-"""What this machine can do at once: threads, memory, and number formats."""
+"""What this machine can do at once: threads, memory, and number formats.
+
+torch is imported where it is used: a command that classifies images measures its memory without it.
+"""
 
 import ctypes
 import resource
@@ -10,8 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -29,6 +30,8 @@ def in_threads(
     Args:
         workers: threads, default as many as torch may use.
     """
+    import torch
+
     cores = torch.get_num_threads()
     count = workers or cores
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
@@ -97,6 +100,8 @@ def bfloat16_pays(device: str = "cpu") -> bool:
     Args:
         device: cpu or cuda.
     """
+    import torch
+
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
