@@ -51,7 +51,7 @@ def graft(
     epochs: Annotated[int, typer.Option(help="Epochs of every fine-tuning.")] = 12,
     baselines: Annotated[
         bool,
-        typer.Option("--baselines", help="Train the baselines of research too, to compare with."),
+        typer.Option("--baselines", help="Train the research baselines too, to compare with."),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of splits, views and random weights.")] = 0,
     cache: Annotated[
@@ -125,7 +125,7 @@ def _print_graft(result: dict[str, Any], output: Path) -> None:
     Console(width=max(120, Console().width)).print(table)
     budget, int8 = result["budget"], result["int8"]
     if budget["kind"] == "bytes":
-        show.line(f"rootstock: {result['bytes']:,} of {int(budget['amount']):,} bytes")
+        show.line(f"rootstock: {result['bytes']:,} of {round(budget['amount']):,} bytes")
     show.line(
         f"int8: {show.size(result['int8_bytes'])}, test {int8['test_accuracy']:.3f}, "
         f"{int8['p50_ms']:.2f} ms"

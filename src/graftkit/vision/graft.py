@@ -82,7 +82,7 @@ class GraftSettings(Settings):
     epochs: int = Field(default=12, ge=1)
     """Passes over the training images, of the rootstock and of every baseline."""
     baselines: bool = False
-    """Whether to train the baselines of research too, which takes as long again."""
+    """Whether to train the research baselines too, which takes as long again."""
     seed: int = Field(default=0, ge=0)
     """Draws splits where there are none, views, and random weights."""
 

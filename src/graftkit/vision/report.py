@@ -345,7 +345,7 @@ def _text(value: str) -> str:
 
 def _budget(budget: Mapping[str, Any]) -> str | None:
     if budget.get("kind") == "bytes" and "text" in budget:
-        return f"{budget['text']} ({int(budget['amount']):,} bytes)"
+        return f"{budget['text']} ({round(budget['amount']):,} bytes)"
     return budget.get("text")
 
 
