@@ -73,7 +73,7 @@ def write_report(records: Sequence[Record], docs: Path) -> None:
     """One line for every split that was measured."""
     lines = newest(records, ("ancestor", "model"))
     body = [
-        [_name(line), f"{line['bytes']:,}", f"{line['kl_mean']:.3f}"]
+        [_name(line), f"{line['bytes']:,}", f"{line['kl_mean']:.2g}"]
         for line in sorted(lines, key=lambda line: (line["bytes"] // 2_000_000, -line["kl_mean"]))
     ]
     text = table(("three models as", "bytes", "KL, mean"), body)
