@@ -19,11 +19,15 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(RUN)/graftkit demo --out demo-out
 
+# One test process per core: threads of their own would only wait for each other.
+test test-slow: export OMP_NUM_THREADS = 1
+
 test: $(STAMP)
-	$(RUN)/python -m pytest -n auto --dist loadfile
+	$(RUN)/python -m pytest -n auto --dist worksteal
 
 test-slow: $(STAMP)
-	$(RUN)/python -m pytest -n auto --dist loadfile -m slow
+	$(RUN)/python -m pytest -n auto --dist worksteal -m 'slow or hypothesis' \
+		--hypothesis-profile thorough
 
 lint: $(STAMP)
 	$(RUN)/ruff format --check .

@@ -1,12 +1,11 @@
-"""The table of the architecture sweep, and its summary for docs/benchmarks.md."""
+"""Tables of architectures.py: counts for docs/benchmarks.md, every cell for docs/results/."""
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ledger import Record, newest, provenance, table, write_between
+from ledger import Record, Table, newest, provenance, publish, table
 
 CELLS = ("pack", "merge", "merged", "side", "rows", "generate", "one matrix", "export")
 VERDICTS = ("right", "refused", "WRONG", "CRASH")
@@ -30,14 +29,14 @@ _PARTICULARS = (
 
 
 def write_report(records: Sequence[Record], docs: Path) -> None:
-    """Write results/architectures.csv and the summary between the page's markers."""
-    found = sorted(newest(records, ("type",)), key=lambda record: record["type"])
-    (docs / "results").mkdir(parents=True, exist_ok=True)
-    with (docs / "results" / "architectures.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["model type", "class", "parameters", "inputs", *CELLS, "reasons"])
-        writer.writerows(_csv_row(record) for record in found)
-    write_between(docs / "benchmarks.md", "architectures", _summary(found))
+    """Write the page's counts, results/architectures.csv and results/architectures-refused.csv."""
+    lines = sorted(newest(records, ("type",)), key=lambda record: record["type"])
+    header = ("model type", "class", "parameters", "inputs", *CELLS, "reasons")
+    raw = {
+        "architectures": (header, [_csv_row(record) for record in lines]),
+        "architectures-refused": _reasons([record for record in lines if "cells" in record]),
+    }
+    publish(docs, "architectures", _summary(lines), raw)
 
 
 def _csv_row(record: Record) -> list[str]:
@@ -71,8 +70,6 @@ def _summary(records: Sequence[Record]) -> str:
         f"{len(built)} of {len(records)} model types were built and checked; "
         f"{len(unbuilt)} were not built, {len(ended)} did not end within their limits.",
         _counts(built),
-        "What is refused, and why (… stands for names and numbers):",
-        _reasons(built),
     ]
     for verdict in ("WRONG", "CRASH"):
         named = [
@@ -81,31 +78,33 @@ def _summary(records: Sequence[Record]) -> str:
             for name, cell in record["cells"].items()
             if cell["verdict"] == verdict
         ]
-        parts.append(f"{verdict}: {', '.join(named) or 'none'}.")
+        if named:
+            parts.append(f"{verdict}: {', '.join(named)}.")
     return "\n\n".join(parts)
 
 
 def _counts(records: Sequence[Record]) -> str:
     rows = []
     for name in CELLS:
-        seen = Counter(record["cells"].get(name, {}).get("verdict") for record in records)
-        if any(seen[verdict] for verdict in VERDICTS):
-            counts = [str(seen[verdict]) for verdict in VERDICTS]
+        verdicts = Counter(record["cells"].get(name, {}).get("verdict") for record in records)
+        if any(verdicts[verdict] for verdict in VERDICTS):
+            counts = [str(verdicts[verdict]) for verdict in VERDICTS]
             rows.append([f"*{name}*: {_MEANINGS[name]}", *counts])
     return table(["cell", *VERDICTS], rows)
 
 
-def _reasons(records: Sequence[Record]) -> str:
+def _reasons(records: Sequence[Record]) -> Table:
+    """Reasons of refusals by cell, with the number of types; … stands for names and numbers."""
     types: dict[tuple[str, str], list[str]] = {}
     for record in records:
         for name, cell in record["cells"].items():
             if cell["verdict"] == "refused":
                 types.setdefault((name, _general(cell["detail"])), []).append(record["type"])
     rows = []
-    for (name, reason), found in sorted(types.items(), key=lambda item: -len(item[1])):
-        shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
-        rows.append([reason, name, str(len(found)), shown])
-    return table(["reason", "cell", "types", "such as"], rows)
+    for (name, reason), names in sorted(types.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        rows.append([reason, name, str(len(names)), shown])
+    return ("reason", "cell", "types", "such as"), rows
 
 
 def _general(reason: str) -> str:

@@ -89,12 +89,12 @@ def mean_loss(model: Any, pairs: Sequence[Pair], reference: Tensor, pad: int, be
 
 def all_margins(model: Any, pairs: Sequence[Pair], pad: int) -> Tensor:
     """`margins` without gradients, in batches."""
-    found = torch.zeros(len(pairs))
+    values = torch.zeros(len(pairs))
     lengths = [2 * max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     with torch.no_grad():
         for batch in batches_by_length(lengths, BATCH_TOKENS):
-            found[batch] = margins(model, [pairs[i] for i in batch], pad)
-    return found
+            values[batch] = margins(model, [pairs[i] for i in batch], pad)
+    return values
 
 
 def tune(model: Any, pairs: Sequence[Pair], reference: Tensor, pad: int, options: Any) -> None:
@@ -191,13 +191,13 @@ def main(arguments: Sequence[str]) -> None:
     rounded = mean_loss(
         load_model(rounded_path, torch.float32), pairs, reference, pad, options.beta
     )
-    found = changes(target, rounded_path)
+    values = changes(target, rounded_path)
     noise = rounding_noise(target, exact_path, rounded_path)
     print(
         f"loss {before:.4f} -> {after:.4f}, rounded to bf16 {rounded:.4f}; "
-        f"{found['changed']:.2%} of {found['words']:,} words changed; "
-        f"the delta's norm is {found['relative_norm']:.2e} of the weights', its std "
-        f"{found['delta_std']:.2e}; rounding added {noise:.0%} of the energy that it had"
+        f"{values['changed']:.2%} of {values['words']:,} words changed; "
+        f"the delta's norm is {values['relative_norm']:.2e} of the weights', its std "
+        f"{values['delta_std']:.2e}; rounding added {noise:.0%} of the energy that it had"
     )
 
 

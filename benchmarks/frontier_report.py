@@ -1,4 +1,4 @@
-"""Tables of frontier.py: read from records, written into the page."""
+"""Tables of frontier.py: two for docs/benchmarks.md, the long ones for docs/results/."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from frontier_figure import draw_frontier
-from ledger import Record, newest, provenance, table, write_between
+from ledger import Record, Table, newest, provenance, publish, table, write_between
 
 KEY = ("method", "skill", "budget", "seed", "rows")
 HARD_SKILL = "cmudict_g2p"
@@ -18,11 +18,12 @@ OURS = (
     *("auto, rows", "auto", "auto, servable"),
 )
 EQUAL_AT = ("10%", "5%", "2.5%")
+PAGE_BUDGETS = ("1%", "5%", "10%")
 Point = tuple[float, float]
 
 
 def write_report(records: Sequence[Record], docs: Path) -> None:
-    """Write everything that `frontier` says in docs/benchmarks.md, and its figure.
+    """Write the two tables of docs/benchmarks.md, the figure, and docs/results/frontier-*.csv.
 
     The newest record of every line counts, whatever commit it is from; the commits are named.
     """
@@ -32,18 +33,18 @@ def write_report(records: Sequence[Record], docs: Path) -> None:
     lossy = [line for line in lines if "kl_mean" in line]
     if lossy:
         draw_frontier(lossy, docs / "figures" / "frontier.png")
-    parts = [
-        provenance(lines),
-        *_frontier_tables(lossy),
-        _equal_text(lossy),
-        _elsewhere_text(lossy),
-        _seed_text(lossy),
-        _lossless_text(lines),
-        _times_text(lossy),
-        _refused_text(lines),
-        _losses_text(lossy),
-    ]
-    write_between(docs / "benchmarks.md", "frontier", "\n\n".join(part for part in parts if part))
+    raw = {
+        "frontier-means": _means(lossy),
+        "frontier-skills": _kl_by_skill(lossy),
+        "frontier-equal-bytes": _equal_bytes(lossy),
+        "frontier-seconds": _seconds(lossy),
+        "frontier-out-of-reach": _out_of_reach(lines),
+        "frontier-lost": _lost(lossy),
+    }
+    publish(docs, "frontier", f"{provenance(lines)}\n\n{table(*_summary(lossy))}", raw)
+    lossless = _lossless(lines)
+    if lossless[1]:
+        write_between(docs / "benchmarks.md", "lossless", table(*lossless))
 
 
 def bytes_at(points: Iterable[Point], goal: float) -> float | None:
@@ -63,23 +64,23 @@ def bytes_at(points: Iterable[Point], goal: float) -> float | None:
 
 def frontier(points: Iterable[Point]) -> list[Point]:
     """The points that no smaller file beats, falling from left to right."""
-    kept: list[Point] = []
+    corners: list[Point] = []
     for point in sorted(points):
-        if not kept or point[1] < kept[-1][1]:
-            kept.append(point)
-    return kept
+        if not corners or point[1] < corners[-1][1]:
+            corners.append(point)
+    return corners
 
 
 def methods_of(lines: Sequence[Record]) -> list[str]:
     """Names in the order of the tables: ours first, then by name."""
-    found = {line["method"] for line in lines}
-    return [n for n in OURS if n in found] + sorted(found - set(OURS))
+    names = {line["method"] for line in lines}
+    return [n for n in OURS if n in names] + sorted(names - set(OURS))
 
 
 def budgets_of(lines: Sequence[Record]) -> list[str]:
     """Budgets of the lines, smallest first."""
-    found = {line["budget"] for line in lines if line["budget"]}
-    return sorted(found, key=lambda budget: float(budget.rstrip("%")))
+    budgets = {line["budget"] for line in lines if line["budget"]}
+    return sorted(budgets, key=lambda budget: float(budget.rstrip("%")))
 
 
 def mean_over_seeds(lines: Sequence[Record], name: str) -> dict[tuple[str, str, str], float]:
@@ -92,36 +93,58 @@ def mean_over_seeds(lines: Sequence[Record], name: str) -> dict[tuple[str, str, 
     return {place: sum(values) / len(values) for place, values in groups.items()}
 
 
-def _frontier_tables(lines: Sequence[Record]) -> list[str]:
-    """KL and recovered by method and budget, over all skills and without the hard one."""
-    parts = []
+def _summary(lines: Sequence[Record]) -> Table:
+    """The page's table: KL and recovered over all skills at PAGE_BUDGETS, and processor time."""
+    budgets = [budget for budget in PAGE_BUDGETS if budget in budgets_of(lines)]
     skills = sorted({line["skill"] for line in lines})
+    divergences = dict(_by_budget(lines, "kl_mean", skills, _geometric, budgets))
+    kept = dict(_by_budget(lines, "recovered", skills, _arithmetic, budgets))
+    seconds = {method: median for method, _, median, _ in _seconds(lines)[1]}
+    rows = [
+        [method, *divergences[method], *kept[method], seconds.get(method, "–")]
+        for method in methods_of(lines)
+        if any(cell != "–" for cell in divergences[method])
+    ]
+    header = [f"{what}, {budget}" for what in ("KL", "kept") for budget in budgets]
+    return ("method", *header, "CPU s"), rows
+
+
+def _means(lines: Sequence[Record]) -> Table:
+    """Means over skills by measure, method and budget; in the domain also without HARD_SKILL."""
+    skills, budgets = sorted({line["skill"] for line in lines}), budgets_of(lines)
     easy = [skill for skill in skills if skill != HARD_SKILL]
-    for chosen, label in ((skills, "all skills"), (easy, f"without {HARD_SKILL}")):
-        for name, mean, title in (
-            ("kl_mean", _geometric, "KL(tuned || packed), geometric mean"),
-            ("recovered", _arithmetic, "Recovered, mean"),
-        ):
-            body = _by_budget(lines, name, chosen, mean)
-            if body:
-                parts.append(f"{title}, {label} ({', '.join(chosen)}):\n\n{body}")
-    return parts
+    rows = []
+    for name, measure, mean, groups in (
+        ("kl_mean", "KL", _geometric, (skills, easy)),
+        ("recovered", "recovered", _arithmetic, (skills, easy)),
+        ("elsewhere_kl_mean", "KL on other skills", _geometric, (skills,)),
+        ("base_kl_mean", "KL on base text", _geometric, (skills,)),
+    ):
+        for chosen in groups:
+            label = "all" if chosen is skills else f"without {HARD_SKILL}"
+            for method, cells in _by_budget(lines, name, chosen, mean, budgets):
+                rows.append([measure, label, method, *cells])
+    return ("measure", "skills", "method", *budgets), rows
 
 
 def _by_budget(
-    lines: Sequence[Record], name: str, skills: Sequence[str], mean: Callable[[list[float]], float]
-) -> str:
-    values = mean_over_seeds(lines, name)
-    budgets, rows = budgets_of(lines), []
-    for method in methods_of(lines):
-        row = [method]
+    lines: Sequence[Record],
+    name: str,
+    skills: Sequence[str],
+    mean: Callable[[list[float]], float],
+    budgets: Sequence[str],
+) -> list[tuple[str, list[str]]]:
+    """For every method, a cell for each budget; `(3 of 4)` where not every skill is measured."""
+    values, rows = mean_over_seeds(lines, name), []
+    for method in methods_of(lines) if skills else ():
+        cells = []
         for budget in budgets:
-            found = [values[method, s, budget] for s in skills if (method, s, budget) in values]
+            numbers = [values[method, s, budget] for s in skills if (method, s, budget) in values]
             # A mean over fewer skills must not look like one over all.
-            part = "" if len(found) == len(skills) else f" ({len(found)} of {len(skills)})"
-            row.append(number(mean(found)) + part if found else "–")
-        rows.append(row)
-    return table(["method", *budgets], rows) if rows and skills else ""
+            part = "" if len(numbers) == len(skills) else f" ({len(numbers)} of {len(skills)})"
+            cells.append(number(mean(numbers)) + part if numbers else "–")
+        rows.append((method, cells))
+    return rows
 
 
 def curve(lines: Sequence[Record], method: str, skill: str, name: str = "kl_mean") -> list[Point]:
@@ -137,40 +160,35 @@ def curve(lines: Sequence[Record], method: str, skill: str, name: str = "kl_mean
     return sorted(points)
 
 
-def _equal_text(lines: Sequence[Record]) -> str:
-    """Bytes that auto needs for the KL of others, as shares of theirs."""
+def _equal_bytes(lines: Sequence[Record]) -> Table:
+    """Bytes that auto needs for the KL of another file, as a share of that file's bytes.
+
+    Read between the files of auto that were measured, straight in log bytes and log KL; < where
+    its smallest file is better already, > where its largest is worse.
+    """
     if AUTO not in methods_of(lines):
-        return ""
-    parts = []
+        return (), []
+    rows = []
     for title, goals in (
-        (f"of {REFERENCE}", (REFERENCE,)),
-        ("of graftllm given our embedding codec", ("graftllm+embedding",)),
-        ("of the best other method at each point", None),
+        (REFERENCE, (REFERENCE,)),
+        ("graftllm+embedding", ("graftllm+embedding",)),
+        ("best other method", None),
     ):
-        rows = []
         for skill in sorted({line["skill"] for line in lines}):
             cells = [_equal_cell(lines, skill, budget, goals) for budget in EQUAL_AT]
-            rows.append([skill, *cells])
-        parts.append(
-            f"Bytes that {AUTO} needs for the KL {title}, as a share of that file's bytes:\n\n"
-            + table(["skill", *EQUAL_AT], rows)
-        )
-    note = (
-        "Read between the files of auto that were measured, straight in log bytes and log KL; "
-        "< where its smallest file is better already, > where its largest is worse."
-    )
-    return "\n\n".join([*parts, note])
+            rows.append([title, skill, *cells])
+    return ("equal KL with", "skill", *EQUAL_AT), rows
 
 
 def _equal_cell(
     lines: Sequence[Record], skill: str, budget: str, methods: Sequence[str] | None
 ) -> str:
     names = methods or [m for m in methods_of(lines) if m not in OURS]
-    found = [
+    rivals = [
         line for line in lines
         if line["method"] in names and (line["skill"], line["budget"]) == (skill, budget)
     ]  # fmt: skip
-    groups = {m: [x for x in found if x["method"] == m] for m in {x["method"] for x in found}}
+    groups = {m: [x for x in rivals if x["method"] == m] for m in {x["method"] for x in rivals}}
     means = {m: _arithmetic([x["kl_mean"] for x in own]) for m, own in groups.items()}
     own = curve(lines, AUTO, skill)
     if not means or not own:
@@ -186,31 +204,15 @@ def _equal_cell(
     return f"{sign} {point[0] / theirs:.2f}{label}"
 
 
-def _elsewhere_text(lines: Sequence[Record]) -> str:
-    """KL outside the skill's domain at equal budgets."""
-    skills, parts = sorted({line["skill"] for line in lines}), []
-    for name, what in (
-        ("elsewhere_kl_mean", "test rows of the other three skills"),
-        ("base_kl_mean", "base text"),
-    ):
-        body = _by_budget(lines, name, skills, _geometric)
-        if body:
-            parts.append(f"KL out of domain, {what}, geometric mean over the skills:\n\n{body}")
-    return "\n\n".join(parts)
-
-
-def _seed_text(lines: Sequence[Record]) -> str:
-    """How far the draws of calibration rows spread: lowest and highest KL, by skill."""
-    parts, budgets = [], budgets_of(lines)
+def _kl_by_skill(lines: Sequence[Record]) -> Table:
+    """Lowest and highest KL over the draws of calibration rows, by skill and method."""
+    budgets, rows = budgets_of(lines), []
     for skill in sorted({line["skill"] for line in lines}):
-        rows = []
         for method in methods_of(lines):
             own = [x for x in lines if (x["method"], x["skill"]) == (method, skill)]
             cells = [_spread([x["kl_mean"] for x in own if x["budget"] == b]) for b in budgets]
-            rows.append([f"{method} ({len({x['seed'] for x in own})})", *cells])
-        parts.append(f"{skill}:\n\n{table(['method (draws)', *budgets], rows)}")
-    title = "KL by skill, lowest and highest over the draws of calibration rows."
-    return "\n\n".join([title, *parts]) if parts else ""
+            rows.append([skill, method, str(len({x["seed"] for x in own})), *cells])
+    return ("skill", "method", "draws", *budgets), rows
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -220,17 +222,15 @@ def _spread(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _lossless_text(lines: Sequence[Record]) -> str:
+def _lossless(lines: Sequence[Record]) -> Table:
     """Bytes of every lossless form, restored and compared bit by bit."""
-    found = [line for line in lines if "restored" in line]
-    skills = sorted({line["skill"] for line in found})
+    files = [line for line in lines if "restored" in line]
+    skills = sorted({line["skill"] for line in files})
     rows = []
-    for method in sorted({line["method"] for line in found}):
-        own = {line["skill"]: line for line in found if line["method"] == method}
-        cells = [_lossless_cell(own.get(skill)) for skill in skills]
-        rows.append([method, *cells])
-    title = "Lossless, bytes of one file (every one restored bit for bit, or marked):"
-    return f"{title}\n\n{table(['form', *skills], rows)}" if rows else ""
+    for method in sorted({line["method"] for line in files}):
+        own = {line["skill"]: line for line in files if line["method"] == method}
+        rows.append([method, *(_lossless_cell(own.get(skill)) for skill in skills)])
+    return ("bytes of one file", *skills), rows
 
 
 def _lossless_cell(line: Record | None) -> str:
@@ -239,33 +239,33 @@ def _lossless_cell(line: Record | None) -> str:
     return f"{line['bytes']:,}" + ("" if line["restored"] else " NOT RESTORED")
 
 
-def _times_text(lines: Sequence[Record]) -> str:
+def _seconds(lines: Sequence[Record]) -> Table:
+    """Processor seconds to make a file, choices on calibration rows included."""
     rows = []
     for method in methods_of(lines):
         own = [line for line in lines if line["method"] == method and line["budget"]]
         if own:
             seconds = sorted(line["cpu_seconds"] for line in own)
             rows.append([method, *(f"{seconds[i]:.1f}" for i in (0, len(seconds) // 2, -1))])
-    title = "Processor seconds to make a file, choices on calibration rows included:"
-    return f"{title}\n\n{table(['method', 'least', 'median', 'most'], rows)}" if rows else ""
+    return ("method", "least", "median", "most"), rows
 
 
-def _refused_text(lines: Sequence[Record]) -> str:
-    """Which budgets a method cannot reach."""
-    found: dict[tuple[str, str], set[str]] = {}
+def _out_of_reach(lines: Sequence[Record]) -> Table:
+    """Budgets that a method cannot reach."""
+    refusals: dict[tuple[str, str], set[str]] = {}
     for line in lines:
         if "refused" in line:
-            found.setdefault((line["method"], line["budget"]), set()).add(line["skill"])
-    rows = [f"- {m} at {b}: {', '.join(sorted(s))}" for (m, b), s in sorted(found.items())]
-    return "Out of reach:\n\n" + "\n".join(rows) if rows else ""
+            refusals.setdefault((line["method"], line["budget"]), set()).add(line["skill"])
+    rows = [[*place, " ".join(sorted(skills))] for place, skills in sorted(refusals.items())]
+    return ("method", "budget", "skills"), rows
 
 
-def _losses_text(lines: Sequence[Record]) -> str:
+def _lost(lines: Sequence[Record]) -> Table:
     """Every case where auto loses, by KL in and out of domain and by exact matches."""
     if AUTO not in methods_of(lines):
-        return ""
-    found = []
-    for name, what, worse in (
+        return (), []
+    rows = []
+    for name, measure, worse in (
         ("kl_mean", "KL", 1),
         ("elsewhere_kl_mean", "KL on other skills", 1),
         ("base_kl_mean", "KL on base text", 1),
@@ -275,11 +275,8 @@ def _losses_text(lines: Sequence[Record]) -> str:
         for (method, skill, budget), value in sorted(values.items()):
             own = values.get((AUTO, skill, budget))
             if method != AUTO and own is not None and worse * (own - value) > 0:
-                found.append(
-                    f"- {skill} at {budget}, {what}: {AUTO} {number(own)}, {method} {number(value)}"
-                )
-    title = f"Cases where {AUTO} loses at an equal budget ({len(found)}):"
-    return f"{title}\n\n" + "\n".join(found) if found else f"{title} none."
+                rows.append([measure, skill, budget, number(own), method, number(value)])
+    return ("measure", "skill", "budget", AUTO, "better method", "its value"), rows
 
 
 def number(value: float) -> str:

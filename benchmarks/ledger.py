@@ -1,9 +1,10 @@
-"""Records of benchmarks: JSON lines that grow, and tables between markers of a page.
+"""Records of benchmarks: JSON lines that grow, short tables in a page, raw tables as CSV.
 
 Imports neither torch nor graftkit: the parent of a memory measurement must stay small (speed.py).
 """
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -18,6 +19,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 Record = dict[str, Any]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
+"""A header and its rows, every cell as text."""
 
 
 class Ledger:
@@ -45,9 +48,9 @@ class Ledger:
         """This commit's newest record of `key`, None where it must be measured."""
         if self.fresh or self.stamp["commit"].endswith("-dirty"):
             return None
-        wanted = {**key, "commit": self.stamp["commit"]}
-        found = [r for r in self.records if all(r.get(k) == v for k, v in wanted.items())]
-        return found[-1] if found else None
+        expected = {**key, "commit": self.stamp["commit"]}
+        matches = [r for r in self.records if all(r.get(k) == v for k, v in expected.items())]
+        return matches[-1] if matches else None
 
     def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Append one record."""
@@ -65,7 +68,7 @@ def command_line(page: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
+    parser.add_argument("--fresh", action="store_true", help="measure again what this commit has")
     parser.add_argument(
         "--report-only", action="store_true", help="write the page, measure nothing"
     )
@@ -81,10 +84,10 @@ def read_records(path: Path) -> list[Record]:
 
 def newest(records: Iterable[Record], key: Sequence[str]) -> list[Record]:
     """The last record of every key, in the order in which the keys first appeared."""
-    found: dict[tuple[Any, ...], Record] = {}
+    latest: dict[tuple[Any, ...], Record] = {}
     for record in records:
-        found[tuple(record.get(name) for name in key)] = record
-    return list(found.values())
+        latest[tuple(record.get(name) for name in key)] = record
+    return list(latest.values())
 
 
 def commit() -> str:
@@ -128,6 +131,30 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def publish(docs: Path, name: str, text: str, raw: Mapping[str, Table]) -> None:
+    """Put `text` between the markers `name` of docs/benchmarks.md, and raw tables beside it.
+
+    Args:
+        raw: by name of the file without its ending: `frontier-means` becomes
+            docs/results/frontier-means.csv. Tables without rows are not written.
+
+    Raises: ValueError when the page lacks the markers; then nothing is written.
+    """
+    write_between(docs / "benchmarks.md", name, text)
+    for stem, (header, rows) in raw.items():
+        if rows:
+            write_csv(docs / "results" / f"{stem}.csv", header, rows)
+
+
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a table as CSV; the folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
 def write_between(page: Path, name: str, text: str) -> None:
     """Replace what stands between <!-- name:begin --> and <!-- name:end -->, markers kept.
 
@@ -141,10 +168,10 @@ def write_between(page: Path, name: str, text: str) -> None:
     page.write_text(pattern.sub(lambda m: f"{m[1]}{text.strip()}\n{m[2]}", old), encoding="utf-8")
 
 
-def _machine_line(found: Mapping[str, Any]) -> str:
+def _machine_line(host: Mapping[str, Any]) -> str:
     return (
-        f"{found['cpu']}, {found['cores']} cores, {found['ram_gib']} GiB RAM, {found['system']}, "
-        f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}"
+        f"{host['cpu']}, {host['cores']} cores, {host['ram_gib']} GiB RAM, {host['system']}, "
+        f"Python {host['python']}, torch {host['torch']}, transformers {host['transformers']}"
     )
 
 
@@ -159,13 +186,13 @@ def _cpu_name() -> str:
 
 
 def _without_paths(arguments: Sequence[str]) -> list[str]:
-    kept, skip = [], False
+    public, skip = [], False
     for argument in arguments:
         names_folder = argument.split("=")[0] in ("--shared", "--out", "--docs", "--work")
         if not skip and not names_folder:
-            kept.append(argument)
+            public.append(argument)
         skip = names_folder and "=" not in argument
-    return kept
+    return public
 
 
 def _git(*arguments: str) -> str:

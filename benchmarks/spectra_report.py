@@ -1,55 +1,45 @@
-"""Tables of spectra.py: means over the layers, one line for each kind of module."""
+"""Tables of spectra.py: means over the layers, by fine-tune and by kind of module."""
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ledger import Record, provenance, table, write_between
-
-VIEWS = ("plain", "inputs", "outputs")
+from ledger import Record, Table, provenance, publish, table
 
 
-def write_tables(found: Record, page: Path) -> None:
-    """Write the tables between the markers of `page`; print them where it has none."""
-    text = "\n\n".join([provenance([found]), *_tables(found["records"])])
-    if page.is_file() and "<!-- spectra:begin -->" in page.read_text(encoding="utf-8"):
-        write_between(page, "spectra", text)
-    else:
-        print(text)
-        print(f"{page.name}: no markers for spectra, nothing written", file=sys.stderr)
+def write_tables(measured: Record, docs: Path) -> None:
+    """Write the table of docs/benchmarks.md, and one line a kind into docs/results/spectra-*.csv.
 
-
-def _tables(records: Sequence[Record]) -> list[str]:
+    Raises: ValueError when the page has no markers for spectra.
+    """
     groups: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
+    for record in measured["records"]:
         groups.setdefault((record["pair"], record["kind"]), []).append(record)
     matrices = {key: own for key, own in groups.items() if "views" in own[0]}
     for own in matrices.values():
         energy = sum(record["views"]["outputs"]["energy"] for record in own)
-        pair = [r for r in records if r["pair"] == own[0]["pair"] and "views" in r]
+        pair = [r for r in measured["records"] if r["pair"] == own[0]["pair"] and "views" in r]
         own[0]["divergence"] = energy / sum(r["views"]["outputs"]["energy"] for r in pair)
-    return [
-        "Components for 90 % of the energy, in per cent of all, and in brackets the same for white "
-        "noise; energy in the first 1 % of the components; a of the power law k^-a:",
-        _table(matrices, SPECTRA),
-        "Entries, and bits per parameter at the Gaussian limit for a relative error of 10 % and "
-        "1 % in the outputs (exact: entropy of the change of the bf16 words). Common shift: share "
-        "of δH½ that moves all logits alike, which a softmax does not see. Divergence: share of "
-        "the energy of all G½δH½, so about of the KL divergence that leaving the deltas out costs:",
-        _table(groups, ENTRIES),
-    ]
+    linear: dict[tuple[str, ...], list[Record]] = {}
+    for (pair_name, kind), own in matrices.items():
+        if not kind.startswith("embedding"):
+            linear.setdefault((pair_name,), []).extend(own)
+    raw = {
+        "spectra-components": _rows(("fine-tune", "kind"), matrices, SPECTRA),
+        "spectra-entries": _rows(("fine-tune", "kind"), groups, ENTRIES),
+    }
+    text = table(*_rows(("fine-tune",), linear, SUMMARY))
+    publish(docs, "spectra", f"{provenance([measured])}\n\n{text}", raw)
 
 
-def _table(
-    groups: dict[tuple[str, str], list[Record]],
-    columns: dict[str, Callable[[Sequence[Record]], str]],
-) -> str:
-    rows = [
-        [pair, kind, *(write(own) for write in columns.values())]
-        for (pair, kind), own in groups.items()
-    ]
-    return table(("fine-tune", "kind", *columns), rows)
+def _rows(
+    names: Sequence[str],
+    groups: Mapping[Any, list[Record]],
+    columns: Mapping[str, Callable[[Sequence[Record]], str]],
+) -> Table:
+    """One row for each group: its key, then every column's mean over the records."""
+    rows = [[*key, *(write(own) for write in columns.values())] for key, own in groups.items()]
+    return (*names, *columns), rows
 
 
 def _mean(records: Sequence[Record], *path: Any) -> float | None:
@@ -114,3 +104,11 @@ ENTRIES = {
     "dense, bits": _bits("dense_bits"),
     "exact, bits": _number("{:.2f}", "exact_bits"),
 }
+SUMMARY = {
+    **{f"{text}: 90 % (noise)": _rank(view) for view, text in NAMES.items()},
+    "‖δ‖/‖W‖": _number("{:.2%}", "norm"),
+    "equal words": _number("{:.1%}", "unchanged"),
+    "low rank, bits": _bits("lowrank_bits"),
+    "exact, bits": _number("{:.2f}", "exact_bits"),
+}
+"""Of docs/benchmarks.md: linear matrices only."""

@@ -18,7 +18,7 @@ from typing import Any
 from ledger import ROOT, Ledger
 from speed_report import write_report
 
-CASES = ("nursery", "qwen", "llama")
+CASES = ("nursery", "qwen")
 RECIPES = ("auto", "graftllm", "lossless")
 SKILL = "nl_regex"  # of the nursery; its rows calibrate every case
 CALIBRATION_ROWS = 800
@@ -35,7 +35,6 @@ class Setting:
     workers: int
     budget: str = BUDGET
     servable: bool = False
-    full_svd: bool = False
 
 
 class SpeedBench:
@@ -66,8 +65,7 @@ class SpeedBench:
     def pack_file(self, setting: Setting) -> Path:
         """Where the pack of one setting is saved."""
         parts = (setting.case, setting.recipe, setting.calibrated, setting.budget)
-        flags = (setting.servable, setting.full_svd)
-        return self.work / f"{'-'.join(map(str, (*parts, *flags)))}.skillpack"
+        return self.work / f"{'-'.join(map(str, (*parts, setting.servable)))}.skillpack"
 
     def pack(self, setting: Setting) -> dict[str, Any]:
         """Time and memory of one `pack_delta`."""
@@ -80,7 +78,6 @@ class SpeedBench:
                 "budget": None if setting.recipe == "lossless" else setting.budget,
                 "recipe": setting.recipe,
                 "servable": setting.servable,
-                "full_svd": setting.full_svd,
                 "rows": str(self.rows()) if setting.calibrated else None,
                 "workers": setting.workers,
                 "pack": str(self.pack_file(setting)),
@@ -93,12 +90,6 @@ class SpeedBench:
         spec = {"task": "use", "target": str(target), "tuned": str(tuned)}
         pack, repeats = str(self.pack_file(setting)), self.options.repeats
         return self.ask({**spec, "pack": pack, "repeats": repeats})
-
-    def decode(self, setting: Setting) -> dict[str, Any]:
-        """Rates of the stages of decoding the pack that `pack` saved."""
-        target, _ = self.states(setting.case)
-        file = self.pack_file(setting)
-        return self.ask({"task": "decode", "target": str(target), "pack": str(file)})
 
     def ask(self, spec: dict[str, Any]) -> dict[str, Any]:
         """The answer of one child; a child beyond the time limit answers that it was stopped."""
@@ -115,9 +106,9 @@ class SpeedBench:
 
 
 def settings_of(case: str, options: argparse.Namespace) -> Iterator[Setting]:
-    """Every pack of one case; the layer of a larger model has no rows that mean anything."""
+    """Every pack of one case."""
     for recipe in options.recipes:
-        with_rows = case != "llama" and recipe != "lossless" and not options.data_free
+        with_rows = recipe != "lossless" and not options.data_free
         for calibrated in (False, True) if with_rows else (False,):
             for workers in options.workers:
                 yield Setting(case, recipe, calibrated, workers)
@@ -125,8 +116,6 @@ def settings_of(case: str, options: argparse.Namespace) -> Iterator[Setting]:
     if case == "qwen" and "auto" in options.recipes:
         yield Setting(case, "auto", False, workers, budget="1%")
         yield Setting(case, "auto", False, workers, servable=True)
-    if case == "qwen" and "graftllm" in options.recipes:
-        yield Setting(case, "graftllm", False, workers, full_svd=True)
 
 
 def run_case(bench: SpeedBench, ledger: Ledger, case: str) -> None:
@@ -137,14 +126,10 @@ def run_case(bench: SpeedBench, ledger: Ledger, case: str) -> None:
         if not ledger.has(key):
             ledger.add(key, bench.pack(setting))
             print(json.dumps(ledger.records[-1]), file=sys.stderr, flush=True)
-        uses = {"use": bench.use}
-        if setting.recipe != "lossless" and setting.case == "qwen":
-            uses["decode"] = bench.decode
-        for task, measure in uses.items():
-            key = {**key, "task": task, "workers": None}
-            if file.is_file() and not ledger.has(key) and not setting.full_svd:
-                ledger.add(key, measure(setting))
-                print(json.dumps(ledger.records[-1]), file=sys.stderr, flush=True)
+        key = {**key, "task": "use", "workers": None}
+        if file.is_file() and not ledger.has(key):
+            ledger.add(key, bench.use(setting))
+            print(json.dumps(ledger.records[-1]), file=sys.stderr, flush=True)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -161,7 +146,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="for large checkpoints; default temporary")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where tables are written")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
+    parser.add_argument("--fresh", action="store_true", help="measure again what this commit has")
     return parser.parse_args(arguments)
 
 

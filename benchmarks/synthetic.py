@@ -41,23 +41,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 2,
         "eos_token_id": 3,
     },
-    "llama": _COMMON
-    | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 1_024,
-        "max_position_embeddings": 8_192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500_000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 2,
-        "eos_token_id": 3,
-    },
 }
 
 

@@ -89,9 +89,9 @@ class Bench:
     def scores(self, model: Any, checkpoint: Checkpoint) -> Record:
         """Exact matches on the skill and on what the target knows."""
         tokenizer = usable_tokenizer(checkpoint)
-        found = {name: exact_match(model, tokenizer, rows) for name, rows in self.others.items()}
-        kept = sum(found.values()) / len(found)
-        return {"skill": exact_match(model, tokenizer, self.rows), "others": kept, **found}
+        others = {name: exact_match(model, tokenizer, rows) for name, rows in self.others.items()}
+        mean = sum(others.values()) / len(others)
+        return {"skill": exact_match(model, tokenizer, self.rows), "others": mean, **others}
 
     def untouched(self) -> Record:
         """Target and source."""
@@ -179,11 +179,11 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
             if ledger.has(key):
                 continue
             started = time.perf_counter()
-            folder, told = run_way(options, seed, way)
-            found = {**told, **bench.measure(folder)}
-            found["seconds"] = round(time.perf_counter() - started, 1)
-            ledger.add(key, found)
-            print(seed, way, f"skill {found['skill']:.3f}", file=sys.stderr, flush=True)
+            folder, made = run_way(options, seed, way)
+            record = {**made, **bench.measure(folder)}
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            ledger.add(key, record)
+            print(seed, way, f"skill {record['skill']:.3f}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

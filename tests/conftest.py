@@ -10,8 +10,9 @@ from hypothesis import settings
 # One thread per test process: results and timings do not depend on what else the machine does.
 torch.set_num_threads(1)
 # Timing is no test: a machine that does other work too is slow, and not wrong.
-settings.register_profile("any speed", deadline=None)
-settings.load_profile("any speed")
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=200)
+settings.load_profile("quick")  # `make test-slow` passes --hypothesis-profile thorough
 
 
 SLOW_FIXTURES = {"demo", "run_size", "quick_run", "records"}

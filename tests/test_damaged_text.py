@@ -10,7 +10,7 @@ from graftkit import Library
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import read_config
 from graftkit.distill.records import Journal, read_lines
-from graftkit.distill.workspace import StageBook, only_run
+from graftkit.distill.workspace import StageLog, exclusive_run
 from graftkit.errors import GraftError
 from graftkit.rows import read_rows
 
@@ -42,7 +42,7 @@ READERS = {
     "c.toml": read_config,
     "samples.jsonl": lambda file: list(read_lines(file)),
     "journal.jsonl": lambda file: Journal(file).read(),
-    "stages.json": lambda file: StageBook(file.parent).begun("sft"),
+    "stages.json": lambda file: StageLog(file.parent).begun("sft"),
     "library.toml": lambda file: Library.open(file.parent),
     "config.json": lambda file: config(file.parent),
     "model.safetensors.index.json": lambda file: Checkpoint.open(str(file.parent)),
@@ -68,12 +68,12 @@ def test_damage_is_read_or_refused_in_one_line_naming_the_file(tmp_path, name, c
 @pytest.mark.parametrize("name", [".graftkit", ".lock"])
 def test_a_marker_or_lock_that_is_a_folder_is_refused(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(GraftError), only_run(tmp_path):
+    with pytest.raises(GraftError), exclusive_run(tmp_path):
         pass
 
 
 def test_whole_files_are_still_read(tmp_path):
     (tmp_path / "stages.json").write_text(json.dumps({"sft": {"begun": "k"}}))
-    assert StageBook(tmp_path).begun("sft") == "k"
+    assert StageLog(tmp_path).begun("sft") == "k"
     (tmp_path / "j.jsonl").write_text('{"unit": 0}\n{"unit": 1')
     assert Journal(tmp_path / "j.jsonl").read() == [{"unit": 0}]

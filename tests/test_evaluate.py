@@ -5,6 +5,7 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from tiny_models import lossless_pack
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -12,7 +13,6 @@ from graftkit import evaluate
 from graftkit.errors import CheckpointError, CheckpointMismatchError, RowsError
 from graftkit.evaluate import compare, exact_match, token_fidelity
 from graftkit.models import load_model, load_tokenizer
-from graftkit.pack import pack_delta
 from graftkit.rows import Row, encode_row, read_rows
 
 ROWS = [Row("ab", " cde"), Row("hello there", " x"), Row("q", " r"), Row("abcdefgh", " ijkl")]
@@ -239,7 +239,7 @@ def save_pair(folder, architecture):
 
 def test_an_exact_pack_has_no_distance_from_tuned(tmp_path):
     target, tuned = save_pair(tmp_path, "llama")
-    pack_delta(target, tuned, recipe="lossless").save(tmp_path / "own.skillpack")
+    lossless_pack(target, tuned).save(tmp_path / "own.skillpack")
     found = compare(target, tuned, tmp_path / "own.skillpack", ROWS)
     assert (found.kl_mean, found.kl_p99, found.top1_agreement) == (0, 0, 1)
     assert found.rows == len(ROWS)
@@ -247,7 +247,7 @@ def test_an_exact_pack_has_no_distance_from_tuned(tmp_path):
 
 def test_an_encoder_has_no_exact_match(tmp_path):
     target, tuned = save_pair(tmp_path, "bert")
-    found = compare(target, tuned, pack_delta(target, tuned, recipe="lossless"), ROWS)
+    found = compare(target, tuned, lossless_pack(target, tuned), ROWS)
     assert found.kl_mean == 0
     assert found.exact_match_target is found.exact_match_tuned is found.exact_match_packed is None
     assert found.recovered is None
@@ -256,7 +256,7 @@ def test_an_encoder_has_no_exact_match(tmp_path):
 def test_progress_counts_rows_over_all_stages(tmp_path):
     target, tuned = save_pair(tmp_path, "llama")
     seen = []
-    pack = pack_delta(target, tuned, recipe="lossless")
+    pack = lossless_pack(target, tuned)
     compare(target, tuned, pack, ROWS, lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert seen[-1] == (4 * len(ROWS), 4 * len(ROWS))
@@ -271,7 +271,7 @@ def test_recovered_is_the_share_of_the_gain_that_the_pack_keeps():
 def test_a_lossless_pack_of_the_nursery_recovers_the_skill(shared, tmp_path):
     target, tuned = shared / "nursery" / "target", shared / "nursery" / "clinc150_intent"
     rows = read_rows(shared / "data" / "llm" / "clinc150_intent" / "test.jsonl")[:100]
-    found = compare(target, tuned, pack_delta(target, tuned, recipe="lossless"), rows)
+    found = compare(target, tuned, lossless_pack(target, tuned), rows)
     assert found.exact_match_target == 0
     assert found.exact_match_packed == found.exact_match_tuned > 0.7
     assert (found.kl_mean, found.recovered) == (0, 1)

@@ -14,6 +14,7 @@ from rich.console import Console
 import graftkit
 from graftkit.cli import show
 from graftkit.cli.distilling import print_run
+from graftkit.cli.generating import print_answers
 from graftkit.cli.interop import print_export
 from graftkit.cli.library import _print_routes, _print_scores
 from graftkit.errors import ConfigError
@@ -58,7 +59,7 @@ TABLES = {
         | {"relative_error_overall": 0.0, "fidelity": None}
         | {"left_out": [{"kind": NASTY, "energy_share": 0.1}]}
     ),
-    "answers": lambda: show.answers([{"pack": NASTY, "text": NASTY}] * 2),
+    "answers": lambda: print_answers([{"pack": NASTY, "text": NASTY}] * 2),
     "line": lambda: show.line(NASTY),
 }  # fmt: skip
 

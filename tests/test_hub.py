@@ -10,9 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tiny_models import make_pair
-
-from graftkit.pack import pack_delta
+from tiny_models import lossless_pack, make_pair
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -39,7 +37,7 @@ def test_target_tuned_and_pack_are_found_by_their_hub_ids(tmp_path: Path) -> Non
     target, tuned = make_pair(tmp_path, "llama")
     cache, packs = tmp_path / "cache", tmp_path / "packs"
     packs.mkdir()
-    pack_delta(target, tuned, recipe="lossless").save(packs / "skill.skillpack")
+    lossless_pack(target, tuned).save(packs / "skill.skillpack")
     for repository, folder in (("me/base", target), ("me/tuned", tuned), ("me/skill", packs)):
         fill_cache(cache, repository, folder)
     code = """
@@ -109,11 +107,12 @@ def hub() -> Iterator[str]:
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+    server.server_close()
 
 
 def test_an_uploaded_pack_is_the_file_that_save_writes(hub: str, tmp_path: Path) -> None:
     target, tuned = make_pair(tmp_path, "llama")
-    pack_delta(target, tuned, recipe="lossless").save(tmp_path / "x.skillpack")
+    lossless_pack(target, tuned).save(tmp_path / "x.skillpack")
     code = f"""
 import graftkit as gk
 print(gk.SkillPack.load({str(tmp_path / "x.skillpack")!r}).push_to_hub("me/skill"))

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from tiny_models import build, perturb, save_tokenizer
+from tiny_models import build, lossless_pack, perturb, save_tokenizer
 from transformers import AutoTokenizer
 
 from graftkit.cli.generating import generate_answers
@@ -14,7 +14,6 @@ from graftkit.errors import PackMismatchError
 from graftkit.evaluate import compare
 from graftkit.fuse.merge import merge_packs
 from graftkit.library import Library
-from graftkit.pack import pack_delta
 from graftkit.rows import Row
 
 PROMPT = "abc"
@@ -42,7 +41,7 @@ def make_pack(target, name, change=lambda folder: None, seed=1):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(target / file, tuned / file)
     change(tuned)
-    pack = pack_delta(target, tuned, recipe="lossless")
+    pack = lossless_pack(target, tuned)
     pack.save(target.with_name(f"{name}.skillpack"))
     return target.with_name(f"{name}.skillpack")
 

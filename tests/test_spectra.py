@@ -95,6 +95,39 @@ def test_a_component_costs_its_two_vectors(measures):
     assert tighter == sorted(tighter)
 
 
+def test_the_page_shows_linear_matrices_and_the_raw_tables_every_kind(measures, tmp_path):
+    from spectra_report import write_tables
+
+    (tmp_path / "benchmarks.md").write_text("<!-- spectra:begin -->\n<!-- spectra:end -->\n")
+    machine = {
+        **{"cpu": "C", "cores": 2, "ram_gib": 4, "system": "Linux"},
+        **{"python": "3.11", "torch": "2", "transformers": "5"},
+    }
+    records = [_record("q", 0.1), _record("v", 0.3), _record("embedding, read", 0.9)]
+    stamp = {"date": "2026-01-02", "commit": "abc1234", "machine": machine}
+    write_tables({**stamp, "records": records}, tmp_path)
+    page, results = (tmp_path / "benchmarks.md").read_text(), tmp_path / "results"
+    spectra = " | ".join(["20.0 (50.0)"] * 3)
+    assert f"| sft | {spectra} | 20.00% | 50.0% | 0.20 / 2.00 | 8.00 |" in page
+    kinds = (results / "spectra-components.csv").read_text().splitlines()
+    assert kinds[3].startswith('sft,"embedding, read",90.0 (50.0),')
+    assert "33.3%" in (results / "spectra-entries.csv").read_text()
+
+
+def _record(kind, share):
+    view = {
+        "rank90": share, "white": {"rank90": 0.5}, "top1": 0.1, "decay": 1.0, "spikes": 2,
+        "spike_energy": 0.5, "energy": 1.0, "common_shift": 0.5, "lowrank_bits": (0.2, 2.0),
+        "dense_bits": (0.3, 3.0),
+    }  # fmt: skip
+    entries = {
+        "still_rows": 0.0, "kurtosis": 0.0, "largest1": 0.1, "row10": 0.1, "column10": 0.1,
+    }  # fmt: skip
+    views = {"plain": view, "inputs": view, "outputs": view}
+    own = {"pair": "sft", "kind": kind, "norm": share, "unchanged": 0.5, "exact_bits": 8.0}
+    return {**own, "entries": entries, "views": views}
+
+
 def _half(covariance):
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.sqrt()) @ vectors.T

@@ -1,5 +1,8 @@
 """Seeded two-layer models of every architecture, made from configs; nothing is downloaded."""
 
+import hashlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from graftkit.pack import pack_delta
+from graftkit.skillpack import SkillPack
+
 transformers.utils.logging.disable_progress_bar()
+
+_MADE = tempfile.TemporaryDirectory(prefix="graftkit-pairs-")
 
 VOCABULARY = 96
 ONE_LAYER = {
@@ -126,7 +134,26 @@ def make_pair(
     scale: float = 0.02,
 ) -> tuple[Path, Path]:
     """Save a target and a tuned copy of it whose every parameter moved; returns both folders."""
-    return save_pair(folder, build(architecture, dtype, seed), seed=seed + 1, scale=scale)
+    made = Path(_MADE.name, f"{architecture}-{dtype}-{seed}-{scale}")
+    if not made.exists():
+        save_pair(made, build(architecture, dtype, seed), seed=seed + 1, scale=scale)
+    torch.manual_seed(seed)
+    for name in ("target", "tuned"):
+        shutil.copytree(made / name, folder / name, dirs_exist_ok=True)
+    return folder / "target", folder / "tuned"
+
+
+def lossless_pack(target: Path, tuned: Path) -> SkillPack:
+    """The pack of two folders, made once for all tests of this process that ask for the same."""
+    digest = hashlib.sha256()
+    for file in (*sorted(target.rglob("*")), *sorted(tuned.rglob("*"))):
+        content = b"" if file.is_dir() else file.read_bytes()
+        digest.update(f"{file.parent.name}/{file.name} {len(content)} ".encode())
+        digest.update(content)
+    made = Path(_MADE.name, f"{digest.hexdigest()}.skillpack")
+    if not made.exists():
+        pack_delta(target, tuned, recipe="lossless", workers=1).save(made)
+    return SkillPack.load(made)
 
 
 def save_pair(

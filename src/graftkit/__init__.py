@@ -9,8 +9,6 @@ with graftkit.attached(model, graftkit.SkillPack.load("math.skillpack")):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from graftkit.config import VERSION as __version__
-
 if TYPE_CHECKING:
     from graftkit.attachment import Attachment, attach, attached, detach
     from graftkit.distill.config import DistillConfig
@@ -80,6 +78,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("graftkit.config").VERSION
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'graftkit' has no attribute {name!r}")

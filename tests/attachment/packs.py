@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import torch
+from tiny_models import lossless_pack
 
 from graftkit.checkpoint import TENSOR_DIGEST_HEX, Checkpoint, tensor_digest
 from graftkit.models import ModuleKind, tensor_roles
-from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import TensorRecord
 
@@ -63,7 +63,7 @@ def record_of(checkpoint, name, role, codec="exact", **more):
 
 def exact_pack(target_dir, tuned_dir):
     """A real pack that holds the tuned checkpoint exactly."""
-    return pack_delta(target_dir, tuned_dir, recipe="lossless", workers=1)
+    return lossless_pack(target_dir, tuned_dir)
 
 
 def low_rank_pack(target_dir, seed=0, scale=0.05):

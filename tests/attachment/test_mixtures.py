@@ -51,8 +51,8 @@ def merged_logits(target, states, mixture):
     return logits(model)
 
 
-@pytest.mark.parametrize("architecture", architectures())
-@settings(max_examples=3, deadline=None, database=None)
+@pytest.mark.parametrize("architecture", architectures(quick=FEW))
+@settings(max_examples=3, database=None)
 @given(first=weights, second=weights)
 def test_a_mixture_beside_the_model_is_the_model_merged_by_task_arithmetic(
     skills_of, architecture, first, second

@@ -44,7 +44,11 @@ def squared_error(problem, state):
 
 
 @pytest.mark.parametrize(
-    ("name", "budget"), [*((m, 20_000) for m in METHODS), ("svd", 6_000), ("pruning", 6_000)]
+    ("name", "budget"),
+    [
+        *((method, 20_000) for method in METHODS),
+        *(pytest.param(method, 6_000, marks=pytest.mark.slow) for method in ("svd", "pruning")),
+    ],
 )
 def test_a_file_is_within_its_budget_and_nearer_to_tuned_than_the_target(
     name, budget, problem, tmp_path

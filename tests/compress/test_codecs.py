@@ -1,14 +1,14 @@
 import pytest
 import torch
 from compress.test_quantize import gaussian
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress.codecs import (
+    CodedDense,
+    CodedHybrid,
+    CodedLowRank,
     Dense,
-    Entries,
-    Factored,
-    Hybrid,
     LowRankTiers,
     Sparse,
     Statistics,
@@ -32,7 +32,7 @@ STORED = st.one_of(
     st.tuples(st.sampled_from(["stack", "stack_transposed"]), st.tuples(EXTENT, EXTENT, EXTENT)),
 )
 FIXED = [Zero(), Sparse(3), Dense(5), LowRankTiers((Tier(8, 1), Tier(4, 2)))]
-PRECISIONS = [*FIXED, Factored(6, 0.5), Entries(0.5), Hybrid(2, 0.5)]
+PRECISIONS = [*FIXED, CodedLowRank(6, 0.5), CodedDense(0.5), CodedHybrid(2, 0.5)]
 
 
 @given(STORED)
@@ -85,7 +85,6 @@ def test_factors_without_a_basis_are_refused():
         encode_matrix(gaussian(4, 4), Statistics(), LowRankTiers((Tier(4, 1),)))
 
 
-@settings(max_examples=30)
 @given(st.integers(2, 9), st.integers(1, 50))
 def test_a_stack_of_unequal_parts_is_refused(count, size):
     if size % count:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress.codecs import add_delta, decode_delta, describe_payload, join_payloads
@@ -16,7 +16,6 @@ def gaussian(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(1, 12),
     columns=st.integers(1, 12),

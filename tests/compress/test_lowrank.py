@@ -1,7 +1,7 @@
 import pytest
 import torch
 from compress.test_quantize import correlated, gaussian
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress.lowrank import (
@@ -69,7 +69,6 @@ def test_no_other_projection_of_the_rank_loses_less(shape):
 
 
 @given(EXTENTS, EXTENTS, st.data())
-@settings(max_examples=60, deadline=None)
 def test_a_payload_takes_exactly_the_bytes_foretold(rows, columns, data):
     rank = data.draw(st.integers(1, min(rows, columns)))
     bits = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=min(3, rank)))

@@ -7,11 +7,11 @@ from tokenizers import processors
 
 from graftkit.distill.transfer.alignment import (
     UNKNOWN,
-    cut,
     map_vocabulary,
     match_tokens,
     read_as_source,
     span_pools,
+    tokenize_completion,
 )
 from graftkit.errors import CheckpointError
 from graftkit.models.loading import load_tokenizer
@@ -29,7 +29,7 @@ def pieces(tokenizer, ids):
 
 def aligned(source, target, text):
     """Texts of the matched tokens, (source, target)."""
-    left, right = cut(source, text), cut(target, text)
+    left, right = tokenize_completion(source, text), tokenize_completion(target, text)
     found = match_tokens(left, right, map_vocabulary(source, target, len(source)))
     chosen = [(left.ids[i], right.ids[j]) for j, i in enumerate(found) if i != UNKNOWN]
     return list(
@@ -45,14 +45,14 @@ def aligned(source, target, text):
 def test_a_completion_is_cut_as_rows_are_encoded(tokenizer):
     for text in [*TEXTS, "", "  two  blanks \n"]:
         ids, start = encode_row(tokenizer, Row("a prompt", text))
-        assert cut(tokenizer, text).ids == ids[start:]
+        assert tokenize_completion(tokenizer, text).ids == ids[start:]
 
 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=30), pair=st.sampled_from(PAIRS))
 def test_of_any_text_matched_tokens_start_at_the_same_character_and_alike(text, pair):
     source, target = pair
-    left, right = cut(source, text), cut(target, text)
+    left, right = tokenize_completion(source, text), tokenize_completion(target, text)
     vocabulary = map_vocabulary(source, target, len(source))
     for index, other in enumerate(match_tokens(left, right, vocabulary)):
         if other != UNKNOWN and index < len(right.spans):
@@ -63,7 +63,7 @@ def test_of_any_text_matched_tokens_start_at_the_same_character_and_alike(text, 
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=30), pair=st.sampled_from(PAIRS))
 def test_of_any_text_pooled_spans_cover_the_same_characters(text, pair):
-    left, right = (cut(tokenizer, text) for tokenizer in pair)
+    left, right = (tokenize_completion(tokenizer, text) for tokenizer in pair)
     pools = span_pools(left.spans, right.spans)
     found = []
     for spans, pool in zip((left.spans, right.spans), pools, strict=True):
@@ -87,7 +87,7 @@ def test_a_source_token_that_is_shorter_than_the_targets_says_nothing():
 
 
 def test_the_end_of_the_text_is_matched_with_the_end():
-    left, right = cut(COARSE, " the cat"), cut(FINE, " the cat")
+    left, right = tokenize_completion(COARSE, " the cat"), tokenize_completion(FINE, " the cat")
     found = match_tokens(left, right, map_vocabulary(COARSE, FINE, len(COARSE)))
     assert found[-1] == len(left.ids) - 1
 
@@ -96,7 +96,7 @@ def test_one_vocabulary_maps_to_itself_and_every_token_is_matched():
     vocabulary = map_vocabulary(FINE, FINE, len(FINE) + 6)
     assert vocabulary[: len(FINE)].tolist() == list(range(len(FINE)))
     assert (vocabulary[len(FINE) :] == UNKNOWN).all()
-    tokens = cut(FINE, "naïve 汉字 😀 12")
+    tokens = tokenize_completion(FINE, "naïve 汉字 😀 12")
     assert match_tokens(tokens, tokens, vocabulary).tolist() == list(range(len(tokens.ids)))
 
 
@@ -138,7 +138,10 @@ def test_blanks_count_as_the_same_in_byte_level_and_sentence_pieces():
 def test_offsets_that_leave_out_blanks_are_filled():
     trimmed = byte_level(20)
     trimmed.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    assert cut(trimmed, " the cat").spans == cut(FINE, " the cat").spans
+    assert (
+        tokenize_completion(trimmed, " the cat").spans
+        == tokenize_completion(FINE, " the cat").spans
+    )
 
 
 def test_a_prompt_is_a_turn_of_the_template_where_the_source_chats():
@@ -167,7 +170,7 @@ def test_a_tokenizer_that_does_not_tell_where_tokens_lie_is_refused():
         name_or_path = "slow-model"
 
     with pytest.raises(CheckpointError, match="slow-model: does not tell"):
-        cut(Slow(), "text")
+        tokenize_completion(Slow(), "text")
 
 
 def edit_distance(left, right):
@@ -201,7 +204,10 @@ def test_on_real_rows_more_is_aligned_than_by_time_warping_and_nothing_at_other_
     rows = read_rows(shared / "data" / "llm" / "nl_regex" / "train.jsonl")[:40]
     ours = theirs = elsewhere = tokens = 0
     for row in rows:
-        left, right = cut(source, row.completion), cut(target, row.completion)
+        left, right = (
+            tokenize_completion(source, row.completion),
+            tokenize_completion(target, row.completion),
+        )
         ours += int((match_tokens(left, right, vocabulary) != UNKNOWN).sum()) - 1
         pairs = warp(pieces(source, left.ids[:-1]), pieces(target, right.ids[:-1]))
         theirs += len(pairs)

@@ -7,14 +7,19 @@ from safetensors.torch import save_file
 
 from graftkit.distill.config import ModelSource, Transfer
 from graftkit.distill.transfer import distributions
-from graftkit.distill.transfer.alignment import UNKNOWN, cut, map_vocabulary, match_tokens
+from graftkit.distill.transfer.alignment import (
+    UNKNOWN,
+    map_vocabulary,
+    match_tokens,
+    tokenize_completion,
+)
 from graftkit.distill.transfer.distributions import (
-    Distributions,
+    DistributionFile,
     RowDistribution,
     collect_distributions,
     distribution_batch,
     fuse_distributions,
-    merge_duplicates,
+    merge_duplicate_tokens,
 )
 from graftkit.errors import CheckpointError, OutputError, RowsError
 from graftkit.rows import Row, encode_row
@@ -51,12 +56,12 @@ def total(row):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_what_the_source_finds_likely_is_kept_in_the_targets_tokens(tmp_path, temperature):
     collect(tmp_path / "d", temperature=temperature)
-    found, vocabulary = Distributions(tmp_path / "d"), map_vocabulary(THEIRS, OURS, len(THEIRS))
+    found, vocabulary = DistributionFile(tmp_path / "d"), map_vocabulary(THEIRS, OURS, len(THEIRS))
     compared = 0
     for index, row in enumerate(ROWS[:6]):
         log_probs, _ = expected(row, temperature)
-        target = cut(OURS, row.completion)
-        pairs = match_tokens(cut(THEIRS, row.completion), target, vocabulary)
+        target = tokenize_completion(OURS, row.completion)
+        pairs = match_tokens(tokenize_completion(THEIRS, row.completion), target, vocabulary)
         for place, other in enumerate(pairs):
             kept = found[index].log_probs[place] > -math.inf
             listed = dict(
@@ -80,18 +85,18 @@ def test_what_the_source_finds_likely_is_kept_in_the_targets_tokens(tmp_path, te
 
 def test_the_cross_entropy_is_the_sources_whole_surprise_for_each_target_token(tmp_path):
     collect(tmp_path / "d", temperature=3.0)
-    found = Distributions(tmp_path / "d")
+    found = DistributionFile(tmp_path / "d")
     for index, row in enumerate(ROWS):
         if math.isfinite(found[index].cross_entropy):
             log_probs, own = expected(row)
             nats = -log_probs.gather(1, torch.tensor(own)[:, None]).sum()
-            tokens = len(cut(OURS, row.completion).ids)
+            tokens = len(tokenize_completion(OURS, row.completion).ids)
             assert found[index].cross_entropy == pytest.approx(float(nats) / tokens, rel=1e-4)
 
 
 def test_every_position_adds_up_to_one_and_lists_no_token_twice(tmp_path):
     collect(tmp_path / "d")
-    found = Distributions(tmp_path / "d")
+    found = DistributionFile(tmp_path / "d")
     assert len(found) == len(ROWS)
     for index in range(len(found)):
         row = found[index]
@@ -106,7 +111,7 @@ def test_every_position_adds_up_to_one_and_lists_no_token_twice(tmp_path):
 def test_with_one_vocabulary_and_every_token_kept_nothing_is_lost(tmp_path):
     model = gpt2(OURS, context=128)
     collect(tmp_path / "d", model=model, tokenizer=OURS, top_k=256)
-    row = Distributions(tmp_path / "d")[0]
+    row = DistributionFile(tmp_path / "d")[0]
     log_probs, own = expected(ROWS[0], model=model, tokenizer=OURS)
     assert len(row.ids) == len(own)
     kept = row.log_probs > -8
@@ -117,9 +122,9 @@ def test_with_one_vocabulary_and_every_token_kept_nothing_is_lost(tmp_path):
 def test_a_row_beyond_the_sources_context_is_certain_of_itself_and_counted(tmp_path):
     long = Row("prompt", " the cat" * 60)
     summary = collect(tmp_path / "d", [ROWS[0], long])
-    row = Distributions(tmp_path / "d")[1]
+    row = DistributionFile(tmp_path / "d")[1]
     assert summary.too_long == 1
-    assert row.ids[:, 0].tolist() == cut(OURS, long.completion).ids
+    assert row.ids[:, 0].tolist() == tokenize_completion(OURS, long.completion).ids
     assert row.cross_entropy == math.inf
     assert (row.log_rest == -math.inf).all()
 
@@ -127,7 +132,7 @@ def test_a_row_beyond_the_sources_context_is_certain_of_itself_and_counted(tmp_p
 def test_a_row_is_the_same_alone_and_among_others(tmp_path):
     collect(tmp_path / "all")
     collect(tmp_path / "one", ROWS[3:4])
-    among, alone = Distributions(tmp_path / "all")[3], Distributions(tmp_path / "one")[0]
+    among, alone = DistributionFile(tmp_path / "all")[3], DistributionFile(tmp_path / "one")[0]
     # Padding changes sums in the last bits, and 16 bits are kept.
     for key in range(len(OURS)):
         left, right = (
@@ -165,7 +170,7 @@ def test_a_finished_file_is_kept_and_one_of_another_job_written_anew(tmp_path):
     assert collect(tmp_path / "d") == first
     assert (tmp_path / "d").stat().st_mtime_ns == written
     collect(tmp_path / "d", top_k=4)
-    assert max(Distributions(tmp_path / "d")[i].ids.shape[1] for i in range(len(ROWS))) <= 4
+    assert max(DistributionFile(tmp_path / "d")[i].ids.shape[1] for i in range(len(ROWS))) <= 4
 
 
 def test_progress_tells_rows_up_to_all_of_them(tmp_path):
@@ -182,11 +187,11 @@ def test_a_token_takes_few_bytes(tmp_path):
 def test_without_prompt_and_special_tokens_the_first_token_is_left_out(tmp_path):
     rows = [Row("", " the cat"), Row("", "")]
     summary = collect(tmp_path / "d", rows)
-    first = Distributions(tmp_path / "d")[0]
+    first = DistributionFile(tmp_path / "d")[0]
     assert first.log_rest[0] == -math.inf
     assert summary.aligned >= 1
     encoded = [encode_row(OURS, row) for row in rows]
-    batch = distribution_batch([Distributions(tmp_path / "d")], [0, 1], encoded, "min_ce")
+    batch = distribution_batch([DistributionFile(tmp_path / "d")], [0, 1], encoded, "min_ce")
     assert batch["kl_mask"].sum(dim=1).tolist() == [len(first.ids) - 1, 0]
     assert batch["kl_ids"][0, 0, 0] == first.ids[1, 0]
 
@@ -202,7 +207,7 @@ def test_every_end_of_the_source_is_the_end_of_the_target(tmp_path):
     ends = [
         torch.where(row.ids == OURS.eos_token_id, row.log_probs, -math.inf).exp().sum()
         for name in ("one", "both")
-        for row in [Distributions(tmp_path / name)[0]]
+        for row in [DistributionFile(tmp_path / name)[0]]
     ]
     assert ends[1] > ends[0]
 
@@ -233,21 +238,21 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
 def test_a_damaged_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "d").write_bytes(content)
     with pytest.raises(RowsError, match="delete the file and run again"):
-        Distributions(tmp_path / "d")
+        DistributionFile(tmp_path / "d")
 
 
 def test_a_safetensors_file_of_another_kind_is_refused(tmp_path):
     save_file({"ids": torch.zeros(2)}, tmp_path / "d")
     with pytest.raises(RowsError, match="no distributions"):
-        Distributions(tmp_path / "d")
+        DistributionFile(tmp_path / "d")
     with pytest.raises(RowsError, match="no distributions"):
-        Distributions(tmp_path / "missing")
+        DistributionFile(tmp_path / "missing")
 
 
 def test_duplicates_are_added_up_likeliest_first():
     ids = torch.tensor([[7, 3, 7, 5], [1, 1, 1, 1]])
     chances = torch.tensor([[0.2, 0.3, 0.25, 0.0], [0.1, 0.2, 0.3, 0.4]])
-    found, log_probs = merge_duplicates(ids, chances.log())
+    found, log_probs = merge_duplicate_tokens(ids, chances.log())
     assert found.tolist() == [[7, 3], [1, 1]]
     torch.testing.assert_close(log_probs.exp(), torch.tensor([[0.45, 0.3], [1.0, 0.0]]))
 
@@ -283,7 +288,7 @@ def test_a_source_that_could_not_read_the_row_is_left_out(fusion):
 
 def test_a_batch_lies_where_the_targets_logits_predict_the_completion(tmp_path):
     collect(tmp_path / "d")
-    found = Distributions(tmp_path / "d")
+    found = DistributionFile(tmp_path / "d")
     indices = [4, 0, 6]
     encoded = [encode_row(OURS, ROWS[index]) for index in indices]
     batch = distribution_batch([found], indices, encoded, "min_ce")
@@ -304,4 +309,4 @@ def test_a_file_of_other_rows_is_refused(tmp_path):
     collect(tmp_path / "d")
     encoded = [encode_row(OURS, ROWS[1])]
     with pytest.raises(RowsError, match=r"row 0 has \d+ completion tokens"):
-        distribution_batch([Distributions(tmp_path / "d")], [0], encoded, "min_ce")
+        distribution_batch([DistributionFile(tmp_path / "d")], [0], encoded, "min_ce")

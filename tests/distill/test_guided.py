@@ -9,7 +9,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Lora, ModelSource, Sft, Transfer
 from graftkit.distill.pipeline import run_distill
 from graftkit.distill.training import train_rows
-from graftkit.distill.transfer.distributions import Distributions, collect_distributions
+from graftkit.distill.transfer.distributions import DistributionFile, collect_distributions
 from graftkit.distill.transfer.guide import Guide, HiddenSource
 from graftkit.errors import ConfigError
 from graftkit.models.encoding import usable_tokenizer
@@ -33,7 +33,7 @@ def guide(target, folder: Path, **settings) -> Guide:
     if transfer.kl_weight:
         file = folder / "source.safetensors"
         collect_distributions(SOURCE, model, THEIRS, ours, ROWS, transfer, file)
-        files = [Distributions(file)]
+        files = [DistributionFile(file)]
     if transfer.hidden_weight:
         hidden = HiddenSource(SOURCE, model, THEIRS, ours, LAYERS)
     return Guide(transfer, files, hidden, ROWS)
@@ -125,4 +125,4 @@ recipe = "lossless"
     assert stages["select"]["rows"] == 6
     assert stages["probe"]["tokens"] == 6 * 4  # blank, digit, exclamation mark, end
     assert 0 < stages["probe"]["aligned"] <= 24
-    assert len(Distributions(tmp_path / "out" / "distributions" / "big.safetensors")) == 6
+    assert len(DistributionFile(tmp_path / "out" / "distributions" / "big.safetensors")) == 6

@@ -4,7 +4,7 @@ from distill.foreign import ROWS, byte_level, gpt2, llama
 
 from graftkit.distill.config import ModelSource, Transfer
 from graftkit.distill.transfer.distributions import (
-    Distributions,
+    DistributionFile,
     collect_distributions,
     distribution_batch,
 )
@@ -116,7 +116,7 @@ def test_a_target_of_another_vocabulary_learns_from_both_signals(tmp_path, kind,
     collect_distributions(SOURCE, source.model, THEIRS, OURS, rows, settings, file)
     encoded = encode(rows)
     ids, mask = pad_batch([ids for ids, _ in encoded], OURS.pad_token_id)
-    kl = distribution_batch([Distributions(file)], range(6), encoded, settings.fusion)
+    kl = distribution_batch([DistributionFile(file)], range(6), encoded, settings.fusion)
     hidden = source.batch(rows, encoded)
     wanted = source.states(hidden)
     projections = None if kind == "gram" else make_projections(2, 32, source.width, seed=0)

@@ -17,7 +17,7 @@ from graftkit.distill.card import data_card
 from graftkit.distill.config import EndpointSource
 from graftkit.distill.records import Prompt
 from graftkit.distill.sources import endpoint, open_source
-from graftkit.distill.sources.endpoint import Mask
+from graftkit.distill.sources.endpoint import KeyMask
 from graftkit.errors import ConfigError, SourceError
 
 KEY = "sk-0123456789+/abcdefSECRET"
@@ -206,10 +206,10 @@ def test_a_key_that_a_server_repeats_stands_in_no_field_and_no_message(respond, 
 
 
 def test_a_short_key_is_masked_in_messages_and_left_in_answers():
-    mask = Mask("EMPTY")
+    mask = KeyMask("EMPTY")
     assert mask.answer("an EMPTY list") == "an EMPTY list"
     assert mask.message("bad key EMPTY") == "bad key ***"
-    assert Mask(None).message("as it is") == "as it is"
+    assert KeyMask(None).message("as it is") == "as it is"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from killing import Forked, killed_at, tree
 
 from graftkit.distill.config import read_config
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
-from graftkit.distill.workspace import StageBook, only_run
+from graftkit.distill.workspace import StageLog, exclusive_run
 from graftkit.errors import ConfigError, OutputError, RowsError, SelectionError
 from graftkit.skillpack import SkillPack
 
@@ -58,15 +58,33 @@ def target(tmp_path_factory) -> Path:
 def place(tmp_path, target) -> Path:
     """A configuration with everything that it names."""
     shutil.copytree(target, tmp_path / "target")
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"say {word}:"} for word in WORDS])
+    return write_inputs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, target) -> tuple[Path, dict]:
+    """A whole run of that configuration, its target named by an absolute path; and its result."""
+    place = write_inputs(tmp_path_factory.mktemp("finished"))
+    change(place, 'target = "target"', f'target = "{target}"')
+    return place, run(place)[0]
+
+
+@pytest.fixture
+def again(finished, tmp_path) -> Path:
+    """A copy of the finished run, to go on with."""
+    return shutil.copytree(finished[0], tmp_path / "again")
+
+
+def write_inputs(place: Path) -> Path:
+    write_jsonl(place / "prompts.jsonl", [{"prompt": f"say {word}:"} for word in WORDS])
     answers = [
         {"prompt": f"say {word}:", "completion": text}
         for word in WORDS
         for text in (f" {word}!", f" {word}!", " no")
     ]
-    write_jsonl(tmp_path / "answers.jsonl", answers)
-    (tmp_path / "run.toml").write_text(CONFIG)
-    return tmp_path
+    write_jsonl(place / "answers.jsonl", answers)
+    (place / "run.toml").write_text(CONFIG)
+    return place
 
 
 def run(place: Path, only: str | None = None, out: str = "out"):
@@ -85,8 +103,8 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_run_ends_with_everything_that_it_promises(place):
-    result, _ = run(place)
+def test_a_run_ends_with_everything_that_it_promises(finished):
+    place, result = finished
     out = place / "out"
     assert list(result) == ["sample", "score", "select", "sft", "dpo", "pack"]
     assert len(lines(out / "samples.jsonl")) == 24
@@ -105,31 +123,28 @@ def test_a_run_ends_with_everything_that_it_promises(place):
     assert lines(out / "dpo_log.jsonl")[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
-def test_the_model_card_does_not_tell_where_a_local_target_lies(place):
-    change(place, 'target = "target"', f'target = "{place / "target"}"')
-    run(place)
-    card = (place / "out" / "README.md").read_text()
+def test_the_model_card_does_not_tell_where_a_local_target_lies(finished, target):
+    card = (finished[0] / "out" / "README.md").read_text()
     assert 'base_model: "target"' in card
-    assert str(place) not in card
+    assert str(target.parent) not in card
+    assert str(finished[0]) not in card
 
 
-def test_what_is_done_is_not_done_again(place):
-    run(place)
-    before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")}
-    again, steps = run(place)
+def test_what_is_done_is_not_done_again(again):
+    before = {path: path.stat().st_mtime_ns for path in (again / "out").rglob("*")}
+    result, steps = run(again)
     assert steps == ["sample", "score", "select", "sft", "dpo", "pack"]
-    assert {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*")} == before
-    assert list(again) == ["sample", "score", "select", "sft", "dpo", "pack"]
+    assert {path: path.stat().st_mtime_ns for path in (again / "out").rglob("*")} == before
+    assert list(result) == ["sample", "score", "select", "sft", "dpo", "pack"]
 
 
-def test_a_stage_is_done_again_when_its_settings_change_and_so_are_those_after_it(place):
-    run(place)
-    sft = (place / "out" / "sft" / "model.safetensors").read_bytes()
-    pack = (place / "out" / "skill.skillpack").read_bytes()
-    change(place, "learning_rate = 1e-3", "learning_rate = 2e-2")
-    run(place)
-    assert (place / "out" / "sft" / "model.safetensors").read_bytes() == sft
-    assert (place / "out" / "skill.skillpack").read_bytes() != pack
+def test_a_stage_is_done_again_when_its_settings_change_and_so_are_those_after_it(again):
+    sft = (again / "out" / "sft" / "model.safetensors").read_bytes()
+    pack = (again / "out" / "skill.skillpack").read_bytes()
+    change(again, "learning_rate = 1e-3", "learning_rate = 2e-2")
+    run(again)
+    assert (again / "out" / "sft" / "model.safetensors").read_bytes() == sft
+    assert (again / "out" / "skill.skillpack").read_bytes() != pack
 
 
 def test_edited_scores_change_what_is_trained_on(place):
@@ -160,7 +175,7 @@ def test_answers_of_somebody_else_are_not_written_over(place):
 
 
 def test_a_run_killed_behind_its_last_answer_does_not_ask_again(place, monkeypatch):
-    monkeypatch.setattr(StageBook, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(StageLog, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(place, "sample")
     monkeypatch.undo()
@@ -186,11 +201,10 @@ def test_without_preference_optimisation_sft_writes_the_tuned_model(place):
     assert not (place / "out" / "pairs.jsonl").exists()
 
 
-def test_the_references_of_a_prompts_file_are_not_read_by_scores_without_reference(place):
-    run(place, out="without")
+def test_the_references_of_a_prompts_file_are_not_read_by_scores_without_reference(again):
     rows = [{"prompt": f"say {word}:", "completion": [7]} for word in WORDS]
-    write_jsonl(place / "prompts.jsonl", rows)
-    run(place, out="with")
+    write_jsonl(again / "prompts.jsonl", rows)
+    run(again, out="with")
     for name in (
         "samples.jsonl",
         "scores.jsonl",
@@ -198,7 +212,7 @@ def test_the_references_of_a_prompts_file_are_not_read_by_scores_without_referen
         "pairs.jsonl",
         "tuned/model.safetensors",
     ):
-        assert (place / "with" / name).read_bytes() == (place / "without" / name).read_bytes()
+        assert (again / "with" / name).read_bytes() == (again / "out" / name).read_bytes()
 
 
 def test_a_source_whose_every_answer_fails_is_one_line_and_nothing_is_lost(place):
@@ -274,7 +288,10 @@ def test_mixed_pairs_are_trained_with_weighted_rewards(place):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(place):
-    with only_run(place / "out"), pytest.raises(OutputError, match="another run is at work here"):
+    with (
+        exclusive_run(place / "out"),
+        pytest.raises(OutputError, match="another run is at work here"),
+    ):
         run(place)
 
 

@@ -48,8 +48,8 @@ def served(server, **settings):
     return {"kind": "endpoint", "url": server.url, **settings}
 
 
-def sample(config, folder, progress=lambda step, done, total: None, where=None):
-    return sample_answers(config, PROMPTS, folder, where or folder, progress).read_bytes()
+def sample(config, folder, progress=lambda step, done, total: None, config_folder=None):
+    return sample_answers(config, PROMPTS, folder, config_folder or folder, progress).read_bytes()
 
 
 # Prompts

@@ -19,21 +19,21 @@ from graftkit.distill.config import (
     NumberRule,
     RewardScore,
 )
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import finished, open_scorer, why_unusable
 from graftkit.distill.scores.checks import find_number, json_form, same_number
 from graftkit.distill.scores.graders import question, read_grade
 from graftkit.errors import CheckpointError, ConfigError, RowsError, SourceError
 
 
-def said(text: str, sample: int = 0, prompt_id: int = 0, **more) -> Answer:
+def said(text: str, sample: int = 0, prompt_id: int = 0, **more) -> SourceAnswer:
     more = {"source": "mini", "tokens": 3, "finish": "stop", **more}
-    return Answer(prompt_id, f"Question {prompt_id}?", sample=sample, text=text, **more)
+    return SourceAnswer(prompt_id, f"Question {prompt_id}?", sample=sample, text=text, **more)
 
 
-def verdicts(settings, answers, reference=None, where=Path(), done=()):
+def verdicts(settings, answers, reference=None, config_folder=Path(), done=()):
     prompts = {a.prompt_id: Prompt(a.prompt_id, a.prompt, reference) for a in answers}
-    return dict(open_scorer(settings, where).score(answers, prompts, done))
+    return dict(open_scorer(settings, config_folder).score(answers, prompts, done))
 
 
 def verdict(settings, text, reference):
@@ -315,8 +315,8 @@ ANSWERS = [said(text, i) for i, text in enumerate(["a", "bb", "cc", "dddd", "ee"
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Bert"])
 def test_a_reward_does_not_depend_on_the_company(tmp_path, family):
     settings = reward_of(reward_model(tmp_path / "reward", family))
-    together = verdicts(settings, ANSWERS, where=tmp_path)
-    alone = [verdicts(settings, [answer], where=tmp_path)[0] for answer in ANSWERS]
+    together = verdicts(settings, ANSWERS, config_folder=tmp_path)
+    alone = [verdicts(settings, [answer], config_folder=tmp_path)[0] for answer in ANSWERS]
     assert [together[i] for i in range(len(ANSWERS))] == pytest.approx(alone, abs=1e-5)
     assert len({round(value, 4) for value in alone}) == len(ANSWERS)
 
@@ -330,27 +330,27 @@ def test_a_reward_is_the_logit_of_the_whole_row(tmp_path):
     ids = [*tokenizer.encode("Question 0? a"), tokenizer.eos_token_id]
     with torch.no_grad():
         expected = float(model(torch.tensor([ids])).logits)
-    found = verdicts(reward_of(folder), ANSWERS[:1], where=tmp_path)
+    found = verdicts(reward_of(folder), ANSWERS[:1], config_folder=tmp_path)
     assert found[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_continued_reward_has_the_same_bits(tmp_path):
     settings = reward_of(reward_model(tmp_path / "reward"), batch_tokens=40)
-    whole = verdicts(settings, ANSWERS, where=tmp_path)
-    rest = verdicts(settings, ANSWERS, where=tmp_path, done={1, 3})
+    whole = verdicts(settings, ANSWERS, config_folder=tmp_path)
+    rest = verdicts(settings, ANSWERS, config_folder=tmp_path, done={1, 3})
     assert rest == {index: whole[index] for index in (0, 2, 4, 5)}
 
 
 def test_a_chat_template_changes_what_the_reward_model_reads(tmp_path):
     folder = reward_model(tmp_path / "reward", chat=True)
-    plain = verdicts(reward_of(folder), ANSWERS, where=tmp_path)
-    chat = verdicts(reward_of(folder, chat=True), ANSWERS, where=tmp_path)
+    plain = verdicts(reward_of(folder), ANSWERS, config_folder=tmp_path)
+    chat = verdicts(reward_of(folder, chat=True), ANSWERS, config_folder=tmp_path)
     assert all(abs(plain[i] - chat[i]) > 1e-4 for i in plain)
 
 
 def test_an_answer_beyond_the_context_has_no_reward(tmp_path):
     settings = reward_of(reward_model(tmp_path / "reward"))
-    found = verdicts(settings, [said("a"), said("b" * 200, 1)], where=tmp_path)
+    found = verdicts(settings, [said("a"), said("b" * 200, 1)], config_folder=tmp_path)
     assert isinstance(found[0], float)
     assert found[1] == "longer than the context"
 
@@ -360,7 +360,7 @@ def test_a_reward_that_is_no_number_is_a_failure(tmp_path):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     model.score.weight.data.fill_(math.inf)
     model.save_pretrained(folder)
-    assert verdicts(reward_of(folder), ANSWERS[:1], where=tmp_path) == {0: "not finite"}
+    assert verdicts(reward_of(folder), ANSWERS[:1], config_folder=tmp_path) == {0: "not finite"}
 
 
 def test_models_that_are_no_reward_models_are_refused(tmp_path):

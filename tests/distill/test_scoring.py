@@ -12,8 +12,8 @@ from distill.server import CompletionServer, Fault
 
 import graftkit
 from graftkit.distill.config import DistillConfig
-from graftkit.distill.records import Answer, Prompt, answer_record, write_lines
-from graftkit.distill.scores import read_scored, score_answers, wants
+from graftkit.distill.records import Prompt, SourceAnswer, answer_record, write_lines
+from graftkit.distill.scores import needed_fields, read_scored, score_answers
 from graftkit.errors import RowsError, SourceError
 
 EXACT, NUMBER, CODE = {"kind": "exact"}, {"kind": "number"}, {"kind": "code"}
@@ -44,9 +44,11 @@ def judge(url: str, **more) -> dict:
     return {"kind": "judge", "url": url, "model": "judge", "retries": 0, "concurrency": 1, **more}
 
 
-def said(text, prompt=0, sample=0, source="mini", finish="stop", log_likelihood=-1.0) -> Answer:
+def said(
+    text, prompt=0, sample=0, source="mini", finish="stop", log_likelihood=-1.0
+) -> SourceAnswer:
     asked = PROMPTS[prompt]
-    return Answer(asked.id, asked.text, source, sample, text, 3, finish, log_likelihood)
+    return SourceAnswer(asked.id, asked.text, source, sample, text, 3, finish, log_likelihood)
 
 
 ANSWERS = (
@@ -79,7 +81,7 @@ def run(folder: Path, *scores: dict, answers=ANSWERS, progress=lambda *_: None):
     ],
 )
 def test_the_rules_say_what_they_read_of_the_prompts_file(scores, wanted):
-    assert wants(configured(*scores)) == wanted
+    assert needed_fields(configured(*scores)) == wanted
 
 
 def test_where_there_are_rules_only_the_reward_says_whether_they_pass(tmp_path):

@@ -1,12 +1,12 @@
 from graftkit.distill.config import Selection
-from graftkit.distill.records import Answer, Scored
+from graftkit.distill.records import ScoredAnswer, SourceAnswer
 from graftkit.distill.select import select, split_prompts
 
 
-def scored(prompt, source, sample, reward, text=None, failed=None) -> Scored:
+def scored(prompt, source, sample, reward, text=None, failed=None) -> ScoredAnswer:
     text = text if text is not None else f"{source} {sample}"
-    answer = Answer(prompt, f"prompt {prompt}", source, sample, text, 3, "stop")
-    return Scored(answer, failed is None, failed, reward)
+    answer = SourceAnswer(prompt, f"prompt {prompt}", source, sample, text, 3, "stop")
+    return ScoredAnswer(answer, failed is None, failed, reward)
 
 
 def chosen(found):

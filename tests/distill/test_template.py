@@ -2,7 +2,7 @@ import pytest
 from distill.tiny import byte_tokenizer, tiny_llama
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.records import Answer, Scored
+from graftkit.distill.records import ScoredAnswer, SourceAnswer
 from graftkit.distill.select import Template
 from graftkit.errors import CheckpointError
 from graftkit.models.loading import empty_model
@@ -15,7 +15,7 @@ def model(tmp_path_factory):
 
 
 def scored(prompt, text):
-    return Scored(Answer(0, prompt, "s", 0, text, 1, "stop"), True, None, 1.0)
+    return ScoredAnswer(SourceAnswer(0, prompt, "s", 0, text, 1, "stop"), True, None, 1.0)
 
 
 def test_plain_answers_begin_with_one_blank(tmp_path, model):

@@ -5,7 +5,7 @@ import commands
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, perturb, save_tokenizer
+from tiny_models import VOCABULARY, lossless_pack, perturb, save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftkit.pack import pack_delta
@@ -54,7 +54,7 @@ def skills(tmp_path_factory: pytest.TempPathFactory) -> Skills:
     save_tokenizer(target)
     for index, path in enumerate(tuned):
         save_tuned(target, path, index)
-    exact = [pack_delta(target, path, recipe="lossless", workers=1) for path in tuned]
+    exact = [lossless_pack(target, path) for path in tuned]
     lossy = [pack_delta(target, path, budget="12%", workers=1) for path in tuned]
     return Skills(target, tuned, exact, lossy)
 

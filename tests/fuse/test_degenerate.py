@@ -3,14 +3,13 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import one_layer_llama
+from tiny_models import lossless_pack, one_layer_llama
 
 from graftkit.errors import ConfigError, GraftError
 from graftkit.fuse import merge_packs, methods
 from graftkit.fuse.continual import project_out
 from graftkit.fuse.methods import METHODS
 from graftkit.fuse.sequential import merge_in_turn
-from graftkit.pack import pack_delta
 
 CONFIG, SHAPES = one_layer_llama(
     hidden_size=16,
@@ -43,7 +42,7 @@ class Skills:
             name = folder / f"tuned-{index}"
             tuned = {n: (w.double() + own[n]).clamp(-most, most) for n, w in weights.items()}
             self.write(name, {n: t.to(dtype) for n, t in tuned.items()})
-            self.packs.append(pack_delta(self.target, name, recipe="lossless", workers=1))
+            self.packs.append(lossless_pack(self.target, name))
         self.one, self.other, self.opposite = self.packs
 
     def write(self, folder, tensors):

@@ -7,14 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import build, perturb
+from tiny_models import build, lossless_pack, perturb
 
 from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError, ConfigError, OutputError, PackMismatchError
 from graftkit.fuse import merge_packs, sequential
 from graftkit.fuse.methods import IN_TURN, find_method
 from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
-from graftkit.pack import pack_delta
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 
@@ -190,7 +189,7 @@ def test_packs_and_states_of_another_target_are_refused(skills, states, tmp_path
     name = min(weights)
     weights[name] = weights[name] + 1
     save_file(weights, other / "model.safetensors", {"format": "pt"})
-    pack = pack_delta(other, skills.tuned[2], recipe="lossless", workers=1)
+    pack = lossless_pack(other, skills.tuned[2])
     with pytest.raises(PackMismatchError, match="another target"):
         merge_in_turn(other, [pack], tmp_path / "m", "opcm", states["opcm"])
     with pytest.raises(PackMismatchError):
@@ -245,7 +244,7 @@ def test_packs_that_disagree_on_the_tokenizer_are_refused_also_one_by_one(tmp_pa
         model.save_pretrained(tmp_path / name)
         if words:
             (tmp_path / name / "vocab.txt").write_text(words)
-    packs = {n: pack_delta(tmp_path / "target", tmp_path / n, recipe="lossless") for n in "abcd"}
+    packs = {n: lossless_pack(tmp_path / "target", tmp_path / n) for n in "abcd"}
 
     def merge(name, state):
         output = tmp_path / f"{name}-{state}"

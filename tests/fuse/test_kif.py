@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.checkpoint import Checkpoint
@@ -74,7 +74,6 @@ def test_a_rule_takes_its_first_pack_as_it_is():
         assert torch.equal(rule.delta(name), first[name])
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=4), importances)
 def test_the_same_delta_again_and_again_stays_itself(seeds, given_importances):
     rule, one = Kif(), deltas(seeds[0])
@@ -84,7 +83,6 @@ def test_the_same_delta_again_and_again_stays_itself(seeds, given_importances):
         torch.testing.assert_close(rule.delta(name), one[name])
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.lists(importances, min_size=2, max_size=4))
 def test_every_entry_lies_between_those_of_the_packs(tasks):
     rule, packs = Kif(), [deltas(seed) for seed in range(len(tasks))]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import lossless_pack
 
 from graftkit.fuse import merge_packs
-from graftkit.pack import pack_delta
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests/golden/mergekit"
@@ -28,7 +28,7 @@ def models(tmp_path_factory):
         shutil.copy(GOLDEN / f"{name}.safetensors", folder / "model.safetensors")
         folders.append(folder)
     target, *tuned = folders
-    return target, [pack_delta(target, path, recipe="lossless", workers=1) for path in tuned]
+    return target, [lossless_pack(target, path) for path in tuned]
 
 
 def ours(case, models, folder):

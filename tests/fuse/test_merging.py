@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, build, make_pair, perturb, save_tokenizer
+from tiny_models import VOCABULARY, build, lossless_pack, make_pair, perturb, save_tokenizer
 
 from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import ConfigError, OutputError, PackMismatchError
@@ -44,7 +44,7 @@ def precise(tmp_path_factory):
 def test_every_order_of_packs_gives_the_same_bytes(method, precise, tmp_path):
     target, packs = precise
     found = set()
-    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+    for order in ((0, 1, 2), (2, 0, 1)):
         folder = tmp_path / "".join(map(str, order))
         weights = [(1.0, 0.7, 0.3)[i] for i in order]
         merge_packs(target, [packs[i] for i in order], folder, weights, None, method)
@@ -116,7 +116,7 @@ def test_a_lossy_pack_alone_is_merged_as_it_is_decoded(skills, tmp_path):
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "bert"])
 def test_merging_works_on_every_kind_of_architecture(architecture, tmp_path):
     target, tuned = make_pair(tmp_path, architecture)
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     merge_packs(target, [pack, pack], tmp_path / "m", method="ties", settings={"density": 0.5})
     before, after, merged = (Checkpoint.open(p) for p in (target, tuned, tmp_path / "m"))
     for name in before.tensors:
@@ -154,7 +154,7 @@ def test_wrong_settings_are_refused_and_nothing_is_written(options, says, skills
 
 def test_weights_that_the_targets_dtype_cannot_hold_are_refused(tmp_path):
     target, tuned = make_pair(tmp_path, "llama", torch.float16)
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     with pytest.raises(ConfigError, match="float16 does not hold; use smaller ones"):
         merge_packs(target, pack, tmp_path / "m", [1e6], None, "task_arithmetic", {"scaling": 1e6})
     assert not (tmp_path / "m").exists()
@@ -166,7 +166,7 @@ def test_no_packs_at_all_are_refused(skills, tmp_path):
 
 
 def test_a_pack_of_another_target_is_refused_and_nothing_is_written(skills, tmp_path):
-    stranger = pack_delta(skills.tuned[1], skills.tuned[0], recipe="lossless", workers=1)
+    stranger = lossless_pack(skills.tuned[1], skills.tuned[0])
     with pytest.raises(PackMismatchError, match="has other values"):
         merge_packs(skills.target, [skills.exact[0], stranger], tmp_path / "m", method="ties")
     assert list(tmp_path.iterdir()) == []
@@ -185,7 +185,7 @@ def test_a_pack_that_grows_the_vocabulary_merges_alone_only(skills, tmp_path):
     save_file(weights, tuned / "model.safetensors", {"format": "pt"})
     config = json.loads((tuned / "config.json").read_text()) | {"vocab_size": VOCABULARY + 2}
     (tuned / "config.json").write_text(json.dumps(config))
-    pack = pack_delta(skills.target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(skills.target, tuned)
     with pytest.raises(PackMismatchError, match="changes its shape"):
         merge_packs(skills.target, [pack, skills.exact[1]], tmp_path / "m")
     with pytest.raises(PackMismatchError, match="changes its shape"):
@@ -197,13 +197,13 @@ def test_a_pack_that_grows_the_vocabulary_merges_alone_only(skills, tmp_path):
 def with_file(skills, folder, name, content):
     tuned = tuned_copy(skills, folder)
     (tuned / name).write_text(content)
-    return pack_delta(skills.target, tuned, recipe="lossless", workers=1)
+    return lossless_pack(skills.target, tuned)
 
 
 def test_a_pack_that_changes_the_tokenizer_is_refused_among_others(skills, tmp_path):
     tuned = tuned_copy(skills, tmp_path / "tuned")
     save_tokenizer(tuned, VOCABULARY - 3)
-    pack = pack_delta(skills.target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(skills.target, tuned)
     with pytest.raises(PackMismatchError, match=r"tokenizer\.json: the pack of tuned changes"):
         merge_packs(skills.target, [skills.exact[1], pack], tmp_path / "m")
     merge_packs(skills.target, [pack, pack], tmp_path / "m", [0.5, 0.5])

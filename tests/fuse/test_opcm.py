@@ -39,7 +39,6 @@ def full_size_projection(delta, merged, share):
     return (U @ P @ Vh).float()
 
 
-@settings(max_examples=60, deadline=None)
 @given(pairs())
 def test_what_is_left_is_orthogonal_to_the_merged_delta_and_each_of_its_directions(pair):
     delta, merged = pair
@@ -53,7 +52,6 @@ def test_what_is_left_is_orthogonal_to_the_merged_delta_and_each_of_its_directio
     assert left.norm() <= delta.norm() * (1 + 1e-5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(pairs(), st.sampled_from([0.3, TAKEN_SHARE, 0.9]))
 def test_thin_factors_give_what_square_ones_give(pair, share):
     delta, merged = pair
@@ -61,7 +59,6 @@ def test_thin_factors_give_what_square_ones_give(pair, share):
     torch.testing.assert_close(project_out(delta, merged, share), expected, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=30, deadline=None)
 @given(pairs(), st.sampled_from([0.01, 1.0, 50.0]))
 def test_the_projection_knows_directions_and_no_sizes(pair, factor):
     delta, merged = pair
@@ -96,7 +93,7 @@ def test_the_same_pack_again_changes_nothing():
     torch.testing.assert_close(rule.delta("matrix"), skill.deltas["matrix"])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(seeds, min_size=1, max_size=4))
 def test_the_merged_delta_is_as_long_as_the_packs_are_on_average(chosen):
     rule, norms = Opcm(), []

@@ -43,7 +43,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 @every_method
 @given(families(2), st.randoms())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_order_of_packs_does_not_matter(method, case, random):
     order = list(range(len(case[0])))
     random.shuffle(order)
@@ -63,7 +63,7 @@ KEEPING = {
 
 @pytest.mark.parametrize("method", KEEPING)
 @given(families())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_one_delta_of_weight_1_stays_what_it_is(method, case):
     deltas, _, keys = case
     found = merged(method, (deltas[:1], [1.0], keys[:1]), **KEEPING[method])
@@ -74,7 +74,7 @@ def test_one_delta_of_weight_1_stays_what_it_is(method, case):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "pcb"])
 @pytest.mark.parametrize("factor", [2.0**-20, 0.5, -1.0, 8.0])
 @given(families())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_merging_scaled_deltas_gives_the_scaled_merge(method, factor, case):
     deltas, weights, keys = case
     scaled = merged(method, ([factor * delta for delta in deltas], weights, keys))
@@ -105,7 +105,7 @@ def test_a_delta_of_zeros_merges_to_zeros(case):
 
 @every_method
 @given(families())
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_merging_leaves_its_inputs_alone_and_gives_finite_entries(method, case):
     before = [delta.clone() for delta in case[0]]
     assert merged(method, case).isfinite().all()

@@ -6,16 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import make_pair, save_tokenizer
+from tiny_models import lossless_pack, make_pair, save_tokenizer
 
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError, RowsError
 from graftkit.fuse import merge_packs
 from graftkit.fuse.merge import open_merge
 from graftkit.fuse.search import MAX_WEIGHT, LiveLoss, minimize, search_weights
 from graftkit.models.loading import load_model
-from graftkit.pack import pack_delta
 from graftkit.rows import Row
 
 ROWS = [Row("ask ", " one two"), Row("what is ", " it"), Row("x", " yes and no")]
@@ -26,7 +25,6 @@ ROWS = [Row("ask ", " one two"), Row("what is ", " it"), Row("x", " yes and no")
     st.integers(1, 40),
     st.integers(0, 1000),
 )
-@settings(max_examples=50, deadline=None)
 def test_a_search_never_leaves_its_box_nor_its_number_of_tries(goal, evaluations, seed):
     tried = []
 
@@ -120,14 +118,14 @@ def test_too_few_evaluations_are_refused(skills):
 
 def test_a_target_that_does_not_generate_is_refused(tmp_path):
     target, tuned = make_pair(tmp_path, "bert")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     with pytest.raises(ConfigError, match="does not predict next tokens"):
         search_weights(target, pack, ROWS)
 
 
 def test_a_target_without_a_tokenizer_is_refused(tmp_path):
     target, tuned = make_pair(tmp_path, "llama")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     with pytest.raises(CheckpointError, match="tokenizer"):
         search_weights(target, pack, ROWS)
 
@@ -141,7 +139,7 @@ def test_a_pack_that_adds_rows_cannot_be_weighted(tmp_path):
     grown = tmp_path / "grown"
     shutil.copytree(tuned, grown)
     model.save_pretrained(grown)
-    pack = pack_delta(target, grown, recipe="lossless", workers=1)
+    pack = lossless_pack(target, grown)
     with pytest.raises(PackMismatchError, match="changes its shape"):
         search_weights(target, pack, ROWS)
 
@@ -151,7 +149,7 @@ def test_every_architecture_can_be_searched(architecture, tmp_path):
     target, tuned = make_pair(tmp_path, architecture, scale=0.1)
     for folder in (target, tuned):
         save_tokenizer(folder)
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     loss_of = LiveLoss(open_merge(target, pack, None, "linear", None), ROWS)
     alone = LiveLoss(open_merge(tuned, pack_of_nothing(tuned), None, "linear", None), ROWS)
     assert loss_of([1.0], 1.0) == pytest.approx(alone.measure(), rel=1e-5)
@@ -159,4 +157,4 @@ def test_every_architecture_can_be_searched(architecture, tmp_path):
 
 
 def pack_of_nothing(folder):
-    return pack_delta(folder, folder, recipe="lossless", workers=1)
+    return lossless_pack(folder, folder)

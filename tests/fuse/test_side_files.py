@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import run
 from safetensors.torch import load_file
-from tiny_models import build, make_pair, perturb
+from tiny_models import architectures, build, lossless_pack, make_pair, perturb
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, CorruptPackError, PackMismatchError
@@ -16,7 +16,6 @@ from graftkit.fuse.merge import fuse_packs, merge_packs
 from graftkit.fuse.sequential import merge_in_turn
 from graftkit.interop import export_lora
 from graftkit.models.views import CheckpointWriter
-from graftkit.pack import pack_delta
 from graftkit.side_files import carried_names, is_side_file, with_note, written_config
 from graftkit.skillpack.validate import parse_manifest
 
@@ -61,7 +60,7 @@ def pair(tmp_path):
 def test_a_merged_checkpoint_has_every_file_of_the_target_that_is_no_weight(pair, tmp_path):
     target, tuned = pair
     write(target, CARRIED | dict.fromkeys(LEFT, b"x"))
-    merged = merge_packs(target, pack_delta(target, tuned, recipe="lossless"), tmp_path / "merged")
+    merged = merge_packs(target, lossless_pack(target, tuned), tmp_path / "merged")
     assert {name: (merged / name).read_bytes() for name in CARRIED} == CARRIED
     assert [name for name in LEFT if (merged / name).exists()] == []
 
@@ -90,7 +89,7 @@ def test_a_file_of_the_tuned_models_own_comes_out_of_its_pack(pair, tmp_path, na
     target, tuned = pair
     write(target, {name: b"the target's, and more"})
     write(tuned, {name: b"the tuned model's"})
-    pack_delta(target, tuned, recipe="lossless").save(tmp_path / "x.skillpack")
+    lossless_pack(target, tuned).save(tmp_path / "x.skillpack")
     merged = merge_packs(target, tmp_path / "x.skillpack", tmp_path / "merged")
     assert (merged / name).read_bytes() == b"the tuned model's"
 
@@ -99,11 +98,11 @@ def test_a_file_that_no_pack_can_hold_is_refused_by_its_name(pair):
     target, tuned = pair
     for folder, content in ((target, b"1"), (tuned, b"2")):
         write(folder, {"README.md": content, "eval_results.json": content, "x.png": content})
-    pack_delta(target, tuned, recipe="lossless")
+    lossless_pack(target, tuned)
     for folder, content in ((target, b"1"), (tuned, b"2")):
         write(folder, {"lexicon.json": content})
     with pytest.raises(CheckpointError, match=r"lexicon\.json"):
-        pack_delta(target, tuned, recipe="lossless")
+        lossless_pack(target, tuned)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_no_other_name_is_a_side_file(name):
 def test_a_pack_that_names_another_file_is_refused(pair):
     target, tuned = pair
     write(tuned, {"source.spm": b"x"})
-    manifest = pack_delta(target, tuned, recipe="lossless").manifest
+    manifest = lossless_pack(target, tuned).manifest
     assert [file.name for file in manifest.files] == ["source.spm"]
     forged = manifest.to_json().replace("source.spm", "a/b.spm")
     with pytest.raises(CorruptPackError, match=r"a/b\.spm"):
@@ -127,7 +126,7 @@ def test_a_pack_that_names_another_file_is_refused(pair):
 def test_code_comes_along_only_where_it_is_trusted(pair, tmp_path, capsys):
     target, tuned = pair
     write(target, {"modeling_own.py": b"1"})
-    pack_delta(target, tuned, recipe="lossless").save(tmp_path / "x.skillpack")
+    lossless_pack(target, tuned).save(tmp_path / "x.skillpack")
     run("merge", target, tmp_path / "x.skillpack", "-o", tmp_path / "plain")
     assert "modeling_own.py" in capsys.readouterr().out
     trusting = [target, tmp_path / "x.skillpack", "-o", tmp_path / "t", "--trust-remote-code"]
@@ -140,7 +139,7 @@ def test_code_that_differs_is_not_taken_for_the_tuned_models(pair, tmp_path):
     target, tuned = pair
     write(target, {"modeling_own.py": b"1"})
     write(tuned, {"modeling_own.py": b"2"})
-    pack = pack_delta(target, tuned, recipe="lossless")
+    pack = lossless_pack(target, tuned)
     merge_packs(target, pack, tmp_path / "without")
     with pytest.raises(PackMismatchError, match=r"modeling_own\.py"):
         merge_packs(target, pack, tmp_path / "with", trust_remote_code=True)
@@ -149,14 +148,14 @@ def test_code_that_differs_is_not_taken_for_the_tuned_models(pair, tmp_path):
 def test_the_targets_card_says_what_the_folder_is(pair, tmp_path):
     target, tuned = pair
     write(target, {"README.md": b"---\nlicense: mit\n---\n# Target\nIt is good."})
-    merged = merge_packs(target, pack_delta(target, tuned, recipe="lossless"), tmp_path / "m")
+    merged = merge_packs(target, lossless_pack(target, tuned), tmp_path / "m")
     card = (merged / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n")
     assert card.index("Merged by graftkit from target and tuned") < card.index("# Target")
     assert with_note(b"no metadata", "note") == b"\n> note\n\nno metadata"
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", architectures(["gpt2", "llama"], quick=("llama",)))
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_config_json_says_the_dtype_of_the_tensors(tmp_path, architecture, key):
     model = build(architecture, torch.bfloat16)
@@ -167,7 +166,7 @@ def test_config_json_says_the_dtype_of_the_tensors(tmp_path, architecture, key):
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
     config.pop("dtype")
     (tmp_path / "tuned" / "config.json").write_text(json.dumps(config | {key: "float32"}))
-    pack = pack_delta(tmp_path / "target", tmp_path / "tuned", recipe="lossless")
+    pack = lossless_pack(tmp_path / "target", tmp_path / "tuned")
     merges = {"float32": None, "bfloat16": [0.5]}
     for dtype, weights in merges.items():
         merged = merge_packs(tmp_path / "target", pack, tmp_path / dtype, weights=weights)
@@ -192,7 +191,7 @@ def test_config_json_does_not_name_weights_that_are_not_there(pair, tmp_path):
     for folder in pair:
         (folder / "model.safetensors").rename(folder / "own.safetensors")
         set_config(folder, transformers_weights="own.safetensors")
-    merged = merge_packs(target, pack_delta(target, tuned, recipe="lossless"), tmp_path / "m")
+    merged = merge_packs(target, lossless_pack(target, tuned), tmp_path / "m")
     assert Checkpoint.open(merged).tensors.keys() == Checkpoint.open(tuned).tensors.keys()
     assert "transformers_weights" not in json.loads((merged / "config.json").read_text())
 
@@ -213,9 +212,9 @@ def test_a_trained_checkpoint_keeps_the_files_and_dtype_of_its_target(tmp_path):
 def relu(tmp_path):
     """A target, a pack that changes its activation, and one that does not."""
     target, tuned = make_pair(tmp_path, "gpt2", torch.float32)
-    plain = pack_delta(target, tuned, recipe="lossless")
+    plain = lossless_pack(target, tuned)
     set_config(tuned, activation_function="relu")
-    return target, pack_delta(target, tuned, recipe="lossless"), plain
+    return target, lossless_pack(target, tuned), plain
 
 
 def test_a_change_of_the_computation_is_merged_alone_and_whole_or_refused(relu, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import build, perturb
+from tiny_models import build, lossless_pack, perturb
 
 from graftkit.fuse import merge_packs
 from graftkit.models import load_model
@@ -48,7 +48,7 @@ def merged_checkpoint(folder, architecture, shards=3):
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
 def test_a_merged_checkpoint_packs_without_loss_like_any_tuned_model(tmp_path, architecture):
     target, merged, tensors = merged_checkpoint(tmp_path, architecture)
-    pack = pack_delta(target, merged, recipe="lossless", workers=1)
+    pack = lossless_pack(target, merged)
     written = load_file(merge_packs(target, pack, tmp_path / "again") / "model.safetensors")
     assert written.keys() == tensors.keys()
     assert all(torch.equal(written[name], tensors[name]) for name in tensors)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from interop.adapters import CONFIG, WEIGHTS, logits, make_adapter, peft_model, tensors_of
 from safetensors.torch import load_file, save_file
-from tiny_models import build, make_pair, perturb, save_tokenizer
+from tiny_models import architectures, build, lossless_pack, make_pair, perturb, save_tokenizer
 
 from graftkit.attachment import attached
 from graftkit.checkpoint import Checkpoint
@@ -15,7 +15,6 @@ from graftkit.fuse import merge_packs
 from graftkit.interop import export_lora, import_lora
 from graftkit.interop.lora_import import read_lora
 from graftkit.models import load_model, tensor_roles
-from graftkit.pack import pack_delta
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import payloads_digest
@@ -51,11 +50,14 @@ def linear_pair(folder, architecture, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(
-    "architecture", ["llama", "llama_tied", "gpt2", "gpt_neox", "phi3", "bert"]
+    "architecture",
+    architectures(
+        ["llama", "llama_tied", "gpt2", "gpt_neox", "phi3", "bert"], quick=("llama", "gpt2", "phi3")
+    ),
 )
 def test_peft_loads_a_lora_of_full_rank_as_the_tuned_model(tmp_path, architecture):
     target, tuned = linear_pair(tmp_path, architecture)
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     result = export_lora(pack, target, tmp_path / "lora", rank=32)
     assert result.left_out == ()
     assert result.relative_error < 1e-4
@@ -112,7 +114,7 @@ def test_factors_above_the_rank_asked_are_cut_to_the_best_of_that_rank(tmp_path)
 
 def test_everything_is_carried_or_listed_with_its_share(tmp_path):
     target, tuned = make_pair(tmp_path, "mixtral")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     result = export_lora(pack, target, tmp_path / "lora", rank=4)
     names = [*(part.name for part in result.modules), *(part.name for part in result.left_out)]
     assert sorted(names) == [record.name for record in pack.manifest.tensors]
@@ -134,7 +136,7 @@ def test_everything_is_carried_or_listed_with_its_share(tmp_path):
 
 def test_the_error_quoted_is_that_of_the_factors_on_disk(tmp_path):
     target, tuned = make_pair(tmp_path, "gpt2")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     result = export_lora(pack, target, tmp_path / "lora", rank=4)
     stored = products(tmp_path / "lora")
     assert {tensor.dtype for tensor in tensors_of(tmp_path / "lora").values()} == {torch.bfloat16}
@@ -156,7 +158,7 @@ def test_a_pack_of_low_rank_gives_its_own_factors(tmp_path):
 
 def test_the_default_rank_is_the_smallest_that_keeps_the_energy(tmp_path):
     target, tuned = linear_pair(tmp_path, "llama")
-    flat = pack_delta(target, tuned, recipe="lossless", workers=1)
+    flat = lossless_pack(target, tuned)
     assert export_lora(flat, target, tmp_path / "flat").rank == 32
     [loud, quiet] = (_spiked(target, rank=12, decay=decay) for decay in (0.1, 1.0))
     for pack, rank in ((loud, 12), (quiet, 12)):
@@ -170,17 +172,17 @@ def test_the_default_rank_is_the_smallest_that_keeps_the_energy(tmp_path):
 def _tuned_from(pack, target, folder):
     """A lossless pack of what another pack makes of the target."""
     merged = merge_packs(target, pack, folder / f"merged-{id(pack)}")
-    return pack_delta(target, merged, recipe="lossless", workers=1)
+    return lossless_pack(target, merged)
 
 
 def _spiked(target, rank, decay=0.5):
     """A pack that adds orthogonal factors of this rank to every linear layer."""
     checkpoint = Checkpoint.open(target)
     generator = torch.Generator().manual_seed(0)
-    pack = pack_delta(target, target, recipe="lossless", workers=1)
-    records, payloads = [], {}
+    pack = lossless_pack(target, target)
+    roles, records, payloads = tensor_roles(checkpoint), [], {}
     for record in pack.manifest.tensors:
-        role = tensor_roles(checkpoint)[record.name]
+        role = roles[record.name]
         if role.linear and role.kind != "head":
             rows, columns = record.shape
             left = torch.linalg.qr(torch.randn(rows, rank, generator=generator))[0]
@@ -198,7 +200,7 @@ def test_the_divergence_is_that_of_the_adapter_on_disk_from_the_pack(tmp_path):
     target, tuned = make_pair(tmp_path, "llama")
     save_tokenizer(target)
     save_tokenizer(tuned)
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     coarse, fine = (
         export_lora(pack, target, tmp_path / f"{rank}", rank, ROWS).fidelity for rank in (1, 32)
     )
@@ -213,7 +215,7 @@ def test_the_divergence_is_that_of_the_adapter_on_disk_from_the_pack(tmp_path):
 
 def test_what_is_read_back_answers_as_peft_does(tmp_path):
     target, tuned = make_pair(tmp_path, "qwen3", torch.float32)
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     export_lora(pack, target, tmp_path / "lora", rank=3)
     model = load_model(target)
     with attached(model, read_lora(target, tmp_path / "lora")):
@@ -227,8 +229,8 @@ def test_what_is_read_back_answers_as_peft_does(tmp_path):
 
 def test_what_cannot_be_exported_leaves_nothing(tmp_path):
     target, tuned = make_pair(tmp_path, "llama")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
-    unchanged = pack_delta(target, target, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
+    unchanged = lossless_pack(target, target)
     files = {*tmp_path.iterdir()}
     with pytest.raises(ConfigError, match="rank is 0; it must be at least 1"):
         export_lora(pack, target, tmp_path / "lora", rank=0)
@@ -246,7 +248,7 @@ def test_what_cannot_be_exported_leaves_nothing(tmp_path):
 
 def test_an_empty_folder_is_filled_and_holds_the_two_files_of_an_adapter(tmp_path):
     target, tuned = make_pair(tmp_path, "gpt2")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     (tmp_path / "lora").mkdir()
     export_lora(pack, target, tmp_path / "lora", rank=2)
     assert {file.name for file in (tmp_path / "lora").iterdir()} == {CONFIG, WEIGHTS}
@@ -265,7 +267,7 @@ def test_deltas_of_any_size_are_exported(tmp_path, scale):
     states = {"target": torch.zeros_like(weights[name]), "tuned": scale * weights[name]}
     for folder, value in states.items():
         save_file(weights | {name: value}, tmp_path / folder / "model.safetensors")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     result = export_lora(pack, target, tmp_path / "lora", rank=64)
     [module] = [module for module in result.modules if module.name == name]
     assert module.relative_error < 1e-3

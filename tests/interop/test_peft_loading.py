@@ -4,11 +4,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_models import ONE_LAYER, save_pair
+from tiny_models import ONE_LAYER, lossless_pack, save_pair
 
 from graftkit.interop import export_lora
 from graftkit.models import load_model
-from graftkit.pack import pack_delta
 
 
 def mamba():
@@ -47,7 +46,7 @@ def pooling_by_attention():
 def test_what_peft_does_not_load_or_call_is_left_out_and_listed(tmp_path, make, lost):
     peft = pytest.importorskip("peft")
     save_pair(tmp_path, make().eval())
-    pack = pack_delta(tmp_path / "target", tmp_path / "tuned", recipe="lossless", workers=1)
+    pack = lossless_pack(tmp_path / "target", tmp_path / "tuned")
     export = export_lora(pack, tmp_path / "target", tmp_path / "lora", rank=4)
     modules = {module.module for module in export.modules}
     assert modules

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import build, perturb, save_tokenizer
+from tiny_models import build, lossless_pack, perturb, save_tokenizer
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.library import Library
@@ -54,7 +54,7 @@ def world(tmp_path_factory):
     pack_delta(target, _tune(folder / "plain", 9), recipe="lossless", workers=1).save(plain)
     other, foreign = folder / "other", folder / "foreign.skillpack"
     build("llama", torch.float32, seed=7).save_pretrained(other)
-    pack_delta(other, folder / "digits", recipe="lossless", workers=1).save(foreign)
+    lossless_pack(other, folder / "digits").save(foreign)
     return SimpleNamespace(target=target, packs=packs, plain=plain, foreign=foreign)
 
 

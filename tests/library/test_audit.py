@@ -1,14 +1,13 @@
 import pytest
 import torch
 from library.conftest import NAMES, prompts_of
-from tiny_models import build, save_tokenizer
+from tiny_models import build, lossless_pack, save_tokenizer
 
 from graftkit import SkillPack, fuse_packs
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.library import Library
 from graftkit.library.live import PackMemory
-from graftkit.pack import pack_delta
 
 PROMPTS = [prompts_of(name, 1, seed=8)[0] for name in NAMES] + ["!?;;" * 2]
 
@@ -40,7 +39,7 @@ def test_a_head_that_training_untied_is_audited_and_served(tmp_path):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
     model.save_pretrained(tuned)
     file = tmp_path / "untied.skillpack"
-    pack_delta(target, tuned, recipe="lossless", workers=1).save(file)
+    lossless_pack(target, tuned).save(file)
     library = Library.init(tmp_path / "library", target)
     library.add(file, "untied")
     assert library.audit("untied").kinds.keys() == {"head"}

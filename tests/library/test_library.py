@@ -4,14 +4,13 @@ import threading
 import pytest
 import torch
 from library.conftest import NAMES, prompts_of
-from tiny_models import build, make_pair
+from tiny_models import build, lossless_pack, make_pair
 
 from graftkit import SkillPack, attached
 from graftkit.errors import ConfigError, GraftError, LibraryError, PackMismatchError, RowsError
 from graftkit.library import Library
 from graftkit.library.folder import PackFolder
 from graftkit.models.loading import load_model
-from graftkit.pack import pack_delta
 
 MIXED = [prompts_of(name, 3, seed=5)[place] for place in range(3) for name in NAMES]
 
@@ -90,7 +89,7 @@ def test_a_pack_that_resizes_the_vocabulary_is_refused(tmp_path):
     model.resize_token_embeddings(100)
     model.save_pretrained(tuned)
     file = tmp_path / "resized.skillpack"
-    pack_delta(target, tuned, recipe="lossless", workers=1).save(file)
+    lossless_pack(target, tuned).save(file)
     library = Library.init(tmp_path / "library", target)
     with pytest.raises(PackMismatchError, match="cannot serve beside other packs"):
         library.add(file, "resized")

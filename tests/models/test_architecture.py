@@ -4,14 +4,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, ONE_LAYER, build, make_pair, save_pair
+from tiny_models import ARCHITECTURES, ONE_LAYER, build, lossless_pack, make_pair, save_pair
 
 from graftkit.attachment import attach
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.fuse import merge_packs
 from graftkit.models import ModuleKind, load_model, tensor_roles, tied_names
-from graftkit.pack import pack_delta
 
 
 def roles_of(folder, architecture):
@@ -141,7 +140,7 @@ def test_a_tensor_that_is_split_when_it_is_loaded_is_packed_merged_and_not_attac
     on_disk = Checkpoint.open(tmp_path / "target")
     split = [name for name in on_disk.tensors if "Wqkv" in name]
     assert split
-    pack = pack_delta(tmp_path / "target", tmp_path / "tuned", recipe="lossless", workers=1)
+    pack = lossless_pack(tmp_path / "target", tmp_path / "tuned")
     merge_packs(tmp_path / "target", pack, tmp_path / "merged")
     merged = load_model(tmp_path / "merged").state_dict()
     assert all(torch.equal(merged[name], value) for name, value in model.state_dict().items())

@@ -3,11 +3,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import make_pair
+from tiny_models import lossless_pack, make_pair
 
 from graftkit.errors import CheckpointError
 from graftkit.interop import import_lora
-from graftkit.pack import pack_delta
 
 CONFIGS = {
     "bitsandbytes": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
@@ -27,7 +26,7 @@ TENSORS = {
 
 def refusal(target, tuned):
     with pytest.raises(CheckpointError) as caught:
-        pack_delta(target, tuned, recipe="lossless")
+        lossless_pack(target, tuned)
     return str(caught.value)
 
 

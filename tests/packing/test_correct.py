@@ -30,14 +30,21 @@ def folders(request, tmp_path_factory):
     return target, tuned, rows
 
 
-@pytest.fixture(autouse=True)
-def _lossy_from_tiny(monkeypatch):
-    monkeypatch.setattr(pairs, "SMALLEST_LOSSY", 256)
+@pytest.fixture(autouse=True, scope="module")
+def _lossy_from_tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "SMALLEST_LOSSY", 256)
+        yield
 
 
 def packed(folders, **options) -> SkillPack:
     target, tuned, rows = folders
     return pack_delta(target, tuned, calibration=rows, **{**OPTIONS, **options})
+
+
+@pytest.fixture(scope="module")
+def trained(folders, _lossy_from_tiny) -> SkillPack:
+    return packed(folders)
 
 
 def factored(pack):
@@ -52,8 +59,8 @@ def factored(pack):
 
 
 @pytest.mark.slow
-def test_training_changes_codes_and_keeps_to_the_budget(folders):
-    coded, trained = packed(folders, train_steps=0), packed(folders)
+def test_training_changes_codes_and_keeps_to_the_budget(folders, trained):
+    coded = packed(folders, train_steps=0)
     assert max(coded.pack_bytes, trained.pack_bytes) <= trained.manifest.budget_bytes
     before, after = factored(coded), factored(trained)
     assert [r.codec for r in coded.manifest.tensors] == [r.codec for r in trained.manifest.tensors]
@@ -62,20 +69,17 @@ def test_training_changes_codes_and_keeps_to_the_budget(folders):
 
 
 @pytest.mark.slow
-def test_the_error_quoted_is_that_of_the_trained_delta(folders):
-    pack = packed(folders)
+def test_the_error_quoted_is_that_of_the_trained_delta(folders, trained):
     before, after = (Checkpoint.open(path) for path in folders[:2])
-    for name in factored(pack):
+    for name in factored(trained):
         delta = after.read(name).float() - before.read(name).float()
-        lost = (pack.delta(name, before.read(name)) - delta).norm() / delta.norm()
-        assert float(lost) == pytest.approx(pack.record(name).error, rel=2e-3)
+        lost = (trained.delta(name, before.read(name)) - delta).norm() / delta.norm()
+        assert float(lost) == pytest.approx(trained.record(name).error, rel=2e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", ["weighing", "training codes"])
-def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(folders, step, tmp_path):
-    whole = packed(folders)
-
+def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(folders, trained, step, tmp_path):
     def interrupt(at, done, total):
         if at == step and done >= total // 2:
             raise KeyboardInterrupt
@@ -83,7 +87,7 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(folders, step,
     with pytest.raises(KeyboardInterrupt):
         packed(folders, work_dir=tmp_path / "work", progress=interrupt)
     resumed = packed(folders, work_dir=tmp_path / "work", workers=2)
-    whole.save(tmp_path / "a")
+    trained.save(tmp_path / "a")
     resumed.save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -94,10 +98,9 @@ def test_servable_is_for_auto_only(folders):
 
 
 @pytest.mark.slow
-def test_a_servable_pack_adds_a_bounded_share_of_multiplications(folders):
-    pack = packed(folders)
-    assert {r.codec for r in pack.manifest.tensors} <= {"zero", "exact", "lowrank"}
-    for factors in factored(pack).values():
+def test_a_servable_pack_adds_a_bounded_share_of_multiplications(trained):
+    assert {r.codec for r in trained.manifest.tensors} <= {"zero", "exact", "lowrank"}
+    for factors in factored(trained).values():
         (rows, rank), columns = factors.left.shape, factors.right.shape[1]
         assert rank * (rows + columns) <= 0.25 * rows * columns
 

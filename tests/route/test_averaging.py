@@ -150,7 +150,7 @@ def test_a_pack_that_is_not_attached_and_beams_are_refused(skills, tmp_path):
         generate_averaged(model, merged, ids, mask, [{0: 1.0}], **OPTIONS)
 
 
-@settings(max_examples=30, deadline=None, database=None)
+@settings(database=None)
 @given(
     st.lists(st.floats(-80, 80), min_size=3, max_size=3),
     st.lists(st.floats(0, 1), min_size=2, max_size=2),

@@ -4,14 +4,14 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import build, save_tokenizer
 
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_tokenizer
 from graftkit.route import TARGET
-from graftkit.route.centroid import CentroidRouter, Reader, fit_key
+from graftkit.route.centroid import CentroidRouter, PromptReader, fit_key
 from graftkit.route.key import MAX_PROMPTS, RouterKey
 
 SKILLS = {
@@ -100,7 +100,6 @@ def test_prompts_without_tokens_and_a_library_without_packs_leave_all_to_the_tar
     assert CentroidRouter(model, tokenizer, keys).route([]) == []
 
 
-@settings(max_examples=30, deadline=None)
 @given(prompt=st.text(max_size=40), top_k=st.integers(1, 4))
 def test_weights_are_shares_of_the_packs_that_accept(model, tokenizer, keys, prompt, top_k):
     [route] = CentroidRouter(model, tokenizer, keys, top_k=top_k).route([prompt])
@@ -160,7 +159,7 @@ def test_keys_of_another_model_are_refused(model, tokenizer, keys):
 
 
 def test_a_sentence_encoder_gives_the_states_where_the_keys_name_it(model, tokenizer, keys):
-    encoder = Reader(build("bert", seed=5, scale=0.3), tokenizer, "tiny-encoder")
+    encoder = PromptReader(build("bert", seed=5, scale=0.3), tokenizer, "tiny-encoder")
     own = {
         name: fit_key(model, tokenizer, prompts_of(skill, 80, seed=0), encoder=encoder)
         for name, skill in SKILLS.items()

@@ -26,7 +26,7 @@ def fitted(count=60, width=24, seed=0):
     return RouterKey.fit(cloud(count, width, seed), 2, DIGEST)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(MIN_PROMPTS, 200), st.integers(2, 40), st.integers(0, 99))
 def test_a_key_comes_back_from_its_bytes_with_the_same_scores(count, width, seed):
     key = fitted(count, width, seed)
@@ -39,7 +39,7 @@ def test_a_key_comes_back_from_its_bytes_with_the_same_scores(count, width, seed
         assert again.score(0.5) == key.score(0.5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_distance_and_score_are_those_of_a_gaussian(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -147,7 +147,6 @@ def test_a_key_with_a_number_that_is_no_scale_is_refused(field, value):
         RouterKey.from_bytes(key.info, key.to_bytes())
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.binary(min_size=46, max_size=46))
 def test_any_bytes_are_a_key_with_finite_scores_or_are_refused(content):
     info = RouterInfo(layer=1, width=10, components=1, prompts=20, blake3=DIGEST)

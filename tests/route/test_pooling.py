@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import CAUSAL, architectures, build, make_pair, save_tokenizer
+from tiny_models import CAUSAL, architectures, build, lossless_pack, make_pair, save_tokenizer
 from transformers import BertModel
 
 from graftkit.attachment import attached
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.loading import load_model, load_tokenizer
-from graftkit.pack import pack_delta
 from graftkit.route.centroid import MAX_TOKENS, load_encoder, pooled_states, state_width
 
 PROMPTS = ("Add 1 2", "a", "", "What is the longest of these prompts?", "b", "Add 3 4")
@@ -79,7 +78,7 @@ def test_of_a_prompt_beyond_the_context_the_end_is_read(tokenizer):
 
 def test_packs_beside_the_model_do_not_change_a_state(tokenizer, tmp_path):
     target, tuned = make_pair(tmp_path, "llama")
-    pack = pack_delta(target, tuned, recipe="lossless", workers=1)
+    pack = lossless_pack(target, tuned)
     model = load_model(target, torch.float32)
     before = pooled_states(model, tokenizer, PROMPTS, 2)
     with attached(model, pack, mode="side") as attachment:

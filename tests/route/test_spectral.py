@@ -8,17 +8,17 @@ from attachment.packs import empty_pack, exact_pack, low_rank_pack
 from attachment.test_attach import bytes_of, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import make_pair, save_tokenizer
+from tiny_models import architectures, make_pair, save_tokenizer
 
 from graftkit.attachment import attached
 from graftkit.attachment.modules import LowRankUpdate, make_update
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model, load_tokenizer
-from graftkit.route import TARGET
+from graftkit.route import TARGET, spectral
 from graftkit.route.spectral import (
     THRESHOLD,
     Background,
-    Neutral,
+    NeutralStatistics,
     SpectralRouter,
     log_rho,
     module_inputs,
@@ -44,7 +44,7 @@ def pack_for(model, tokenizer, target, prompt):
 
 @pytest.fixture(scope="module")
 def skills(tmp_path_factory):
-    """Target folder, model, tokenizer, and packs for two prompts."""
+    """Target folder, model, tokenizer, packs for two prompts, and the target's own text."""
     target, _ = make_pair(tmp_path_factory.mktemp("spectral"), "llama", torch.float32)
     save_tokenizer(target)
     model, tokenizer = load_model(target), load_tokenizer(target)
@@ -52,10 +52,17 @@ def skills(tmp_path_factory):
         "first": pack_for(model, tokenizer, target, "abcabcabc"),
         "second": pack_for(model, tokenizer, target, "98765 43210"),
     }
-    return target, model, tokenizer, packs
+    return target, model, tokenizer, packs, neutral_tokens(model)
 
 
-@settings(max_examples=40, deadline=None, database=None)
+@pytest.fixture
+def text_once(monkeypatch, skills):
+    """The target's own text is written once for all routers of it."""
+    model, tokens = skills[1], skills[4]
+    monkeypatch.setattr(spectral, "neutral_tokens", lambda other: {model: tokens}[other])
+
+
+@settings(database=None)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 12), st.floats(1e-3, 1e3))
 def test_rho_is_the_normed_energy_of_the_answer_at_any_scale(seed, rows, columns, scale):
     generator = torch.Generator().manual_seed(seed)
@@ -107,13 +114,16 @@ def test_the_background_is_the_mean_and_the_widest_directions():
 
 
 def test_neutral_deviations_are_never_zero():
-    neutral = Neutral.of(torch.ones(3, 2))
+    neutral = NeutralStatistics.of(torch.ones(3, 2))
     assert neutral.std > 0
-    spread = Neutral.of(torch.tensor([[0.0, 2.0], [2.0, 4.0]]))
+    spread = NeutralStatistics.of(torch.tensor([[0.0, 2.0], [2.0, 4.0]]))
     assert (spread.mean, spread.std) == (2.0, 1.0)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma", "gpt_oss", "mixtral"])
+@pytest.mark.parametrize(
+    "architecture",
+    architectures(["llama", "gemma", "gpt_oss", "mixtral"], quick=("llama", "gpt_oss")),
+)
 def test_a_decoder_writes_neutral_text_of_its_own(tmp_path, architecture):
     target, _ = make_pair(tmp_path, architecture, torch.float32)
     model = load_model(target)
@@ -123,7 +133,10 @@ def test_a_decoder_writes_neutral_text_of_its_own(tmp_path, architecture):
     assert len(tokens.unique()) > 50
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "qwen3_moe", "phi3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "architecture",
+    architectures(["gpt2", "qwen3_moe", "phi3", "gpt_neox"], quick=("gpt2", "qwen3_moe")),
+)
 def test_packs_of_every_architecture_are_scored(tmp_path, architecture):
     target, tuned = make_pair(tmp_path, architecture, torch.float32)
     save_tokenizer(target)
@@ -139,8 +152,9 @@ def test_packs_of_every_architecture_are_scored(tmp_path, architecture):
     assert not any(part._forward_pre_hooks for part in model.modules())
 
 
+@pytest.mark.usefixtures("text_once")
 def test_a_prompt_goes_to_the_pack_that_answers_it_and_others_to_the_target(skills):
-    _, model, tokenizer, packs = skills
+    _, model, tokenizer, packs, _ = skills
     router = SpectralRouter(model, tokenizer, packs)
     routes = router.route(["abcabcabc", "98765 43210", "!!??##", ""])
     assert [route.name for route in routes] == ["first", "second", TARGET, TARGET]
@@ -150,8 +164,9 @@ def test_a_prompt_goes_to_the_pack_that_answers_it_and_others_to_the_target(skil
     assert routes[3].scores == {}
 
 
+@pytest.mark.usefixtures("text_once")
 def test_a_route_depends_on_nothing_but_prompt_target_and_the_packs_weights(skills):
-    target, model, tokenizer, packs = skills
+    target, model, tokenizer, packs, _ = skills
     router = SpectralRouter(model, tokenizer, packs)
     routes = router.route(PROMPTS)
     for prompt, expected in zip(PROMPTS, routes, strict=True):
@@ -165,7 +180,7 @@ def test_a_route_depends_on_nothing_but_prompt_target_and_the_packs_weights(skil
 
 
 def test_packs_attached_beside_the_model_change_no_route(skills):
-    _, model, tokenizer, packs = skills
+    _, model, tokenizer, packs, _ = skills
     expected = SpectralRouter(model, tokenizer, packs).route(PROMPTS)
     with attached(model, list(packs.values()), mode="side") as attachment:
         attachment.route([0, 1])
@@ -175,9 +190,10 @@ def test_packs_attached_beside_the_model_change_no_route(skills):
         assert router.route(PROMPTS) == expected
 
 
+@pytest.mark.usefixtures("text_once")
 @pytest.mark.parametrize("scale", [1e-3, 4.0])
 def test_a_route_does_not_depend_on_a_packs_scale(skills, scale):
-    _, model, tokenizer, packs = skills
+    _, model, tokenizer, packs, _ = skills
     scaled = {name: copy.copy(pack) for name, pack in packs.items()}
     scaled["first"].low_rank = {
         name: (left * scale, right) for name, (left, right) in packs["first"].low_rank.items()
@@ -190,8 +206,9 @@ def test_a_route_does_not_depend_on_a_packs_scale(skills, scale):
         assert found.scores == pytest.approx(route.scores, rel=1e-3, abs=1e-3)
 
 
+@pytest.mark.usefixtures("text_once")
 def test_a_pack_without_linear_changes_has_no_score_and_one_without_keys_its_other_modules(skills):
-    target, model, tokenizer, packs = skills
+    target, model, tokenizer, packs, _ = skills
     others = copy.copy(packs["first"])
     others.low_rank = {
         name: factors for name, factors in packs["first"].low_rank.items() if "k_proj" not in name
@@ -205,7 +222,7 @@ def test_a_pack_without_linear_changes_has_no_score_and_one_without_keys_its_oth
 
 
 def test_a_model_that_writes_no_text_or_another_target_is_refused(tmp_path, skills):
-    _, model, tokenizer, packs = skills
+    _, model, tokenizer, packs, _ = skills
     encoder, _ = make_pair(tmp_path / "encoder", "bert", torch.float32)
     with pytest.raises(AttachError, match="writes no text"):
         SpectralRouter(load_model(encoder), tokenizer, {})

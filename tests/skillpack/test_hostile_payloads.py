@@ -17,7 +17,7 @@ from skillpack.forge import FOLDER, PACK, ROOT, Forgery, target_of
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress import factors
-from graftkit.compress.codes import decode_codes, encode_codes
+from graftkit.compress.entropy import decode_codes, encode_codes
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
 from graftkit.skillpack import SkillPack
 
@@ -265,9 +265,7 @@ def test_plain_factors_of_a_stack_are_one_payload_for_each_matrix(tmp_path):
         torch.testing.assert_close(matrix, torch.full((12, 16), value), rtol=0, atol=0.01)
 
 
-@settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, len(PLAIN) - 1), value=st.integers(0, 255), noise=st.binary(max_size=9))
 def test_garbled_plain_factors_give_a_finite_tensor_or_a_refusal(tmp_path, at, value, noise):
     payload = bytearray(PLAIN)
@@ -285,9 +283,7 @@ GARBLED += [FACTORS, ENTRIES, HYBRID, STEPS, NOTHING, CODED_STACK, MULTIPLIED]
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("name", GARBLED)
 def test_garbage_under_a_correct_digest_gives_a_finite_tensor_or_a_refusal(tmp_path, name, data):
@@ -367,7 +363,6 @@ def test_a_stream_that_ends_early_is_refused_before_the_rest_is_made_up():
     assert time.perf_counter() - started < 2
 
 
-@settings(max_examples=300, deadline=None)
 @given(noise=st.binary(max_size=60), rows=st.integers(1, 9), columns=st.integers(1, 40))
 def test_any_bytes_are_codes_or_refused(noise, rows, columns):
     try:

@@ -98,9 +98,7 @@ def mutate(manifest, mutation):
         del manifest[last]
 
 
-@settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_changed_manifest_means_what_it_says_or_is_refused(tmp_path, data):
     forgery = Forgery()
@@ -134,14 +132,12 @@ def look_at(pack, name):
         assert name in str(error)  # noqa: PT017
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.recursive(VALUES, lambda part: st.lists(part) | st.dictionaries(st.text(), part)))
 def test_any_json_is_refused_as_a_manifest(value):
     with pytest.raises(PackFormatError):
         parse_manifest(json.dumps(value))
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.text())
 def test_any_text_is_refused_as_a_manifest(text):
     with pytest.raises(PackFormatError):

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from graftkit.cli import show
-from graftkit.parallel import peak_rss_bytes
 from graftkit.text import printable
 
 if TYPE_CHECKING:
@@ -168,6 +167,8 @@ def _watch(predictor: "Predictor", places: list[Path], top: int, json_output: bo
 
 
 def _measure(predictor: "Predictor", model: Path, places: list[Path], json_output: bool) -> None:
+    from graftkit.parallel import peak_rss_bytes
+
     measured = predictor.measure_latency(_find(places)[0])
     memory = {"bytes": predictor.bytes, "peak_rss_bytes": peak_rss_bytes()}
     result = {"model": str(model)} | asdict(measured) | memory

@@ -1,10 +1,16 @@
-"""From source models to a SkillPack: sample, score, select, train, pack.
+"""From source models to a pack: sample answers, score and select them, train the target, pack.
 
-config      the one file that says everything
-pipeline    the stages in order; what is done is not done again
-sources/    who answers, and sampling their answers
-scores/     what an answer is worth, and scoring all of them
-selection   rows for SFT, pairs for DPO; template turns them into text
-training    SFT and DPO on TRL; trainers has what TRL lacks
-alignment, distributions, collecting, hidden, losses    explicit transfer
+config      the settings of a run, from one TOML file
+pipeline    the stages in order; a finished stage is not repeated
+steps       what each stage does
+workspace   the folder of a run: finished stages, and what all stages need
+sample      prompts, and the sources' answers to them
+sources/    a local model, an endpoint, or a file of answers
+scores/     what an answer is worth: rules, reward models, judges
+select      rows for SFT and pairs for DPO, in the target's chat template
+training    SFT and DPO on TRL; trainers adds to TRL what it lacks
+transfer/   explicit transfer: distributions and hidden states of the sources
+card        data card, model card and provenance
+estimate    what a run will take
+records     prompts, answers and scores as JSON Lines
 """

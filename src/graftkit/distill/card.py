@@ -1,4 +1,4 @@
-"""What the data and the tuned model say about themselves: data card, model card, provenance."""
+"""Data card, model card, and the provenance of the pack."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 
 from graftkit.config import VERSION
 from graftkit.distill.config import DistillConfig, ModelSource, Source
-from graftkit.distill.records import Scored
+from graftkit.distill.records import ScoredAnswer
 from graftkit.distill.sample import PromptSet, SourceSummary
-from graftkit.distill.select import Selected
+from graftkit.distill.select import SelectedData
 from graftkit.text import printable
 
 Card = dict[str, Any]
@@ -21,8 +21,8 @@ def make_card(
     config: DistillConfig,
     prompts: PromptSet,
     sampled: Sequence[SourceSummary],
-    scored: Sequence[Scored],
-    chosen: Selected,
+    scored: Sequence[ScoredAnswer],
+    chosen: SelectedData,
 ) -> Card:
     """Counts of everything from prompts to pairs, and the settings behind them."""
     answers = {
@@ -50,7 +50,7 @@ def make_card(
 
 
 def source_card(source: Source) -> Card:
-    """A source by name, place, licence and sampling settings; keys and their places left out."""
+    """A source by name, place, licence and sampling settings, without its API key's variable."""
     if source.kind == "answers":
         shown = {"name", "kind", "file", "licence"}
     else:
@@ -60,7 +60,7 @@ def source_card(source: Source) -> Card:
 
 
 def provenance(config: DistillConfig, card: Card) -> dict[str, str]:
-    """A few short lines for the pack's manifest."""
+    """Sources, data and settings in short lines, for the pack's manifest."""
     lines = {
         "made_by": f"graftkit {VERSION} distill",
         "prompts": f"{card['prompts']['file']}, {card['prompts']['used']}",
@@ -126,8 +126,8 @@ def model_card(config: DistillConfig, card: Card, losses: Mapping[str, Card]) ->
     """The README of the tuned model and its pack, with front matter for the Hub."""
     target = _public(config.target)
     front = ["---", f"base_model: {_yaml(target)}", "library_name: transformers"]
-    found = licence(config)
-    front += [f"license_name: {_yaml(found)}", "license: other"] if found else []
+    licences = licence(config)
+    front += [f"license_name: {_yaml(licences)}", "license: other"] if licences else []
     front += ["tags: [graftkit, sft" + (", dpo]" if config.dpo else "]"), "---"]
     lines = [f"- {key}: {value}" for key, value in provenance(config, card).items()]
     curves = [
@@ -149,7 +149,7 @@ def model_card(config: DistillConfig, card: Card, losses: Mapping[str, Card]) ->
     return "\n".join(front) + "\n\n" + "\n\n".join(body) + "\n"
 
 
-def _answer_counts(scored: Sequence[Scored]) -> dict[str, Any]:
+def _answer_counts(scored: Sequence[ScoredAnswer]) -> dict[str, Any]:
     passed = [one for one in scored if one.passed]
     rewards = [one.reward for one in passed]
     return {
@@ -172,7 +172,7 @@ def _source_line(source: Source) -> str:
 
 
 def _quoted(counts: Mapping[str, int]) -> dict[str, int]:
-    """Reasons in a server's words, which must be no markup of the card."""
+    """Reasons in a server's words, quoted so that they are no markup of the card."""
     return {f"`{printable(why).replace('`', chr(39))}`": count for why, count in counts.items()}
 
 
@@ -187,8 +187,8 @@ def _dropped(title: str, counts: Mapping[str, int]) -> str:
 def _settings(values: Mapping[str, Any]) -> str:
     name = values.get("name", values["kind"])
     rest = {key: value for key, value in values.items() if key not in ("name", "kind")}
-    told = ", ".join(f"{key} {value}" for key, value in rest.items())
-    return f"**{name}** ({values['kind']}): {told or 'no settings'}."
+    text = ", ".join(f"{key} {value}" for key, value in rest.items())
+    return f"**{name}** ({values['kind']}): {text or 'no settings'}."
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
@@ -201,7 +201,7 @@ def _cell(value: Any) -> str:
 
 
 def _public(reference: str) -> str:
-    """A Hub id as it is; of a local directory the name, for its path is nobody's business."""
+    """A Hub id as it is; of a local directory the name only, because its path is private."""
     return Path(reference).name if reference.startswith((".", "/", "~")) else reference
 
 

@@ -1,85 +1,82 @@
-"""The one file that `graftkit distill` reads: sources, scores, selection, training, pack.
+"""The configuration of `graftkit distill`: sources, scores, selection, training and pack.
 
-Every sentence under a field is its documentation. Paths in the file are relative to the file.
+One TOML file holds all of it. The sentence under a field is its documentation. Paths in the file
+are relative to the folder of the file.
 """
 
-import difflib
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from graftkit.config import TRAIN_STEPS, Budget, Recipe
+from graftkit.config import TRAIN_STEPS, Budget, Recipe, Settings
 from graftkit.errors import BudgetError, ConfigError
-from graftkit.parallel import bfloat16_pays
+from graftkit.text import nearest_name
 
 
-def located(reference: str, where: Path) -> str:
-    """A directory beside the configuration, which lies in `where`, or a Hub id as it stands."""
-    return str(where / reference) if (where / reference).exists() else reference
+def resolve_model(reference: str, folder: Path) -> str:
+    """The path of a model directory, if `reference` is one relative to `folder`; else a Hub id."""
+    return str(folder / reference) if (folder / reference).exists() else reference
 
 
 Precision = Literal["float32", "bfloat16"]
 
 
 def _fastest_precision() -> Precision:
-    """Where bfloat16 is emulated, training in it takes ten times as long."""
+    """bfloat16 where the device multiplies in it; emulated, it takes ten times as long."""
+    import torch  # here, so that settings are read without it
+
+    from graftkit.parallel import bfloat16_pays
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return "bfloat16" if bfloat16_pays(device) else "float32"
 
 
-class Settings(BaseModel):
-    """Frozen, and without keys that nobody reads."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
 class Prompts(Settings):
-    """What the sources are asked."""
+    """The prompts that the sources answer."""
 
     file: str
-    """JSON Lines; `prompt` is read, and only what a score compares with beside it."""
+    """JSON Lines with `prompt`; rules also read `completion` or `tests`."""
     limit: int | None = Field(default=None, ge=1)
-    """Prompts used, a seeded choice; none: all."""
+    """Number of prompts, chosen with the seed. Default: all."""
     chat: bool = False
-    """Whether a prompt is a user's turn, which the target reads in its chat template."""
+    """Whether the target reads a prompt as a user's turn, in its chat template."""
 
 
 class Sampling(Settings):
-    """How a source answers."""
+    """How a source samples its answers."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """Name in files and tables."""
+    """Name of the source in files and tables."""
     samples: int = Field(default=4, ge=1, le=1024)
-    """Answers to each prompt."""
+    """Number of answers to each prompt."""
     temperature: float = Field(default=0.8, ge=0)
-    """0 takes the likeliest token, and one sample says all."""
+    """Sampling temperature. 0 is greedy, with one answer to each prompt."""
     top_p: float = Field(default=0.95, gt=0, le=1)
-    """Share of the probability that is sampled from."""
+    """Nucleus sampling: the likeliest tokens that together have this probability."""
     repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1, tokens that occurred become less likely."""
+    """Above 1, tokens that occurred before become less likely (CTRL)."""
     max_new_tokens: int = Field(default=512, ge=1)
-    """Longest answer; what is cut there is dropped."""
+    """Longest answer; an answer that is cut here is dropped."""
     chat: bool = False
-    """Whether a prompt is sent as a user's turn, in the source's own chat template."""
+    """Whether the source reads a prompt as a user's turn, in its own chat template."""
     licence: str | None = None
-    """Licence of the source's answers; lands in the pack's provenance."""
+    """Licence of the source's answers, for the pack's manifest."""
 
 
 class ModelSource(Sampling):
-    """A causal language model, run here."""
+    """A causal language model that runs on this machine."""
 
     kind: Literal["model"]
     model: str
     """A Hugging Face directory or Hub id[@revision]."""
     batch_tokens: int = Field(default=4096, ge=1)
-    """Tokens in work at once, prompts and answers together. Decides the draws: keep it."""
+    """Tokens of a batch, prompts and answers together. Another value samples other answers."""
 
 
 class Endpoint(Settings):
-    """A model behind an OpenAI-compatible endpoint, and how it is asked."""
+    """A model behind an OpenAI-compatible endpoint, and how requests are sent to it."""
 
     url: str
     """Base URL, such as http://localhost:8000/v1."""
@@ -88,11 +85,11 @@ class Endpoint(Settings):
     key_env: str | None = None
     """Environment variable that holds the API key; the key itself is never written."""
     concurrency: int = Field(default=8, ge=1, le=1024)
-    """Requests in flight."""
+    """Requests at the same time."""
     timeout_seconds: float = Field(default=120, gt=0)
-    """Longest wait for one answer, from the request to its last byte; anew for every attempt."""
+    """Longest time of one attempt, from the request to the last byte of the response."""
     retries: int = Field(default=8, ge=0)
-    """Further attempts of a request, each after a longer wait."""
+    """Further attempts after a failed request, each after a longer wait."""
 
 
 class EndpointSource(Sampling, Endpoint):
@@ -100,41 +97,41 @@ class EndpointSource(Sampling, Endpoint):
 
     kind: Literal["endpoint"]
     requests_per_minute: int | None = Field(default=None, ge=1)
-    """Most requests a minute."""
+    """Largest number of requests in a minute. Default: no limit."""
     price_per_million: tuple[float, float] = (0.0, 0.0)
-    """Price of a million prompt tokens and of a million completion tokens, any currency."""
+    """Price of a million prompt tokens and of a million completion tokens, in any currency."""
 
 
 class AnswersSource(Sampling):
-    """Answers that are there already."""
+    """A file of finished answers."""
 
     kind: Literal["answers"]
     file: str
-    """JSON Lines of `prompt` and `completion`, several lines to a prompt if there are."""
+    """JSON Lines of `prompt` and `completion`; each line of a prompt is one of its answers."""
 
 
 Source = Annotated[ModelSource | EndpointSource | AnswersSource, Field(discriminator="kind")]
 
 
 class Rule(Settings):
-    """A check that an answer passes or fails; one that fails is never chosen."""
+    """A check that an answer passes or fails; only answers that pass become training rows."""
 
 
 class Graded(Settings):
-    """A number for each answer; the sum of them, weighted, is its reward."""
+    """A number for each answer. The weighted sum of these numbers is the answer's reward."""
 
     weight: float = 1.0
-    """Share in the reward."""
+    """Factor of this number in the sum."""
 
 
 class ExactRule(Rule):
-    """The reference's words: `completion` of the prompts file, blanks at the ends aside."""
+    """The answer equals `completion` of the prompts file, up to blanks at the ends."""
 
     kind: Literal["exact"]
 
 
 class NumberRule(Rule):
-    """The reference's number: the last one in each text, or the one after `####`."""
+    """The answer's number equals that of `completion`: the first after `####`, else the last."""
 
     kind: Literal["number"]
     tolerance: float = Field(default=1e-6, ge=0)
@@ -142,47 +139,47 @@ class NumberRule(Rule):
 
 
 class JsonRule(Rule):
-    """The reference's JSON value; order of keys and blanks do not matter."""
+    """The answer is the same JSON value as `completion`; key order and blanks do not matter."""
 
     kind: Literal["json"]
 
 
 class CodeRule(Rule):
-    """The `tests` of the prompts file, Python, run behind the answer's code in a sandbox."""
+    """The answer's Python code passes the `tests` of the prompts file, in a sandbox."""
 
     kind: Literal["code"]
     timeout_seconds: float = Field(default=10, gt=0)
-    """Processor and wall time of one answer."""
+    """Longest processor time and wall time of one answer with its tests."""
     memory_bytes: int = Field(default=2**29, ge=2**26)
-    """Address space of one answer."""
+    """Largest address space of each process."""
 
 
 class RewardScore(Graded):
-    """A reward model: sequence classification with one label."""
+    """A reward model: a sequence classifier with one label, whose logit is the number."""
 
     kind: Literal["reward"]
     model: str
     """A Hugging Face directory or Hub id[@revision]."""
     chat: bool = True
-    """Whether prompt and answer are put into its chat template."""
+    """Whether prompt and answer are written in its chat template."""
     batch_tokens: int = Field(default=4096, ge=1)
-    """Tokens in one pass."""
+    """Tokens of one batch."""
 
 
 class JudgeScore(Graded, Endpoint):
-    """A judge behind an endpoint, asked for a grade from 0 to 10 (here divided by ten)."""
+    """A language model behind an endpoint grades from 0 to 10; the number is a tenth of it."""
 
     kind: Literal["judge"]
     instruction: str = "Grade the answer for being correct, helpful and clear."
-    """What the judge should look at."""
+    """What the judge should grade."""
 
 
 class AgreementScore(Graded):
-    """Self-consistency: the share of the source's other samples that give the same answer."""
+    """Self-consistency: the share of the source's other answers that are the same."""
 
     kind: Literal["agreement"]
     of: Literal["text", "number", "json"] = "text"
-    """What is compared: the whole text, the last number, or the JSON value."""
+    """What is compared: the whole text, the number, or the JSON value."""
 
 
 class LikelihoodScore(Graded):
@@ -205,7 +202,7 @@ Score = Annotated[
 
 
 class Selection(Settings):
-    """Which answers are trained on."""
+    """Which answers become training rows and preference pairs."""
 
     pairs: Literal["best_worst", "checked", "mixed"] = "best_worst"
     """best_worst: best and worst passing answer of one source (FuseChat-3.0). checked: best that
@@ -214,11 +211,11 @@ class Selection(Settings):
     target_source: str | None = None
     """For mixed pairs: the name of the source that is the target itself."""
     gap: tuple[float, float] = (0.01, 0.1)
-    """Pairs whose rewards differ by less or by more are dropped."""
+    """Smallest and largest difference of a pair's rewards; other pairs are dropped."""
     sft_share: Annotated[float, Field(ge=0, le=1)] | Literal["all"] = 0.4
-    """Share of the prompts for SFT, the rest for pairs; all: every prompt serves both."""
+    """Share of the prompts for SFT; the others are for pairs. all: every prompt is for both."""
     least_reward: float | None = None
-    """Answers below it are not trained on in SFT."""
+    """Answers with a smaller reward are not used for SFT. Default: no limit."""
 
     @model_validator(mode="after")
     def _gap_is_a_window(self) -> Self:
@@ -238,56 +235,56 @@ class Lora(Settings):
     """Scale: alpha / rank multiplies the product."""
 
 
-class Training(Settings):
-    """What SFT and DPO share."""
+class TrainerSettings(Settings):
+    """Settings that SFT and DPO share."""
 
     epochs: float = Field(default=1, gt=0)
     """Passes over the data."""
     learning_rate: float = Field(gt=0)
-    """Peak of the schedule."""
+    """Largest learning rate of the schedule."""
     embedding_rate: float = Field(default=1.0, ge=0)
-    """Learning rate of embeddings and head, as a share of the others'."""
+    """Learning rate of the embeddings and the head, as a share of that of other weights."""
     batch_size: int = Field(default=128, ge=1)
-    """Rows or pairs of one optimizer step, over all devices."""
+    """Rows or pairs of one optimizer step, on all devices together."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Rows of one pass on one device; none: the whole batch. Divides batch_size."""
+    """Rows of one forward pass on one device; divides batch_size. Default: the whole batch."""
     warmup_share: float = Field(default=0.1, ge=0, le=1)
-    """Steps with a rising rate, as a share of all; then a cosine."""
+    """Share of the steps in which the learning rate rises; then it falls as a cosine."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_tokens: int = Field(default=2048, ge=2)
-    """Longer rows are dropped and counted."""
+    """Longest row, prompt and answer together; longer rows are dropped and counted."""
     precision: Precision = Field(default_factory=_fastest_precision)
-    """Of the computation; weights and optimizer are float32. Bfloat16 where the GPU, or without one
-    the processor, multiplies in it, unless told otherwise."""
+    """Precision of the computation; weights and optimizer are float32. Default: bfloat16 where the
+    GPU, or without one the processor, multiplies in it."""
     gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them."""
+    """Recompute activations in the backward pass, to save memory."""
     checkpoint_steps: int = Field(default=200, ge=1)
-    """Steps between two checkpoints that a killed run continues from."""
+    """Optimizer steps between two checkpoints, from which a killed run continues."""
     lora: Lora | None = None
     """Train an adapter instead of all weights."""
 
 
-class Sft(Training):
-    """Supervised fine-tuning on the chosen answers, loss on their tokens alone."""
+class Sft(TrainerSettings):
+    """Supervised fine-tuning on the chosen answers; the loss counts their tokens only."""
 
     epochs: float = Field(default=3, gt=0)
     """Passes over the data."""
     learning_rate: float = Field(default=5e-6, gt=0)
-    """Peak of the schedule."""
+    """Largest learning rate of the schedule."""
 
 
-class Dpo(Training):
+class Dpo(TrainerSettings):
     """Preference optimisation on pairs; the reference is the model after SFT."""
 
     learning_rate: float = Field(default=8e-7, gt=0)
-    """Peak of the schedule."""
+    """Largest learning rate of the schedule."""
     loss: Literal["sigmoid_norm", "sigmoid", "wrpo"] = "sigmoid_norm"
-    """sigmoid_norm divides by the answers' lengths; wrpo is for mixed pairs."""
+    """sigmoid_norm divides log-probabilities by the answers' lengths; wrpo is for mixed pairs."""
     beta: float = Field(default=10.0, gt=0)
-    """About 10 for sigmoid_norm, 0.01 to 0.1 for sigmoid and wrpo."""
+    """Strength of the preference: about 10 for sigmoid_norm, 0.01 to 0.1 for sigmoid and wrpo."""
     wrpo_alpha: float = Field(default=0.1, ge=0, le=1)
-    """Weight that the source's answer has at the end of WRPO; it rises from 0."""
+    """Weight of the source's answer in the last step of WRPO; it rises linearly from 0."""
 
 
 class Transfer(Settings):
@@ -300,53 +297,53 @@ class Transfer(Settings):
     hidden_weight: float = Field(default=0.0, ge=0)
     """Weight of the distance of hidden states from the first source's."""
     top_k: int = Field(default=10, ge=1, le=256)
-    """Log-probabilities kept for each position."""
+    """Number of log-probabilities that are stored for each token."""
     fusion: Literal["min_ce", "average_ce"] = "min_ce"
-    """Of several sources: the one that predicts the row best, or a weighted mean (FuseLLM)."""
+    """With several sources: the one that predicts the row best, or a weighted mean (FuseLLM)."""
     divergence: Literal["forward", "reverse"] = "forward"
     """KL(source ‖ target), or KL(target ‖ source)."""
     temperature: float = Field(default=1.0, gt=0)
-    """Of both distributions."""
+    """Temperature of both distributions."""
     hidden: Literal["cosine", "mse", "gram"] = "gram"
-    """How hidden states are compared, pooled over the spans of text that both tokenizers cut."""
+    """How hidden states are compared. They are means over spans that both tokenizers cut alike."""
 
 
 class Pack(Settings):
-    """The last stage; see `graftkit pack --help`."""
+    """How the pack is made; see `graftkit pack --help`."""
 
     budget: str | None = None
     """Largest file: 5%, 12MB or 1.0bpp. Default 5% for lossy recipes, none for lossless."""
     recipe: Recipe = "auto"
     """auto, graftllm or lossless."""
     calibration_rows: int = Field(default=256, ge=0)
-    """Rows of the SFT set to calibrate on; 0: data-free."""
+    """Number of SFT rows to calibrate on; 0 packs without data."""
     train_steps: int = Field(default=TRAIN_STEPS, ge=0)
-    """Steps of code training."""
+    """Steps in which the codes of the pack are trained."""
 
 
 class DistillConfig(Settings):
-    """From sources to a pack."""
+    """All settings of a run from sources to a pack."""
 
     target: str
-    """The model that learns: a Hugging Face directory or Hub id[@revision]."""
+    """The model to train: a Hugging Face directory or Hub id[@revision]."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Decides every draw."""
+    """Seed of all random choices."""
     prompts: Prompts
-    """What the sources are asked."""
+    """The prompts that the sources answer."""
     sources: tuple[Source, ...] = Field(min_length=1)
-    """Who answers."""
+    """Who answers the prompts."""
     scores: tuple[Score, ...] = Field(min_length=1)
-    """How answers are judged."""
+    """How the answers are scored."""
     selection: Selection = Selection()
-    """Which of them are trained on."""
+    """Which answers become training rows and preference pairs."""
     sft: Sft = Field(default_factory=Sft)
     """Supervised fine-tuning."""
     dpo: Dpo | None = Field(default_factory=Dpo)
     """Preference optimisation; `dpo = false` leaves it out."""
     transfer: Transfer | None = None
-    """Explicit transfer beside SFT; sources must be models, run here."""
+    """Explicit transfer during SFT; needs a source of kind model."""
     pack: Pack = Pack()
-    """The pack."""
+    """How the pack is made."""
 
     @model_validator(mode="before")
     @classmethod
@@ -379,7 +376,10 @@ class DistillConfig(Settings):
 
 
 def read_config(path: str | Path) -> DistillConfig:
-    """Read a file. Raises: ConfigError with the key, what was found, and the nearest name."""
+    """Read a configuration file.
+
+    Raises: ConfigError for a file that cannot be read or is no TOML, and for unknown or wrong keys.
+    """
     path = Path(path)
     try:
         config = DistillConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -413,7 +413,7 @@ _TABLES: dict[str, tuple[type[Settings], ...]] = {
 
 
 def _explain(error: ValidationError) -> str:
-    """Every fault of a file in one line; an unknown key with the nearest that there is."""
+    """All faults of a file in one line, unknown keys with the nearest known one."""
     return "; ".join(map(_explain_one, error.errors()))
 
 
@@ -429,9 +429,6 @@ def _explain_one(fault: Any) -> str:
 
 def _nearest(place: tuple[int | str, ...]) -> str:
     tables = _TABLES.get(str(place[0]) if len(place) > 1 else "", ())
-    known = sorted({name for table in tables for name in table.model_fields})
-    close = difflib.get_close_matches(str(place[-1]), known, n=1)
-    prefix = ".".join(str(part) for part in place[:-1] if not isinstance(part, int))
-    if not close:
-        return ""
-    return f"; did you mean {prefix}.{close[0]}?" if prefix else f"; did you mean {close[0]}?"
+    names = sorted({name for table in tables for name in table.model_fields})
+    prefix = "".join(f"{part}." for part in place[:-1] if not isinstance(part, int))
+    return nearest_name(str(place[-1]), names, prefix)

@@ -1,8 +1,8 @@
 """What a run will take, before it starts: counts, tokens, memory, disk and time.
 
-Answers are not known yet: every one counts as long as it may be. Time is that of the arithmetic
-for so many tokens, at the speed of one product measured here; shorter answers take less, small
-models and slow disks more.
+The length of an answer is not known yet, so every answer counts with its maximum. Time is that of
+the multiplications for so many tokens, at the speed of one matrix product that is measured here.
+Shorter answers take less; small models and slow disks take more.
 """
 
 import time
@@ -19,29 +19,32 @@ from graftkit.distill.config import (
     EndpointSource,
     ModelSource,
     Source,
-    Training,
-    located,
+    TrainerSettings,
+    resolve_model,
 )
 from graftkit.distill.records import Prompt
 from graftkit.models.encoding import usable_tokenizer
 
-BYTES_OF_TOKEN = 6  # of a sampled token in samples.jsonl, JSON around it included
-TRAINED_BYTES = 16  # a parameter's weight, gradient and two moments, float32
-CHECKPOINT_BYTES = 12  # its weight and two moments
-CHECKPOINTS = 3  # two are kept while the next is written
-PROBE_SIZE = 1024  # of the product that is timed
+BYTES_OF_TOKEN = 6  # of a sampled token in samples.jsonl, with its share of the JSON
+TRAINED_BYTES = 16  # of a parameter: weight, gradient and two moments, float32
+CHECKPOINT_BYTES = 12  # of a parameter: weight and two moments
+CHECKPOINTS = 3  # two stay while the next is written
+PROBE_SIZE = 1024  # rows and columns of the matrices whose product is timed
 
 
 def estimate(
-    config: DistillConfig, target: Checkpoint, prompts: tuple[Prompt, ...], where: Path
+    config: DistillConfig, target: Checkpoint, prompts: tuple[Prompt, ...], config_folder: Path
 ) -> dict[str, Any]:
-    """Counts and sizes by stage; reads configurations and tokenizers, no weights.
+    """Estimate every stage from configurations and tokenizers; weights are not read.
 
-    Returns: tokens and seconds for answers of full length; memory without activations, bytes.
+    Returns: prompts, prompt_tokens, sources, stages and disk_bytes. Tokens and seconds are those of
+        answers of maximal length; memory_bytes is without activations.
     """
     tokenizer = usable_tokenizer(target)
     lengths = [len(tokenizer.encode(prompt.text)) for prompt in prompts]
-    sources = [_source(source, len(prompts), sum(lengths), where) for source in config.sources]
+    sources = [
+        _source(source, len(prompts), sum(lengths), config_folder) for source in config.sources
+    ]
     longest = max(source.max_new_tokens for source in config.sources)
     share = config.selection.sft_share
     for_sft = len(prompts) if share == "all" or not config.dpo else round(share * len(prompts))
@@ -58,7 +61,7 @@ def estimate(
         "sft": _training(config.sft, target, for_sft, row, passes=6, reference=0),
     }
     if config.dpo:
-        # Two answers, and the reference reads them too.
+        # Two answers to each prompt, which the reference model reads too.
         stages["dpo"] = _training(config.dpo, target, for_pairs, 2 * row, passes=8, reference=4)
     return {
         "prompts": len(prompts),
@@ -69,24 +72,26 @@ def estimate(
     }
 
 
-def _source(source: Source, prompts: int, prompt_tokens: int, where: Path) -> dict[str, Any]:
+def _source(
+    source: Source, prompts: int, prompt_tokens: int, config_folder: Path
+) -> dict[str, Any]:
     samples = source.samples
     answers = prompts * samples
     tokens = answers * source.max_new_tokens
-    found: dict[str, Any] = {
+    counts: dict[str, Any] = {
         **{"name": source.name, "answers": answers, "tokens": tokens},
         **{"cost": 0.0, "memory_bytes": 0, "seconds": 0.0},
     }
     if isinstance(source, AnswersSource):
-        return {**found, "tokens": 0}
+        return {**counts, "tokens": 0}
     if isinstance(source, EndpointSource):
-        paid_in, paid_out = source.price_per_million
-        return {**found, "cost": (prompt_tokens * samples * paid_in + tokens * paid_out) / 1e6}
-    return {**found, **_local(source, tokens + prompt_tokens * samples, where)}
+        price_in, price_out = source.price_per_million
+        return {**counts, "cost": (prompt_tokens * samples * price_in + tokens * price_out) / 1e6}
+    return {**counts, **_local(source, tokens + prompt_tokens * samples, config_folder)}
 
 
-def _local(source: ModelSource, tokens: int, where: Path) -> dict[str, Any]:
-    model = Checkpoint.open(located(source.model, where))
+def _local(source: ModelSource, tokens: int, config_folder: Path) -> dict[str, Any]:
+    model = Checkpoint.open(resolve_model(source.model, config_folder))
     on_gpu = torch.cuda.is_available()
     memory = model.nbytes if on_gpu else 4 * model.parameters
     seconds = 2 * model.parameters * tokens / _speed(torch.bfloat16 if on_gpu else torch.float32)
@@ -94,9 +99,18 @@ def _local(source: ModelSource, tokens: int, where: Path) -> dict[str, Any]:
 
 
 def _training(
-    settings: Training, target: Checkpoint, rows: int, tokens: float, passes: int, reference: int
+    settings: TrainerSettings,
+    target: Checkpoint,
+    rows: int,
+    tokens: float,
+    passes: int,
+    reference: int,
 ) -> dict[str, Any]:
-    """passes: multiplications of each parameter with each token. reference: bytes a parameter."""
+    """SFT or DPO.
+
+    passes: operations for each parameter and token. reference: bytes of the reference model for
+        each parameter.
+    """
     each = 4 if settings.lora else TRAINED_BYTES
     total = rows * min(tokens, 2.0 * settings.max_tokens) * settings.epochs
     precision = torch.bfloat16 if settings.precision == "bfloat16" else torch.float32
@@ -110,7 +124,7 @@ def _training(
 
 
 def _disk(config: DistillConfig, target: Checkpoint, stages: dict[str, Any]) -> int:
-    """Bytes of everything in the folder, at most."""
+    """Largest size of the folder in bytes."""
     models = 2 if config.dpo else 1
     checkpoints = CHECKPOINTS * CHECKPOINT_BYTES * target.parameters
     pack = Budget.parse(config.pack.budget or "5%").to_bytes(target.nbytes, target.parameters)
@@ -122,7 +136,7 @@ _speeds: dict[torch.dtype, float] = {}
 
 
 def _speed(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square product on this machine's best device."""
+    """Floating-point operations per second of a square matrix product on this machine."""
     if dtype not in _speeds:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         matrix = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=dtype, device=device)

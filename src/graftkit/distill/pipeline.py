@@ -1,15 +1,15 @@
-"""`graftkit distill`: stage after stage, each a file in one folder, each done once.
+"""`graftkit distill`: the stages in order. Each writes files into one folder.
 
-    sample  samples.jsonl    what the sources answer
-    score   scores.jsonl     what the answers are worth
+    sample  samples.jsonl    answers of the sources
+    score   scores.jsonl     scores of the answers
     select  sft.jsonl, pairs.jsonl, data_card.md
-    probe   distributions/   what sources find likely in the rows (explicit transfer only)
+    probe   distributions/   what the sources predict in the rows (explicit transfer only)
     sft     sft/             the target after supervised fine-tuning
-    dpo     tuned/           and after preference optimisation
+    dpo     tuned/           the target after preference optimisation
     pack    skill.skillpack, README.md
 
-A stage is done again when its settings or what it was made from have changed; sampling never is
-without being asked, for answers may have cost money.
+A finished stage is repeated when its settings or inputs have changed. Sampling is repeated only
+after samples.jsonl was deleted, because answers may have cost money.
 """
 
 import time
@@ -22,16 +22,16 @@ from graftkit.distill.config import DistillConfig, read_config
 from graftkit.distill.estimate import estimate
 from graftkit.distill.steps import WORK
 from graftkit.distill.workspace import (
-    Progress,
-    StageBook,
+    StageLog,
     Workspace,
-    digest_of,
+    exclusive_run,
+    file_digest,
     is_main,
-    key_of,
-    only_run,
     processes,
+    stage_key,
 )
 from graftkit.errors import ConfigError, OutputError
+from graftkit.progress import Progress, silent
 
 
 def run_distill(
@@ -40,18 +40,18 @@ def run_distill(
     only: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Run every stage that is not done yet, or one.
+    """Run all stages that are not finished, or one stage.
 
     Args:
-        config_file: see `DistillConfig`.
-        folder: of results and what is unfinished; new, empty, or made by an earlier call.
-        only: one stage; those before it must be done.
+        config_file: a TOML file, see `DistillConfig`.
+        folder: for results and unfinished work; new, empty, or made by an earlier call.
+        only: name of the one stage to run; the stages before it must be finished.
         progress: called with (step, done, total).
     Returns: by stage, seconds and counts.
     Raises: ConfigError, RowsError, CheckpointError, SourceError, SelectionError, BudgetError,
-        OutputError. What is finished stays; the same call goes on from there.
+        OutputError. Finished work stays, and the same call continues there.
     """
-    space = _open(Path(config_file), Path(folder), progress or (lambda step, done, total: None))
+    space = _open(Path(config_file), Path(folder), progress or silent)
     stages = stages_of(space.config)
     if only is not None and only not in stages:
         raise ConfigError(f"stage {only!r} is none of {', '.join(stages)}, which this run has")
@@ -60,18 +60,22 @@ def run_distill(
             f"{processes()} processes were launched, but only sft and dpo share their work; run "
             "the other stages without a launcher, and these with --only"
         )
-    with only_run(space.folder, [config_file, *space.inputs]):
-        book = StageBook(space.folder)
+    with exclusive_run(space.folder, [config_file, *space.inputs]):
+        book = StageLog(space.folder)
         for stage in stages if only is None else (only,):
-            _do(stage, space, book)
+            _run_stage(stage, space, book)
     return book.entries
 
 
 def estimate_run(config_file: str | Path) -> dict[str, Any]:
-    """What a run will take; see `estimate`. Raises: as `run_distill` before its first stage."""
+    """What a run will take; see `estimate`.
+
+    Raises: ConfigError, RowsError, CheckpointError for a configuration, prompts or models that
+        cannot be used.
+    """
     with TemporaryDirectory(prefix="graftkit-") as folder:
-        space = _open(Path(config_file), Path(folder), lambda step, done, total: None)
-        return estimate(space.config, space.target, space.prompts.prompts, space.where)
+        space = _open(Path(config_file), Path(folder), silent)
+        return estimate(space.config, space.target, space.prompts.prompts, space.config_folder)
 
 
 def stages_of(config: DistillConfig) -> tuple[str, ...]:
@@ -86,8 +90,8 @@ def _open(file: Path, folder: Path, progress: Progress) -> Workspace:
     return Workspace(read_config(file), folder, file.parent, progress)
 
 
-def _do(stage: str, space: Workspace, book: StageBook) -> None:
-    """One stage, unless it is done. Raises: ConfigError where an earlier one is missing."""
+def _run_stage(stage: str, space: Workspace, book: StageLog) -> None:
+    """Run one stage, unless it is finished. Raises: ConfigError where an earlier one is missing."""
     for needed in _inputs(stage, space):
         if not needed.exists():
             raise ConfigError(
@@ -111,8 +115,8 @@ def _do(stage: str, space: Workspace, book: StageBook) -> None:
         book.finish(stage, key, time.perf_counter() - started, result)
 
 
-def _check_samples(file: Path, key: str, book: StageBook) -> None:
-    """Raises: ConfigError where sampling would write over answers that may have cost money."""
+def _check_samples(file: Path, key: str, book: StageLog) -> None:
+    """Raises: ConfigError for samples of other settings, which may have cost money."""
     if not file.exists():
         book.begin("sample", key)
     elif book.begun("sample") != key:
@@ -153,15 +157,15 @@ def _inputs(stage: str, space: Workspace) -> list[Path]:
 
 
 def _key(stage: str, space: Workspace) -> str:
-    """What decides the stage's outputs: settings, and the files and stages it is made from."""
+    """A digest of what determines the stage's outputs: settings, files and earlier stages."""
     config = space.config
-    said = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json")
 
     def file(name: str) -> str:
-        return digest_of(space.folder / f"{name}.jsonl")
+        return file_digest(space.folder / f"{name}.jsonl")
 
     def prompts() -> list[Any]:
-        return [said["prompts"], digest_of(space.where / config.prompts.file)]
+        return [settings["prompts"], file_digest(space.config_folder / config.prompts.file)]
 
     def sources() -> list[Any]:
         return [space.source_identity(source) for source in config.sources]
@@ -169,15 +173,24 @@ def _key(stage: str, space: Workspace) -> str:
     target = space.target_identity
     parts: Callable[[], list[Any]] = {
         "sample": lambda: [prompts(), sources(), config.seed],
-        "score": lambda: [said["scores"], prompts(), file("samples")],
+        "score": lambda: [settings["scores"], prompts(), file("samples")],
         "select": lambda: [
-            *(said["selection"], said["sft"]["max_tokens"], config.dpo is None, config.seed),
+            *(
+                settings["selection"],
+                settings["sft"]["max_tokens"],
+                config.dpo is None,
+                config.seed,
+            ),
             *(config.dpo and config.dpo.max_tokens, config.prompts.chat, target()),
             *(file("samples"), file("scores")),
         ],
-        "probe": lambda: [said["transfer"], file("sft"), sources(), target()],
-        "sft": lambda: [said["sft"], said["transfer"], file("sft"), target(), config.seed],
-        "dpo": lambda: [said["dpo"], file("pairs"), _key("sft", space)],
-        "pack": lambda: [said["pack"], file("sft"), _key("dpo" if config.dpo else "sft", space)],
+        "probe": lambda: [settings["transfer"], file("sft"), sources(), target()],
+        "sft": lambda: [settings["sft"], settings["transfer"], file("sft"), target(), config.seed],
+        "dpo": lambda: [settings["dpo"], file("pairs"), _key("sft", space)],
+        "pack": lambda: [
+            settings["pack"],
+            file("sft"),
+            _key("dpo" if config.dpo else "sft", space),
+        ],
     }[stage]
-    return key_of(stage, parts())
+    return stage_key(stage, parts())

@@ -1,4 +1,4 @@
-"""What travels between the stages: prompts, answers and their scores, one JSON object a line."""
+"""Prompts, answers and scores, which the stages exchange as JSON Lines."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from graftkit.errors import OutputError, RowsError
 from graftkit.files import replaced_file
 
 Finish = Literal["stop", "length", "refused"]
-"""stop: ended by itself; length: cut; refused: the source could not answer (see `reason`)."""
+"""stop: the answer is complete; length: it was cut; refused: there is none (see `reason`)."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question. reference, tests: what a rule compares with, read only if a rule asks."""
+    """One prompt. reference, tests: what the rules compare with, None if no rule needs it."""
 
     id: int
     text: str
@@ -25,13 +25,16 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SourceAnswer:
     """One answer of one source; a line of samples.jsonl.
 
     Attributes:
-        prompt_id: line of the prompts file, from 0. sample: which of the source's answers.
-        text: without blanks at its ends. tokens: of the source's tokenizer.
-        log_likelihood: mean log-probability of its tokens at temperature 1, nats; None: unknown.
+        prompt_id: line of the prompts file, from 0.
+        sample: number of the answer among the source's answers to this prompt.
+        text: without blanks at its ends.
+        tokens: number of tokens, in the source's tokenizer; 0 if unknown.
+        log_likelihood: mean log-probability of its tokens at temperature 1, nats; None if unknown.
+        reason: why the source gave no answer.
     """
 
     prompt_id: int
@@ -46,28 +49,30 @@ class Answer:
 
     @property
     def key(self) -> tuple[int, str, int]:
-        """What identifies it."""
+        """What identifies the answer."""
         return self.prompt_id, self.source, self.sample
 
 
 @dataclass(frozen=True)
-class Scored:
-    """An answer with what the scores say; a line of scores.jsonl.
+class ScoredAnswer:
+    """An answer with its scores; a line of scores.jsonl.
 
     Attributes:
-        passed: no rule failed, and it ended by itself. failed: the first rule that did, or why
-            it could not be scored. reward: weighted sum of the graded scores.
+        passed: whether the answer is complete, has all grades and passes all rules.
+        failed: the first rule that it fails, or why it could not be scored.
+        reward: weighted sum of the grades.
+        scores: the grades by name.
     """
 
-    answer: Answer
+    answer: SourceAnswer
     passed: bool
     failed: str | None
     reward: float
     scores: dict[str, float] = field(default_factory=dict)
 
 
-def answer_record(answer: Answer) -> dict[str, Any]:
-    """As a line of JSON; what is None is left out."""
+def answer_record(answer: SourceAnswer) -> dict[str, Any]:
+    """The answer as a JSON object, without what is None."""
     return {name: value for name, value in asdict(answer).items() if value is not None}
 
 
@@ -79,7 +84,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read JSON Lines that a stage wrote. Raises: RowsError."""
+    """Read JSON Lines that a stage wrote. Raises: RowsError for a file that is damaged."""
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file, start=1):
@@ -101,15 +106,15 @@ def _record(line: str, origin: str) -> dict[str, Any]:
 
 
 class Journal:
-    """Finished units of a long stage, one JSON object a line; a torn last line is forgotten."""
+    """Finished units of a long stage, as JSON Lines; an incomplete last line is dropped."""
 
     def __init__(self, path: Path):
         self.path = path
 
     def read(self) -> list[dict[str, Any]]:
-        """What is finished. The file is cut behind its last whole line.
+        """The finished units. An incomplete last line is removed from the file.
 
-        Raises: OutputError where the damage is not at its end.
+        Raises: OutputError for a file that is damaged elsewhere.
         """
         if not self.path.exists():
             return []

@@ -1,14 +1,14 @@
-"""The first stage: prompts in, every source's answers out; a killed run continues.
+"""The stage `sample`: every source answers every prompt. A killed run continues.
 
-samples.jsonl                  one answer a line, by prompt, source and sample
-samples.summary.jsonl          counts, tokens and cost, one source a line
-samples.partial/<source>.jsonl finished units of a run that is not over
+samples.jsonl                    one answer a line, ordered by prompt, source and sample
+samples.summary.jsonl            counts, tokens and cost, one source a line
+samples.partial/<source>.jsonl   finished units of an unfinished run
 """
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,22 +20,20 @@ from graftkit.distill.config import DistillConfig, EndpointSource, Prompts, Sour
 from graftkit.distill.records import Journal, Prompt, answer_record, read_lines, write_lines
 from graftkit.distill.sources import SourceModel, Unit, open_source
 from graftkit.errors import OutputError, RowsError
+from graftkit.progress import Progress
 from graftkit.rows import read_records, sample_rows, text_field
 
-Progress = Callable[[str, int, int], None]
-"""Called with (step, done, total)."""
-
-# They say how a source is asked and what it costs, not what it answers.
-INDIFFERENT = {
+# Settings that do not change the answers of a source.
+WITHOUT_EFFECT_ON_ANSWERS = {
     *("concurrency", "requests_per_minute", "timeout_seconds", "retries", "key_env"),
     *("price_per_million", "licence"),
 }
-MOST_REASONS = 10  # of refusals, counted one by one; a server may word each differently
+MOST_REASONS = 10  # of refusals that are counted one by one; a server may word each differently
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What is asked. dropped: rows of the file that are not, by reason."""
+    """The prompts of a run. dropped: number of rows of the file that are not used, by reason."""
 
     prompts: tuple[Prompt, ...]
     dropped: dict[str, int]
@@ -43,11 +41,13 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What came of one source; a line of samples.summary.jsonl.
+    """Counts of one source; a line of samples.summary.jsonl.
 
     Attributes:
-        answers: all but the refused. cut: of them, those that max_new_tokens ended.
-        refused: how many, by reason. tokens_in, tokens_out: read and written, 0: unknown.
+        answers: number of answers, refused ones not counted.
+        cut: number of answers that max_new_tokens cut.
+        refused: number of prompts without an answer, by reason.
+        tokens_in, tokens_out: tokens read and written; 0 if unknown.
         cost: by the prices in the settings, in their currency.
     """
 
@@ -61,37 +61,37 @@ class SourceSummary:
 
 
 def read_prompts(
-    config: Prompts, seed: int, wants_reference: bool, wants_tests: bool, where: Path
+    config: Prompts, seed: int, needs_reference: bool, needs_tests: bool, config_folder: Path
 ) -> PromptSet:
-    """The prompts of a file; each id is its line, from 0, blank lines aside.
+    """Read the prompts of a file. The id of a prompt is its line, from 0, without blank lines.
 
-    Prompts that are blank, repeat an earlier one, or lie beyond the limit (a seeded choice) are
+    Prompts that are blank, repeat an earlier one, or exceed the limit (chosen with the seed) are
     dropped and counted.
 
     Args:
-        wants_reference, wants_tests: whether every row must have a `completion`, or `tests`.
-        where: folder that the file's path refers to.
-    Raises: RowsError with file and line for a row that lacks what is wanted.
+        needs_reference, needs_tests: whether every row must have `completion` or `tests`.
+        config_folder: folder of the configuration, to which its paths are relative.
+    Raises: RowsError with file and line for a row that lacks a field, and for no prompts at all.
     """
     dropped = {"empty": 0, "repeated": 0, "over the limit": 0}
     prompts: dict[str, Prompt] = {}
-    for number, (record, origin) in enumerate(read_records(where / config.file)):
+    for number, (record, origin) in enumerate(read_records(config_folder / config.file)):
         prompt = Prompt(
             number,
             text_field(record, "prompt", origin),
-            text_field(record, "completion", origin) if wants_reference else None,
-            text_field(record, "tests", origin) if wants_tests else None,
+            text_field(record, "completion", origin) if needs_reference else None,
+            text_field(record, "tests", origin) if needs_tests else None,
         )
-        asked = prompt.text.strip()
-        if not asked:
+        text = prompt.text.strip()
+        if not text:
             dropped["empty"] += 1
-        elif asked in prompts:
+        elif text in prompts:
             dropped["repeated"] += 1
         else:
-            prompts[asked] = prompt
+            prompts[text] = prompt
     if not prompts:
         raise RowsError(
-            f"{where / config.file}: no prompts; expected one JSON object a line, "
+            f"{config_folder / config.file}: no prompts; expected one JSON object a line, "
             '{"prompt": "..."}'
         )
     chosen = list(prompts.values())
@@ -105,24 +105,24 @@ def sample_answers(
     config: DistillConfig,
     prompts: Sequence[Prompt],
     folder: Path,
-    where: Path,
+    config_folder: Path,
     progress: Progress,
 ) -> Path:
-    """Ask every source every prompt; writes samples.jsonl into `folder` and returns its path.
+    """Let every source answer every prompt; write samples.jsonl into `folder`, and return its path.
 
-    The same configuration and prompts give the same bytes, also when the run was killed and
-    started again, as far as the sources themselves repeat an answer for the same seed.
+    The same configuration and prompts give the same bytes, also after a killed run, if the sources
+    give the same answer for the same seed.
 
     Args:
-        where: folder that relative paths of the configuration refer to.
-    Raises: ConfigError, CheckpointError, RowsError for a source that cannot be opened; SourceError
-        when one fails on the way; OutputError.
+        config_folder: folder of the configuration, to which its paths are relative.
+    Raises: ConfigError, CheckpointError or RowsError for a source that cannot be opened;
+        SourceError for one that fails later; OutputError.
     """
     partial = folder / "samples.partial"
     records: list[dict[str, Any]] = []
     summaries = []
     for settings in config.sources:
-        units = _ask(settings, config.seed, prompts, partial, where, progress)
+        units = _answer_all(settings, config.seed, prompts, partial, config_folder, progress)
         summaries.append(_summary(settings, units))
         records += [answer for unit in units for answer in unit["answers"]]
     order = {settings.name: place for place, settings in enumerate(config.sources)}
@@ -135,23 +135,23 @@ def sample_answers(
 
 
 def read_summaries(folder: Path) -> tuple[SourceSummary, ...]:
-    """What `sample_answers` counted, by source. Raises: RowsError."""
+    """The counts that `sample_answers` wrote. Raises: RowsError."""
     return tuple(SourceSummary(**line) for line in read_lines(folder / "samples.summary.jsonl"))
 
 
-def _ask(
+def _answer_all(
     settings: Source,
     seed: int,
     prompts: Sequence[Prompt],
     partial: Path,
-    where: Path,
+    config_folder: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Finished units of one source, in their order; what its journal lacks is asked for."""
-    source = open_source(settings, seed, where)
+    """All units of one source, in their order; those in its journal are not answered again."""
+    source = open_source(settings, seed, config_folder)
     journal = Journal(partial / f"{settings.name}.jsonl")
     units = dict(enumerate(source.units(prompts)))
-    finished = _finished(journal, _digest(settings, seed, source, units.values()))
+    finished = _read_journal(journal, _digest(settings, seed, source, units.values()))
     step, total = f"sample {settings.name}", sum(map(len, units.values()))
     done = sum(len(units[number]) for number in finished)
     progress(step, done, total)
@@ -171,9 +171,9 @@ def _ask(
 
 
 def _digest(settings: Source, seed: int, source: SourceModel, units: Iterable[Unit]) -> str:
-    """Of everything that decides a source's answers."""
+    """A digest of everything that determines a source's answers."""
     decisive = {
-        "settings": settings.model_dump(exclude=INDIFFERENT),
+        "settings": settings.model_dump(exclude=WITHOUT_EFFECT_ON_ANSWERS),
         "identity": source.identity,
         "seed": seed,
         "units": [
@@ -183,10 +183,10 @@ def _digest(settings: Source, seed: int, source: SourceModel, units: Iterable[Un
     return blake3(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
-def _finished(journal: Journal, digest: str) -> dict[int, dict[str, Any]]:
-    """Units of a journal by number; a new journal begins with the digest.
+def _read_journal(journal: Journal, digest: str) -> dict[int, dict[str, Any]]:
+    """The units of a journal, by number. A new journal begins with the digest.
 
-    Raises: OutputError for answers to something else, which may have been dear.
+    Raises: OutputError for a journal of other settings, whose answers may have cost money.
     """
     records = journal.read()
     if not records:
@@ -219,7 +219,7 @@ def _summary(settings: Source, units: Sequence[dict[str, Any]]) -> SourceSummary
 
 
 def _reasons(reasons: Iterable[str]) -> dict[str, int]:
-    """The commonest reasons with their counts, and the others together."""
+    """The commonest reasons with their counts; all others as one."""
     counts = Counter(reasons)
     most = dict(counts.most_common(MOST_REASONS))
     others = counts.total() - sum(most.values())

@@ -1,6 +1,6 @@
-"""The work of each stage: what it reads from the folder, and what it writes there.
+"""What each stage does: it reads files of the folder and writes others.
 
-Every function returns counts for the book of stages.
+Every function returns the counts that `stages.json` records.
 """
 
 import shutil
@@ -14,11 +14,11 @@ import torch
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill import card as cards
-from graftkit.distill.config import Graded, located
-from graftkit.distill.records import Scored, read_lines, write_lines
+from graftkit.distill.config import Graded, resolve_model
+from graftkit.distill.records import ScoredAnswer, read_lines, write_lines
 from graftkit.distill.sample import read_summaries, sample_answers
 from graftkit.distill.scores import read_scored, score_answers
-from graftkit.distill.select import Pair, Selected, Template
+from graftkit.distill.select import PreferencePair, SelectedData, Template
 from graftkit.distill.select import select as select_answers
 from graftkit.distill.workspace import Workspace, is_main
 from graftkit.errors import ConfigError, SelectionError
@@ -30,32 +30,32 @@ from graftkit.rows import Row, read_rows
 
 
 def sample(space: Workspace) -> dict[str, Any]:
-    """Ask the sources."""
+    """Let the sources answer the prompts."""
     prompts = space.prompts.prompts
-    # There already where a run was killed between its last answer and the book of stages.
+    # The file exists where a run was killed after its last answer, before stages.json was written.
     if (space.folder / "samples.jsonl").exists():
         shutil.rmtree(space.folder / "samples.partial", ignore_errors=True)
     else:
-        sample_answers(space.config, prompts, space.folder, space.where, space.progress)
-    found = read_summaries(space.folder)
+        sample_answers(space.config, prompts, space.folder, space.config_folder, space.progress)
+    summaries = read_summaries(space.folder)
     return {
-        "answers": sum(one.answers for one in found),
-        "refused": sum(sum(one.refused.values()) for one in found),
-        "tokens_out": sum(one.tokens_out for one in found),
-        "cost": sum(one.cost for one in found),
+        "answers": sum(summary.answers for summary in summaries),
+        "refused": sum(sum(summary.refused.values()) for summary in summaries),
+        "tokens_out": sum(summary.tokens_out for summary in summaries),
+        "cost": sum(summary.cost for summary in summaries),
     }
 
 
 def score(space: Workspace) -> dict[str, Any]:
-    """Judge the answers."""
+    """Score the answers."""
     prompts = space.prompts.prompts
-    score_answers(space.config, prompts, space.folder, space.where, space.progress)
+    score_answers(space.config, prompts, space.folder, space.config_folder, space.progress)
     passed = sum(one.passed for one in read_scored(space.folder))
     return {"passed": passed}
 
 
 def select(space: Workspace) -> dict[str, Any]:
-    """Choose rows and pairs; Raises: SelectionError where none are left."""
+    """Choose rows and pairs. Raises: SelectionError where none are left."""
     scored, config = read_scored(space.folder), space.config
     template = space.template
     graded = any(isinstance(score, Graded) for score in config.scores)
@@ -77,36 +77,36 @@ def select(space: Workspace) -> dict[str, Any]:
 
 
 def probe(space: Workspace) -> dict[str, Any]:
-    """Let the sources read the rows and keep what they expect."""
+    """Write what the sources predict in the rows."""
     from graftkit.distill.transfer.distributions import collect_distributions
 
     assert space.config.transfer is not None
-    rows, tokenizer, aligned, tokens = _asked_rows(space), usable_tokenizer(space.target), 0, 0
+    rows, tokenizer, aligned, tokens = _source_rows(space), usable_tokenizer(space.target), 0, 0
     for source in space.probed:
         file = space.distributions(source)
         file.parent.mkdir(exist_ok=True)
-        checkpoint = Checkpoint.open(located(source.model, space.where))
+        checkpoint = Checkpoint.open(resolve_model(source.model, space.config_folder))
         model, own = load_model(checkpoint, torch.float32), usable_tokenizer(checkpoint)
         report = partial(space.progress, f"probe {source.name}")
         transfer = space.config.transfer
-        found = collect_distributions(source, model, own, tokenizer, rows, transfer, file, report)
-        aligned, tokens = aligned + found.aligned, tokens + found.tokens
+        part = collect_distributions(source, model, own, tokenizer, rows, transfer, file, report)
+        aligned, tokens = aligned + part.aligned, tokens + part.tokens
     return {"aligned": aligned, "tokens": tokens}
 
 
 def _guide(space: Workspace) -> Any:
-    """What SFT is guided by, None without explicit transfer."""
-    from graftkit.distill.transfer.distributions import Distributions
+    """The sources' signals for SFT; None without explicit transfer."""
+    from graftkit.distill.transfer.distributions import DistributionFile
     from graftkit.distill.transfer.guide import Guide, HiddenSource
 
     transfer = space.config.transfer
     if transfer is None:
         return None
-    files = [Distributions(space.distributions(source)) for source in space.probed]
+    files = [DistributionFile(space.distributions(source)) for source in space.probed]
     hidden = None
     if transfer.hidden_weight:
         source = space.models[0]
-        checkpoint = Checkpoint.open(located(source.model, space.where))
+        checkpoint = Checkpoint.open(resolve_model(source.model, space.config_folder))
         layers = empty_model(space.target).config.get_text_config().num_hidden_layers
         hidden = HiddenSource(
             source,
@@ -115,11 +115,11 @@ def _guide(space: Workspace) -> Any:
             usable_tokenizer(space.target),
             layers,
         )
-    return Guide(transfer, files, hidden, _asked_rows(space))
+    return Guide(transfer, files, hidden, _source_rows(space))
 
 
-def _asked_rows(space: Workspace) -> list[Row]:
-    """The SFT rows with their prompts as the sources were asked."""
+def _source_rows(space: Workspace) -> list[Row]:
+    """The SFT rows with prompts as the sources read them, without the target's chat template."""
     lines = read_lines(space.folder / "sft.jsonl")
     return [Row(line.get("asked", line["prompt"]), line["completion"]) for line in lines]
 
@@ -154,13 +154,13 @@ def dpo(space: Workspace) -> dict[str, Any]:
 
 
 def pack(space: Workspace) -> dict[str, Any]:
-    """Compress what was learned, and write the model card."""
+    """Compress the delta of the tuned model, and write the model card."""
     from graftkit.pack import pack_delta
 
     config, settings = space.config, space.config.pack
     card = next(read_lines(space.folder / "data_card.json"))
-    learned = list(read_lines(space.folder / "sft.jsonl"))
-    rows = learned[: settings.calibration_rows]
+    sft_rows = list(read_lines(space.folder / "sft.jsonl"))
+    rows = sft_rows[: settings.calibration_rows]
     calibration = space.folder / "calibration.jsonl"
     write_lines(calibration, rows)
     work = WorkFolder(space.folder / "skill.partial")
@@ -170,7 +170,7 @@ def pack(space: Workspace) -> dict[str, Any]:
         budget=settings.budget,
         recipe=settings.recipe,
         calibration=calibration if rows and settings.recipe != "lossless" else None,
-        prompts=_router_prompts(learned),
+        prompts=_router_prompts(sft_rows),
         seed=config.seed,
         train_steps=settings.train_steps,
         licence=cards.licence(config),
@@ -190,7 +190,7 @@ def pack(space: Workspace) -> dict[str, Any]:
 
 
 def _router_prompts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Different prompts that the skill was learned from; none where they are too few for a key."""
+    """The different prompts of the rows; none where they are too few for a router key."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows if row["prompt"].strip()))
     return prompts if len(prompts) >= MIN_PROMPTS else []
 
@@ -206,7 +206,7 @@ def _training() -> Any:
 
 
 def _logged(space: Workspace, stage: str, log: list[dict[str, float]]) -> dict[str, Any]:
-    """Keep the loss curve; say where it began and ended."""
+    """Write the loss curve; return its ends."""
     if is_main():
         write_lines(_log_file(space, stage), log)
     return {"loss": _ends(log)}
@@ -222,33 +222,33 @@ def _ends(log: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {"first": losses[0], "last": losses[-1], "steps": steps}
 
 
-def _check_enough(chosen: Selected, wants_pairs: bool) -> None:
+def _check_enough(chosen: SelectedData, needs_pairs: bool) -> None:
     if not chosen.rows:
         raise SelectionError(
-            f"no answer is left for SFT ({_told(chosen.dropped_rows)}); look at scores.jsonl, and "
+            f"no answer is left for SFT ({_join(chosen.dropped_rows)}); look at scores.jsonl, and "
             "loosen the rules or take a better source"
         )
-    if wants_pairs and not chosen.pairs:
+    if needs_pairs and not chosen.pairs:
         raise SelectionError(
-            f"no pair is left for DPO ({_told(chosen.dropped_pairs)}); widen selection.gap, draw "
+            f"no pair is left for DPO ({_join(chosen.dropped_pairs)}); widen selection.gap, draw "
             "more samples, or set dpo = false"
         )
 
 
-def _told(counts: Mapping[str, int]) -> str:
+def _join(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count:,}" for reason, count in counts.items()) or "no prompts"
 
 
-def _row_record(one: Scored, template: Template) -> dict[str, Any]:
+def _row_record(one: ScoredAnswer, template: Template) -> dict[str, Any]:
     row = template.row(one.answer.prompt, one.answer.text)
     record: dict[str, Any] = {"prompt": row.prompt, "completion": row.completion}
     if row.prompt != one.answer.prompt:
-        record["asked"] = one.answer.prompt
+        record["asked"] = one.answer.prompt  # without the chat template
     origin = {"prompt_id": one.answer.prompt_id, "source": one.answer.source}
     return record | origin | {"reward": one.reward}
 
 
-def _pair_record(pair: Pair, template: Template) -> dict[str, Any]:
+def _pair_record(pair: PreferencePair, template: Template) -> dict[str, Any]:
     answer = pair.chosen.answer
     chosen = template.row(answer.prompt, answer.text)
     record: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""TRL's trainers where they need a word from us: ready tokens, two learning rates, WRPO."""
+"""TRL's trainers for rows that are tokens already, with two learning rates, transfer, and WRPO."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,41 +15,45 @@ from graftkit.errors import ConfigError
 from graftkit.rows import pad_batch
 
 
-class _TwoRates:
-    """AdamW whose embeddings and head learn at a share of the others' rate."""
+class _EmbeddingRate:
+    """A trainer mixin: embeddings and head have a share of the learning rate of other weights."""
 
     def __init__(self, *arguments: Any, embedding_rate: float = 1.0, **options: Any):
         self.embedding_rate = embedding_rate
         super().__init__(*arguments, **options)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """As the trainer makes it; split in two where the rates differ."""
+        """The trainer's optimizer, with groups of their own for embeddings and head."""
         optimizer = super().create_optimizer(*([] if model is None else [model]))  # type: ignore[misc]
         if self.embedding_rate != 1.0:
             slow = {id(parameter) for parameter in _embeddings(self.model)}  # type: ignore[attr-defined]
             for group in list(optimizer.param_groups):
-                rest = [p for p in group["params"] if id(p) not in slow]
-                taken = [p for p in group["params"] if id(p) in slow]
-                if taken:
-                    group["params"] = rest
+                embeddings = [p for p in group["params"] if id(p) in slow]
+                if embeddings:
+                    group["params"] = [p for p in group["params"] if id(p) not in slow]
                     rate = group["lr"] * self.embedding_rate
-                    optimizer.add_param_group({**group, "params": taken, "lr": rate})
+                    optimizer.add_param_group({**group, "params": embeddings, "lr": rate})
         return optimizer
 
 
 def _embeddings(model: nn.Module) -> list[nn.Parameter]:
     """Input embedding and output head, once where they are tied."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-    found = [module.weight for module in modules if module is not None]
-    return list(dict.fromkeys(found))
+    weights = [module.weight for module in modules if module is not None]
+    return list(dict.fromkeys(weights))
 
 
-class RowTrainer(_TwoRates, SFTTrainer):  # type: ignore[misc]
-    """SFT on rows that are tokens already."""
+class RowTrainer(_EmbeddingRate, SFTTrainer):  # type: ignore[misc]
+    """SFT on tokenized rows."""
 
 
 class GuidedTrainer(RowTrainer):
-    """SFT towards a guide."""
+    """SFT with explicit transfer.
+
+        L = a · CE + b · KL(source, target) + c · distance of hidden states
+
+    Cross-entropy and divergence are means over completion tokens, the distance is one over rows.
+    """
 
     def __init__(self, *arguments: Any, guide: Guide, seed: int, **options: Any):
         self.guide, hidden = guide, guide.hidden
@@ -62,7 +66,7 @@ class GuidedTrainer(RowTrainer):
                     f"transfer.hidden = {guide.settings.hidden} needs a projection from width "
                     f"{width} to {hidden.width}, which an adapter has no place for; choose gram"
                 )
-            # A part of the model, so that it is trained and lies in the checkpoints.
+            # A module of the model, so that it is trained and stored in the checkpoints.
             model.graft_projections = maps
         super().__init__(*arguments, **options)
         self.data_collator: Any = _GuidedCollator(self.data_collator, guide)
@@ -76,9 +80,9 @@ class GuidedTrainer(RowTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The weighted sum; a mean over the tokens of the whole step."""
+        """The weighted sum of the losses, as a mean over the tokens of the optimizer step."""
         guide, settings, labels = self.guide, self.guide.settings, inputs["labels"][:, 1:]
-        found = model(
+        output = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             output_hidden_states=guide.hidden is not None,
@@ -88,23 +92,23 @@ class GuidedTrainer(RowTrainer):
         tokens = learned.sum() if num_items_in_batch is None else num_items_in_batch
         summed = {
             "lm": cross_entropy(
-                found.logits[:, :-1][learned].float(), labels[learned], reduction="sum"
+                output.logits[:, :-1][learned].float(), labels[learned], reduction="sum"
             )
         }
         loss = settings.lm_weight * summed["lm"]
         if guide.files:
-            summed["kl"] = self._divergence(found.logits, inputs)
+            summed["kl"] = self._divergence(output.logits, inputs)
             loss = loss + settings.kl_weight * summed["kl"]
         loss = loss / tokens
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP takes the mean
         if guide.hidden:
-            distance = self._distance(model, found.hidden_states, inputs)
-            self._told("hidden", distance)
+            distance = self._distance(model, output.hidden_states, inputs)
+            self._log_metric("hidden", distance)
             loss = loss + settings.hidden_weight * distance / self._steps(num_items_in_batch)
         for name, value in summed.items():
-            self._told(name, value / learned.sum().clamp(min=1))
-        return (loss, found) if return_outputs else loss
+            self._log_metric(name, value / learned.sum().clamp(min=1))
+        return (loss, output) if return_outputs else loss
 
     def _divergence(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         mask, settings = inputs["kl_mask"], self.guide.settings
@@ -126,10 +130,10 @@ class GuidedTrainer(RowTrainer):
         return hidden_batch_loss(states, source, inputs, kind, hidden.pairs, maps).mean()
 
     def _steps(self, num_items_in_batch: Any) -> int:
-        """Passes of one optimizer step, where the trainer does not divide by them itself."""
+        """Passes per optimizer step to divide by; 1 where the trainer divides itself."""
         return 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
 
-    def _told(self, name: str, value: Tensor) -> None:
+    def _log_metric(self, name: str, value: Tensor) -> None:
         self._metrics["train"][name].append(value.item())
 
 
@@ -138,16 +142,16 @@ class _GuidedCollator:
         self.rows, self.guide = rows, guide
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """The rows' own batch, and the guide's."""
+        """The batch of the rows, with the guide's tensors."""
         batch: dict[str, Tensor] = self.rows(examples)
         return batch | self.guide.batch(examples)
 
 
-class PairTrainer(_TwoRates, DPOTrainer):  # type: ignore[misc]
-    """DPO on pairs that are tokens already."""
+class PairTrainer(_EmbeddingRate, DPOTrainer):  # type: ignore[misc]
+    """DPO on tokenized pairs."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-        # TRL tokenizes prompt + answer in one go, which may merge tokens across the border.
+        # TRL would tokenize prompt + answer together, which may merge tokens across the border.
         return dataset
 
 
@@ -181,19 +185,19 @@ class WrpoTrainer(PairTrainer):
     def _log_probs(model: Any, inputs: dict[str, Tensor]) -> Tensor:
         """log π(y|x), one for each row of the batch."""
         labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        found = model(
+        output = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             labels=labels,
             use_cache=False,
             fused_lm_head=True,
         )
-        per_row: Tensor = found.log_probs.sum(dim=1)
+        per_row: Tensor = output.log_probs.sum(dim=1)
         return per_row
 
 
 class _Triples(DataCollatorForPreference):  # type: ignore[misc]
-    """Chosen, target's own and rejected answers, one block each."""
+    """Batches of chosen, the target's own, and rejected answers, one block after the other."""
 
     def torch_call(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Batch of 3 n rows."""

@@ -6,7 +6,7 @@ weights. The reference of DPO is an argument, never inferred: the directory afte
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import DPOConfig, SFTConfig
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import Dpo, Sft, Training
+from graftkit.distill.config import Dpo, Sft, TrainerSettings
 from graftkit.distill.trainers import GuidedTrainer, PairTrainer, RowTrainer, WrpoTrainer
 from graftkit.distill.transfer.guide import Guide
 from graftkit.distill.workspace import is_main, processes
@@ -30,14 +30,13 @@ from graftkit.files import WorkFolder
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model, quiet
 from graftkit.models.views import CheckpointWriter
+from graftkit.progress import StepProgress
 from graftkit.rows import Row, encode_row
 
-Progress = Callable[[int, int], None]
-"""Called with (optimizer steps done, steps in all)."""
-Log = list[dict[str, float]]
-"""Loss, learning rate and what else the trainer says, by step."""
+TrainingLog = list[dict[str, float]]
+"""Loss, learning rate and the trainer's other numbers, by step."""
 
-LOGS = 200  # points of a loss curve, at most
+LOG_POINTS = 200  # of a loss curve, at most
 
 
 def train_rows(
@@ -46,28 +45,29 @@ def train_rows(
     settings: Sft,
     seed: int,
     folder: Path,
-    progress: Progress,
+    progress: StepProgress,
     guide: Guide | None = None,
-) -> Log:
+) -> TrainingLog:
     """Supervised fine-tuning on completions; writes `folder`, a model directory.
 
         L = −Σ log p(completion, EOS | prompt) / tokens
 
     Args:
-        guide: what sources say about these rows, for explicit transfer (see `guided`).
+        progress: called with optimizer steps.
+        guide: what the sources say about these rows, for explicit transfer (see `Guide`).
     Raises: CheckpointError, ConfigError, OutputError; RowsError for a row beyond the context.
     """
     tokenizer = usable_tokenizer(target)
     records = [_row_record(tokenizer, row, settings.max_tokens) for row in rows]
+    trainer: type[RowTrainer] = RowTrainer
     options: dict[str, Any] = {}
     if guide is not None:
         records = [record | {"row": index} for index, record in enumerate(records)]
-        options = {"guide": guide, "seed": seed}
-    stage = _Stage(target, target, settings, folder, progress)
-    own = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    arguments = stage.arguments(SFTConfig, len(records), seed, own)
-    trainer = RowTrainer if guide is None else GuidedTrainer
-    return stage.train(trainer, arguments, records, tokenizer, options)
+        trainer, options = GuidedTrainer, {"guide": guide, "seed": seed}
+    own = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    arguments = _trainer_arguments(SFTConfig, settings, len(records), seed, folder, **own)
+    run = _TrainingRun(target, target, settings, folder, progress)
+    return run.train(trainer, arguments, records, tokenizer, options)
 
 
 def train_pairs(
@@ -77,8 +77,8 @@ def train_pairs(
     settings: Dpo,
     seed: int,
     folder: Path,
-    progress: Progress,
-) -> Log:
+    progress: StepProgress,
+) -> TrainingLog:
     """Preference optimisation from `reference` on; writes `folder`, a model directory.
 
         sigmoid       L = −log σ(β (s_c − s_r)),            s = log π(y|x) − log π_ref(y|x)
@@ -90,73 +90,89 @@ def train_pairs(
     Args:
         reference: π_ref and the start: the model after SFT.
         pairs: prompt, chosen, rejected, and chosen_target for wrpo.
+        progress: called with optimizer steps.
     Raises: CheckpointError, ConfigError, OutputError; RowsError for a pair beyond the context.
     """
     tokenizer = usable_tokenizer(reference)
     records = [_pair_record(tokenizer, pair, settings.max_tokens) for pair in pairs]
-    stage = _Stage(target, reference, settings, folder, progress)
-    wrpo = settings.loss == "wrpo"
-    kind = "sigmoid" if wrpo else settings.loss
-    own = {"max_length": None, "beta": settings.beta, "loss_type": [kind]}
-    arguments = stage.arguments(DPOConfig, len(records), seed, own)
-    options: dict[str, Any] = {"alpha": settings.wrpo_alpha} if wrpo else {}
+    trainer: type[PairTrainer] = PairTrainer
+    options: dict[str, Any] = {}
+    own: dict[str, Any] = {"beta": settings.beta, "loss_type": [settings.loss]}
+    if settings.loss == "wrpo":
+        trainer, options = WrpoTrainer, {"alpha": settings.wrpo_alpha}
+        own["loss_type"] = ["sigmoid"]  # WrpoTrainer has its own loss; TRL does not know it
     if settings.lora is None:
         options["ref_model"] = load_model(reference, torch.float32)
-    trainer = WrpoTrainer if wrpo else PairTrainer
-    return stage.train(trainer, arguments, records, tokenizer, options)
+    arguments = _trainer_arguments(DPOConfig, settings, len(records), seed, folder, **own)
+    run = _TrainingRun(target, reference, settings, folder, progress)
+    return run.train(trainer, arguments, records, tokenizer, options)
 
 
-class _Stage:
-    """What both trainings share: arguments, the checkpoints between, the directory at the end."""
+def _work_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".partial")
+
+
+def _trainer_arguments(
+    kind: Any, settings: TrainerSettings, rows: int, seed: int, folder: Path, **own: Any
+) -> Any:
+    """TRL's settings of the class `kind`, for so many rows.
+
+    own: settings that only this class has.
+    Raises: ConfigError for a batch that the processes cannot share.
+    """
+    world = processes()
+    micro = min(
+        settings.micro_batch_size or settings.batch_size, max(1, settings.batch_size // world)
+    )
+    if settings.batch_size % (micro * world):
+        raise ConfigError(
+            f"batch_size {settings.batch_size} is no multiple of {world} processes x {micro} rows; "
+            "choose a micro_batch_size that divides it"
+        )
+    steps = max(1, round(settings.epochs * rows / settings.batch_size))
+    with quiet():
+        return kind(
+            output_dir=str(_work_folder(folder)),
+            seed=seed,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=settings.batch_size // (micro * world),
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=int(settings.warmup_share * steps),
+            weight_decay=settings.weight_decay,
+            max_length=None,
+            bf16=settings.precision == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
+            gradient_checkpointing=settings.gradient_checkpointing,
+            save_strategy="steps",
+            save_steps=settings.checkpoint_steps,
+            save_total_limit=2,
+            logging_steps=max(1, steps // LOG_POINTS),
+            logging_first_step=True,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
+            **own,
+        )
+
+
+class _TrainingRun:
+    """One training: the checkpoints on the way, and the directory at the end."""
 
     def __init__(
         self,
         target: Checkpoint,
         start: Checkpoint,
-        settings: Training,
+        settings: TrainerSettings,
         folder: Path,
-        progress: Progress,
+        progress: StepProgress,
     ):
         self.target, self.start, self.settings, self.folder = target, start, settings, folder
         self.progress = progress
-        self.partial = folder.with_name(folder.name + ".partial")
-
-    def arguments(self, kind: Any, rows: int, seed: int, own: Mapping[str, Any]) -> Any:
-        """The trainer's settings, for so many rows; own: what only this kind of trainer knows."""
-        s, world = self.settings, processes()
-        micro = min(s.micro_batch_size or s.batch_size, max(1, s.batch_size // world))
-        if s.batch_size % (micro * world):
-            raise ConfigError(
-                f"batch_size {s.batch_size} is no multiple of {world} processes x {micro} rows; "
-                "choose a micro_batch_size that divides it"
-            )
-        steps = max(1, round(s.epochs * rows / s.batch_size))
-        shared = {
-            "output_dir": str(self.partial),
-            "seed": seed,
-            "num_train_epochs": s.epochs,
-            "per_device_train_batch_size": micro,
-            "gradient_accumulation_steps": s.batch_size // (micro * world),
-            "learning_rate": s.learning_rate,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": int(s.warmup_share * steps),
-            "weight_decay": s.weight_decay,
-            "bf16": s.precision == "bfloat16",
-            "use_cpu": not torch.cuda.is_available(),
-            "gradient_checkpointing": s.gradient_checkpointing,
-            "save_strategy": "steps",
-            "save_steps": s.checkpoint_steps,
-            "save_total_limit": 2,
-            "logging_steps": max(1, steps // LOGS),
-            "logging_first_step": True,
-            "report_to": [],
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "remove_unused_columns": False,
-            "ddp_find_unused_parameters": False,
-        }
-        with quiet():
-            return kind(**shared, **own)
+        self.partial = _work_folder(folder)
 
     def train(
         self,
@@ -165,56 +181,49 @@ class _Stage:
         records: list[dict[str, Any]],
         tokenizer: Any,
         options: dict[str, Any],
-    ) -> Log:
+    ) -> TrainingLog:
         """Train from the start or the last whole checkpoint, and write the directory."""
         with closing(WorkFolder(self.partial)) as work:
             if is_main():
                 work.open(self._job(arguments, records))
-            log = self._train(trainer_class, arguments, records, tokenizer, options)
+            model: Any = load_model(self.start, torch.float32)
+            model.config.use_cache = False
+            writer = CheckpointWriter(model, self.start)
+            with quiet():
+                trainer = trainer_class(
+                    model=model,
+                    args=arguments,
+                    train_dataset=Dataset.from_list(records),
+                    processing_class=tokenizer,
+                    peft_config=self._lora(),
+                    callbacks=[_ReportSteps(self.progress)],
+                    embedding_rate=self.settings.embedding_rate,
+                    **options,
+                )
+                self._run(trainer)
+            state = self._state(trainer)
+            if is_main():
+                writer.write(state, self.folder)
+            trainer.accelerator.wait_for_everyone()
             if is_main():
                 work.remove()
-        return log
-
-    def _train(
-        self,
-        trainer_class: Any,
-        arguments: Any,
-        records: list[dict[str, Any]],
-        tokenizer: Any,
-        options: dict[str, Any],
-    ) -> Log:
-        model: Any = load_model(self.start, torch.float32)
-        model.config.use_cache = False
-        writer = CheckpointWriter(model, self.start)
-        with quiet():
-            trainer = trainer_class(
-                model=model,
-                args=arguments,
-                train_dataset=Dataset.from_list(records),
-                processing_class=tokenizer,
-                peft_config=self._lora(),
-                callbacks=[_Report(self.progress)],
-                embedding_rate=self.settings.embedding_rate,
-                **options,
-            )
-            for callback in (PrinterCallback, ProgressCallback):
-                trainer.remove_callback(callback)
-            # Nobody looks for checkpoints before the main process has thrown away those of others.
-            trainer.accelerator.wait_for_everyone()
-            with _plain_full_disk(self.partial):
-                trainer.train(resume_from_checkpoint=last_checkpoint(self.partial))
-        state = self._state(trainer)
-        if is_main():
-            writer.write(state, self.folder)
-        trainer.accelerator.wait_for_everyone()
         return list(trainer.state.log_history)
+
+    def _run(self, trainer: Any) -> None:
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        # Nobody looks for checkpoints before the main process has thrown away those of others.
+        trainer.accelerator.wait_for_everyone()
+        with _full_disk_as_output_error(self.partial):
+            trainer.train(resume_from_checkpoint=last_checkpoint(self.partial))
 
     def _job(self, arguments: Any, records: list[dict[str, Any]]) -> str:
         """What decides every step; checkpoints of anything else are not continued."""
-        said = {k: v for k, v in arguments.to_dict().items() if k not in ("output_dir", "run_name")}
+        places = ("output_dir", "run_name")
+        decisive = {k: v for k, v in arguments.to_dict().items() if k not in places}
         data = blake3(json.dumps(records).encode()).hexdigest()
         settings = self.settings.model_dump(mode="json")
-        return json.dumps([str(said), data, settings, self.start.name], sort_keys=True)
+        return json.dumps([str(decisive), data, settings, self.start.name], sort_keys=True)
 
     def _lora(self) -> LoraConfig | None:
         lora = self.settings.lora
@@ -235,18 +244,18 @@ class _Stage:
         return dict(trainer.accelerator.get_state_dict(trainer.model))
 
 
-class _Report(TrainerCallback):
-    def __init__(self, progress: Progress):
+class _ReportSteps(TrainerCallback):
+    def __init__(self, progress: StepProgress):
         self.progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Tell how far it is."""
+        """Report an optimizer step."""
         self.progress(state.global_step, state.max_steps)
 
 
 @contextmanager
-def _plain_full_disk(folder: Path) -> Iterator[None]:
-    """OutputError for a checkpoint that cannot be written, in whose words ever it is said."""
+def _full_disk_as_output_error(folder: Path) -> Iterator[None]:
+    """OutputError for a checkpoint that cannot be written, whichever library reports it."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -261,8 +270,8 @@ def _plain_full_disk(folder: Path) -> Iterator[None]:
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end; the main process deletes the others."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda c: int(c.name.rpartition("-")[2]))
-    for checkpoint in reversed(found):
+    checkpoints = folder.glob("checkpoint-*")
+    for checkpoint in sorted(checkpoints, key=lambda c: -int(c.name.rpartition("-")[2])):
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

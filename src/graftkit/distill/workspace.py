@@ -1,8 +1,8 @@
-"""What the stages of one run share: the configuration, the folder, and what both refer to."""
+"""The folder of a run: which stages are finished there, and what all stages need."""
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -11,41 +11,42 @@ from typing import Any
 from blake3 import blake3
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import DistillConfig, ModelSource, Source, located
-from graftkit.distill.sample import INDIFFERENT, PromptSet, read_prompts
-from graftkit.distill.scores import wants
+from graftkit.distill.config import DistillConfig, ModelSource, Source, resolve_model
+from graftkit.distill.sample import WITHOUT_EFFECT_ON_ANSWERS, PromptSet, read_prompts
+from graftkit.distill.scores import needed_fields
 from graftkit.distill.select import Template
 from graftkit.errors import OutputError
 from graftkit.files import replaced_file
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model
 from graftkit.outputs import own_folder
-
-Progress = Callable[[str, int, int], None]
-"""Called with (step, done, total)."""
+from graftkit.progress import Progress
 
 
 class Workspace:
     """One configuration in one folder.
 
     Args:
-        where: the folder that relative paths in the configuration refer to.
+        config_folder: folder of the configuration, to which its paths are relative.
     """
 
-    def __init__(self, config: DistillConfig, folder: Path, where: Path, progress: Progress):
-        self.config, self.folder, self.where, self.progress = config, folder, where, progress
+    def __init__(
+        self, config: DistillConfig, folder: Path, config_folder: Path, progress: Progress
+    ):
+        self.config, self.progress = config, progress
+        self.folder, self.config_folder = folder, config_folder
 
     @cached_property
     def prompts(self) -> PromptSet:
-        """What the sources are asked."""
-        reference, tests = wants(self.config)
+        """The prompts that the sources answer."""
+        reference, tests = needed_fields(self.config)
         settings = self.config.prompts
-        return read_prompts(settings, self.config.seed, reference, tests, self.where)
+        return read_prompts(settings, self.config.seed, reference, tests, self.config_folder)
 
     @cached_property
     def target(self) -> Checkpoint:
-        """The model that learns."""
-        return Checkpoint.open(located(self.config.target, self.where))
+        """The model to train."""
+        return Checkpoint.open(resolve_model(self.config.target, self.config_folder))
 
     @cached_property
     def template(self) -> Template:
@@ -59,23 +60,23 @@ class Workspace:
     def inputs(self) -> list[str | Path]:
         """Files and models that the configuration names."""
         config = self.config
-        named: list[str | Path] = [self.where / config.prompts.file]
-        named.append(located(config.target, self.where))
+        inputs: list[str | Path] = [self.config_folder / config.prompts.file]
+        inputs.append(resolve_model(config.target, self.config_folder))
         for source in config.sources:
             if isinstance(source, ModelSource):
-                named.append(located(source.model, self.where))
+                inputs.append(resolve_model(source.model, self.config_folder))
             elif source.kind == "answers":
-                named.append(self.where / source.file)
-        return named
+                inputs.append(self.config_folder / source.file)
+        return inputs
 
     @property
     def models(self) -> list[ModelSource]:
-        """The sources that are run here."""
+        """The sources that run on this machine."""
         return [source for source in self.config.sources if isinstance(source, ModelSource)]
 
     @property
     def probed(self) -> list[ModelSource]:
-        """The sources whose distributions are used."""
+        """The sources whose distributions are learned."""
         transfer = self.config.transfer
         return self.models if transfer and transfer.kl_weight > 0 else []
 
@@ -85,30 +86,27 @@ class Workspace:
         return self.folder / ("sft" if self.config.dpo else "tuned")
 
     def distributions(self, source: ModelSource) -> Path:
-        """What a source expects in the SFT rows."""
+        """The file of a source's distributions for the SFT rows."""
         return self.folder / "distributions" / f"{source.name}.safetensors"
 
     def target_identity(self) -> list[Any]:
-        """What tells one target from another without reading its weights."""
-        config = digest_of(self.target.path / "config.json")
+        """What distinguishes targets, without their weights."""
+        config = file_digest(self.target.path / "config.json")
         return [self.config.target, self.target.revision, self.target.nbytes, config]
 
     def source_identity(self, source: Source) -> dict[str, Any]:
-        """What decides a source's answers."""
-        said = source.model_dump(mode="json", exclude=INDIFFERENT)
+        """What determines a source's answers."""
+        settings = source.model_dump(mode="json", exclude=WITHOUT_EFFECT_ON_ANSWERS)
         if source.kind == "answers":
-            said["digest"] = digest_of(self.where / source.file)
-        return said
+            settings["digest"] = file_digest(self.config_folder / source.file)
+        return settings
 
 
-FILE = "stages.json"
-
-
-class StageBook:
-    """stages.json: by stage, the key it was made for, its seconds and counts."""
+class StageLog:
+    """The file stages.json: by stage, the digest of its inputs (key), its seconds and counts."""
 
     def __init__(self, folder: Path):
-        self.path = folder / FILE
+        self.path = folder / "stages.json"
         self.entries: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             try:
@@ -126,20 +124,20 @@ class StageBook:
                 )
 
     def done(self, stage: str, key: str, outputs: Iterable[Path]) -> bool:
-        """Whether the stage was finished for this key and its outputs are there."""
+        """Whether the stage was finished for this key, and its outputs exist."""
         same = self.entries.get(stage, {}).get("key") == key
         return same and all(path.exists() for path in outputs)
 
     def begun(self, stage: str) -> str | None:
-        """The key that a stage was begun for and not finished."""
+        """The key for which a stage was begun and not finished."""
         return self.entries.get(stage, {}).get("begun")
 
     def begin(self, stage: str, key: str) -> None:
-        """Note that a stage begins. Raises: OutputError."""
+        """Record that a stage begins. Raises: OutputError."""
         self._write(stage, {"begun": key})
 
     def finish(self, stage: str, key: str, seconds: float, result: dict[str, Any]) -> None:
-        """Note a finished stage. Raises: OutputError."""
+        """Record a finished stage. Raises: OutputError."""
         self._write(stage, {"key": key, "seconds": round(seconds, 2), **result})
 
     def _write(self, stage: str, entry: dict[str, Any]) -> None:
@@ -149,11 +147,11 @@ class StageBook:
 
 
 @contextmanager
-def only_run(folder: Path, inputs: Sequence[str | Path] = ()) -> Iterator[None]:
-    """A folder that is ours, without a second run in it; the processes of one launch are one run.
+def exclusive_run(folder: Path, inputs: Sequence[str | Path] = ()) -> Iterator[None]:
+    """Lock the folder of a run. The processes of one launcher count as one run.
 
-    inputs: what the run reads, none of which may lie in the folder.
-    Raises: OutputError as `own_folder`.
+    inputs: what the run reads; none of it may lie in the folder.
+    Raises: OutputError for a folder with other files, with an input, or of a run at work.
     """
     if not is_main():
         yield
@@ -162,23 +160,23 @@ def only_run(folder: Path, inputs: Sequence[str | Path] = ()) -> Iterator[None]:
         yield
 
 
-def key_of(*parts: Any) -> str:
+def stage_key(*parts: Any) -> str:
     """A digest of settings, digests and keys."""
     return blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest(length=16)
 
 
-def digest_of(path: Path) -> str:
-    """A digest of a file's bytes; of nothing where there is no file."""
+def file_digest(path: Path) -> str:
+    """A digest of a file's bytes; "" for a missing file."""
     if not path.is_file():
         return ""
     return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest(length=16)
 
 
 def processes() -> int:
-    """Processes of the launch; 1 without a launcher."""
+    """Number of processes that `accelerate launch` or `torchrun` started; 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process writes files."""
+    """Whether this is the one process that writes files."""
     return int(os.environ.get("RANK", "0")) == 0

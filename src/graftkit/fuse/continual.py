@@ -45,7 +45,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from graftkit.compress.codecs import Layout, assemble, matrices
+from graftkit.compress.codecs import TensorLayout, assemble, matrices
 from graftkit.errors import ConfigError
 
 
@@ -61,7 +61,7 @@ class TaskDelta:
     """
 
     deltas: Mapping[str, Tensor]
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, TensorLayout] = field(default_factory=dict)
     importances: Mapping[str, float] | None = None
 
 
@@ -180,7 +180,7 @@ class Opcm(RunningMerge):
         return known and all(value >= 0 for value in self.statistics.values())
 
 
-def _projected(delta: Tensor, merged: Tensor, layout: Layout) -> Tensor:
+def _projected(delta: Tensor, merged: Tensor, layout: TensorLayout) -> Tensor:
     pairs = zip(matrices(delta, layout), matrices(merged, layout), strict=True)
     return assemble([project_out(*pair) for pair in pairs], tuple(delta.shape), layout)
 

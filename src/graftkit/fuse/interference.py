@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.compress.sparse import largest_entries
+from graftkit.compress.entries import largest_entries
 from graftkit.errors import ConfigError
 from graftkit.files import replaced_file
 from graftkit.fuse.merge import open_merge

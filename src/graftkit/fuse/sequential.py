@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftkit.checkpoint import Checkpoint, save_tensors, tensor_bytes
-from graftkit.compress.codecs import Layout
+from graftkit.compress.codecs import TensorLayout
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
 from graftkit.fuse.continual import Kif, Opcm, RunningMerge, TaskDelta
@@ -247,7 +247,7 @@ class _Deltas(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _layouts(pack: SkillPack) -> dict[str, Layout]:
+def _layouts(pack: SkillPack) -> dict[str, TensorLayout]:
     """Of the weights of linear maps, heads of their own included."""
     return {
         record.name: record.layout

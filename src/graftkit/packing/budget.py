@@ -17,12 +17,12 @@ import numpy as np
 
 from graftkit.compress.allocate import (
     DENSE_BITS,
-    Choice,
+    CodingOption,
     MatrixFacts,
-    Point,
-    choices,
+    RatePoint,
+    coding_options,
     dense_points,
-    finest,
+    finest_level,
     sparse_points,
     tiers_point,
     zero_point_of,
@@ -35,6 +35,9 @@ ENERGY_SHARES = tuple(1 - np.geomspace(0.7, 1e-5, 160))
 """β: shares of an MLP delta's energy that its rank keeps."""
 RANK_SHARES = tuple(np.geomspace(0.002, 1.0, 160))
 """r of attention, as shares of the largest full rank."""
+
+Ladder = list[dict[int, RatePoint]]
+"""Points of all tensors of one operator, by index, for each value of its hyperparameter."""
 
 _OPERATORS = {
     ModuleKind.EMBEDDING: "pruned",
@@ -75,7 +78,7 @@ def _cheapest_error(
     groups: Mapping[str, Mapping[int, MatrixFacts]],
     shares: tuple[float, float, float],
     budget_bytes: int,
-) -> dict[int, Point]:
+) -> dict[int, RatePoint]:
     """The best α, r and β with tiers in these proportions."""
     attention = groups["attention"].items()
     mlp = groups["mlp"].items()
@@ -96,7 +99,7 @@ def _cheapest_error(
     }
 
 
-def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, Point]) -> BudgetPlan:
+def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, RatePoint]) -> BudgetPlan:
     return BudgetPlan(
         {i: points[i].precision for i in facts},
         sum(point.nbytes for point in points.values()),
@@ -104,7 +107,7 @@ def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, Point]) -> Budg
     )
 
 
-def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, Point]]:
+def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> Ladder:
     """One step for each share of entries kept, after a first one that keeps nothing."""
     steps = [{name: zero_point_of(fact) for name, fact in facts.items()}]
     pruned = {name: sparse_points(fact) for name, fact in facts.items()}
@@ -113,13 +116,13 @@ def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, Point]]:
     return steps
 
 
-def _by_rank(facts: MatrixFacts, rank: float, tiers: tuple[float, float, float]) -> Point:
+def _by_rank(facts: MatrixFacts, rank: float, tiers: tuple[float, float, float]) -> RatePoint:
     """Attention: the same rank in every matrix, or a smaller matrix's full rank."""
     whole = min(max(1, round(rank)), MAX_RANK, *facts.shape)
     return _never_dearer_than_direct(facts, split_tiers(whole, tiers))
 
 
-def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> Point:
+def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> RatePoint:
     """MLP: the smallest rank that keeps `share` of the energy."""
     energy = np.cumsum(facts.energies)
     if energy[-1] <= 0:
@@ -129,7 +132,7 @@ def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, floa
     return _never_dearer_than_direct(facts, split_tiers(rank, tiers))
 
 
-def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Point:
+def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> RatePoint:
     """Factors in these tiers, or the dense form where that takes fewer bytes and no more error.
 
     The k and v matrices of grouped-query attention have a flat spectrum: factors of a large rank
@@ -144,7 +147,7 @@ def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Po
     return widest if factors.nbytes > widest.nbytes else factors
 
 
-def _best_combination(ladders: list[list[dict[int, Point]]], budget_bytes: int) -> tuple[int, ...]:
+def _best_combination(ladders: list[Ladder], budget_bytes: int) -> tuple[int, ...]:
     """Step of each ladder such that the summed error is least and the summed bytes fit."""
     bytes_of = [
         np.array([sum(p.nbytes for p in step.values()) for step in ladder]) for ladder in ladders
@@ -187,10 +190,10 @@ class LevelSearch:
         self.facts, self.servable = facts, servable
         self.corrections: dict[tuple[int, str], tuple[float, float]] = {}
 
-    def ranked(self, index: int, level: float) -> list[Choice]:
+    def ranked(self, index: int, level: float) -> list[CodingOption]:
         """Choices for one tensor at a level, the least expected cost first."""
         corrected, level = [], self._useful_level(index, level)
-        for choice in choices(self.facts[index], level, self.servable):
+        for choice in coding_options(self.facts[index], level, self.servable):
             nbytes, error = self.corrections.get((index, choice.precision.codec), (1.0, 1.0))
             corrected.append(
                 replace(choice, nbytes=choice.nbytes * nbytes, error=choice.error * error)
@@ -203,7 +206,7 @@ class LevelSearch:
 
     def smallest_level(self, goal: float) -> float:
         """The smallest level whose expected bytes stay within `goal`."""
-        ends = [finest(facts) for facts in self.facts.values()]
+        ends = [finest_level(facts) for facts in self.facts.values()]
         low, high = min(ends), max(ends) * _COARSEST
         while high > low * (1 + _LEVEL_PRECISION):
             middle = math.sqrt(low * high)
@@ -236,7 +239,7 @@ class LevelSearch:
         for i, precision in precisions.items():
             facts = self.facts[i]
             own = self._useful_level(i, level)
-            expected = {c.precision.codec: c for c in choices(facts, own, self.servable)}
+            expected = {c.precision.codec: c for c in coding_options(facts, own, self.servable)}
             choice = expected[precision.codec]
             if choice.nbytes > 0 and choice.error > 0:
                 nbytes, distortion = results[i]
@@ -246,7 +249,7 @@ class LevelSearch:
 
     def _useful_level(self, index: int, level: float) -> float:
         """The level, or the finest that this tensor's codecs can use."""
-        return max(level, finest(self.facts[index]))
+        return max(level, finest_level(self.facts[index]))
 
 
 def fit_budget(

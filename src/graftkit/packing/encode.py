@@ -27,6 +27,7 @@ from graftkit.compress.codecs import (
     row_blocks,
     split_payload,
 )
+from graftkit.compress.exact import encode_exact
 from graftkit.config import VERSION, PackConfig
 from graftkit.errors import BudgetError
 from graftkit.files import WorkFolder, mapped_file
@@ -46,7 +47,6 @@ from graftkit.skillpack.manifest import (
     TensorRecord,
     TunedInfo,
 )
-from graftkit.skillpack.validate import encode_exact
 
 WORST_CASE_ERROR = 0.0001234
 """As many characters as any error takes with four significant digits."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graftkit.checkpoint import FLOAT_DTYPES, Checkpoint, all_finite, difference, tensor_digest
 from graftkit.compress.allocate import MatrixFacts, output_energy
-from graftkit.compress.codecs import Layout, matrices, matrix_shape
+from graftkit.compress.codecs import TensorLayout, matrices, matrix_shape
 from graftkit.compress.lowrank import eigenbasis, right_rows
 from graftkit.compress.quantize import cholesky, feedback_gain
 from graftkit.errors import CheckpointError
@@ -302,7 +302,7 @@ def measure_tensor(
     before, after = states
     covariance = metric.covariance
     delta = difference(after, before)
-    layout: Layout = pair.layout
+    layout: TensorLayout = pair.layout
     count, shape = matrix_shape(pair.common_shape, layout)
     energies, norms = np.zeros(min(shape)), np.zeros(min(shape))
     bases = []

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, TensorInfo
-from graftkit.compress.codecs import Layout, matrix_shape
+from graftkit.compress.codecs import TensorLayout, matrix_shape
 from graftkit.errors import CheckpointMismatchError
 from graftkit.models.aligned import AlignedCheckpoint, align
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
@@ -64,7 +64,7 @@ class TensorPair:
         return min(self.target.shape[0], self.tuned.shape[0])
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TensorLayout:
         """How the stored tensor becomes (out, in) matrices."""
         stacked = len(self.target.shape) == 3 and self.role.kind is ModuleKind.MLP
         if stacked:

@@ -1,15 +1,13 @@
-"""Scores: what an answer is worth.
+"""The stage `score`: what every answer is worth, and whether it may be trained on.
 
-checks      exact, number, json: the same as the reference
-code        the prompt's tests, run on the answer's code in two processes (sandbox.py)
-reward      a reward model
-judge       a grade from a model behind an endpoint
-agreement   the source's other samples; its own likelihood
+checks    rules that compare with a reference; agreement of a source with itself; likelihood
+code      the prompt's tests on the answer's code; sandbox and referee run them
+graders   reward models, and judges behind an endpoint
 """
 
 import json
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,38 +27,48 @@ from graftkit.distill.config import (
     RewardScore,
     Score,
 )
-from graftkit.distill.records import Answer, Journal, Prompt, Scored, read_lines, write_lines
+from graftkit.distill.records import (
+    Journal,
+    Prompt,
+    ScoredAnswer,
+    SourceAnswer,
+    read_lines,
+    write_lines,
+)
 from graftkit.errors import RowsError
-
-__all__ = ["Scorer", "Verdict", "finished", "open_scorer", "why_unusable"]
+from graftkit.progress import Progress, StepProgress
 
 Verdict = float | str
-"""A score, 1.0 for a rule that passes; or why the answer fails, "" where the name says it."""
+"""A number, 1.0 for a rule that passes; or why the answer fails, "" for no other reason."""
+
+
+UNJUDGED = "error: "
+"""What a verdict begins with where the rule cannot judge the answer; the reason follows."""
 
 
 class Scorer(Protocol):
-    """Who judges; every kind of score is one of these."""
+    """What scores answers; there is one for every kind of score."""
 
     costly: bool
-    """Whether verdicts are worth keeping when the run is killed."""
+    """Whether verdicts are stored at once, for a run that is killed."""
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
-        """Verdicts on the finished answers, by place, in any order, without those in `done`.
+        """Index and verdict of every finished answer, in any order, without the indices in `done`.
 
-        A verdict depends on `answers` and `prompts`, not on what is done.
+        A verdict depends on `answers` and `prompts`, not on `done`.
         Raises: RowsError for a prompt without the reference or the tests that are needed;
             SourceError when a judge or the sandbox fails as a whole.
         """
 
 
-def open_scorer(score: Score, where: Path) -> Scorer:
-    """The scorer of one `[[scores]]` table; relative paths refer to `where`.
+def open_scorer(score: Score, config_folder: Path) -> Scorer:
+    """The scorer of one `[[scores]]` table; paths are relative to `config_folder`.
 
-    Raises: ConfigError for a missing key or library, or a reward model with several labels;
-        CheckpointError for a reward model that cannot be used; SourceError for a sandbox that
-        does not work.
+    Raises: ConfigError for a missing key, library or bubblewrap, or a reward model with several
+        labels; CheckpointError for a reward model that cannot be used; SourceError for a sandbox
+        that does not start.
     """
     if isinstance(score, CodeRule):
         from graftkit.distill.scores.code import CodeTests
@@ -69,11 +77,11 @@ def open_scorer(score: Score, where: Path) -> Scorer:
     if isinstance(score, RewardScore):
         from graftkit.distill.scores.graders import RewardModel
 
-        return RewardModel(score, where)
+        return RewardModel(score, config_folder)
     if isinstance(score, JudgeScore):
         from graftkit.distill.scores.graders import Judge
 
-        return Judge(score, where)
+        return Judge(score, config_folder)
     if isinstance(score, AgreementScore | LikelihoodScore):
         from graftkit.distill.scores.checks import Agreement, Likelihood
 
@@ -83,8 +91,8 @@ def open_scorer(score: Score, where: Path) -> Scorer:
     return ReferenceCheck(score)
 
 
-def why_unusable(answer: Answer) -> str | None:
-    """Why an answer cannot pass, whatever the scores: it is not whole, or there is none."""
+def why_unusable(answer: SourceAnswer) -> str | None:
+    """Why an answer cannot pass, whatever its scores: it is missing, cut or empty. Else None."""
     if answer.finish == "refused":
         return "refused"
     if answer.finish == "length":
@@ -92,21 +100,19 @@ def why_unusable(answer: Answer) -> str | None:
     return None if answer.text.strip() else "empty"
 
 
-def finished(answers: Sequence[Answer]) -> Iterator[tuple[int, Answer]]:
-    """The answers that scorers look at, with their places."""
+def finished(answers: Sequence[SourceAnswer]) -> Iterator[tuple[int, SourceAnswer]]:
+    """Index and answer of all answers that are scored."""
     return ((i, answer) for i, answer in enumerate(answers) if why_unusable(answer) is None)
 
 
 KEY = ("prompt_id", "source", "sample")
 SAMPLES, SCORES, PARTIAL = "samples.jsonl", "scores.jsonl", "scores.partial"
-# Settings that change how fast verdicts come or what they weigh, not what they say.
-PACE = {"weight", "key_env", "concurrency", "retries"}
-
-Progress = Callable[[str, int, int], None]
+# Settings that do not change a verdict.
+WITHOUT_EFFECT_ON_VERDICTS = {"weight", "key_env", "concurrency", "retries"}
 
 
-def wants(config: DistillConfig) -> tuple[bool, bool]:
-    """Whether the rules read `completion` and `tests` of the prompts file."""
+def needed_fields(config: DistillConfig) -> tuple[bool, bool]:
+    """Whether the rules need `completion`, and whether they need `tests`, in the prompts file."""
     references = (ExactRule, NumberRule, JsonRule)
     return (
         any(isinstance(score, references) for score in config.scores),
@@ -118,45 +124,47 @@ def score_answers(
     config: DistillConfig,
     prompts: Sequence[Prompt],
     folder: Path,
-    where: Path,
+    config_folder: Path,
     progress: Progress,
 ) -> Path:
     """Score every answer of `folder`/samples.jsonl into `folder`/scores.jsonl, in the same order.
 
-    Verdicts that cost something are kept as they come; the same call after an interruption goes on
-    there, and gives the same bytes.
+    Costly verdicts are stored as they come. After an interruption the same call continues there,
+    and gives the same bytes.
 
     Args:
-        where: folder that relative paths in the configuration refer to.
+        config_folder: folder of the configuration, to which its paths are relative.
         progress: called with (step, done, total).
-    Raises: RowsError for samples that do not belong to the prompts, or a prompt without what a rule
-        compares with; ConfigError, CheckpointError and SourceError as the scorers; OutputError.
+    Raises: RowsError for samples of other prompts, or a prompt without what a rule compares with;
+        ConfigError, CheckpointError or SourceError for a scorer that fails; OutputError.
     """
-    known = {prompt.id: prompt for prompt in prompts}
+    prompts_by_id = {prompt.id: prompt for prompt in prompts}
     answers = _read_answers(folder / SAMPLES)
     for answer in answers:
-        prompt = known.get(answer.prompt_id)
+        prompt = prompts_by_id.get(answer.prompt_id)
         if prompt is None or prompt.text != answer.prompt:
             raise RowsError(
                 f"{folder / SAMPLES}: it answers other prompts than the prompts file holds (first: "
                 f"prompt {answer.prompt_id}); delete it and run again"
             )
     named = dict(zip(_names(config.scores), config.scores, strict=True))
-    scorers = {name: open_scorer(score, where) for name, score in named.items()}
+    scorers = {name: open_scorer(score, config_folder) for name, score in named.items()}
     verdicts: dict[str, Mapping[int, Verdict]] = {}
-    # What costs nothing comes first: it finds faults of the prompts file before a judge is paid.
+    # Cheap scores come first: they detect faults of the prompts file before a judge is paid.
     for name in sorted(scorers, key=lambda name: scorers[name].costly):
         step = partial(progress, f"scoring: {name}")
         scorer = scorers[name]
         if scorer.costly:
             journal = Journal(folder / PARTIAL / f"{name}.jsonl")
-            verdicts[name] = _keep_scoring(scorer, named[name], answers, known, journal, step)
+            verdicts[name] = _score_with_journal(
+                scorer, named[name], answers, prompts_by_id, journal, step
+            )
         else:
-            verdicts[name] = dict(scorer.score(answers, known, ()))
+            verdicts[name] = dict(scorer.score(answers, prompts_by_id, ()))
     write_lines(
         folder / SCORES,
         (
-            _record(_scored(answer, {n: v[i] for n, v in verdicts.items() if i in v}, named))
+            _record(_combine(answer, {n: v[i] for n, v in verdicts.items() if i in v}, named))
             for i, answer in enumerate(answers)
         ),
     )
@@ -164,7 +172,7 @@ def score_answers(
     return folder / SCORES
 
 
-def read_scored(folder: Path) -> list[Scored]:
+def read_scored(folder: Path) -> list[ScoredAnswer]:
     """Answers with their scores. Raises: RowsError where the two files do not belong together."""
     answers, records = _read_answers(folder / SAMPLES), list(read_lines(folder / SCORES))
     if [_key(answer) for answer in answers] != [
@@ -174,14 +182,14 @@ def read_scored(folder: Path) -> list[Scored]:
             f"{folder / SCORES}: not the scores of the {SAMPLES} beside it; delete it and run again"
         )
     return [
-        Scored(answer, record["passed"], record["failed"], record["reward"], record["scores"])
+        ScoredAnswer(answer, record["passed"], record["failed"], record["reward"], record["scores"])
         for answer, record in zip(answers, records, strict=True)
     ]
 
 
-def _read_answers(path: Path) -> list[Answer]:
+def _read_answers(path: Path) -> list[SourceAnswer]:
     try:
-        return [Answer(**record) for record in read_lines(path)]
+        return [SourceAnswer(**record) for record in read_lines(path)]
     except TypeError as error:
         raise RowsError(f"{path}: no answers ({error}); delete it and run again") from error
 
@@ -193,20 +201,20 @@ def _names(scores: Sequence[Score]) -> list[str]:
     return [f"{kind}_{use}" if use > 1 else kind for kind, use in zip(kinds, uses, strict=True)]
 
 
-def _keep_scoring(
+def _score_with_journal(
     scorer: Scorer,
     score: Score,
-    answers: Sequence[Answer],
+    answers: Sequence[SourceAnswer],
     prompts: Mapping[int, Prompt],
     journal: Journal,
-    progress: Callable[[int, int], None],
+    progress: StepProgress,
 ) -> dict[int, Verdict]:
-    """Verdicts by place, each kept on disk; a text that several samples share is scored once."""
+    """Verdicts by index, each stored at once; a text that several samples share is scored once."""
     places: dict[tuple[int, str], list[int]] = {}
     for index, answer in finished(answers):
         places.setdefault((answer.prompt_id, answer.text), []).append(index)
     distinct = [answers[same[0]] for same in places.values()]
-    done = _continued(journal, _digest(score, distinct, prompts))
+    done = _read_journal(journal, _digest(score, distinct, prompts))
     progress(len(done), len(distinct))
     for index, verdict in scorer.score(distinct, prompts, frozenset(done)):
         journal.append({"answer": index, "verdict": verdict})
@@ -215,16 +223,20 @@ def _keep_scoring(
     return {place: done[i] for i, same in enumerate(places.values()) for place in same}
 
 
-def _digest(score: Score, answers: Sequence[Answer], prompts: Mapping[int, Prompt]) -> str:
-    """Of everything that decides the verdicts."""
-    ignored = PACE | {"timeout_seconds"} if isinstance(score, JudgeScore) else PACE
-    said = score.model_dump(mode="json", exclude=ignored)
-    asked = [(answer.prompt, prompts[answer.prompt_id].tests, answer.text) for answer in answers]
-    return blake3(json.dumps([said, asked]).encode()).hexdigest()
+def _digest(score: Score, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt]) -> str:
+    """A digest of everything that determines the verdicts."""
+    ignored = (
+        WITHOUT_EFFECT_ON_VERDICTS | {"timeout_seconds"}
+        if isinstance(score, JudgeScore)
+        else WITHOUT_EFFECT_ON_VERDICTS
+    )
+    settings = score.model_dump(mode="json", exclude=ignored)
+    texts = [(answer.prompt, prompts[answer.prompt_id].tests, answer.text) for answer in answers]
+    return blake3(json.dumps([settings, texts]).encode()).hexdigest()
 
 
-def _continued(journal: Journal, digest: str) -> dict[int, Verdict]:
-    """What an interrupted run of the same work left; a journal of other work is thrown away."""
+def _read_journal(journal: Journal, digest: str) -> dict[int, Verdict]:
+    """Verdicts of an interrupted run with the same digest; another journal is deleted."""
     begin, *lines = journal.read() or [{}]
     if begin == {"digest": digest}:
         return {line["answer"]: line["verdict"] for line in lines}
@@ -233,31 +245,38 @@ def _continued(journal: Journal, digest: str) -> dict[int, Verdict]:
     return {}
 
 
-def _scored(answer: Answer, verdicts: Mapping[str, Verdict], named: Mapping[str, Score]) -> Scored:
-    """One answer's verdicts together.
+def _combine(
+    answer: SourceAnswer, verdicts: Mapping[str, Verdict], named: Mapping[str, Score]
+) -> ScoredAnswer:
+    """One answer with all of its verdicts.
 
-    `failed` is what could not be graded before a rule that failed; without all of its grades an
-    answer has no reward. Where there are rules only, the reward says whether they pass.
+    `failed` names a missing grade before a failed rule. An answer without all of its grades has the
+    reward 0. Without any grades in the settings, the reward is 1 if all rules pass, else 0.
     """
     unusable = why_unusable(answer)
     if unusable is not None:
-        return Scored(answer, False, unusable, 0.0)
+        return ScoredAnswer(answer, False, unusable, 0.0)
     grades = {name: score for name, score in named.items() if isinstance(score, Graded)}
     scores = {n: v for n, v in verdicts.items() if n in grades and not isinstance(v, str)}
-    failed = [
-        f"{name}: {verdicts[name]}" if verdicts[name] else name
-        for name in sorted(named, key=lambda name: name not in grades)
-        if isinstance(verdicts[name], str)
-    ]
+    reasons = {n: v for n in named if isinstance(v := verdicts[n], str)}
+    # First grades that are missing, then rules that failed, then rules that could not judge.
+    order = sorted(reasons, key=lambda n: (n not in grades, reasons[n].startswith(UNJUDGED)))
+    failed = [_failure(name, reasons[name]) for name in order]
     reward = 0.0 if failed else 1.0
     if grades:
         whole = len(scores) == len(grades)
         reward = sum(grades[n].weight * scores[n] for n in grades) if whole else 0.0
     in_order = {name: scores[name] for name in grades if name in scores}
-    return Scored(answer, not failed, failed[0] if failed else None, reward, in_order)
+    return ScoredAnswer(answer, not failed, failed[0] if failed else None, reward, in_order)
 
 
-def _record(scored: Scored) -> dict[str, Any]:
+def _failure(name: str, reason: str) -> str:
+    if reason.startswith(UNJUDGED):
+        return f"{UNJUDGED}{name}: {reason.removeprefix(UNJUDGED)}"
+    return f"{name}: {reason}" if reason else name
+
+
+def _record(scored: ScoredAnswer) -> dict[str, Any]:
     return {
         **_key(scored.answer),
         "passed": scored.passed,
@@ -267,5 +286,5 @@ def _record(scored: Scored) -> dict[str, Any]:
     }
 
 
-def _key(answer: Answer) -> dict[str, Any]:
+def _key(answer: SourceAnswer) -> dict[str, Any]:
     return dict(zip(KEY, answer.key, strict=True))

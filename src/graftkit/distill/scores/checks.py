@@ -1,4 +1,4 @@
-"""Whether an answer says what the reference says: the same words, number, or JSON value."""
+"""Scores of the text alone: comparison with a reference, self-agreement, and likelihood."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from graftkit.distill.config import AgreementScore, ExactRule, JsonRule, NumberRule
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import Verdict, finished
 from graftkit.errors import RowsError
 
@@ -34,7 +34,7 @@ class ReferenceCheck:
         self.rule = rule
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
         """1.0, or why not. Raises: RowsError for a reference that nothing can be compared with."""
         for index, answer in finished(answers):
@@ -49,17 +49,17 @@ class ReferenceCheck:
             expected = find_number(reference)
             if expected is None:
                 _refuse_reference(prompt, "a number in the completion")
-            found = find_number(text)
-            if found is None:
+            number = find_number(text)
+            if number is None:
                 return "no number"
-            return 1.0 if same_number(found, expected, self.rule.tolerance) else ""
+            return 1.0 if same_number(number, expected, self.rule.tolerance) else ""
         if isinstance(self.rule, JsonRule):
-            value, wanted = json_form(text), json_form(reference)
-            if wanted is None:
+            value, expected_value = json_form(text), json_form(reference)
+            if expected_value is None:
                 _refuse_reference(prompt, "a JSON value as the completion")
             if value is None:
                 return "no JSON"
-            return 1.0 if value == wanted else ""
+            return 1.0 if value == expected_value else ""
         return 1.0 if text.strip() == reference.strip() else ""
 
 
@@ -72,25 +72,28 @@ def _refuse_reference(prompt: Prompt, expected: str) -> NoReturn:
 
 
 class Number(NamedTuple):
-    """A number as it is written. value: finite; of 25%: 0.25."""
+    """A number in a text. value: finite; 0.25 for 25%. percent: whether it is written as such."""
 
     value: float
     percent: bool
 
 
 def find_number(text: str) -> Number | None:
-    """The first number behind the last ####, without such a mark the last number of the text.
+    """The first number after the last ####; without that mark, the last number of the text.
 
-    Understands signs, thousands separators (1,234), decimals, exponents, fractions (3/4), currency
+    Reads signs, thousands separators (1,234), decimals, exponents, fractions (3/4), currency
     signs and percent. Returns: None where there is none, or it is not finite.
     """
     _, mark, final = text.rpartition(FINAL)
-    found = list(_NUMBER.finditer(final))
-    return _parse_number(found[0 if mark else -1]) if found else None
+    matches = list(_NUMBER.finditer(final))
+    return _parse_number(matches[0 if mark else -1]) if matches else None
 
 
 def same_number(one: Number, other: Number, tolerance: float) -> bool:
-    """Equal up to a relative difference; where only one says percent, 25% is 0.25 and also 25."""
+    """Whether two numbers are equal up to a relative difference.
+
+    If only one of them is a percentage, 25% equals 0.25 and also 25.
+    """
     if math.isclose(one.value, other.value, rel_tol=tolerance):
         return True
     written = [number.value * 100 if number.percent else number.value for number in (one, other)]
@@ -109,11 +112,10 @@ def _parse_number(match: re.Match[str]) -> Number | None:
 
 
 def json_form(text: str) -> str | None:
-    """One writing of a JSON value, the same for equal values; None for what is no JSON.
+    """A canonical form of a JSON value, the same for equal values; None for what is no JSON.
 
-    Equal are objects with the same keys and values in any order, and 1 and 1.0; not 1 and true.
-    One code fence around the value is taken off. Numbers that are not finite, keys that occur
-    twice, and nesting beyond the interpreter's stack are no JSON.
+    The order of keys does not matter; 1 equals 1.0, but not true. One code fence around the value
+    is removed. Infinite numbers, NaN, keys that occur twice, and too deep nesting are no JSON.
     """
     text = text.strip()
     fenced = _FENCED.fullmatch(text)
@@ -146,17 +148,17 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError("a key occurs twice")
-    return found
+    return value
 
 
 class Agreement:
-    """Share of the source's other samples for the prompt that give the same answer (2203.11171).
+    """Self-consistency (arXiv 2203.11171): the share of a source's other answers that are the same.
 
-    Samples that are refused, cut or empty, and those without a number or JSON value where that is
-    compared, agree with none. A single sample has 0.
+    Answers that are missing, cut or empty, or have no number or JSON value where that is compared,
+    agree with none. A single answer has 0.
     """
 
     costly = False
@@ -165,20 +167,22 @@ class Agreement:
         self.settings = settings
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
         """From 0 to 1; `answers` are all of the source's."""
-        said = {index: self._form(answer.text) for index, answer in finished(answers)}
+        forms = {index: self._form(answer.text) for index, answer in finished(answers)}
         samples = Counter((answer.prompt_id, answer.source) for answer in answers)
-        alike = Counter((answers[i].prompt_id, answers[i].source, form) for i, form in said.items())
-        for index, form in said.items():
+        alike = Counter(
+            (answers[i].prompt_id, answers[i].source, form) for i, form in forms.items()
+        )
+        for index, form in forms.items():
             group = answers[index].prompt_id, answers[index].source
             others = samples[group] - 1
             if index not in done:
                 yield index, (alike[*group, form] - 1) / others if others and form else 0.0
 
     def _form(self, text: str) -> str | None:
-        """What is equal for answers that say the same; None: nothing is said."""
+        """A form that is equal for answers that agree; None for an answer without a value."""
         if self.settings.of == "number":
             number = find_number(text)
             return None if number is None else repr(number.value + 0.0)  # -0.0 is 0.0
@@ -191,9 +195,9 @@ class Likelihood:
     costly = False
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
-        """As the source said; endpoints and files do not say it."""
+        """As sampled; "unknown" for endpoints and files, which do not give it."""
         for index, answer in finished(answers):
             if index not in done:
                 value = answer.log_likelihood

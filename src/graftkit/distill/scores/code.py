@@ -1,12 +1,11 @@
 """Whether an answer's code passes the tests of its prompt."""
 
-import logging
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from graftkit.distill.config import CodeRule
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import Verdict, finished
 from graftkit.distill.scores.sandbox import check_sandbox, run_tests
 from graftkit.errors import RowsError
@@ -16,25 +15,20 @@ LABELS = ("python", "python3", "py")
 
 
 class CodeTests:
-    """The tests of the prompt, run behind the answer's code in a sandbox, one for each core.
+    """The tests of the prompt on the answer's code, in a sandbox, one for each core.
 
-    Raises: ConfigError elsewhere than on Linux; SourceError where the sandbox does not work.
+    Raises: ConfigError elsewhere than on Linux, or without bubblewrap; SourceError where its
+        sandbox does not start.
     """
 
     costly = True
 
     def __init__(self, rule: CodeRule):
         self.rule = rule
-        missing = check_sandbox()
-        if missing:
-            logging.getLogger(__name__).warning(
-                "score code: this machine gives the sandbox no %s, so answers are held by a fence "
-                "inside Python; run them where there are no secrets",
-                " and no ".join(missing),
-            )
+        check_sandbox()
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
         """1.0, or why not, as tests end. Raises: RowsError for a prompt without tests."""
         todo = [(i, a, _tests(prompts[a.prompt_id])) for i, a in finished(answers) if i not in done]
@@ -46,11 +40,11 @@ class CodeTests:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _run(self, answer: Answer, tests: str) -> Verdict:
+    def _run(self, answer: SourceAnswer, tests: str) -> Verdict:
         rule = self.rule
         code = find_code(answer.text)
-        outcome = run_tests(code, tests, rule.timeout_seconds, rule.memory_bytes)
-        return 1.0 if outcome.failed is None else outcome.failed
+        failed = run_tests(code, tests, rule.timeout_seconds, rule.memory_bytes)
+        return 1.0 if failed is None else failed
 
 
 def find_code(text: str) -> str:

@@ -1,4 +1,4 @@
-"""A reward model: sequence classification with one label."""
+"""Scores of another model: a reward model on this machine, or a judge behind an endpoint."""
 
 import math
 import re
@@ -13,8 +13,8 @@ from blake3 import blake3
 from jinja2 import TemplateError
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import Endpoint, EndpointSource, JudgeScore, RewardScore, located
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.config import Endpoint, EndpointSource, JudgeScore, RewardScore, resolve_model
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import Verdict, finished
 from graftkit.distill.sources import Unit, open_source
 from graftkit.errors import CheckpointError, ConfigError
@@ -24,22 +24,23 @@ from graftkit.rows import Row, encode_row
 
 
 class RewardModel:
-    """The one logit of prompt and answer, as the model gives it.
+    """A reward model, a sequence classifier with one label. The score is its logit.
 
-    Rows of one length share a pass, so nothing is padded and no padding token is needed. On a GPU
-    it computes in the dtype on disk, on a CPU in float32. Weights are loaded with the first batch.
+    Rows of one length share a batch, so nothing is padded and no padding token is needed. The model
+    computes in the dtype on disk on a GPU, in float32 on a CPU. Weights are loaded with the first
+    batch.
 
     Args:
-        where: folder that a relative path of the model refers to.
-    Raises: ConfigError for a model of another kind or with several labels; CheckpointError for one
-        that cannot be used, lacks a tokenizer or, with settings.chat, a chat template.
+        config_folder: folder of the configuration, to which its paths are relative.
+    Raises: ConfigError for a model of another kind or with several labels; CheckpointError for a
+        model that cannot be used, or lacks a tokenizer or, with settings.chat, a chat template.
     """
 
     costly = True
 
-    def __init__(self, settings: RewardScore, where: Path):
+    def __init__(self, settings: RewardScore, config_folder: Path):
         self.settings = settings
-        self._checkpoint = Checkpoint.open(located(settings.model, where))
+        self._checkpoint = Checkpoint.open(resolve_model(settings.model, config_folder))
         self._tokenizer = usable_tokenizer(self._checkpoint)
         shape: Any = empty_model(self._checkpoint)
         _check_labels(shape, settings.model)
@@ -52,7 +53,7 @@ class RewardModel:
         self._context, self._vocabulary = min(limits), vocabulary_size(shape)
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
         """Any finite number, or why there is none.
 
@@ -66,18 +67,18 @@ class RewardModel:
             if len(encoded[batch[0]]) > self._context:
                 yield from ((index, "longer than the context") for index in todo)
                 continue
-            # The whole batch, so that a continued run computes what an undisturbed one does.
+            # The whole batch, so that a continued run gives the same bits as an undisturbed one.
             values = dict(zip(batch, self._logits([encoded[i] for i in batch]), strict=True))
             for index in todo:
                 yield index, values[index] if math.isfinite(values[index]) else "not finite"
 
     def _batches(self, lengths: dict[int, int]) -> Iterator[list[int]]:
-        """Rows of one length, at most `batch_tokens` of their tokens, but at least one row."""
+        """Indices of rows of one length: at most `batch_tokens` tokens, and at least one row."""
         for length, same in groupby(sorted(lengths, key=lengths.__getitem__), lengths.__getitem__):
             rows, most = list(same), max(1, self.settings.batch_tokens // max(1, length))
             yield from (rows[start : start + most] for start in range(0, len(rows), most))
 
-    def _encode(self, answer: Answer) -> list[int]:
+    def _encode(self, answer: SourceAnswer) -> list[int]:
         if self.settings.chat:
             turns = [
                 {"role": "user", "content": answer.prompt},
@@ -105,7 +106,7 @@ class RewardModel:
         model: Any = load_model(self._checkpoint, "auto" if cuda else torch.float32)
         settings = model.config.get_text_config()
         if settings.pad_token_id is None:
-            # Models look for the last token that is no padding; without one they refuse batches.
+            # Models read the last token that is no padding, and refuse batches without such an id.
             settings.pad_token_id = -1
         return model.to("cuda" if cuda else "cpu")
 
@@ -159,15 +160,15 @@ _GRADE = re.compile(r"(?:grade:)?[ *]*(10|[0-9])(?:/10)?", re.IGNORECASE)
 
 
 class Judge:
-    """Grades divided by ten; who gives none in two attempts has graded nothing.
+    """A language model that grades answers from 0 to 10. The score is a tenth of the grade.
 
-    Requests, attempts and errors are those of a source of kind endpoint.
+    An answer without a grade after two requests fails. Requests are those of an endpoint source.
     Raises: ConfigError for a missing key or library.
     """
 
     costly = True
 
-    def __init__(self, settings: JudgeScore, where: Path):
+    def __init__(self, settings: JudgeScore, config_folder: Path):
         self.settings = settings
         endpoint = EndpointSource(
             kind="endpoint",
@@ -178,10 +179,10 @@ class Judge:
             max_new_tokens=LONGEST_GRADE_TOKENS,
             chat=True,
         )
-        self._source = open_source(endpoint, 0, where)
+        self._source = open_source(endpoint, 0, config_folder)
 
     def score(
-        self, answers: Sequence[Answer], prompts: Mapping[int, Prompt], done: Container[int]
+        self, answers: Sequence[SourceAnswer], prompts: Mapping[int, Prompt], done: Container[int]
     ) -> Iterator[tuple[int, Verdict]]:
         """From 0 to 1, as grades come in. Raises: SourceError when the endpoint is lost."""
         todo = {
@@ -190,8 +191,8 @@ class Judge:
             if index not in done
         }
         for reminder in ("", _AGAIN):
-            asked = {i: Unit((Prompt(i, text + reminder),), (0,)) for i, text in todo.items()}
-            for index, reply in self._source.answer(asked):
+            units = {i: Unit((Prompt(i, text + reminder),), (0,)) for i, text in todo.items()}
+            for index, reply in self._source.answer(units):
                 grade = read_grade(reply.answers[0].text)
                 if reply.answers[0].finish == "refused":
                     del todo[index]
@@ -204,9 +205,9 @@ class Judge:
 
 
 def question(instruction: str, prompt: str, answer: str) -> str:
-    """What the judge is asked. The mark around prompt and answer is their own digest.
+    """The prompt of the judge. The marks around prompt and answer are a digest of both.
 
-    An answer that closes its own frame would have to contain a digest of itself.
+    To close its own frame, an answer would have to contain a digest of itself.
     """
     mark = blake3(f"{len(prompt)} {prompt}{answer}".encode(errors="replace")).hexdigest()[:16]
     return _QUESTION.format(instruction=instruction, prompt=prompt, answer=answer, mark=mark)
@@ -215,5 +216,5 @@ def question(instruction: str, prompt: str, answer: str) -> str:
 def read_grade(text: str) -> int | None:
     """The integer from 0 to 10 that is the whole last line; None where there is none."""
     lines = text.strip().splitlines()
-    found = _GRADE.fullmatch(lines[-1].strip(" *.")) if lines else None
-    return int(found[1]) if found else None
+    match = _GRADE.fullmatch(lines[-1].strip(" *.")) if lines else None
+    return int(match[1]) if match else None

@@ -1,201 +1,217 @@
-"""Untrusted Python in a process of its own, and its tests in another.
+"""Bubblewrap around an answer's code and, apart from it, around its tests.
 
-    jail.py      the kernel's walls around each of the two processes
-    fence.py     an audit hook inside each
-    judged.py    the answer's process: the code, and nothing of the tests
-    referee.py   the process of the tests, which writes the verdict
-    wire.py      messages between the two: their values (values.py), and objects of the other one
-                 (remote.py)
+bubblewrap (`bwrap`, the sandbox of Flatpak) starts each of the two processes of referee.py with
 
-What keeps them in, and what each part gives:
+    namespaces    no network, no view of other processes, no capabilities
+    files         Python and its libraries to read, and an empty /tmp in memory; nothing else
+    limits        processor time, memory, size and number of files (referee.py sets them)
+    seccomp       no further processes: threads are allowed, fork and new namespaces are not
 
-    limits        processor time, memory, size and number of files; wall time from outside
-    namespaces    no network, no view of other processes, all of its processes end together, and a
-                  folder in memory as its only disk (Linux, where a user may have namespaces)
-    landlock      no file but Python's own, to read, and its folder (Linux 5.13 and newer)
-    audit hook    no processes, sockets, foreign functions; files too, where Landlock is absent
+and ends both when the tests are over, the time is up or this process is killed. All of it is the
+kernel's and holds whatever Python code does. A hole in the kernel itself is a way out, so run the
+answers of sources that you do not trust on a machine without secrets.
 
-The first three are the kernel's and hold whatever Python does. The hook is a fence and no jail: who
-breaks Python's memory breaks it. Without namespaces and Landlock it is all there is, so give
-answers of sources that you do not trust a machine without secrets. As root the number of threads
-is not limited.
-
-The verdict comes from a process that shares no object, no file and no standard output with the
-answer: leaving early, printing, frames, changed modules and built-in names of the answer's process
-reach nothing of the tests. What an object of the answer's own class is equal to, or in order with,
-among plain values is decided by the tests' process (remote.py). Three limits remain. What a method,
-or `in`, of such an object says about a plain value is the answer's word. So is what a helper says
-that tests take from the answer without defining or importing it. And tests that need the answer
-inside their own process (its standard output, replacing its global names, inheriting from its
-classes) fail.
+The answer cannot change the verdict. Its process shares no object, file or standard output with the
+process of the tests, which decides every comparison on copies of plain data. Two limits remain. A
+helper that the tests take from the answer, without defining or importing it, says what the answer
+wants. Tests that need the answer inside their own process (its standard output, its global names
+replaced) fail.
 """
 
-import base64
 import builtins
+import errno
 import json
-import marshal
 import math
 import os
-import select
-import signal
+import platform
+import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
-from types import ModuleType
-from typing import IO
+from tempfile import TemporaryFile
+from typing import IO, Self
 
-from graftkit.distill.scores import fence, jail, judged, referee, remote, values, wire
+from graftkit.distill.scores import UNJUDGED, referee
 from graftkit.errors import ConfigError, SourceError
 
-WALLS = ("namespaces", "landlock")
-STOP_SECONDS = 5.0  # until a jailer that was asked to end its prisoner is ended too
+TEMPORARY_BYTES = 2**26  # of /tmp
+PYTHON = (sys.executable, "-P", "-s", "-B")
 # Nothing of the parent's environment; sets of strings have one order in every run.
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
-PYTHON = (sys.executable, "-P", "-s", "-B")
+NAMESPACES = ("--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534")
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib")
+DATA = ("/usr/share/zoneinfo", "/etc/ld.so.cache")
+INSIDE = "/referee.py"  # where the sandbox has it
+
+# Numbers of the architecture; of clone; of fork and vfork (on x86), unshare and setns.
+SYSTEM_CALLS = {
+    "x86_64": (0xC000003E, 56, (57, 58, 272, 308)),
+    "aarch64": (0xC00000B7, 220, (97, 268)),
+}
+CLONE3, X32_CALLS, CLONE_THREAD = 435, 0x40000000, 0x10000
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of one answer.
+def check_sandbox() -> None:
+    """Run an empty answer with empty tests.
 
-    Attributes:
-        failed: None where the tests ran to their end; else timeout, ended early, or the exception.
-        walls: the kernel's walls that stood; known where it passed.
+    Raises: ConfigError elsewhere than on Linux, or without bubblewrap; SourceError where it fails.
     """
-
-    failed: str | None
-    walls: tuple[str, ...] = ()
-
-
-def check_sandbox() -> tuple[str, ...]:
-    """Run nothing at all in the sandbox. Returns: the WALLS that this machine lacks.
-
-    Raises: ConfigError elsewhere than on Linux; SourceError where even that fails.
-    """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or platform.machine() not in SYSTEM_CALLS:
         raise ConfigError(
-            f"score code: {sys.platform} found; expected Linux, whose kernel confines the tests"
+            f"score code: {sys.platform} {platform.machine()} found; expected Linux on "
+            f"{' or '.join(SYSTEM_CALLS)}, whose kernel confines the tests"
         )
-    outcome = run_tests("", "", timeout_seconds=60, memory_bytes=2**30)
-    if outcome.failed is not None:
+    if shutil.which("bwrap") is None:
+        raise ConfigError(
+            "score code: its sandbox is bubblewrap, which is not installed; install it (apt-get "
+            "install bubblewrap, dnf install bubblewrap) or leave the rule out"
+        )
+    failed = run_tests("", "", timeout_seconds=60, memory_bytes=2**30)
+    if failed is not None:
         raise SourceError(
-            f"score code: an empty program fails in the sandbox ({outcome.failed}); expected a "
-            f"Python that runs from {sys.base_prefix} alone, such as one in a virtual environment"
+            f"score code: an empty program fails in the sandbox ({failed}); expected a Python that "
+            f"runs from {sys.base_prefix} alone, such as one in a virtual environment"
         )
-    return tuple(wall for wall in WALLS if wall not in outcome.walls)
 
 
-def run_tests(answer: str, tests: str, timeout_seconds: float, memory_bytes: int) -> Outcome:
+def run_tests(answer: str, tests: str, timeout_seconds: float, memory_bytes: int) -> str | None:
     """Execute `answer`, and `tests` on it from another process, where they can do no harm.
 
     What they print is lost. Safe to call from several threads.
+
+    Returns: None where the tests ran to their end; else timeout, ended early, the built-in
+        exception that ended them, or UNJUDGED and the reason.
     Raises: SourceError when the sandbox itself cannot start.
     """
     end = time.monotonic() + timeout_seconds
+    limits = (str(math.ceil(timeout_seconds)), str(memory_bytes))
     with ExitStack() as stack:
-        ours, theirs = socket.socketpair()
-        started: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
-        with ours, theirs:
-            for main, code, end_of_wire in ((judged, answer, ours), (referee, tests, theirs)):
-                started.append(
-                    _start(main, code, end_of_wire, timeout_seconds, memory_bytes, stack)
-                )
-                stack.callback(_end, started[-1][0])
-        timed_out = not _wait(started[1][0], end - time.monotonic())
-        _end(started[0][0])
-        said = [_said(report) for _, report in started]
-    for (process, _), text in zip(started, said, strict=True):
-        if process.returncode > 0:
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        processes = [
+            stack.enter_context(_Process(part, code, wire, limits))
+            for part, code, wire in (("answer", answer, ours), ("tests", tests, theirs))
+        ]
+        for wire in (ours, theirs):
+            wire.close()  # each process has its end now, and sees when the other is gone
+        report = processes[1].finish(end - time.monotonic())
+        processes[0].finish(0)
+    if report is None:
+        return "timeout"
+    if report == referee.PASSED:
+        return None
+    if report == referee.REFUSED:
+        return UNJUDGED + "the tests use more of the answer than plain values"
+    known = isinstance(getattr(builtins, report, None), type)
+    return report if known else "another exception" if report else "ended early"
+
+
+class _Process:
+    """One of the two processes, in a sandbox of its own that ends with the block."""
+
+    def __init__(self, part: str, code: str, wire: socket.socket, limits: tuple[str, str]):
+        self._filter, self._errors = _file(_seccomp_program()), _file(b"")
+        descriptors = (wire.fileno(), self._filter.fileno())
+        inside = (*PYTHON, INSIDE, part, str(descriptors[0]), *limits)
+        self._process = subprocess.Popen(
+            [*_bubblewrap(), "--seccomp", str(descriptors[1]), "--", *inside],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=ENVIRONMENT,
+            pass_fds=descriptors,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the others
+        )
+        assert self._process.stdin is not None
+        self._input, self._process.stdin = self._process.stdin, None  # open until the end
+        with suppress(BrokenPipeError):  # a sandbox that does not start says why
+            self._input.write(json.dumps(code).encode() + b"\n")
+            self._input.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        for file in (self._input, self._filter, self._errors, self._process.stdout):
+            with suppress(BrokenPipeError):
+                if file is not None:
+                    file.close()
+
+    def finish(self, seconds: float) -> str | None:
+        """Wait, then end the process. Returns: what it wrote; None where the time was too short.
+
+        Raises: SourceError when its sandbox did not start.
+        """
+        try:
+            content, _ = self._process.communicate(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            content = None
+        self._end()
+        # Before it executes anything, referee.py has put standard error aside.
+        self._errors.seek(0)
+        failure = self._errors.read(1000).decode(errors="replace").strip()
+        if failure:
             raise SourceError(
-                f"score code: the sandbox cannot start ({text}); what is finished is kept; run the "
-                "same command to go on"
+                f"score code: the sandbox cannot start ({failure.splitlines()[-1]}); see that you "
+                "may make namespaces, which many containers forbid, or leave the rule out; what is "
+                "finished is kept"
             )
-    if timed_out:
-        return Outcome("timeout")
-    verdict, _, walls = said[1].partition(" ")
-    if verdict == referee.PASSED:
-        return Outcome(None, tuple(walls.split()))
-    known = isinstance(getattr(builtins, verdict, None), type)
-    return Outcome(verdict if known else "another exception" if verdict else "ended early")
+        return None if content is None else content.decode(errors="replace")
+
+    def _end(self) -> None:
+        # All of the sandbox ends with bwrap, which --die-with-parent promises.
+        self._process.kill()
+        self._process.wait()
 
 
-def _start(
-    main: ModuleType,
-    code: str,
-    wire_end: socket.socket,
-    timeout_seconds: float,
-    memory_bytes: int,
-    stack: ExitStack,
-) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    """One process behind the walls, and what its standard output will hold."""
-    folder = stack.enter_context(TemporaryDirectory(prefix="graftkit-", ignore_cleanup_errors=True))
-    standard_input = stack.enter_context(TemporaryFile())  # noqa: SIM115
-    report = stack.enter_context(TemporaryFile())  # noqa: SIM115
-    standard_input.write(json.dumps(code).encode())
-    standard_input.seek(0)
-    process = subprocess.Popen(
-        [
-            *(*PYTHON, jail.__file__, os.path.realpath(folder)),
-            *(str(math.ceil(timeout_seconds)), str(memory_bytes)),
-            *(*PYTHON, "-c", program(main), str(wire_end.fileno())),
-        ],
-        stdin=standard_input,
-        stdout=report,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        env=ENVIRONMENT,
-        start_new_session=True,
-        pass_fds=[wire_end.fileno()],
-    )
-    return process, report
+def _file(content: bytes) -> IO[bytes]:
+    """A nameless file, to be read from its beginning."""
+    file = TemporaryFile()  # noqa: SIM115
+    file.write(content)
+    file.flush()
+    file.seek(0)
+    return file
 
 
 @cache
-def program(main: ModuleType) -> str:
-    """Source that runs the function main of a module and needs no file of graftkit."""
-    lines = ["import base64, marshal, sys, types"]
-    for module in (fence, remote, values, wire, main):
-        name, file = module.__name__, Path(str(module.__file__))
-        code = compile(file.read_text(encoding="utf-8"), name, "exec")
-        lines += [
-            f"module = sys.modules[{name!r}] = types.ModuleType({name!r})",
-            f"code = marshal.loads(base64.b64decode({base64.b64encode(marshal.dumps(code))!r}))",
-            "exec(code, vars(module))",
-        ]
-    return "\n".join([*lines, "module.main()"])
+def _bubblewrap() -> tuple[str, ...]:
+    """bwrap with everything but the program."""
+    readable = [*LIBRARIES, *DATA, sys.base_prefix, sys.prefix]
+    binds = [("--ro-bind-try", path, path) for path in dict.fromkeys(readable)]
+    return (
+        *(shutil.which("bwrap") or "bwrap", *NAMESPACES, "--cap-drop", "ALL"),
+        *("--die-with-parent", "--new-session", "--chdir", "/tmp"),
+        *("--size", str(TEMPORARY_BYTES), "--tmpfs", "/tmp"),
+        *("--dev-bind", os.devnull, os.devnull),
+        *(word for bind in binds for word in bind),
+        *("--ro-bind", os.path.realpath(referee.__file__), INSIDE, "--remount-ro", "/"),
+    )
 
 
-def _said(report: IO[bytes]) -> str:
-    report.seek(0)
-    return report.read(256).decode(errors="replace")
+@cache
+def _seccomp_program() -> bytes:
+    """A BPF program that refuses fork and new namespaces, and lets threads be.
 
-
-def _wait(process: subprocess.Popen[bytes], timeout_seconds: float) -> bool:
-    """Whether the process ended by itself in time; it has ended in any case."""
-    # Popen.wait looks every 50 ms, which is as long as most answers run.
-    descriptor = os.pidfd_open(process.pid)
-    try:
-        watch = select.poll()
-        watch.register(descriptor, select.POLLIN)
-        return bool(watch.poll(1000 * max(0.0, timeout_seconds)))
-    finally:
-        os.close(descriptor)
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a jailer and its prisoner, if they still run."""
-    if process.poll() is None:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    Each instruction is (code, offset if true, offset if false, operand) of <linux/filter.h>.
+    """
+    architecture, clone, forbidden = SYSTEM_CALLS[platform.machine()]
+    load, equal, at_least, any_bit, leave = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
+    program = [
+        *((load, 0, 0, 4), (equal, 1, 0, architecture), (leave, 0, 0, kill), (load, 0, 0, 0)),
+        *((at_least, 0, 1, X32_CALLS), (leave, 0, 0, kill)),
+        # clone3 hides its flags from a filter; without it the C library takes clone.
+        *((equal, 0, 1, CLONE3), (leave, 0, 0, error | errno.ENOSYS)),
+    ]
+    for call in forbidden:
+        program += [(equal, 0, 1, call), (leave, 0, 0, error | errno.EPERM)]
+    program += [
+        *((equal, 1, 0, clone), (leave, 0, 0, allow), (load, 0, 0, 16)),
+        *((any_bit, 1, 0, CLONE_THREAD), (leave, 0, 0, error | errno.EPERM)),
+        (leave, 0, 0, allow),
+    ]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)

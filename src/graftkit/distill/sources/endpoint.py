@@ -1,4 +1,9 @@
-"""A model behind an OpenAI-compatible endpoint: one request an answer, retried with patience."""
+"""A model behind an OpenAI-compatible endpoint: one request for each answer, with retries.
+
+The server is not trusted: a response has a deadline and a largest size, and what it says is shown
+without the API key. (The client's own timeouts count from one byte to the next, and it has no limit
+for a body.)
+"""
 
 import asyncio
 import base64
@@ -22,29 +27,29 @@ from urllib.parse import quote, quote_plus, urlsplit
 import openai
 
 from graftkit.distill.config import EndpointSource
-from graftkit.distill.records import Answer, Finish, Prompt
+from graftkit.distill.records import Finish, Prompt, SourceAnswer
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
 from graftkit.errors import ConfigError, SourceError
 
 MOST_REDIRECTS = 5
-PACKINGS = ("gzip", "x-gzip", "deflate")  # Content-Encoding of servers that heed no request
+PACKINGS = ("gzip", "x-gzip", "deflate")  # Content-Encoding of servers that ignore the request
 FEWEST_BYTES, BYTES_A_TOKEN, MOST_BYTES = 2**20, 2**10, 2**26  # of an answer
-SHORTEST_SECRET = 8  # characters; a shorter key, such as EMPTY, is a word of answers too
+SHORTEST_SECRET = 8  # characters; a shorter key, such as EMPTY, may be a word of an answer
 
 
 def largest_answer(max_tokens: int) -> int:
-    """Bytes that an answer of so many tokens may have, with all that servers put around it."""
+    """Largest size in bytes of a response with so many tokens."""
     return min(MOST_BYTES, FEWEST_BYTES + BYTES_A_TOKEN * max_tokens)
 
 
 class UnreadableAnswerError(Exception):
-    """A body is larger than an answer can be, or packed in a way that nobody wants."""
+    """A response is too large, or compressed in an unknown way."""
 
 
 class BoundedClient(openai.DefaultAsyncHttpxClient):
-    """Reads bodies of at most `limit` bytes, of errors and redirects as well.
+    """An HTTP client that reads bodies of at most `limit` bytes, also of errors and redirects.
 
-    Bytes are counted as they come and as they unpack: a compressed body of 1 MB can hold gigabytes.
+    The limit holds for received and for decompressed bytes: 1 MB can decompress to gigabytes.
     """
 
     def __init__(self, limit: int, **options: Any):
@@ -89,7 +94,7 @@ class BoundedClient(openai.DefaultAsyncHttpxClient):
 
 
 def _with_body(response: Any, content: bytes) -> Any:
-    """As if the body had come at once, unpacked, and in UTF-8: charset=hex is a codec of Python."""
+    """A response with this body, decompressed and in UTF-8 (other charsets may be any codec)."""
     gone = ("content-encoding", "content-length", "transfer-encoding", "content-type")
     headers = [(name, value) for name, value in response.headers.multi_items() if name not in gone]
     headers.append(("content-type", "application/json"))
@@ -101,7 +106,7 @@ def _with_body(response: Any, content: bytes) -> Any:
 
 
 def finish_within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
-    """The result of asynchronous work; whatever it waits for, it is over after so many seconds.
+    """The result of asynchronous work, which is cancelled after so many seconds.
 
     Raises: TimeoutError, and what the work raises.
     """
@@ -114,14 +119,14 @@ def finish_within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
 
 @cache
 def _loop(process: int) -> asyncio.AbstractEventLoop:
-    """One event loop for all requests of a process, as connections belong to their loop."""
+    """One event loop for all requests of a process, because connections belong to a loop."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="endpoints", daemon=True).start()
     return loop
 
 
-class Mask:
-    """Puts *** where a text repeats a key, as it is, percent-encoded, or inside base64."""
+class KeyMask:
+    """Replaces an API key in a text by ***: as it is, percent-encoded, or inside base64."""
 
     def __init__(self, key: str | None):
         self._long = key is not None and len(key) >= SHORTEST_SECRET
@@ -130,11 +135,11 @@ class Mask:
         self._pattern = re.compile(words, re.IGNORECASE) if forms else None
 
     def message(self, text: str) -> str:
-        """Words about a request, without the key."""
+        """A message about a request, without the key."""
         return text if self._pattern is None else self._pattern.sub("***", text)
 
     def answer(self, text: str) -> str:
-        """What a model says, without a key that is too long to be a word."""
+        """A model's answer, without the key unless it is so short that it may be a word."""
         return self.message(text) if self._long else text
 
 
@@ -143,7 +148,7 @@ def _forms(key: str) -> set[str]:
     if len(key) < SHORTEST_SECRET:
         return forms
     for shift in range(3):
-        # Of base64 of a text that holds the key: the characters that no neighbour decides.
+        # The characters of the base64 that do not depend on the text around the key.
         whole = base64.b64encode(b"\0" * shift + key.encode()).decode()
         inner = whole[-(-shift * 8 // 6) : (shift + len(key)) * 8 // 6]
         forms |= {inner, inner.replace("+", "-").replace("/", "_")}
@@ -151,16 +156,16 @@ def _forms(key: str) -> set[str]:
 
 
 FIRST_WAIT_SECONDS, MOST_WAIT_SECONDS = 0.5, 60.0  # before a further attempt; it doubles
-MOST_ASKED_SECONDS = 900.0  # a server that asks for a longer wait ends the run
+MOST_RETRY_AFTER_SECONDS = 900.0  # a server that asks for a longer wait ends the run
 REASON_CHARACTERS = 300  # of a server's message
-MOST_TOKENS = 10**9  # that a server can mean by a count
-UNSUITABLE = (400, 413, 422)  # the server does not want this one prompt
-PASSING = (408, 409, 425, 429)  # another attempt may succeed, as with 500 and above
+MOST_TOKENS = 10**9  # a server's count beyond it is not believed
+REFUSED_PROMPT = (400, 413, 422)  # the server refuses this one prompt
+RETRIED = (408, 409, 425, 429)  # another attempt may succeed, as with 500 and above
 GO_ON = "what is finished is kept; run the same command to go on"
 
 
 class EndpointModel:
-    """Answers of a served model; each has a seed of its own, where the server heeds seeds.
+    """Answers of a served model. Every request has its own seed, which servers may ignore.
 
     Raises: ConfigError for a key that is not in the environment, or a URL without http.
     """
@@ -172,14 +177,14 @@ class EndpointModel:
         self._client = Client(settings)
 
     def units(self, prompts: Sequence[Prompt]) -> list[Unit]:
-        """One request each. At temperature 0 one sample says all."""
+        """One request for each sample; at temperature 0 one sample for each prompt."""
         samples = self.settings.samples if self.settings.temperature > 0 else 1
         return [Unit((prompt,), (sample,)) for prompt in prompts for sample in range(samples)]
 
     def answer(self, units: Mapping[int, Unit]) -> Replies:
-        """`concurrency` requests at once; those under way when one fails still come back.
+        """Send `concurrency` requests at once. When one fails, those under way are still returned.
 
-        Raises: SourceError when the endpoint refuses the key or the model, or stays silent.
+        Raises: SourceError when the endpoint refuses the key or the model, or does not respond.
         """
         todo, pending = iter(units.items()), dict[Future[Reply], int]()
         failure: BaseException | None = None
@@ -200,7 +205,7 @@ class EndpointModel:
                         stopped.set()
                         failure = failure or error
         finally:
-            # Also where the caller leaves, as by Ctrl-C: what is under way ends, nothing begins.
+            # Also after Ctrl-C: requests under way end, and none begins.
             stopped.set()
             pool.shutdown(cancel_futures=True)
         if failure is not None:
@@ -217,7 +222,9 @@ class EndpointModel:
             answer = refused(prompt, name, sample, reason)
         else:
             tokens = completion.tokens_out
-            answer = Answer(prompt.id, prompt.text, name, sample, text.strip(), tokens, finish)
+            answer = SourceAnswer(
+                prompt.id, prompt.text, name, sample, text.strip(), tokens, finish
+            )
         return Reply((answer,), completion.tokens_in, completion.tokens_out)
 
     def _body(self, prompt: Prompt, sample: int) -> dict[str, Any]:
@@ -229,7 +236,7 @@ class EndpointModel:
             "seed": derive_seed(self.seed, settings.name, prompt.id, sample),
         }
         if settings.repetition_penalty != 1:
-            # Not in OpenAI's interface: vLLM and its like read it, others would refuse it.
+            # Not in OpenAI's interface; vLLM and others read it.
             body["extra_body"] = {"repetition_penalty": settings.repetition_penalty}
         if settings.chat:
             return {"messages": [{"role": "user", "content": prompt.text}], **body}
@@ -238,11 +245,13 @@ class EndpointModel:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server says to one request.
+    """A server's response to one request.
 
     Attributes:
-        text: None where there is none. finish: its finish_reason. reason: why it gives no text.
-        tokens_in, tokens_out: of prompt and completion, 0 where the server does not count.
+        text: the completion; None if there is none.
+        finish: its finish_reason.
+        reason: why there is no text.
+        tokens_in, tokens_out: of prompt and completion; 0 if the server does not say.
     """
 
     text: str | None
@@ -253,7 +262,7 @@ class Completion:
 
 
 class Client:
-    """Requests to one endpoint, from several threads; attempts that may succeed later are repeated.
+    """Requests to one endpoint, from several threads. Attempts that may succeed later are repeated.
 
     Raises: ConfigError for a key that is not in the environment, or a URL without http.
     """
@@ -262,8 +271,8 @@ class Client:
         self.settings = settings
         key = _key(settings)
         _check_url(settings, key)
-        self._mask = Mask(key)
-        self._pace = Pace(settings.requests_per_minute)
+        self._mask = KeyMask(key)
+        self._pace = RequestPace(settings.requests_per_minute)
         client: Any = openai.AsyncOpenAI(
             base_url=settings.url,
             api_key=key or "none",
@@ -275,44 +284,46 @@ class Client:
         self._create = completions.with_raw_response.create
 
     def complete(self, body: dict[str, Any], stopped: threading.Event) -> Completion:
-        """One completion; where the server does not want this prompt, its reason.
+        """One completion, or the reason why the server refuses this prompt.
 
         Args:
-            body: the request without the model. stopped: set from outside, it ends the waiting.
+            body: the request without the model.
+            stopped: an event that ends the waiting.
         Raises: SourceError for a wrong key or model, or when the last attempt fails too.
         """
         attempt = 0
         while True:
             _pause(self._pace.turn(), stopped)
-            asked = 0.0
+            retry_after = 0.0
             try:
                 request = self._create(model=self.settings.model, **body)
                 response = finish_within(self.settings.timeout_seconds, request)
                 completion = self._completion(response.http_response.content)
                 if completion is not None:
                     return completion
-                found = "the answer holds no completion"
+                failure = "the answer holds no completion"
             except openai.APIStatusError as error:
-                if error.status_code in UNSUITABLE:
-                    return Completion(None, reason=self._shown(_said(error)))
-                if error.status_code not in PASSING and error.status_code < 500:
-                    raise self._refused(error) from None  # which repeats all that the server says
-                found, asked = self._shown(_said(error)), _retry_after(error.response.headers)
+                if error.status_code in REFUSED_PROMPT:
+                    return Completion(None, reason=self._shown(_status_text(error)))
+                if error.status_code not in RETRIED and error.status_code < 500:
+                    raise self._refused(error) from None  # its text may hold the key
+                failure = self._shown(_status_text(error))
+                retry_after = _retry_after(error.response.headers)
             except (openai.APITimeoutError, TimeoutError):
-                found = f"no answer within {self.settings.timeout_seconds:g} s"
+                failure = f"no answer within {self.settings.timeout_seconds:g} s"
             except (openai.OpenAIError, UnreadableAnswerError, OSError) as error:
-                found = self._shown(_cause(error))
+                failure = self._shown(_cause(error))
             except (ValueError, LookupError, RecursionError) as error:
-                # openai reads the bodies of errors, which may be anything.
-                found = f"an answer that cannot be read ({type(error).__name__})"
+                # The openai client reads the bodies of errors, which may be anything.
+                failure = f"an answer that cannot be read ({type(error).__name__})"
             attempt += 1
-            if attempt > self.settings.retries or asked > MOST_ASKED_SECONDS:
-                patience = f", and it asks to wait {asked:.0f} s" if asked else ""
+            if attempt > self.settings.retries or retry_after > MOST_RETRY_AFTER_SECONDS:
+                patience = f", and it asks to wait {retry_after:.0f} s" if retry_after else ""
                 raise SourceError(
-                    f"{self.settings.url}: {found} (attempt {attempt}{patience}); see that the "
+                    f"{self.settings.url}: {failure} (attempt {attempt}{patience}); see that the "
                     f"server runs there, {GO_ON}"
                 )
-            _pause(max(asked, _back_off(attempt)), stopped)
+            _pause(max(retry_after, _back_off(attempt)), stopped)
 
     def _refused(self, error: openai.APIStatusError) -> SourceError:
         if error.status_code in (401, 403):
@@ -320,7 +331,9 @@ class Client:
             advice = f"check the key in {key}" if key else "name its variable in key_env"
         else:
             advice = f"expected an OpenAI-compatible server with a model {self.settings.model!r}"
-        return SourceError(f"{self.settings.url}: {self._shown(_said(error))}; {advice}; {GO_ON}")
+        return SourceError(
+            f"{self.settings.url}: {self._shown(_status_text(error))}; {advice}; {GO_ON}"
+        )
 
     def _shown(self, message: str) -> str:
         """A server's words in one line, without the key, which some servers repeat."""
@@ -328,7 +341,7 @@ class Client:
         return self._mask.message(line)[:REASON_CHARACTERS]
 
     def _completion(self, content: bytes) -> Completion | None:
-        """What a response says, None where it is no completion."""
+        """The completion in a response; None if there is none."""
         try:
             response = json.loads(content)
             choice, usage = response["choices"][0], response.get("usage") or {}
@@ -344,12 +357,12 @@ class Client:
             return None
         if not isinstance(text, str | None) or not isinstance(finish, str | None):
             return None
-        said = None if text is None else self._mask.answer(_readable(text))
-        return Completion(said, finish and self._shown(finish), *counts, reason=reason)
+        shown = None if text is None else self._mask.answer(_readable(text))
+        return Completion(shown, finish and self._shown(finish), *counts, reason=reason)
 
 
-class Pace:
-    """Turns that lie evenly in a minute; without a limit every turn is now."""
+class RequestPace:
+    """Spreads requests evenly over a minute; without a limit, none waits."""
 
     def __init__(self, per_minute: int | None):
         self._gap = 60 / per_minute if per_minute else 0.0
@@ -357,7 +370,7 @@ class Pace:
         self._lock = threading.Lock()
 
     def turn(self) -> float:
-        """Take the next turn. Returns: seconds until it comes."""
+        """Reserve the next request. Returns: seconds to wait for it."""
         with self._lock:
             now = time.monotonic()
             turn = max(now, self._next)
@@ -366,7 +379,7 @@ class Pace:
 
 
 def _check_url(settings: EndpointSource, key: str | None) -> None:
-    """Raises: ConfigError for a URL without http, or with a secret in it, as cards show it."""
+    """Raises: ConfigError for a URL without http, or with a secret, because cards show the URL."""
     try:
         parts = urlsplit(settings.url)
         secret = (
@@ -391,22 +404,22 @@ def _key(settings: EndpointSource) -> str | None:
         return None
     key = os.environ.get(settings.key_env, "").strip()
     if not key or not (key.isascii() and key.isprintable()):
-        found = "characters that no key has in" if key else "no"
+        fault = "characters that no key has in" if key else "no"
         raise ConfigError(
-            f"source {settings.name}: the environment has {found} {settings.key_env}; set it to "
+            f"source {settings.name}: the environment has {fault} {settings.key_env}; set it to "
             f"the API key for {settings.url}"
         )
     return key
 
 
-def _said(error: openai.APIStatusError) -> str:
-    """Status and message of a server; what has no message as it is."""
-    said = error.body.get("message") if isinstance(error.body, dict) else None
-    return f"{error.status_code} {said or error.body or ''}"
+def _status_text(error: openai.APIStatusError) -> str:
+    """Status and message of a server; the whole body if it holds no message."""
+    message = error.body.get("message") if isinstance(error.body, dict) else None
+    return f"{error.status_code} {message or error.body or ''}"
 
 
 def _cause(error: BaseException) -> str:
-    """What lies behind an error of a connection, in words."""
+    """The first cause of a connection error, as text."""
     while not isinstance(error, UnreadableAnswerError):
         inner = error.__cause__ or error.__context__
         if isinstance(error, BaseExceptionGroup):
@@ -419,36 +432,36 @@ def _cause(error: BaseException) -> str:
 
 
 def _count(tokens: Any) -> int:
-    """A number of tokens; 0 for what is none, or more than any model reads."""
+    """A number of tokens; 0 for anything else, or a number that is too large."""
     return tokens if type(tokens) is int and 0 < tokens <= MOST_TOKENS else 0
 
 
 def _readable(text: str) -> str:
-    """With U+FFFD for halves of surrogate pairs, which JSON can hold and UTF-8 cannot."""
+    """The text with U+FFFD for lone surrogates, which JSON allows and UTF-8 does not."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait (RFC 9110, 10.2.3); 0 where it does not."""
+    """Seconds of the header Retry-After (RFC 9110, 10.2.3); 0 without it."""
     value = headers.get("Retry-After", "")
     try:
         return max(0.0, float(value))
     except ValueError:
         pass
     try:
-        asked: datetime = parsedate_to_datetime(value)
-        return max(0.0, (asked - datetime.now(UTC)).total_seconds())
+        date: datetime = parsedate_to_datetime(value)
+        return max(0.0, (date - datetime.now(UTC)).total_seconds())
     except (ValueError, TypeError, OverflowError):
         return 0.0
 
 
 def _back_off(attempt: int) -> float:
-    """Seconds before attempt `attempt` + 1; random, so that many clients do not come at once."""
+    """Seconds before attempt `attempt` + 1; random, so that clients do not retry all at once."""
     longest = min(MOST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(attempt - 1, 30))
     return longest * random.uniform(0.5, 1)
 
 
 def _pause(seconds: float, stopped: threading.Event) -> None:
-    """Wait. Raises: SourceError when it is stopped, which ends the attempts of this thread."""
+    """Wait. Raises: SourceError when stopped, which ends the attempts of this thread."""
     if stopped.wait(seconds):
         raise SourceError(f"stopped; {GO_ON}")

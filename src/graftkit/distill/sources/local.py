@@ -1,9 +1,8 @@
-"""A causal language model that is run here: batched sampling in its own words.
+"""Batched sampling from a causal language model on this machine.
 
-transformers' `generate` runs the model and its cache; what is drawn is decided here, by one
-`Sampler` a batch, because the log-likelihood needs the logits before top-p and temperature, and
-because transformers sorts the whole vocabulary for top-p, which on a CPU costs more than a small
-model does.
+`generate` of transformers runs the model and its cache. One `Sampler` per batch chooses the tokens,
+because the log-likelihood needs the logits before top-p and temperature, and because transformers
+sorts the whole vocabulary for top-p, which on a CPU costs more than a small model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,33 +17,33 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import ModelSource, located
-from graftkit.distill.records import Answer, Prompt
+from graftkit.distill.config import ModelSource, resolve_model
+from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
 from graftkit.errors import CheckpointError, SourceError
 from graftkit.models.encoding import context_length, pad_id, usable_tokenizer, vocabulary_size
 from graftkit.models.loading import empty_model, load_model, quiet
 from graftkit.rows import batches_by_length, pad_batch
 
-_Options: Any = GenerationConfig  # its constructor carries no types
-NUCLEUS = 64  # tokens in which top-p is looked for first; a sharp model needs no more
+_Options: Any = GenerationConfig  # its constructor has no types
+NUCLEUS = 64  # likeliest tokens that are tried first for top-p; a sharp model needs no more
 
 
 class LocalModel:
-    """Answers of a Hugging Face model; weights are loaded with the first batch.
+    """Answers of a Hugging Face model. Weights are loaded with the first batch.
 
-    On a GPU it computes in the dtype on disk, on a CPU in float32. At temperature 0 one sample
-    says all.
+    The model computes in the dtype on disk on a GPU, in float32 on a CPU. At temperature 0 there is
+    one sample for each prompt.
 
     Args:
-        where: folder that a relative path of the model refers to.
+        config_folder: folder of the configuration, to which its paths are relative.
     Raises: CheckpointError for a model that is no causal language model, lacks a tokenizer or, with
         settings.chat, a chat template.
     """
 
-    def __init__(self, settings: ModelSource, seed: int, where: Path):
+    def __init__(self, settings: ModelSource, seed: int, config_folder: Path):
         self.settings, self.seed = settings, seed
-        self._checkpoint = Checkpoint.open(located(settings.model, where))
+        self._checkpoint = Checkpoint.open(resolve_model(settings.model, config_folder))
         self.identity = f"{self._checkpoint.revision} {self._checkpoint.nbytes}"
         self.tokenizer = usable_tokenizer(self._checkpoint)
         shape: Any = empty_model(self._checkpoint)
@@ -62,7 +61,7 @@ class LocalModel:
         self._samples = settings.samples if settings.temperature > 0 else 1
 
     def units(self, prompts: Sequence[Prompt]) -> list[Unit]:
-        """Batches of similar length; a prompt that the context cuts short has one of its own."""
+        """Batches of similar length; a prompt whose answer the context limits is a batch alone."""
         lengths = [len(self._encode(prompt)) for prompt in prompts]
         whole = [
             i for i, length in enumerate(lengths) if length and self._room(length) == self._most
@@ -94,9 +93,9 @@ class LocalModel:
         texts = self.tokenizer.batch_decode(
             sampler.drawn(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        asked = [(prompt, sample) for prompt in unit.prompts for sample in unit.samples]
+        drawn = [(prompt, sample) for prompt in unit.prompts for sample in unit.samples]
         answers = [
-            Answer(
+            SourceAnswer(
                 prompt.id,
                 prompt.text,
                 name,
@@ -106,7 +105,7 @@ class LocalModel:
                 finish="length" if sampler.live[row] else "stop",
                 log_likelihood=round(float(sampler.log_likelihood[row] / sampler.tokens[row]), 6),
             )
-            for row, (prompt, sample) in enumerate(asked)
+            for row, (prompt, sample) in enumerate(drawn)
         ]
         read = sum(map(len, encoded)) * len(unit.samples)
         return Reply(tuple(answers), read, int(sampler.tokens.sum()))
@@ -116,11 +115,11 @@ class LocalModel:
         return self.settings.max_new_tokens
 
     def _room(self, length: int) -> int:
-        """Tokens of an answer behind a prompt of `length` tokens."""
+        """Largest number of tokens of an answer to a prompt of `length` tokens."""
         return self._most if self._context is None else min(self._most, self._context - length)
 
     def _fault(self, ids: list[int]) -> str | None:
-        """Why nothing can be generated for a prompt."""
+        """Why nothing can be generated for a prompt; None if it can."""
         if not ids:
             return "the prompt has no tokens"
         if self._room(len(ids)) < 1:
@@ -128,7 +127,7 @@ class LocalModel:
         return None
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        """Tokens that the answer follows. Raises: CheckpointError for ids beyond the embedding."""
+        """Tokens of the prompt. Raises: CheckpointError for a template or tokenizer that fails."""
         if not self.settings.chat:
             ids = self.tokenizer.encode(prompt.text)
         else:
@@ -161,9 +160,9 @@ class LocalModel:
         return model.to("cuda" if cuda else "cpu"), sorted(stops)
 
     def _read(self, model: Any, ids: Tensor, mask: Tensor) -> Any:
-        """The cache of (prompts, tokens), read once and then repeated for every sample.
+        """The key-value cache of the prompts, repeated for every sample.
 
-        None where there is nothing to save, or the model's cache cannot be repeated.
+        None where that saves nothing, or the model's cache cannot be repeated.
         """
         if self._samples == 1 or ids.shape[1] == 0:
             return None
@@ -211,14 +210,14 @@ class LocalModel:
 
 
 class Sampler(LogitsProcessor):
-    """Draws the next token of every row that has not ended, and adds up log-probabilities.
+    """Samples the next token of every row that has not ended, and adds up log-probabilities.
 
-    `generate` takes the likeliest token, and what it gets back makes the drawn one that. Rows
-    that have ended are left alone.
+    `generate` is greedy, and the sampler returns logits in which the sampled token is the largest.
 
     Attributes: (rows,) each
-        live: not ended yet. tokens: drawn, the end included. log_likelihood: of them, summed, at
-        temperature 1 without top-p or penalty, nats.
+        live: whether the row has not ended.
+        tokens: number of sampled tokens, with the end.
+        log_likelihood: their summed log-probability, nats, without temperature, top-p and penalty.
     """
 
     def __init__(self, settings: ModelSource, stops: Sequence[int], mask: Tensor, seed: int):
@@ -233,7 +232,7 @@ class Sampler(LogitsProcessor):
         self._width = NUCLEUS
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """Ids (rows, tokens) and logits (rows, vocabulary) -> logits with what was drawn on top."""
+        """Ids (rows, tokens), logits (rows, vocabulary) -> logits with the sampled token on top."""
         uniform = torch.rand(len(scores), generator=self._generator, dtype=torch.float64)
         live = self.live.nonzero().squeeze(1)
         logits = scores[live].float()
@@ -256,13 +255,13 @@ class Sampler(LogitsProcessor):
         return scores
 
     def drawn(self) -> list[list[int]]:
-        """Tokens of each row, without the one that ended it."""
+        """Sampled tokens of each row, without the end."""
         rows = torch.stack(self._steps, dim=1)
         kept = (rows >= 0) & torch.isin(rows, self.stops, invert=True)
         return [row[keep].tolist() for row, keep in zip(rows, kept, strict=True)]
 
     def _penalized(self, logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits of tokens that occurred, made smaller (CTRL, arXiv 1909.05858, section 4.1)."""
+        """Logits with those of earlier tokens reduced (CTRL, arXiv 1909.05858, section 4.1)."""
         penalty = self.settings.repetition_penalty
         if penalty == 1:
             return logits
@@ -274,7 +273,7 @@ class Sampler(LogitsProcessor):
         return torch.where(occurred, smaller, logits)
 
     def _draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """One token a row by its number from 0 to 1; the likeliest at temperature 0."""
+        """One token per row, by a uniform number from 0 to 1; the likeliest at temperature 0."""
         if self.settings.temperature == 0:
             return logits.argmax(dim=-1)
         scaled = logits / self.settings.temperature
@@ -288,7 +287,7 @@ class Sampler(LogitsProcessor):
         return place if tokens is None else tokens.gather(1, place[:, None]).squeeze(1)
 
     def _nucleus(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities and ids, (rows, width), of the fewest tokens that together have top_p."""
+        """Probabilities and ids, (rows, width), of the fewest tokens whose sum reaches top_p."""
         top_p, total = self.settings.top_p, scaled.logsumexp(dim=-1, keepdim=True).double()
         while True:
             width = min(self._width, scaled.shape[1])

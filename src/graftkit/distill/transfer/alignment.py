@@ -1,8 +1,8 @@
-"""One text, two tokenizers: which tokens of a source say something about a token of the target.
+"""Which token of a source predicts which token of the target, for the same text.
 
-Both cut the same completion. A target token takes the distribution of the source token that starts
-at the same character, if that token's piece begins with the target's own: up to there both have
-read the same text, and what follows begins alike. This module knows tokenizers, but no model.
+Both tokenizers cut the same completion. A target token takes the distribution of the source token
+that starts at the same character, if that token's text begins with the target token's: both models
+have read the same text, and the text that follows begins alike. This module uses tokenizers only.
 """
 
 from collections import Counter
@@ -16,22 +16,22 @@ from jinja2 import TemplateError
 from graftkit.errors import CheckpointError
 from graftkit.rows import Row, encode_prompt
 
-UNKNOWN = -1  # no token, no span
+UNKNOWN = -1  # no token, or no span
 
 Span = tuple[int, int]
-"""Characters of a text, from and to."""
+"""First character, and the one after the last."""
 
 
 @dataclass(frozen=True)
-class Cut:
+class TokenizedText:
     """The tokens of a completion.
 
     Attributes:
-        ids: EOS last, where the tokenizer has one.
-        spans: characters of each token of the text, without EOS; they cover what a tokenizer
-            leaves out of its offsets, such as blanks. The bytes of one character may be several
-            tokens, with the same span.
-        length: characters of the text.
+        ids: the tokens, with EOS at the end if the tokenizer has one.
+        spans: the characters of each token, without EOS. They include characters that the
+            tokenizer leaves out of its offsets, such as blanks. Tokens that are bytes of one
+            character have the same span.
+        length: number of characters of the text.
     """
 
     ids: list[int]
@@ -39,34 +39,37 @@ class Cut:
     length: int
 
 
-def cut(tokenizer: Any, text: str) -> Cut:
-    """Cut a completion as `graftkit.rows.encode_row` does.
+def tokenize_completion(tokenizer: Any, text: str) -> TokenizedText:
+    """Tokenize a completion as `graftkit.rows.encode_row` does, with the place of every token.
 
-    Raises: CheckpointError for a tokenizer that does not tell where its tokens are.
+    Raises: CheckpointError for a tokenizer that does not give offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(
             f"{getattr(tokenizer, 'name_or_path', 'tokenizer')}: does not tell where its tokens "
             "lie in a text; save it with a tokenizer.json"
         )
-    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, spans = list(found["input_ids"]), []
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = list(encoded["input_ids"]), []
     end = 0
-    for own_start, own_end in found["offset_mapping"]:
-        start = min(own_start, end)
-        end = max(own_end, end)
+    for token_start, token_end in encoded["offset_mapping"]:
+        start = min(token_start, end)
+        end = max(token_end, end)
         spans.append((start, end))
     if tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
-    return Cut(ids, spans, len(text))
+    return TokenizedText(ids, spans, len(text))
 
 
-def read_as_source(tokenizer: Any, row: Row, chat: bool, vocabulary: int) -> tuple[list[int], Cut]:
-    """What a source reads of a row: the prompt's tokens and the completion's.
+def read_as_source(
+    tokenizer: Any, row: Row, chat: bool, vocabulary: int
+) -> tuple[list[int], TokenizedText]:
+    """A row as a source reads it: the prompt's tokens, and the completion's.
 
     Args:
-        chat: the prompt is a user's turn of its chat template. vocabulary: embeddings of the model.
-    Raises: CheckpointError where there is no usable template, or a token without an embedding.
+        chat: whether the prompt is written as a user's turn in the source's chat template.
+        vocabulary: number of embeddings of the source.
+    Raises: CheckpointError for a template that is missing or fails, or an unknown token.
     """
     name = tokenizer.name_or_path
     if not chat:
@@ -83,7 +86,7 @@ def read_as_source(tokenizer: Any, row: Row, chat: bool, vocabulary: int) -> tup
             raise CheckpointError(
                 f"{name}: the chat template fails ({error}); correct it, or set chat = false"
             ) from error
-    completion = cut(tokenizer, row.completion)
+    completion = tokenize_completion(tokenizer, row.completion)
     largest = max(prompt + completion.ids, default=0)
     if largest >= vocabulary:
         raise CheckpointError(
@@ -93,23 +96,25 @@ def read_as_source(tokenizer: Any, row: Row, chat: bool, vocabulary: int) -> tup
     return prompt, completion
 
 
-def match_tokens(source: Cut, target: Cut, vocabulary: np.ndarray) -> np.ndarray:
-    """For every token of the target that of the source that starts with it, else UNKNOWN.
+def match_tokens(
+    source: TokenizedText, target: TokenizedText, vocabulary: np.ndarray
+) -> np.ndarray:
+    """For every target token, the index of the source token that starts with it, else UNKNOWN.
 
     Args:
         vocabulary: target id of every source id, from `map_vocabulary`.
     """
-    known = {place: index for index, place in enumerate(_places(source))}
-    found = np.full(len(target.ids), UNKNOWN)
+    source_indices = {place: index for index, place in enumerate(_places(source))}
+    matches = np.full(len(target.ids), UNKNOWN)
     for index, place in enumerate(_places(target)):
-        other = known.get(place)
+        other = source_indices.get(place)
         if other is not None and vocabulary[source.ids[other]] == target.ids[index]:
-            found[index] = other
-    return found
+            matches[index] = other
+    return matches
 
 
-def _places(tokens: Cut) -> list[tuple[int, int]]:
-    """Where each token starts: the character, and how many tokens started there before."""
+def _places(tokens: TokenizedText) -> list[tuple[int, int]]:
+    """Where each token starts: the character, and the number of earlier tokens that start there."""
     starts = [start for start, _ in tokens.spans]
     starts += [tokens.length] * (len(tokens.ids) - len(starts))
     seen: Counter[int] = Counter()
@@ -121,9 +126,9 @@ def _places(tokens: Cut) -> list[tuple[int, int]]:
 
 
 def span_pools(source: Sequence[Span], target: Sequence[Span]) -> tuple[list[int], list[int]]:
-    """The smallest spans of text whose ends are borders in both: for every token its span's number.
+    """The smallest spans of text that both tokenizers cut, as the span's number for every token.
 
-    Numbers rise from 0, and each has a token on both sides. UNKNOWN behind the last common border.
+    Numbers rise from 0, and every span has tokens of both. UNKNOWN after the last common border.
     """
     ends = _borders(source), _borders(target)
     common = sorted(ends[0].keys() & ends[1].keys())
@@ -131,7 +136,7 @@ def span_pools(source: Sequence[Span], target: Sequence[Span]) -> tuple[list[int
 
 
 def _borders(spans: Sequence[Span]) -> dict[int, int]:
-    """Characters where a token ends and none goes across: the tokens up to there."""
+    """The number of tokens up to every character where one ends and none crosses."""
     next_starts = [start for start, _ in spans[1:]] + [spans[-1][1]] if spans else []
     return {
         end: index + 1
@@ -148,33 +153,35 @@ def _numbers(ends: dict[int, int], common: Sequence[int], tokens: int) -> list[i
 
 
 def map_vocabulary(source: Any, target: Any, size: int, ends: Iterable[int] = ()) -> np.ndarray:
-    """Target id of every source id, int64 (size,); UNKNOWN where there is none.
+    """Target id of every source id, int64 (size,); UNKNOWN if there is none.
 
-    The same piece, else the longest piece of the target that the source's begins with: whoever
-    writes "12" or "words" writes "1" or "word" first. One vocabulary for both is left as it is.
+    A source token maps to the target token of the same text, else to the longest one that its text
+    begins with: who writes "12" or "words" writes "1" or "word" first. Equal vocabularies map to
+    themselves.
 
     Args:
-        source, target: tokenizers. size: logits of the source.
+        source, target: tokenizers.
+        size: number of logits of the source.
         ends: further source ids that end a text, such as the end of a turn.
     """
     if source.get_vocab() == target.get_vocab():
         same = np.arange(size)
         return np.where(same < len(target), same, UNKNOWN)
     pieces = {piece: token for token, piece in _pieces(target)}
-    found = np.full(size, UNKNOWN)
+    mapped = np.full(size, UNKNOWN)
     for token, piece in _pieces(source):
         if token < size:
             prefixes = (piece[:length] for length in range(len(piece), 0, -1))
-            found[token] = next((pieces[p] for p in prefixes if p in pieces), UNKNOWN)
+            mapped[token] = next((pieces[p] for p in prefixes if p in pieces), UNKNOWN)
     if target.eos_token_id is not None:
-        found[[end for end in {*ends, source.eos_token_id} if end in range(size)]] = (
+        mapped[[end for end in {*ends, source.eos_token_id} if end in range(size)]] = (
             target.eos_token_id
         )
-    return found
+    return mapped
 
 
 def _pieces(tokenizer: Any) -> list[tuple[int, bytes]]:
-    """The bytes that every token stands for, highest id first; special tokens are left out."""
+    """Id and bytes of every token, highest id first, without special tokens."""
     spell = _spell_bytes if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder) else _spell
     special = set(tokenizer.all_special_ids)
     entries = sorted(((token, piece) for piece, token in tokenizer.get_vocab().items()))
@@ -182,7 +189,7 @@ def _pieces(tokenizer: Any) -> list[tuple[int, bytes]]:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters of byte-level vocabularies (GPT-2): printable bytes as they are, others moved."""
+    """Byte of every letter of byte-level vocabularies (GPT-2), which move unprintable bytes."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     moved = (byte for byte in range(256) if byte not in plain)
     letters = {chr(256 + index): byte for index, byte in enumerate(moved)}
@@ -195,11 +202,11 @@ _LETTERS = _byte_letters()
 def _spell_bytes(piece: str) -> bytes:
     if all(letter in _LETTERS for letter in piece):
         return bytes(_LETTERS[letter] for letter in piece)
-    return piece.encode()  # an added token is written as it is
+    return piece.encode()  # an added token
 
 
 def _spell(piece: str) -> bytes:
-    """A piece of SentencePiece: ▁ for a blank, <0xE6> for a byte."""
+    """Bytes of a token of SentencePiece: ▁ is a blank, <0xE6> a byte."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode(errors="replace")

@@ -1,8 +1,7 @@
-"""SFT with more than text: sources' distributions and hidden states beside every row.
+"""What the sources say about SFT rows: tensors of distributions and hidden states for a batch.
 
-    L = a · CE + b · KL(source, target) + c · distance of hidden states
-
-Cross-entropy and divergence are means over completion tokens, the distance is one over rows.
+Hidden states are compared where both tokenizers cut the text: at the end of the prompt, whose state
+decides how an answer begins, and over the spans of the completion between common borders.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,13 @@ import torch
 from torch import Tensor
 
 from graftkit.distill.config import ModelSource, Transfer
-from graftkit.distill.transfer.alignment import UNKNOWN, cut, read_as_source, span_pools
-from graftkit.distill.transfer.distributions import Distributions, distribution_batch
+from graftkit.distill.transfer.alignment import (
+    UNKNOWN,
+    read_as_source,
+    span_pools,
+    tokenize_completion,
+)
+from graftkit.distill.transfer.distributions import DistributionFile, distribution_batch
 from graftkit.distill.transfer.losses import (
     layer_pairs,
     pool,
@@ -25,7 +29,7 @@ IGNORED = -100  # label of a token that is not learned
 
 
 class HiddenSource:
-    """Pooled hidden states of a source, for batches of rows.
+    """A frozen source and its pooled hidden states, for batches of rows.
 
     Attributes:
         pairs: (source layer, target layer), from `layer_pairs`.
@@ -40,7 +44,7 @@ class HiddenSource:
         target_tokenizer: Any,
         target_layers: int,
     ):
-        """model, tokenizer: of the source; the model is frozen for good."""
+        """model, tokenizer: of the source; the model stays frozen."""
         self.source, self.tokenizer, self.target = source, tokenizer, target_tokenizer
         self.model = model.eval().requires_grad_(False)
         config = model.config.get_text_config()
@@ -50,16 +54,16 @@ class HiddenSource:
     def batch(
         self, rows: Sequence[Row], encoded: Sequence[tuple[Sequence[int], int]]
     ) -> dict[str, Tensor]:
-        """What a pass over some rows needs, for a collator; the model does not run.
+        """Tokens and spans of some rows, for a collator; the model does not run.
 
         Args:
-            rows: prompts as they were asked. encoded: the same rows from
+            rows: as the source reads them. encoded: the same rows from
                 `graftkit.rows.encode_row` with the target's tokenizer: ids and the completion's
                 start.
-        Returns: hidden_ids, hidden_attention (rows, source tokens), what the source reads;
-            hidden_source_index, of the same shape, and hidden_index (rows, target tokens): the
-            span of each token, -1 for none; hidden_mask (rows, spans): where there is one. A row
-            beyond the source's context has none.
+        Returns: hidden_ids and hidden_attention, (rows, source tokens), the source's input;
+            hidden_source_index, of the same shape, and hidden_index, (rows, target tokens): the
+            span of each token, -1 for none; hidden_mask, (rows, spans): where there is a span.
+            A row beyond the source's context has no spans.
         """
         read, source_spans, target_spans = [], [], []
         for row, (ids, start) in zip(rows, encoded, strict=True):
@@ -83,20 +87,20 @@ class HiddenSource:
     def states(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """Pooled states of the source's layers in `pairs`, float32 (rows, spans, width) each."""
         device = self.model.device
-        found = self.model(
+        hidden_states = self.model(
             input_ids=batch["hidden_ids"].to(device),
             attention_mask=batch["hidden_attention"].to(device),
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
         index, spans = batch["hidden_source_index"].to(device), batch["hidden_mask"].shape[1]
-        return [pool(found[layer], index, spans) for layer, _ in self.pairs]
+        return [pool(hidden_states[layer], index, spans) for layer, _ in self.pairs]
 
     def _row(self, row: Row, start: int) -> tuple[list[int], list[int], list[int]]:
-        """What the source reads, and the spans of its tokens and of the target's."""
+        """The source's tokens, and the spans of its tokens and of the target's."""
         size = vocabulary_size(self.model)
         prompt, completion = read_as_source(self.tokenizer, row, self.source.chat, size)
-        target = cut(self.target, row.completion)
+        target = tokenize_completion(self.target, row.completion)
         ids = prompt + completion.ids
         limit = context_length(self.model) or len(ids)
         if len(ids) > limit or not ids:
@@ -112,32 +116,34 @@ class HiddenSource:
 
 
 class Guide:
-    """What the sources say about the rows of an SFT set.
+    """The sources' signals for the rows of an SFT set.
 
     Args:
-        files: what each source expects in the rows. hidden: the source whose states count.
-        asked: the rows with their prompts as they were asked, for sources to read.
+        files: the distributions of each source.
+        hidden: the source whose hidden states are learned.
+        source_rows: the rows as the sources read them, without the target's chat template.
     """
 
     def __init__(
         self,
         settings: Transfer,
-        files: Sequence[Distributions],
+        files: Sequence[DistributionFile],
         hidden: HiddenSource | None,
-        asked: Sequence[Row],
+        source_rows: Sequence[Row],
     ):
-        self.settings, self.files, self.hidden, self.asked = settings, files, hidden, asked
+        self.settings, self.source_rows = settings, source_rows
+        self.files, self.hidden = files, hidden
 
     def batch(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Tensors for a batch of examples with their `row`, `input_ids` and `labels`."""
+        """Tensors for a batch of examples with `row` (its index), `input_ids` and `labels`."""
         indices = [example["row"] for example in examples]
         encoded = [(e["input_ids"], e["labels"].count(IGNORED)) for e in examples]
-        found: dict[str, Tensor] = {}
+        batch: dict[str, Tensor] = {}
         if self.files:
-            found |= distribution_batch(self.files, indices, encoded, self.settings.fusion)
+            batch |= distribution_batch(self.files, indices, encoded, self.settings.fusion)
         if self.hidden:
-            found |= self.hidden.batch([self.asked[index] for index in indices], encoded)
-        return found
+            batch |= self.hidden.batch([self.source_rows[index] for index in indices], encoded)
+        return batch
 
 
 def _shift(numbers: Sequence[int], by: int) -> list[int]:

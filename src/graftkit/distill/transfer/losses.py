@@ -1,8 +1,8 @@
 """Losses of explicit transfer, as functions of tensors.
 
-Distributions are lists of likely tokens with one number for all others; hidden states are means
-over spans of text, so that sequences of two tokenizers compare. Half precision is computed in
-float32. Every loss is of single tokens or rows: the caller adds up, and batches change nothing.
+A distribution is a list of likely tokens and one number for all others. Hidden states are means
+over spans of text, so that sequences of two tokenizers can be compared. Half precision is computed
+in float32. Every loss is one number per token or row, which the caller adds up.
 """
 
 from collections.abc import Sequence
@@ -28,22 +28,22 @@ def distribution_loss(
         forward  KL(p ‖ q) = Σ_k p_k log(p_k / q_k) + p_r log(p_r / q_r)
         reverse  KL(q ‖ p), with the same k and r
 
-    p is the source's distribution, q the target's, r all tokens that are not listed: a lower bound
-    of the divergence over single tokens, and zero where q gives every listed one what p does.
-    Where p leaves nothing for the rest (its token is certain) the reverse divergence is infinite;
-    the cross-entropy, which is the forward one there, takes its place.
+    p is the source's distribution, q the target's, r all tokens that are not listed. The sum is a
+    lower bound of the divergence over all tokens, and zero if q equals p in every listed token.
+    Where p gives nothing to r (its token is certain) the reverse divergence is infinite, and the
+    cross-entropy is used, which is the forward divergence there.
 
     Args:
         logits: of the target, (n, vocabulary), before the temperature.
-        ids, log_probs: (n, k), and log_rest: (n,), as `RowDistribution` has them: taken at
-            `temperature`, for what it does to a rest cannot be told afterwards.
-        temperature: divides the logits; the result is multiplied with its square, which keeps
-            the gradient's size (Hinton et al., arXiv 1503.02531, section 2).
+        ids, log_probs: (n, k), and log_rest: (n,), as in `RowDistribution`, at `temperature`,
+            because log_rest at another temperature cannot be computed from it.
+        temperature: divides the logits; the result is multiplied by its square, which preserves
+            the size of the gradient (Hinton et al., arXiv 1503.02531, section 2).
     """
     precision = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(precision) / temperature
     total = logits.logsumexp(dim=1)
-    # A finite number for what is left out: of nothing but -inf there is no gradient.
+    # A finite number instead of -inf, whose logsumexp has no gradient.
     others = logits.scatter(1, ids, torch.finfo(precision).min)
     log_q = torch.cat([logits.gather(1, ids), others.logsumexp(dim=1, keepdim=True)], dim=1)
     log_q = log_q - total[:, None]
@@ -59,12 +59,12 @@ def distribution_loss(
 
 
 def pool(states: Tensor, index: Tensor, spans: int) -> Tensor:
-    """Mean of the states of every span, float32 (rows, spans, width); zero where there is none.
+    """Mean of the states of every span, float32 (rows, spans, width); zero for a missing span.
 
     Args:
         states: (rows, tokens, width). index: (rows, tokens), the span of each token, -1 for none.
     """
-    # A product instead of scattered sums, whose order differs from run to run on a GPU.
+    # A matrix product, because scattered sums differ from run to run on a GPU.
     member = (index[..., None] == torch.arange(spans, device=index.device)).float()
     tokens = member.sum(dim=1).clamp(min=1)
     return member.transpose(1, 2) @ states.float() / tokens[..., None]
@@ -77,20 +77,20 @@ def hidden_loss(
     kind: Literal["cosine", "mse", "gram"],
     projection: nn.Module | None = None,
 ) -> Tensor:
-    """Distance of one layer's pooled states from a source's, (rows,), the mean over a row's spans.
+    """Distance of one layer's pooled states from the source's, (rows,): the mean over spans.
 
         cosine  1 − cos(P h, s)
         mse     ‖P h − s‖²
         gram    mean over the row's spans j of (cos(h, h_j) − cos(s, s_j))²
 
-    h and s are scaled to norm 1 first, for models differ tenfold in the size of their states. P
-    maps to the source's width, not from it: a target that is mapped to could satisfy the loss by
-    giving up its states. gram compares any two widths, and is zero where a row has one span.
+    h and s are scaled to norm 1 first, because the norms of two models' states differ by a factor
+    of ten. P maps to the source's width, not from it: otherwise the target could reduce the loss by
+    making its states constant. gram compares any two widths; it is zero for a row of one span.
 
     Args:
-        target: h, (rows, spans, width). source: s, (rows, spans, its width). mask: (rows, spans),
-            true where there is a span. projection: P; None leaves h as it is.
-    Raises: ConfigError where widths differ and nothing maps between them.
+        target: h, (rows, spans, width). source: s, (rows, spans, source width).
+        mask: (rows, spans), true where there is a span. projection: P; None for the identity.
+    Raises: ConfigError for different widths without a projection.
     """
     target, source = normalize(target.float(), dim=2), normalize(source.float(), dim=2)
     real = mask.float()
@@ -114,9 +114,9 @@ def hidden_loss(
 
 
 def layer_pairs(source_layers: int, target_layers: int) -> list[tuple[int, int]]:
-    """For every layer of the target the source's at the same depth, last to last.
+    """For every layer of the target, the layer of the source at the same relative depth.
 
-    Pairs (source, target), counted from 1 as `hidden_states` counts, where 0 is the embedding.
+    Returns: pairs (source, target), counted from 1 as in `hidden_states`, where 0 is the embedding.
     """
     return [
         (max(1, round(layer * source_layers / target_layers)), layer)
@@ -127,9 +127,9 @@ def layer_pairs(source_layers: int, target_layers: int) -> list[tuple[int, int]]
 def make_projections(
     layers: int, target_width: int, source_width: int, seed: int
 ) -> nn.ModuleList | None:
-    """One linear map from the target's width to the source's for each layer, None for equal widths.
+    """One linear map from the target's width to the source's for each layer; None for equal widths.
 
-    They are trained along, and are no part of the tuned model.
+    The maps are trained with the target, and are no part of the tuned model.
     """
     if target_width == source_width:
         return None
