@@ -208,7 +208,7 @@ def _manifest_text(metadata: object) -> str:
             PackFault.NOT_A_SKILLPACK,
         )
     version = metadata.get("version")
-    if version in map(str, range(1, FORMAT_VERSION)):
+    if version in [str(older) for older in range(1, FORMAT_VERSION)]:
         raise UnsupportedVersionError(
             f"format version {version}; this graftkit reads version {FORMAT_VERSION}, "
             "pack the models again",
