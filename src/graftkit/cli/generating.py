@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from graftkit.attachment import attached
-from graftkit.attachment.target import tuned_tokenizer
+from graftkit.attachment.configuration import tuned_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import AttachError, ConfigError
 from graftkit.library import Library

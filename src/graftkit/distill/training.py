@@ -28,7 +28,7 @@ from graftkit.distill.trainers import PairTrainer, RowTrainer, WrpoTrainer
 from graftkit.errors import ConfigError, OutputError
 from graftkit.files import WorkFolder
 from graftkit.models.encoding import usable_tokenizer
-from graftkit.models.loading import load_model, quiet
+from graftkit.models.loading import load_model, silence_transformers
 from graftkit.models.views import CheckpointWriter
 from graftkit.rows import Row, encode_row
 
@@ -155,7 +155,7 @@ class _Stage:
             "remove_unused_columns": False,
             "ddp_find_unused_parameters": False,
         }
-        with quiet():
+        with silence_transformers():
             return kind(**shared, **own)
 
     def train(
@@ -186,7 +186,7 @@ class _Stage:
         model: Any = load_model(self.start, torch.float32)
         model.config.use_cache = False
         writer = CheckpointWriter(model, self.start)
-        with quiet():
+        with silence_transformers():
             trainer = trainer_class(
                 model=model,
                 args=arguments,

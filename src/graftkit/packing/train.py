@@ -194,7 +194,7 @@ class _Distillation:
 
         self.found.clear()
         model = self.student.model
-        visit_logits(model, ids, mask, scored, visit, backward=backward, also=hidden)
+        visit_logits(model, ids, mask, scored, visit, backward=backward, extra_loss=hidden)
         return total
 
     def _inputs(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
