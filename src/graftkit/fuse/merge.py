@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from graftkit.attachment.configuration import changed_computation, parse_settings
+from graftkit.attachment.configuration import effective_config_keys, parse_settings
 from graftkit.checkpoint import Checkpoint, write_checkpoint
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
@@ -345,7 +345,7 @@ def config_changes(pack: SkillPack, target: Checkpoint) -> list[str]:
     except CheckpointError:  # an architecture that this transformers cannot build
         content = pack.side_file("config.json", lambda: target.side_file("config.json"))
         return differing_settings(target.config, parse_settings("config.json", content))
-    return changed_computation(model, pack, target.side_file)
+    return effective_config_keys(model, pack, target.side_file)
 
 
 def check_code(pack: SkillPack, target: Checkpoint) -> None:
