@@ -158,7 +158,7 @@ def test_a_target_that_does_not_get_its_bytes_back_is_an_error(tmp_path, monkeyp
     for skill in SKILLS:
         out = demo.folder.pack(skill)
         out.write_bytes(skill.lossless.read_bytes())
-    monkeypatch.setattr("graftkit.attachment.merged.MergedWeights.undo", lambda self: None)
+    monkeypatch.setattr("graftkit.attachment.merged.MergedPack.undo", lambda self: None)
     with pytest.raises(GraftError, match="should restore every byte"):
         demo.measure()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from graftkit.attachment import attached
-from graftkit.attachment.target import tuned_tokenizer
+from graftkit.attachment.configuration import tuned_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, ConfigError, RowsError
 from graftkit.generate import generate_greedy

@@ -87,7 +87,7 @@ def generate_answers(
         route: "auto", a file's name without its ending, or "target": only that one answers.
     Raises: ConfigError for a route that cannot be; AttachError for a model that cannot generate.
     """
-    from graftkit.attachment.target import tuned_tokenizer
+    from graftkit.attachment.configuration import tuned_tokenizer
     from graftkit.checkpoint import Checkpoint
     from graftkit.errors import AttachError
     from graftkit.models.encoding import usable_tokenizer

@@ -37,7 +37,7 @@ from graftkit.compress.factors import MAX_RANK, Factors
 from graftkit.errors import CheckpointError
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
 from graftkit.models.loading import empty_model, input_embeddings, output_embeddings
-from graftkit.models.views import View, checkpoint_views, find_views, live_names
+from graftkit.models.views import TensorView, checkpoint_views, find_views, live_names
 from graftkit.packing.pairs import TensorPair
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -281,7 +281,7 @@ class Stack:
     rows: int
     columns: int
     transposed: bool
-    views: dict[str, View]
+    views: dict[str, TensorView]
 
     def fits(self, left: Tensor, right: Tensor) -> bool:
         """Whether B and A can be those of this parameter."""
@@ -295,7 +295,7 @@ class Stack:
         known = {name: piece for name, piece in found.items() if piece is not None}
         return known if len(known) == len(found) else None
 
-    def _piece(self, view: View) -> "ExpertRows | None":
+    def _piece(self, view: TensorView) -> "ExpertRows | None":
         if view.whole:
             return ExpertRows(range(self.experts), slice(0, self.rows))
         expert, rest = divmod(view.offset, self.rows * self.columns)
@@ -381,7 +381,7 @@ class TensorPlaces:
         return found
 
     @cached_property
-    def _views(self) -> dict[str, View]:
+    def _views(self) -> dict[str, TensorView]:
         return checkpoint_views(self._model)
 
     @cached_property

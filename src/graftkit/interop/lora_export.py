@@ -14,6 +14,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftkit.attachment import attached
-from graftkit.attachment.calls import ChangedWeight, Probe, ReadWatch, Unrunnable
+from graftkit.attachment.calls import ChangedWeight, ReadTracker
+from graftkit.attachment.separation import TrialBatch, TrialError
 from graftkit.checkpoint import DTYPES, Checkpoint, save_tensors
 from graftkit.compress.codecs import TensorLayout, matrices
 from graftkit.compress.lowrank import eigenbasis, left_vectors
@@ -37,7 +39,7 @@ from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from graftkit.interop.lora_import import read_lora
 from graftkit.models.architecture import ModuleKind, tensor_roles
 from graftkit.models.encoding import usable_tokenizer
-from graftkit.models.loading import empty_model, load_model, quiet
+from graftkit.models.loading import empty_model, load_model, silence_transformers
 from graftkit.outputs import claimed
 from graftkit.progress import Progress, silent
 from graftkit.rows import Row
@@ -123,7 +125,7 @@ def loadable_modules(
         config: the adapter's, with any target_modules.
     Raises: ConfigError where PEFT is not installed.
     """
-    names = sorted(set(modules) - _read_past(_weightless(empty_model(target)), modules))
+    names = sorted(set(modules) - _read_past(_weightless(deepcopy(empty_model(target))), modules))
     loaded = _loaded(target, names, config)
     if loaded is None:
         # PEFT refuses some of them, and goes by the last part of a name.
@@ -141,19 +143,19 @@ def loadable_modules(
 def _read_past(model: Any, modules: Iterable[str]) -> set[str]:
     """Modules whose weights the model reads without calling them, as far as random inputs tell."""
     watched = {name: model.get_submodule(name) for name in modules}
-    watch = ReadWatch(
+    tracker = ReadTracker(
         [ChangedWeight(name, module.weight, module) for name, module in watched.items()]
     )
     try:
-        probe = Probe(model)
-        watch.start()
+        batch = TrialBatch(model)
+        tracker.start()
         try:
-            probe.run(0)
+            batch.run(0)
         finally:
-            watch.stop()
-    except Unrunnable:
+            tracker.stop()
+    except TrialError:
         return set()
-    return set(watch.missed)
+    return set(tracker.direct_reads)
 
 
 def _loaded(target: Checkpoint, names: list[str], config: dict[str, Any]) -> set[str] | None:
@@ -166,7 +168,7 @@ def _loaded(target: Checkpoint, names: list[str], config: dict[str, Any]) -> set
             "an exported adapter is checked by loading it in PEFT, which is not installed; "
             "pip install peft"
         ) from error
-    model = _weightless(empty_model(target))
+    model = _weightless(deepcopy(empty_model(target)))
     written = {name: _random_factors(model.get_submodule(name)) for name in names}
     tensors = {
         f"{KEY_PREFIX}{name}.lora_{letter}.weight": value
@@ -178,7 +180,7 @@ def _loaded(target: Checkpoint, names: list[str], config: dict[str, Any]) -> set
         settings = {**config, "r": 1, "lora_alpha": 1, "target_modules": names}
         (Path(folder) / CONFIG).write_text(json.dumps(settings))
         try:
-            with quiet(), warnings.catch_warnings():
+            with silence_transformers(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 held = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError):

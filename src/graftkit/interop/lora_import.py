@@ -18,6 +18,7 @@ from graftkit.interop.adapter import INSTEAD, Adapter, TensorPlace, TensorPlaces
 from graftkit.outputs import claimed
 from graftkit.packing.encode import (
     GENERATOR,
+    TensorTask,
     draft_record,
     encode_added_rows,
     encode_lossless,
@@ -321,10 +322,10 @@ class _Import:
                 rows = pair.common_rows
                 added = encode_added_rows(whole[rows:]) if whole.shape[0] > rows else b""
                 before, whole = before[:rows], whole[:rows]
-            encoded = encode_lossless(pair, scan, (before, whole), added)
+            encoded = encode_lossless(TensorTask(pair, scan, added), (before, whole))
             return encoded.record, encoded.payload
         codec = "factors" if edit.factors else "zero"
-        draft = draft_record(pair, scan, codec, len(edit.factors), 0)
+        draft = draft_record(TensorTask(pair, scan), codec, len(edit.factors))
         return draft.model_copy(update={"error": 0.0}), edit.factors
 
     def _note_rounding(self, edit: _Edit, kept: Tensor) -> None:

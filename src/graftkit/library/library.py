@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from threading import RLock
 from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overload
 
-from graftkit.attachment.target import check_tokenizer
+from graftkit.attachment.configuration import check_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import read_config, resolve_model
 from graftkit.distill.pipeline import run_distill

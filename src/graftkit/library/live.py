@@ -14,8 +14,11 @@ from typing import Any, Literal, get_args
 from blake3 import blake3
 
 from graftkit.attachment import Attachment, attach
-from graftkit.attachment.configuration import tuned_generation
-from graftkit.attachment.target import check_tokenizer, tuned_tokenizer
+from graftkit.attachment.configuration import (
+    check_tokenizer,
+    tuned_generation_config,
+    tuned_tokenizer,
+)
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
 from graftkit.errors import AttachError, BudgetError, ConfigError, PackMismatchError
@@ -219,7 +222,7 @@ class LiveLibrary:
             if any(not is_template(file.name) for file in pack.manifest.files):
                 check_tokenizer(self._checkpoint, pack)
                 tokenizer = tuned_tokenizer(self._checkpoint, pack)
-                voice = GenerationStyle.of(tokenizer, tuned_generation(self.model, pack))
+                voice = GenerationStyle.of(tokenizer, tuned_generation_config(self.model, pack))
             self._voices[entry.digest] = voice
         return self._voices[entry.digest]
 

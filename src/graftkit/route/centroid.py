@@ -25,7 +25,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from graftkit.attachment import bare
+from graftkit.attachment import without_packs
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError
 from graftkit.models.encoding import (
@@ -110,7 +110,7 @@ def pooled_states(
         )
     encoded = [_encoded(model, tokenizer, prompt) for prompt in prompts]
     states = torch.zeros(len(prompts), state_width(model))
-    with torch.no_grad(), bare(model):
+    with torch.no_grad(), without_packs(model):
         for batch in batches_by_length([len(ids) for ids in encoded], tokens_together):
             filled = [index for index in batch if encoded[index]]
             if filled:

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.attachment import bare
-from graftkit.attachment.modules import LowRankUpdate, Update
+from graftkit.attachment import without_packs
 from graftkit.attachment.rows import first_tensor
 from graftkit.attachment.side import linear_updates
 from graftkit.attachment.target import LiveTarget, check_packs
+from graftkit.attachment.updates import LowRankUpdate, Update
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.encoding import context_length, vocabulary_size
 from graftkit.route.base import Route
@@ -179,7 +179,7 @@ def neutral_tokens(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(NEUTRAL_SEED)
     last = torch.randint(vocabulary_size(model), (NEUTRAL_ROWS, 1), generator=generator)
     tokens, past = [last], None
-    with torch.no_grad(), bare(model):
+    with torch.no_grad(), without_packs(model):
         for _ in range(NEUTRAL_TOKENS - 1):
             output = model(input_ids=last.to(model.device), past_key_values=past, use_cache=True)
             past = output.past_key_values
@@ -211,7 +211,7 @@ def module_inputs(model: Any, ids: Tensor, modules: Iterable[str]) -> dict[str, 
         for name in modules
     ]
     try:
-        with torch.no_grad(), bare(model):
+        with torch.no_grad(), without_packs(model):
             model.base_model(input_ids=ids.to(model.device))
     finally:
         for hook in hooks:
