@@ -1,4 +1,4 @@
-"""The table of transfer.py: the skill's gain, the part that the pack keeps, and the other skills."""
+"""The table of transfer.py: the skill's gain, the part of it that a pack keeps, other skills."""
 
 from collections.abc import Sequence
 from pathlib import Path
