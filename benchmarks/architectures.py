@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--types", help="comma-separated; default: every one")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--quick", action="store_true", help="leave out the single matrices")
-    parser.add_argument("--fresh", action="store_true", help="check again what is known")
+    parser.add_argument("--fresh", action="store_true", help="check again what this commit has")
     parser.add_argument("--json", action="store_true", help="print every record as a line of JSON")
     parser.add_argument("--report-only", action="store_true", help="write the page, check nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")

@@ -30,13 +30,13 @@ _PARTICULARS = (
 
 def write_report(records: Sequence[Record], docs: Path) -> None:
     """Write the page's counts, results/architectures.csv and results/architectures-refused.csv."""
-    found = sorted(newest(records, ("type",)), key=lambda record: record["type"])
+    lines = sorted(newest(records, ("type",)), key=lambda record: record["type"])
     header = ("model type", "class", "parameters", "inputs", *CELLS, "reasons")
     raw = {
-        "architectures": (header, [_csv_row(record) for record in found]),
-        "architectures-refused": _reasons([record for record in found if "cells" in record]),
+        "architectures": (header, [_csv_row(record) for record in lines]),
+        "architectures-refused": _reasons([record for record in lines if "cells" in record]),
     }
-    publish(docs, "architectures", _summary(found), raw)
+    publish(docs, "architectures", _summary(lines), raw)
 
 
 def _csv_row(record: Record) -> list[str]:
@@ -86,9 +86,9 @@ def _summary(records: Sequence[Record]) -> str:
 def _counts(records: Sequence[Record]) -> str:
     rows = []
     for name in CELLS:
-        seen = Counter(record["cells"].get(name, {}).get("verdict") for record in records)
-        if any(seen[verdict] for verdict in VERDICTS):
-            counts = [str(seen[verdict]) for verdict in VERDICTS]
+        verdicts = Counter(record["cells"].get(name, {}).get("verdict") for record in records)
+        if any(verdicts[verdict] for verdict in VERDICTS):
+            counts = [str(verdicts[verdict]) for verdict in VERDICTS]
             rows.append([f"*{name}*: {_MEANINGS[name]}", *counts])
     return table(["cell", *VERDICTS], rows)
 
@@ -101,9 +101,9 @@ def _reasons(records: Sequence[Record]) -> Table:
             if cell["verdict"] == "refused":
                 types.setdefault((name, _general(cell["detail"])), []).append(record["type"])
     rows = []
-    for (name, reason), found in sorted(types.items(), key=lambda item: -len(item[1])):
-        shown = ", ".join(found[:5]) + (", …" if len(found) > 5 else "")
-        rows.append([reason, name, str(len(found)), shown])
+    for (name, reason), names in sorted(types.items(), key=lambda item: -len(item[1])):
+        shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        rows.append([reason, name, str(len(names)), shown])
     return ("reason", "cell", "types", "such as"), rows
 
 

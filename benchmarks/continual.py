@@ -189,13 +189,13 @@ WAYS: dict[str, Way] = {
 
 def todo(ways: Sequence[str], orders: Sequence[Skills]) -> list[tuple[str, Skills]]:
     """Every method with every state that some order passes through, each state once."""
-    found: dict[tuple[str, Skills], None] = {("target", ()): None}
+    states: dict[tuple[str, Skills], None] = {("target", ()): None}
     for name in ways:
         for order in orders:
             lengths = [len(order)] if WAYS[name].at_once else range(1, len(order) + 1)
             for length in lengths:
-                found[(name, state_key(name, order[:length]))] = None
-    return list(found)
+                states[(name, state_key(name, order[:length]))] = None
+    return list(states)
 
 
 def state_key(name: str, learned: Skills) -> Skills:
@@ -212,13 +212,13 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
             continue
         start, cpu = time.perf_counter(), sum(os.times()[:4])
         if name == "target":
-            found: Record = {"scores": bench.scores(bench.states.live_target[0]), "bytes": 0}
+            measured: Record = {"scores": bench.scores(bench.states.live_target[0]), "bytes": 0}
         else:
-            found = WAYS[name].measure(bench, learned)
-        found["seconds"] = round(time.perf_counter() - start, 1)
-        found["cpu_seconds"] = round(sum(os.times()[:4]) - cpu, 1)
-        ledger.add(key, found)
-        print(name, key["learned"], found["scores"], file=sys.stderr, flush=True)
+            measured = WAYS[name].measure(bench, learned)
+        measured["seconds"] = round(time.perf_counter() - start, 1)
+        measured["cpu_seconds"] = round(sum(os.times()[:4]) - cpu, 1)
+        ledger.add(key, measured)
+        print(name, key["learned"], measured["scores"], file=sys.stderr, flush=True)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -37,7 +37,7 @@ def write_report(
     if ("target", "") not in states:
         return
     courses = {way: _courses(way, states, orders, ordered[way]) for way in ordered}
-    courses = {way: found for way, found in courses.items() if found}
+    courses = {way: runs for way, runs in courses.items() if runs}
     parts = [provenance(lines), _table(courses, states, orders)]
     if courses:
         _draw(courses, docs / "figures" / "continual.png")
@@ -55,11 +55,11 @@ def _courses(
     for order in orders:
         prefixes = [order[: length + 1] for length in range(len(order))]
         names = ["+".join(part if ordered else sorted(part)) for part in prefixes]
-        found = [states.get((way, name)) for name in names]
-        if None in found:
+        lines = [states.get((way, name)) for name in names]
+        if None in lines:
             return []
-        rows = [[line["scores"][task] for task in order] for line in found if line]
-        sizes = [line["bytes"] for line in found if line]
+        rows = [[line["scores"][task] for task in order] for line in lines if line]
+        sizes = [line["bytes"] for line in lines if line]
         courses.append(Course(order, rows, [before[task] for task in order], sizes))
     return courses
 
@@ -71,17 +71,17 @@ def _table(
 ) -> str:
     header = ("method", "AP", "lowest to highest", "BWT", "FWT", "MB on disk", "rows routed right")
     rows = []
-    for way, found in courses.items():
+    for way, runs in courses.items():
         routed = _routed_right(way, states, orders[0])
-        ends = [course.average for course in found]
+        ends = [course.average for course in runs]
         rows.append(
             [
                 way,
                 f"{fmean(ends):.3f}",
                 f"{min(ends):.3f} to {max(ends):.3f}",
-                _spread([course.backward_transfer for course in found]),
-                _spread([course.forward_transfer for course in found]),
-                f"{fmean(course.disk_bytes[-1] for course in found) / 1e6:.1f}",
+                _spread([course.backward_transfer for course in runs]),
+                _spread([course.forward_transfer for course in runs]),
+                f"{fmean(course.disk_bytes[-1] for course in runs) / 1e6:.1f}",
                 "–" if routed is None else f"{100 * routed:.1f} %",
             ]
         )
@@ -104,18 +104,18 @@ def _routed_right(
 def _by_order(courses: Mapping[str, list[Course]], orders: Sequence[Order]) -> Table:
     header = ("AP, BWT", *(" → ".join(order) for order in orders))
     rows = [
-        [way, *(f"{course.average:.3f}, {_signed(course.backward_transfer)}" for course in found)]
-        for way, found in courses.items()
+        [way, *(f"{course.average:.3f}, {_signed(course.backward_transfer)}" for course in runs)]
+        for way, runs in courses.items()
     ]
     return header, rows
 
 
 def _spread(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return "–"
-    spread = "" if len(known) == 1 else f" ({_signed(min(known))} to {_signed(max(known))})"
-    return _signed(fmean(known)) + spread
+    spread = "" if len(numbers) == 1 else f" ({_signed(min(numbers))} to {_signed(max(numbers))})"
+    return _signed(fmean(numbers)) + spread
 
 
 def _signed(value: float | None) -> str:
@@ -125,9 +125,9 @@ def _signed(value: float | None) -> str:
 def _draw(courses: Mapping[str, list[Course]], file: Path) -> None:
     """Mean score on the skills learned so far, after each; the mean over orders."""
     figure, axes = plt.subplots(figsize=(8, 4.8))
-    for index, (way, found) in enumerate(courses.items()):
-        count = len(found[0].tasks)
-        means = [fmean(fmean(course.scores[t][: t + 1]) for course in found) for t in range(count)]
+    for index, (way, runs) in enumerate(courses.items()):
+        count = len(runs[0].tasks)
+        means = [fmean(fmean(course.scores[t][: t + 1]) for course in runs) for t in range(count)]
         library = way.startswith("library")
         axes.plot(
             range(1, count + 1),
@@ -141,7 +141,7 @@ def _draw(courses: Mapping[str, list[Course]], file: Path) -> None:
         )
     axes.set_xlabel("skills learned", color=INK)
     axes.set_ylabel("exact match, mean of the skills learned", color=INK)
-    axes.set_xticks(range(1, max(len(found[0].tasks) for found in courses.values()) + 1))
+    axes.set_xticks(range(1, max(len(runs[0].tasks) for runs in courses.values()) + 1))
     axes.grid(color="#e4e4e4", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -88,8 +88,8 @@ class SkillBench:
                 "elsewhere_": self.elsewhere,
                 "base_": self.base,
             }.items():
-                found = asdict(token_fidelity(pair.tuned, model, pair.tokenizer, rows))
-                values |= {prefix + name: value for name, value in found.items()}
+                fidelity = asdict(token_fidelity(pair.tuned, model, pair.tokenizer, rows))
+                values |= {prefix + name: value for name, value in fidelity.items()}
         before, goal = self.exact["exact_match_target"], self.exact["exact_match_tuned"]
         recovered = (exact - before) / (goal - before)
         return {**values, **self.exact, "exact_match": exact, "recovered": recovered}
@@ -131,7 +131,7 @@ def measure(
     return {**made, **bench.quality(state)}
 
 
-def known(ledger: Ledger, key: Record, own: bool) -> bool:
+def is_measured(ledger: Ledger, key: Record, own: bool) -> bool:
     """Whether the ledger has this line: of this commit for graftkit, of these sources otherwise."""
     if own:
         return ledger.has(key)
@@ -151,9 +151,9 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
                 work = Path(folder)
                 problem = bench.problem(seed, work)
                 for method, budget, key in todo:
-                    found = measure(bench, problem, method, budget, work)
-                    ledger.add(key, found)
-                    print(_line(key, found), file=sys.stderr, flush=True)
+                    measured = measure(bench, problem, method, budget, work)
+                    ledger.add(key, measured)
+                    print(_line(key, measured), file=sys.stderr, flush=True)
 
 
 def _missing(
@@ -175,15 +175,15 @@ def _missing(
                 "rows": options.rows,
                 "sources": digest(name),
             }
-            if not known(ledger, key, method.own):
+            if not is_measured(ledger, key, method.own):
                 yield method, budget, key
 
 
-def _line(key: Record, found: Record) -> str:
+def _line(key: Record, measured: Record) -> str:
     head = f"{key['seed']} {key['skill']} {key['method']} {key['budget'] or '–'}"
-    if "refused" in found:
-        return f"{head}: {found['refused']}"
-    shown = {n: found[n] for n in ("bytes", "seconds", "kl_mean", "recovered") if n in found}
+    if "refused" in measured:
+        return f"{head}: {measured['refused']}"
+    shown = {n: measured[n] for n in ("bytes", "seconds", "kl_mean", "recovered") if n in measured}
     return f"{head}: {json.dumps(shown)}"
 
 

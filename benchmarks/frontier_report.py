@@ -64,23 +64,23 @@ def bytes_at(points: Iterable[Point], goal: float) -> float | None:
 
 def frontier(points: Iterable[Point]) -> list[Point]:
     """The points that no smaller file beats, falling from left to right."""
-    kept: list[Point] = []
+    corners: list[Point] = []
     for point in sorted(points):
-        if not kept or point[1] < kept[-1][1]:
-            kept.append(point)
-    return kept
+        if not corners or point[1] < corners[-1][1]:
+            corners.append(point)
+    return corners
 
 
 def methods_of(lines: Sequence[Record]) -> list[str]:
     """Names in the order of the tables: ours first, then by name."""
-    found = {line["method"] for line in lines}
-    return [n for n in OURS if n in found] + sorted(found - set(OURS))
+    names = {line["method"] for line in lines}
+    return [n for n in OURS if n in names] + sorted(names - set(OURS))
 
 
 def budgets_of(lines: Sequence[Record]) -> list[str]:
     """Budgets of the lines, smallest first."""
-    found = {line["budget"] for line in lines if line["budget"]}
-    return sorted(found, key=lambda budget: float(budget.rstrip("%")))
+    budgets = {line["budget"] for line in lines if line["budget"]}
+    return sorted(budgets, key=lambda budget: float(budget.rstrip("%")))
 
 
 def mean_over_seeds(lines: Sequence[Record], name: str) -> dict[tuple[str, str, str], float]:
@@ -139,10 +139,10 @@ def _by_budget(
     for method in methods_of(lines) if skills else ():
         cells = []
         for budget in budgets:
-            found = [values[method, s, budget] for s in skills if (method, s, budget) in values]
+            numbers = [values[method, s, budget] for s in skills if (method, s, budget) in values]
             # A mean over fewer skills must not look like one over all.
-            part = "" if len(found) == len(skills) else f" ({len(found)} of {len(skills)})"
-            cells.append(number(mean(found)) + part if found else "–")
+            part = "" if len(numbers) == len(skills) else f" ({len(numbers)} of {len(skills)})"
+            cells.append(number(mean(numbers)) + part if numbers else "–")
         rows.append((method, cells))
     return rows
 
@@ -184,11 +184,11 @@ def _equal_cell(
     lines: Sequence[Record], skill: str, budget: str, methods: Sequence[str] | None
 ) -> str:
     names = methods or [m for m in methods_of(lines) if m not in OURS]
-    found = [
+    rivals = [
         line for line in lines
         if line["method"] in names and (line["skill"], line["budget"]) == (skill, budget)
     ]  # fmt: skip
-    groups = {m: [x for x in found if x["method"] == m] for m in {x["method"] for x in found}}
+    groups = {m: [x for x in rivals if x["method"] == m] for m in {x["method"] for x in rivals}}
     means = {m: _arithmetic([x["kl_mean"] for x in own]) for m, own in groups.items()}
     own = curve(lines, AUTO, skill)
     if not means or not own:
@@ -224,11 +224,11 @@ def _spread(values: Sequence[float]) -> str:
 
 def _lossless(lines: Sequence[Record]) -> Table:
     """Bytes of every lossless form, restored and compared bit by bit."""
-    found = [line for line in lines if "restored" in line]
-    skills = sorted({line["skill"] for line in found})
+    files = [line for line in lines if "restored" in line]
+    skills = sorted({line["skill"] for line in files})
     rows = []
-    for method in sorted({line["method"] for line in found}):
-        own = {line["skill"]: line for line in found if line["method"] == method}
+    for method in sorted({line["method"] for line in files}):
+        own = {line["skill"]: line for line in files if line["method"] == method}
         rows.append([method, *(_lossless_cell(own.get(skill)) for skill in skills)])
     return ("bytes of one file", *skills), rows
 
@@ -252,11 +252,11 @@ def _seconds(lines: Sequence[Record]) -> Table:
 
 def _out_of_reach(lines: Sequence[Record]) -> Table:
     """Budgets that a method cannot reach."""
-    found: dict[tuple[str, str], set[str]] = {}
+    refusals: dict[tuple[str, str], set[str]] = {}
     for line in lines:
         if "refused" in line:
-            found.setdefault((line["method"], line["budget"]), set()).add(line["skill"])
-    rows = [[method, budget, " ".join(sorted(s))] for (method, budget), s in sorted(found.items())]
+            refusals.setdefault((line["method"], line["budget"]), set()).add(line["skill"])
+    rows = [[*place, " ".join(sorted(skills))] for place, skills in sorted(refusals.items())]
     return ("method", "budget", "skills"), rows
 
 

@@ -48,9 +48,9 @@ class Ledger:
         """This commit's newest record of `key`, None where it must be measured."""
         if self.fresh or self.stamp["commit"].endswith("-dirty"):
             return None
-        wanted = {**key, "commit": self.stamp["commit"]}
-        found = [r for r in self.records if all(r.get(k) == v for k, v in wanted.items())]
-        return found[-1] if found else None
+        expected = {**key, "commit": self.stamp["commit"]}
+        matches = [r for r in self.records if all(r.get(k) == v for k, v in expected.items())]
+        return matches[-1] if matches else None
 
     def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         """Append one record."""
@@ -68,7 +68,7 @@ def command_line(page: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
+    parser.add_argument("--fresh", action="store_true", help="measure again what this commit has")
     parser.add_argument(
         "--report-only", action="store_true", help="write the page, measure nothing"
     )
@@ -84,10 +84,10 @@ def read_records(path: Path) -> list[Record]:
 
 def newest(records: Iterable[Record], key: Sequence[str]) -> list[Record]:
     """The last record of every key, in the order in which the keys first appeared."""
-    found: dict[tuple[Any, ...], Record] = {}
+    latest: dict[tuple[Any, ...], Record] = {}
     for record in records:
-        found[tuple(record.get(name) for name in key)] = record
-    return list(found.values())
+        latest[tuple(record.get(name) for name in key)] = record
+    return list(latest.values())
 
 
 def commit() -> str:
@@ -168,10 +168,10 @@ def write_between(page: Path, name: str, text: str) -> None:
     page.write_text(pattern.sub(lambda m: f"{m[1]}{text.strip()}\n{m[2]}", old), encoding="utf-8")
 
 
-def _machine_line(found: Mapping[str, Any]) -> str:
+def _machine_line(host: Mapping[str, Any]) -> str:
     return (
-        f"{found['cpu']}, {found['cores']} cores, {found['ram_gib']} GiB RAM, {found['system']}, "
-        f"Python {found['python']}, torch {found['torch']}, transformers {found['transformers']}"
+        f"{host['cpu']}, {host['cores']} cores, {host['ram_gib']} GiB RAM, {host['system']}, "
+        f"Python {host['python']}, torch {host['torch']}, transformers {host['transformers']}"
     )
 
 
@@ -186,13 +186,13 @@ def _cpu_name() -> str:
 
 
 def _without_paths(arguments: Sequence[str]) -> list[str]:
-    kept, skip = [], False
+    public, skip = [], False
     for argument in arguments:
         names_folder = argument.split("=")[0] in ("--shared", "--out", "--docs", "--work")
         if not skip and not names_folder:
-            kept.append(argument)
+            public.append(argument)
         skip = names_folder and "=" not in argument
-    return kept
+    return public
 
 
 def _git(*arguments: str) -> str:

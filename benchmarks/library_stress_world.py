@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from graftkit.checkpoint import Checkpoint
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route.centroid import fit_key
 
 LETTERS = ("0123456789", "ABCDEFGHIJ", "klmnopqrst", "!#$%&()*+-")

@@ -23,7 +23,7 @@ from routing_report import write_report
 
 from graftkit.library import Library
 from graftkit.models import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route import TARGET
 from graftkit.rows import Row, read_rows
 
@@ -196,14 +196,14 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
             continue
         library = bench.library(form)
         for router in missing:
-            found = bench.routed(library, router, form)
+            measured = bench.routed(library, router, form)
             if form == "as they are":
-                found |= {"as_alone": bench.mixed(library, router)}
-                found |= bench.answered(library, router)
-                found |= bench.untouched(library, router)
-                found |= bench.cost(library, router)
-            ledger.add(keys[router], found)
-            print(form, router, found, file=sys.stderr, flush=True)
+                measured |= {"as_alone": bench.mixed(library, router)}
+                measured |= bench.answered(library, router)
+                measured |= bench.untouched(library, router)
+                measured |= bench.cost(library, router)
+            ledger.add(keys[router], measured)
+            print(form, router, measured, file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

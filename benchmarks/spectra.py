@@ -104,7 +104,7 @@ def _spectra(delta: Tensor, inputs: Tensor, outputs: Tensor) -> dict[str, Record
     """The three spectra of one matrix, each with that of white noise seen the same way."""
     shape = (delta.shape[0], delta.shape[1])
     noise = white_noise(shape)
-    found = {}
+    views = {}
     for view, roots in (
         ("plain", ()),
         ("inputs", (inputs,)),
@@ -118,8 +118,8 @@ def _spectra(delta: Tensor, inputs: Tensor, outputs: Tensor) -> dict[str, Record
         if view != "outputs":
             covariance = roots[0] @ roots[0].T if roots else None
             record["dense_bits"] = dense_rates(delta, covariance)
-        found[view] = record
-    return found
+        views[view] = record
+    return views
 
 
 def _rounded(values: Tensor) -> list[float]:
@@ -156,9 +156,9 @@ def main(arguments: Sequence[str]) -> None:
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({**stamp, "records": records}), encoding="utf-8")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    draw_spectra(found["records"], options.docs / "figures" / "spectra.png")
-    write_tables(found, options.docs)
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    draw_spectra(measured["records"], options.docs / "figures" / "spectra.png")
+    write_tables(measured, options.docs)
 
 
 if __name__ == "__main__":

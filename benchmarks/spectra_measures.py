@@ -114,8 +114,8 @@ def common_shift(delta: Tensor, inputs: Tensor) -> float:
 
     In an output head the mean row moves all logits alike, which a softmax does not see.
     """
-    seen = delta.double() @ inputs
-    return float(len(seen) * seen.mean(0).square().sum() / seen.square().sum())
+    weighted = delta.double() @ inputs
+    return float(len(weighted) * weighted.mean(0).square().sum() / weighted.square().sum())
 
 
 def words_of(target: Tensor, tuned: Tensor) -> dict[str, float]:

@@ -7,18 +7,18 @@ from typing import Any
 from ledger import Record, Table, provenance, publish, table
 
 
-def write_tables(found: Record, docs: Path) -> None:
+def write_tables(measured: Record, docs: Path) -> None:
     """Write the table of docs/benchmarks.md, and one line a kind into docs/results/spectra-*.csv.
 
     Raises: ValueError when the page has no markers for spectra.
     """
     groups: dict[tuple[str, str], list[Record]] = {}
-    for record in found["records"]:
+    for record in measured["records"]:
         groups.setdefault((record["pair"], record["kind"]), []).append(record)
     matrices = {key: own for key, own in groups.items() if "views" in own[0]}
     for own in matrices.values():
         energy = sum(record["views"]["outputs"]["energy"] for record in own)
-        pair = [r for r in found["records"] if r["pair"] == own[0]["pair"] and "views" in r]
+        pair = [r for r in measured["records"] if r["pair"] == own[0]["pair"] and "views" in r]
         own[0]["divergence"] = energy / sum(r["views"]["outputs"]["energy"] for r in pair)
     linear: dict[tuple[str, ...], list[Record]] = {}
     for (pair_name, kind), own in matrices.items():
@@ -29,7 +29,7 @@ def write_tables(found: Record, docs: Path) -> None:
         "spectra-entries": _rows(("fine-tune", "kind"), groups, ENTRIES),
     }
     text = table(*_rows(("fine-tune",), linear, SUMMARY))
-    publish(docs, "spectra", f"{provenance([found])}\n\n{text}", raw)
+    publish(docs, "spectra", f"{provenance([measured])}\n\n{text}", raw)
 
 
 def _rows(

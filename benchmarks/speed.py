@@ -146,7 +146,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="for large checkpoints; default temporary")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where tables are written")
-    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
+    parser.add_argument("--fresh", action="store_true", help="measure again what this commit has")
     return parser.parse_args(arguments)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from graftkit.attachment import attach
 from graftkit.checkpoint import Checkpoint
 from graftkit.models.loading import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
 

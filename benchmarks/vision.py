@@ -1,7 +1,7 @@
 """Features of a big vision network in a small one: python benchmarks/vision.py
 
 Grafts the shared MobileNetV2 into rootstocks for the shared plant seedlings, frozen and fine-tuned,
-by our method and the paper's, with every baseline; and takes our choice of features apart. Writes
+by our method and the paper's, with every baseline, and compares cuts, poolings and views. Writes
 the tables of docs/benchmarks.md; every run leaves its own page beside its networks.
 """
 
@@ -19,35 +19,26 @@ from ledger import Ledger, Record, command_line
 from vision_report import write_report
 
 from graftkit.parallel import kept_memory
-from graftkit.vision.baselines import tune_donor
-from graftkit.vision.budget import Budget
-from graftkit.vision.evaluate import Measured, lead, measure, score
+from graftkit.vision.baselines import PAPER_SCION, ROOTSTOCK, paper_network, trained_donor
+from graftkit.vision.evaluate import Measurement, accuracy_lead, measure, score
 from graftkit.vision.features import ALL_VIEWS, FeatureTable
-from graftkit.vision.graft import (
-    GraftSettings,
-    choose,
-    graft,
-    prepare,
-    trainer_of,
-    tuned_ground,
-    untrained,
-)
+from graftkit.vision.graft import GraftRun, GraftSettings, graft
 from graftkit.vision.probe import fit_probe
 from graftkit.vision.training import SoftLabels
 
 EPOCHS = 12
 TUNED = "fine-tuned, 0.6 MiB"
 RUNS: dict[str, dict[str, Any]] = {
-    "frozen, 0.6 MB": {"budget": "0.6MB", "freeze": True},
-    "frozen, 2.25 MB": {"budget": "2.25MB", "freeze": True},
-    "paper's method, frozen, 2.5 MB": {"budget": "2.5MB", "freeze": True, "method": "paper"},
-    TUNED: {"budget": "0.6MiB", "epochs": EPOCHS},
-    "paper's method, fine-tuned, 2.5 MB": {
+    "frozen, 0.6 MB": {"budget": "0.6MB", "freeze": True, "baselines": True},
+    "frozen, 2.25 MB": {"budget": "2.25MB", "freeze": True, "baselines": True},
+    "paper's method, frozen, 2.5 MB": {
         "budget": "2.5MB",
-        "epochs": EPOCHS,
+        "freeze": True,
         "method": "paper",
-        "baselines": False,
+        "baselines": True,
     },
+    TUNED: {"budget": "0.6MiB", "epochs": EPOCHS, "baselines": True},
+    "paper's method, fine-tuned, 2.5 MB": {"budget": "2.5MB", "epochs": EPOCHS, "method": "paper"},
 }
 MARGIN = "margin"
 ORDERS = (0, 1, 2)  # seeds of a fine-tuning: the order of the images, and how they are turned
@@ -64,16 +55,18 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
     cache = options.work / "cache"
     if options.quick:
         images = few_images(images, options.work / "images")
-    asked = {"epochs": 1, "baselines": False} if options.quick else {}
+    quick = {"epochs": 1, "baselines": False} if options.quick else {}
     for name in options.runs:
-        settings = GraftSettings.checked(**(RUNS[name] | asked))
+        settings = GraftSettings.checked(**(RUNS[name] | quick))
         key = {"run": name, "settings": settings.model_dump(), "quick": options.quick}
         if not ledger.has(key):
             folder = options.work / name.replace(" ", "-").replace(",", "").replace("'", "")
-            found = graft(donor, images, folder, settings, cache, told)
-            ledger.add(key, {k: v for k, v in found.items() if k not in ("mistakes", "curve")})
-            print(name, found["val_accuracy"], found["test_accuracy"], file=sys.stderr, flush=True)
-    settings = GraftSettings.checked(**(RUNS[TUNED] | asked))
+            result = graft(donor, images, folder, settings, cache, print_progress)
+            ledger.add(key, {k: v for k, v in result.items() if k not in ("mistakes", "curve")})
+            print(
+                name, result["val_accuracy"], result["test_accuracy"], file=sys.stderr, flush=True
+            )
+    settings = GraftSettings.checked(**(RUNS[TUNED] | quick))
     key = {"run": MARGIN, "settings": settings.model_dump(), "quick": options.quick}
     if options.margin and not ledger.has(key):
         orders = ORDERS[:1] if options.quick else ORDERS
@@ -81,8 +74,9 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
     key = {"run": "features", "quick": options.quick}
     if options.features and not ledger.has(key):
         cache.mkdir(parents=True, exist_ok=True)
-        ground = prepare(donor, images, GraftSettings(budget="1MB"), cache, told)
-        ledger.add(key, {"lines": features(ground.table, len(ground.images.classes))})
+        run = GraftRun(GraftSettings(budget="1MB"), cache, print_progress)
+        cuts = run.prepare(donor, images)
+        ledger.add(key, {"lines": features(cuts.table, len(cuts.images.classes))})
 
 
 @kept_memory()
@@ -94,34 +88,34 @@ def margin(
     All learn from one fine-tuned donor. The lead's interval is over test images, of which each
     counts with the share of the orders that answer it rightly.
     """
-    ground = prepare(donor, images, settings, cache, told)
-    tuned = tune_donor(trainer_of(ground, settings, cache, told), ground.donor, ground.images)
-    ground = tuned_ground(ground, tuned.rootstock, cache, told)
-    chosen = choose(ground, Budget.parse(settings.budget), settings.method, True, told)
-    starts = dict(
-        zip(("rootstock", "paper's scion"), untrained(ground, chosen, "auto"), strict=True)
-    )
-    found: dict[str, list[Measured]] = {name: [] for name in starts}
+    run = GraftRun(settings, cache, print_progress)
+    pretrained = run.prepare(donor, images)
+    tuned = trained_donor(run.trainer(pretrained), pretrained.donor, pretrained.images)
+    cuts = pretrained.after_fine_tuning(tuned.rootstock, cache, print_progress)
+    rootstock = run.assemble(cuts, run.choose(cuts, thin=True))
+    paper = paper_network(cuts, rootstock)
+    assert paper is not None  # the paper's shallowest scion is smaller than this budget
+    untrained = {ROOTSTOCK: rootstock, PAPER_SCION: paper}
+    measured: dict[str, list[Measurement]] = {name: [] for name in untrained}
     for seed in orders:
-        ordered = settings.model_copy(update={"seed": seed})
         folder = cache if seed == settings.seed else cache / f"order-{seed}"
-        trainer = trainer_of(ground, ordered, folder, told)
-        soft_labels = SoftLabels(tuned.rootstock)
-        for name, start in starts.items():
+        ordered = GraftRun(settings.model_copy(update={"seed": seed}), folder, print_progress)
+        trainer, soft_labels = ordered.trainer(cuts), SoftLabels(tuned.rootstock)
+        for name, start in untrained.items():
             network = trainer.tune(name, copy.deepcopy(start), soft_labels).rootstock
             file = cache / "margin.onnx"
-            found[name].append(measure(network, ground.images, file, ground.donor.name))
-            print(seed, name, found[name][-1].test.accuracy, file=sys.stderr, flush=True)
-    shares = [np.mean([one.test.right for one in every], axis=0) for every in found.values()]
-    ahead, interval = lead(*shares)
+            measured[name].append(measure(network, cuts.images, file, cuts.donor.name))
+            print(seed, name, measured[name][-1].test.accuracy, file=sys.stderr, flush=True)
+    shares = [np.mean([one.test.right for one in every], axis=0) for every in measured.values()]
+    lead, interval = accuracy_lead(*shares)
     lines = {
         name: [
             {"val": one.val.accuracy, "test": one.test.accuracy, "bytes": one.bytes}
             for one in every
         ]
-        for name, every in found.items()
+        for name, every in measured.items()
     }
-    return {"lines": lines, "lead": ahead, "lead_interval": list(interval)}
+    return {"lines": lines, "lead": lead, "lead_interval": list(interval)}
 
 
 def features(table: FeatureTable, classes: int) -> list[Record]:
@@ -133,9 +127,9 @@ def features(table: FeatureTable, classes: int) -> list[Record]:
             val, (test, labels) = table.of("val", columns), table.of("test", columns)
             for views, chosen in VIEWS.items():
                 probe = fit_probe(table.of("train", columns, chosen), val, classes)
-                found = score(probe.logits(test), labels.numpy())
+                scores = score(probe.logits(test), labels.numpy())
                 line = {"cut": cut, "pooled": pooled, "views": views}
-                accuracies = {"val": probe.val_accuracy, "test": found.accuracy}
+                accuracies = {"val": probe.val_accuracy, "test": scores.accuracy}
                 lines.append(line | {"features": len(columns)} | accuracies)
                 print(lines[-1], file=sys.stderr, flush=True)
     return lines
@@ -155,7 +149,7 @@ def few_images(archive: Path, folder: Path) -> Path:
     return folder
 
 
-def told(step: str, done: int, total: int) -> None:
+def print_progress(step: str, done: int, total: int) -> None:
     """Progress of a long step, a line at its end."""
     if done == total:
         print(f"{step}: {total}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Processes that are killed, stopped or watched at their changes of files below a folder."""
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "open")
+ALIKE = 4
 _WRITING = os.O_WRONLY | os.O_RDWR
 
 
@@ -99,8 +101,9 @@ def states_at_changes(
     """What a kill before each change of files below `folder` would leave of it, in that order.
 
     `work`, of one thread at a time, runs once, in a process of its own that has ended when this
-    returns. Each state is a copy of the folder below `copies`; one that equals the state before it
-    is left out.
+    returns. Each state is a copy of the folder below `copies`. One that equals the state before it
+    is left out; so are, of states that differ from the ones before them in files of the same names
+    but for numbers (a step for each tensor, say), all but the first and the last `ALIKE`.
     """
 
     def copy(seen: int) -> None:
@@ -108,11 +111,17 @@ def states_at_changes(
 
     copies.mkdir()
     assert Forked(work, lambda: changed_files(folder, copy, changes)).end(600) == 0
-    states: list[Path] = []
+    alike: dict[frozenset[str], list[Path]] = {}
+    before: dict[str, bytes] = {}
     for state in sorted(copies.iterdir()):
-        if not states or _entries(state) != _entries(states[-1]):
-            states.append(state)
-    return states
+        entries = _entries(state)
+        differ = {name for name, content in entries.items() if before.get(name) != content}
+        differ |= before.keys() - entries.keys()
+        if differ or not alike:
+            kind = frozenset(re.sub(r"[0-9a-f]{8,}|[0-9]+", "#", name) for name in differ)
+            alike.setdefault(kind, []).append(state)
+        before = entries
+    return sorted({state for kind in alike.values() for state in (*kind[:ALIKE], *kind[-ALIKE:])})
 
 
 def restore(state: Path, folder: Path) -> None:
@@ -121,9 +130,9 @@ def restore(state: Path, folder: Path) -> None:
     state.rename(folder)
 
 
-def _entries(folder: Path) -> tuple[set[str], dict[str, bytes]]:
-    """Names of all files and folders, and the contents of the files."""
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}, tree(folder)
+def _entries(folder: Path) -> dict[str, bytes]:
+    """Contents of all files by their paths, and nothing by the paths of folders."""
+    return {str(path.relative_to(folder)): b"" for path in folder.rglob("*")} | tree(folder)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

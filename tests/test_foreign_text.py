@@ -14,10 +14,11 @@ from rich.console import Console
 import graftkit
 from graftkit.cli import show
 from graftkit.cli.distilling import print_run
+from graftkit.cli.generating import print_answers
 from graftkit.cli.interop import print_export
 from graftkit.cli.library import _print_routes, _print_scores
 from graftkit.errors import ConfigError
-from graftkit.fuse.interference import Interference, Pair, draw_interference
+from graftkit.fuse.interference import Interference, PackPair, draw_interference
 from graftkit.text import printable
 
 NASTY = "zz[/x] [bold]b :smile: \x1b]0;t\x07\x1b[2J\r\n\x85\x9b\u2028\u202eabc\x7f\ud800"
@@ -58,7 +59,7 @@ TABLES = {
         | {"relative_error_overall": 0.0, "fidelity": None}
         | {"left_out": [{"kind": NASTY, "energy_share": 0.1}]}
     ),
-    "answers": lambda: show.answers([{"pack": NASTY, "text": NASTY}] * 2),
+    "answers": lambda: print_answers([{"pack": NASTY, "text": NASTY}] * 2),
     "line": lambda: show.line(NASTY),
 }  # fmt: skip
 
@@ -109,7 +110,9 @@ def test_help_shows_its_square_brackets(said):
 def test_a_picture_takes_names_with_dollar_signs(tmp_path):
     pytest.importorskip("matplotlib")
     name = r"$\frac{$ \x1b"
-    pair = Pair(0, 1, {f"{name}.weight": Interference(1.0, 1.0, 1.0)}, {f"{name}.weight": "mlp"})
+    pair = PackPair(
+        0, 1, {f"{name}.weight": Interference(1.0, 1.0, 1.0)}, {f"{name}.weight": "mlp"}
+    )
     draw_interference([pair], [name, "$$$\x1b"], tmp_path / "i.png")
     assert (tmp_path / "i.png").stat().st_size > 0
 

@@ -23,7 +23,7 @@ from graftkit.fuse import merge_packs
 from graftkit.fuse.merge import fuse_packs
 from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
 from graftkit.outputs import claimed, own_folder
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
 SOME = (1, 13, 55)

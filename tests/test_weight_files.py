@@ -11,7 +11,7 @@ from tiny_models import build, perturb
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 
 @pytest.fixture

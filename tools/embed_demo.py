@@ -10,7 +10,7 @@ from pathlib import Path
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.demo.embedded import DATA, SKILLS
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
 TARGET_FILES = (

@@ -21,20 +21,21 @@ from graftkit.checkpoint import (
     tensor_digest,
 )
 from graftkit.compress.codecs import (
+    CodedDense,
+    CodedHybrid,
+    CodedLowRank,
     Dense,
-    Entries,
-    Factored,
-    Hybrid,
-    Layout,
     LowRankTiers,
     Precision,
     Sparse,
     Statistics,
+    TensorLayout,
     decode_delta,
     encode_matrix,
     join_payloads,
     matrices,
 )
+from graftkit.compress.exact import encode_exact
 from graftkit.compress.lowrank import Tier, eigenbasis
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import file_entry, payloads_digest
@@ -48,12 +49,11 @@ from graftkit.skillpack.manifest import (
     TunedInfo,
 )
 from graftkit.skillpack.pack import encode_file
-from graftkit.skillpack.validate import encode_exact
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 TIERS = LowRankTiers((Tier(8, 1), Tier(4, 2), Tier(2, 2)))
 LEVEL = 0.004  # about half of what a weight changes by: codes of one digit
-LOUD = 10.0  # every code is zero, and every component is dropped
+COARSE = 10.0  # every code is zero, and every component is dropped
 CONFIG = b'{"model_type": "tiny", "vocab_size": %d, "hidden_size": 16}\n'
 FILES = {  # name: (target's, tuned model's)
     "config.json": (CONFIG % 10, CONFIG % 13),
@@ -62,27 +62,27 @@ FILES = {  # name: (target's, tuned model's)
 }
 
 # name: (dtype, shape, kind, layout, precision); None is codec `exact`, "zero" is unchanged.
-TENSORS: dict[str, tuple[str, tuple[int, ...], str, Layout, Precision | str | None]] = {
+TENSORS: dict[str, tuple[str, tuple[int, ...], str, TensorLayout, Precision | str | None]] = {
     "embed.weight": ("BF16", (10, 16), "embedding", "matrix", Dense(4)),
     "h.0.attn.q.weight": ("BF16", (24, 20), "attention", "matrix", TIERS),
     "h.0.attn.v.weight": ("BF16", (5, 150), "attention", "matrix", Dense(3)),
     "h.0.conv.weight": ("F32", (4, 3, 2), "other", "matrix", Dense(8)),
     "h.0.experts.down": ("BF16", (2, 12, 16), "mlp", "stack", TIERS),
     "h.0.experts.up": ("F16", (2, 16, 12), "mlp", "stack_transposed", Dense(5)),
-    "h.0.gate.weight": ("BF16", (6, 12), "router", "matrix", Factored(2, LOUD)),
+    "h.0.gate.weight": ("BF16", (6, 12), "router", "matrix", CodedLowRank(2, COARSE)),
     "h.0.mlp.weight": ("F16", (20, 24), "mlp", "transposed", TIERS),
     "h.0.norm.weight": ("BF16", (16,), "norm", "matrix", None),
     "h.0.position_ids": ("I64", (1, 6), "other", "matrix", "zero"),
-    "h.1.attn.k.weight": ("BF16", (18, 20), "attention", "matrix", Entries(LEVEL)),
-    "h.1.attn.o.weight": ("BF16", (20, 24), "attention", "matrix", Hybrid(2, LEVEL)),
-    "h.1.attn.q.weight": ("BF16", (24, 20), "attention", "matrix", Factored(6, LEVEL)),
-    "h.1.attn.v.weight": ("F32", (5, 150), "attention", "matrix", Entries(LEVEL)),
-    "h.1.experts.down": ("BF16", (2, 12, 16), "mlp", "stack", Factored(5, LEVEL)),
-    "h.1.experts.up": ("F16", (3, 16, 12), "mlp", "stack_transposed", Entries(LEVEL)),
+    "h.1.attn.k.weight": ("BF16", (18, 20), "attention", "matrix", CodedDense(LEVEL)),
+    "h.1.attn.o.weight": ("BF16", (20, 24), "attention", "matrix", CodedHybrid(2, LEVEL)),
+    "h.1.attn.q.weight": ("BF16", (24, 20), "attention", "matrix", CodedLowRank(6, LEVEL)),
+    "h.1.attn.v.weight": ("F32", (5, 150), "attention", "matrix", CodedDense(LEVEL)),
+    "h.1.experts.down": ("BF16", (2, 12, 16), "mlp", "stack", CodedLowRank(5, LEVEL)),
+    "h.1.experts.up": ("F16", (3, 16, 12), "mlp", "stack_transposed", CodedDense(LEVEL)),
     "h.1.mlp.weight": ("F32", (12, 12), "mlp", "matrix", None),
     "h.1.norm.weight": ("F32", (16,), "norm", "matrix", "zero"),
-    "h.2.attn.o.weight": ("F16", (12, 14), "attention", "transposed", Hybrid(2, LEVEL)),
-    "h.2.attn.q.weight": ("F16", (14, 12), "attention", "transposed", Factored(6, LEVEL)),
+    "h.2.attn.o.weight": ("F16", (12, 14), "attention", "transposed", CodedHybrid(2, LEVEL)),
+    "h.2.attn.q.weight": ("F16", (14, 12), "attention", "transposed", CodedLowRank(6, LEVEL)),
     "lookup.weight": ("BF16", (30, 16), "embedding", "matrix", Sparse(130)),
     "rare.weight": ("BF16", (8, 64), "embedding", "matrix", Sparse(6)),
     "vocabulary.bias": ("BF16", (12,), "bias", "matrix", None),
@@ -112,14 +112,14 @@ def make_states(seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def covariance(columns: int) -> Tensor:
-    """Seeded H of inputs of which some are far louder than others, (columns, columns)."""
+    """Seeded H of inputs of which some have a far larger norm than others, (columns, columns)."""
     generator = torch.Generator().manual_seed(columns)
     inputs = torch.randn((4 * columns, columns), generator=generator)
     inputs *= torch.linspace(-2, 2, columns).exp()
     return inputs.T @ inputs / len(inputs)
 
 
-def encode_delta(name: str, delta: Tensor, layout: Layout, precision: Precision) -> bytes:
+def encode_delta(name: str, delta: Tensor, layout: TensorLayout, precision: Precision) -> bytes:
     """Payload of the common rows, calibrated where the table says so."""
     parts = []
     for part in matrices(delta, layout):

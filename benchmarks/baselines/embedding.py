@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from graftkit.compress import lowrank, sparse
+from graftkit.compress import entries, lowrank
 from graftkit.compress.codecs import (
     LowRankTiers,
     Precision,
@@ -15,7 +15,7 @@ from graftkit.compress.codecs import (
     encode_matrix,
     payload_bytes,
 )
-from graftkit.skillpack.validate import decode_exact, encode_exact
+from graftkit.compress.exact import decode_exact, encode_exact
 
 _CODECS = ("sparse", "lowrank", "exact")
 
@@ -55,7 +55,7 @@ def _candidates(before: Tensor, after: Tensor, delta: Tensor, room: int) -> Iter
     if len(exact) <= room:
         yield bytes([_CODECS.index("exact")]) + exact
         return
-    kept = _most(delta.numel(), lambda count: sparse.payload_bytes(shape, count) <= room)
+    kept = _most(delta.numel(), lambda count: entries.sparse_bytes(shape, count) <= room)
     if kept:
         yield _encoded(delta, Sparse(kept), Statistics())
     statistics: Statistics | None = None

@@ -14,7 +14,7 @@ from baselines.coded_embedding import decode_best, encode_best
 from baselines.problem import Pair, Problem
 from baselines.protocol import EMBEDDING_SHARES, UnreachableError
 from graftkit.errors import BudgetError
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
 _LENGTH = struct.Struct("<I")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from baselines.embedding import decode_embedding
 from baselines.problem import Problem, TargetSide
-from graftkit.skillpack.validate import decode_exact, encode_exact
+from graftkit.compress.exact import decode_exact, encode_exact
 
 EMBEDDING_SHARES = (0.0, 0.05, 0.15, 0.30, 0.50, 0.70)
 """Shares of the room that the embedding may get; the best on the calibration rows wins."""

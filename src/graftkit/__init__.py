@@ -9,8 +9,6 @@ with graftkit.attached(model, graftkit.SkillPack.load("math.skillpack")):
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from graftkit.config import VERSION as __version__
-
 if TYPE_CHECKING:
     from graftkit.attachment import Attachment, attach, attached, detach
     from graftkit.distill.config import DistillConfig
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from graftkit.fuse.sequential import fuse_in_turn, merge_in_turn
     from graftkit.interop import export_lora, import_lora
     from graftkit.library import Library
-    from graftkit.packing import pack_delta
+    from graftkit.pack import pack_delta
     from graftkit.skillpack import SkillPack
     from graftkit.vision.graft import GraftSettings, graft
     from graftkit.vision.predict import Predictor
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 
 # In pipeline order. Each is imported when it is first used: `import graftkit` stays quick.
 _PUBLIC = {
-    "pack_delta": "graftkit.packing",
+    "pack_delta": "graftkit.pack",
     "SkillPack": "graftkit.skillpack",
     "attach": "graftkit.attachment",
     "detach": "graftkit.attachment",
@@ -80,6 +78,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("graftkit.config").VERSION
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'graftkit' has no attribute {name!r}")

@@ -11,8 +11,7 @@ those of Lopez-Paz and Ranzato (arXiv 1706.08840), who call the average ACC.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
@@ -28,6 +27,7 @@ from graftkit.attachment import attached
 from graftkit.attachment.target import tuned_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, ConfigError, RowsError
+from graftkit.generate import generate_greedy
 from graftkit.models.encoding import (
     context_length,
     pad_id,
@@ -188,14 +188,13 @@ def exact_match(
     _check_prompts(rows, encoded)
     lengths = [len(ids) + SLACK_TOKENS for ids, _ in encoded]
     matched = done = 0
-    with torch.no_grad(), _plain_generation(model) as stops:
-        stops = sorted({*stops, tokenizer.eos_token_id} - {None})
-        for batch in batches_by_length(lengths, BATCH_TOKENS):
-            chosen = [(rows[index], *encoded[index]) for index in batch]
-            matched += sum(_generate(model, tokenizer, chosen, stops, limit))
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(rows))
+    stops = _end_tokens(model, tokenizer)
+    for batch in batches_by_length(lengths, BATCH_TOKENS):
+        chosen = [(rows[index], *encoded[index]) for index in batch]
+        matched += sum(_match_rows(model, tokenizer, chosen, stops, limit))
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(rows))
     return matched / len(rows)
 
 
@@ -277,24 +276,10 @@ def _divergence(p: Tensor, q: Tensor) -> tuple[np.ndarray, int]:
     return divergence.double().numpy(), same
 
 
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[list[int]]:
-    """Without the model's own sampling settings, which `generate` would add to ours.
-
-    Yields: the tokens that end a generation by these settings.
-    """
-    own = model.generation_config
-    model.generation_config = _generation_config()
-    stops = own.eos_token_id
-    try:
-        yield stops if isinstance(stops, list) else [stops]
-    finally:
-        model.generation_config = own
-
-
-def _generation_config(**options: Any) -> Any:
-    config: Any = GenerationConfig  # its constructor carries no types
-    return config(**options)
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a generation, by the model's settings and by its tokenizer."""
+    own = model.generation_config.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
 
 
 class _Answers:
@@ -308,18 +293,19 @@ class _Answers:
 
     def __call__(self, ids: Tensor, scores: Any, **options: Any) -> Tensor:
         """Rows of which no continuation can become the completion: a StoppingCriteria."""
-        pairs = zip(self.texts(ids), self.expected, strict=True)
+        pairs = zip(self.texts(ids[:, self.start :]), self.expected, strict=True)
         # A character of several tokens reads as U+FFFD until its last byte is there.
         return torch.tensor([not goal.startswith(text.rstrip("\ufffd")) for text, goal in pairs])
 
-    def matches(self, ids: Tensor) -> list[bool]:
-        """Whether each row, prompt and generation, ended up as its completion."""
-        return [text == goal for text, goal in zip(self.texts(ids), self.expected, strict=True)]
+    def matches(self, generated: Tensor) -> list[bool]:
+        """Whether the new tokens of each row spell its completion."""
+        texts = self.texts(generated)
+        return [text == goal for text, goal in zip(texts, self.expected, strict=True)]
 
-    def texts(self, ids: Tensor) -> list[str]:
+    def texts(self, generated: Tensor) -> list[str]:
         """What was generated, without blanks around it; without EOS only the lines that count."""
         texts = self.tokenizer.batch_decode(
-            ids[:, self.start :], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            generated, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return [self._trim(text, goal) for text, goal in zip(texts, self.expected, strict=True)]
 
@@ -328,7 +314,7 @@ class _Answers:
         return text if self.stops else "\n".join(text.split("\n")[: goal.count("\n") + 1]).strip()
 
 
-def _generate(
+def _match_rows(
     model: Any,
     tokenizer: Any,
     batch: Sequence[tuple[Row, list[int], int]],
@@ -337,27 +323,31 @@ def _generate(
 ) -> list[bool]:
     """Whether greedy generation answers each row; batch: row, its ids, start of the completion."""
     prompts = [ids[:start] for _, ids, start in batch]
-    ids, mask = pad_batch(prompts, pad_id(tokenizer), left=True)
+    width = max(map(len, prompts))
     longest = max(len(ids) - start for _, ids, start in batch)
-    room = longest + SLACK_TOKENS if limit is None else limit - ids.shape[1]
+    room = longest + SLACK_TOKENS if limit is None else limit - width
     if room < longest and len(batch) > 1:
         # Together a long prompt and a long completion would leave the context; alone they fit.
         return [
-            match for row in batch for match in _generate(model, tokenizer, [row], stops, limit)
+            match for row in batch for match in _match_rows(model, tokenizer, [row], stops, limit)
         ]
-    completions = [row.completion for row, _, _ in batch]
-    answers = _Answers(tokenizer, completions, ids.shape[1], bool(stops))
-    config = _generation_config(
-        max_new_tokens=min(longest + SLACK_TOKENS, room),
-        do_sample=False,
+    answers = _Answers(tokenizer, [row.completion for row, _, _ in batch], width, bool(stops))
+    generated = generate_greedy(
+        model,
+        tokenizer,
+        prompts,
+        min(longest + SLACK_TOKENS, room),
         eos_token_id=stops or None,
-        pad_token_id=pad_id(tokenizer),
-        use_cache=True,
+        # Without the model's own penalties, so that every model is measured alike.
+        settings=_plain_settings(),
+        stopping_criteria=[answers],
     )
-    output = model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=config, stopping_criteria=[answers]
-    )
-    return answers.matches(output)
+    return answers.matches(generated)
+
+
+def _plain_settings() -> Any:
+    config: Any = GenerationConfig  # its constructor carries no types
+    return config(use_cache=True)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError
 from graftkit.fuse.merge import merge_packs
 from graftkit.models.configuration import computing_keys, tuned_config
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
 CHANGES = {

@@ -11,7 +11,7 @@ from graftkit.attachment.rows import choose_rows, put, take
 from graftkit.attachment.side import SidePaths
 from graftkit.errors import AttachError
 from graftkit.models import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 
 def test_a_real_low_rank_pack_runs_by_its_factors(tmp_path):

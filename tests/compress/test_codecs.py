@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.compress.codecs import (
+    CodedDense,
+    CodedHybrid,
+    CodedLowRank,
     Dense,
-    Entries,
-    Factored,
-    Hybrid,
     LowRankTiers,
     Sparse,
     Statistics,
@@ -32,7 +32,7 @@ STORED = st.one_of(
     st.tuples(st.sampled_from(["stack", "stack_transposed"]), st.tuples(EXTENT, EXTENT, EXTENT)),
 )
 FIXED = [Zero(), Sparse(3), Dense(5), LowRankTiers((Tier(8, 1), Tier(4, 2)))]
-PRECISIONS = [*FIXED, Factored(6, 0.5), Entries(0.5), Hybrid(2, 0.5)]
+PRECISIONS = [*FIXED, CodedLowRank(6, 0.5), CodedDense(0.5), CodedHybrid(2, 0.5)]
 
 
 @given(STORED)

@@ -7,7 +7,7 @@ from compress.test_quantize import gaussian
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftkit.compress.allocate import bits_per_unit, coding
+from graftkit.compress.allocate import bits_per_unit, gaussian_rate_distortion
 from graftkit.compress.coded import (
     decode_entries,
     decode_hybrid,
@@ -17,7 +17,7 @@ from graftkit.compress.coded import (
     load_factors,
     store_factors,
 )
-from graftkit.compress.codes import LARGEST_CODE
+from graftkit.compress.entropy import LARGEST_CODE
 from graftkit.compress.lowrank import eigenbasis, leading_rows
 from graftkit.compress.quantize import cholesky, feedback_codes, round_codes
 from graftkit.errors import CorruptPackError
@@ -143,46 +143,46 @@ def test_rates_are_those_of_a_gaussian(ratio):
     values = gaussian(400, 1000).double() * ratio
     codes = round_codes(values)
     counts = np.unique(codes.numpy(), return_counts=True)[1] / codes.numel()
-    bits, expected_error = coding(np.array(ratio))
+    bits, expected_error = gaussian_rate_distortion(np.array(ratio))
     assert float(bits) == pytest.approx(-(counts * np.log2(counts)).sum(), rel=0.02, abs=0.002)
     error = float((values - codes).square().mean())
     assert float(expected_error) == pytest.approx(error, rel=0.02)
 
 
 def test_a_unit_costs_what_a_geometric_code_pays_for_it():
-    chance = 0.3
+    ratio = 0.3
     generator = np.random.default_rng(0)
-    size = generator.geometric(1 - chance, (2000, 500)) - 1
+    size = generator.geometric(1 - ratio, (2000, 500)) - 1
     # Two-sided: P(k) is in proportion to t^|k|, so that 0 is half as likely beside |k| > 0.
     kept = (size > 0) | (generator.random(size.shape) < 0.5)
     codes = torch.from_numpy(np.where(kept, size, 0)).float()
-    mean = 2 * chance / (1 - chance**2)
+    mean = 2 * ratio / (1 - ratio**2)
     codes *= mean / codes.mean()
-    price = bits_per_unit(codes)
-    assert float(price.mean()) == pytest.approx(-np.log2(chance), rel=0.01)
+    bits = bits_per_unit(codes)
+    assert float(bits.mean()) == pytest.approx(-np.log2(ratio), rel=0.01)
 
 
-def test_units_are_dear_where_a_row_and_a_column_are_quiet():
+def test_a_unit_takes_more_bits_where_the_codes_of_its_row_and_column_are_small():
     codes = torch.zeros(4, 8)
     codes[0], codes[1, 0] = 5.0, 1.0
-    price = bits_per_unit(codes)
-    assert price[0].max() < price[1].min()
-    assert price[1, 0] < price[1, 1]
-    assert price.min() > 0
+    bits = bits_per_unit(codes)
+    assert bits[0].max() < bits[1].min()
+    assert bits[1, 0] < bits[1, 1]
+    assert bits.min() > 0
     assert torch.isfinite(bits_per_unit(torch.zeros(2, 3))).all()
 
 
-def test_a_component_louder_than_codes_can_say_leaves_the_others_as_fine_as_they_were():
+def test_a_component_too_large_for_codes_leaves_the_steps_of_the_others_as_they_were():
     generator = torch.Generator().manual_seed(0)
     left = torch.linalg.qr(torch.randn(60, 4, generator=generator))[0]
     right = torch.linalg.qr(torch.randn(40, 4, generator=generator))[0].T
-    loud, quiet = 1e3 * left[:, :1] @ right[:1], left[:, 1:] @ right[1:]
-    delta = (loud + quiet).float()
-    rows = (left.T.double() @ (loud + quiet).double()).float()
+    large, small = 1e3 * left[:, :1] @ right[:1], left[:, 1:] @ right[1:]
+    delta = (large + small).float()
+    rows = (left.T.double() @ (large + small).double()).float()
     coded = encode_factors(delta, rows, None, 1e-3)
     assert max(int(coded.left.abs().max()), int(coded.right.abs().max())) <= LARGEST_CODE
     found, wanted = (part.double() for part in (coded.factors()[0] @ coded.factors()[1], delta))
     beside = torch.eye(60).double() - left[:, :1].double() @ left[:, :1].T.double()
-    error = (beside @ (found - wanted)).norm() / quiet.norm()
+    error = (beside @ (found - wanted)).norm() / small.norm()
     assert (found - wanted).norm() < 1e-3 * wanted.norm()
-    assert error < 0.3  # cut off, the loud one alone would leave a hundred times the quiet ones
+    assert error < 0.3  # clamped, the large one alone would leave a hundred times the small ones

@@ -145,10 +145,10 @@ def test_a_typical_delta_is_a_fifth_smaller_than_lzma_of_xor_byte_planes():
 
 def test_rows_that_changed_little_cost_little():
     tuned, target = tuned_and_target(1 << 17, change=1e-3)
-    quiet, _ = tuned_and_target(1 << 17, change=1e-5)
+    small, _ = tuned_and_target(1 << 17, change=1e-5)
     rows = np.arange(tuned.size) // 512 % 2 == 1
-    mixed = np.where(rows, tuned, quiet)
-    halves = (bits_per_parameter(tuned, target) + bits_per_parameter(quiet, target)) / 2
+    mixed = np.where(rows, tuned, small)
+    halves = (bits_per_parameter(tuned, target) + bits_per_parameter(small, target)) / 2
     assert bits_per_parameter(mixed, target) < halves + 0.05
 
 

@@ -133,6 +133,7 @@ def test_one_line_an_answer_is_written_in_order(tmp_path):
 
 
 def test_no_samples_at_all_are_no_scores(tmp_path):
+    require_sandbox()
     assert run(tmp_path, EXACT, CODE, answers=[]) == []
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, lossless_pack, perturb, save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
 SKILLS = 3

@@ -45,7 +45,7 @@ def test_a_search_prints_its_weights_and_merges_with_them(
     run, skills, files, rows, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "graftkit.cli.fusing.search_weights", partial(search_weights, evaluations=6)
+        "graftkit.fuse.search.search_weights", partial(search_weights, evaluations=6)
     )
     options = ("--method", "linear", "--search", rows)
     code, out, _ = run("merge", skills.target, *files, "-o", tmp_path / "cli", *options, "--json")

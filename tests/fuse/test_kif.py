@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import RowsError
-from graftkit.fuse.continual import RETENTION, Kif, Skill, energy, new_share, normalized
+from graftkit.fuse.continual import RETENTION, Kif, TaskDelta, energy, new_share, normalized
 from graftkit.fuse.search import measure_importances
 from graftkit.models import load_model
 from graftkit.models.encoding import usable_tokenizer
@@ -46,11 +46,11 @@ def test_equal_importances_are_all_or_nothing():
 def test_a_vector_does_not_set_the_scale_of_matrices():
     rule = Kif()
     rule.add(
-        Skill({"norm": torch.full((3,), 100.0), "a": torch.ones(2, 2), "b": torch.zeros(2, 2)})
+        TaskDelta({"norm": torch.full((3,), 100.0), "a": torch.ones(2, 2), "b": torch.zeros(2, 2)})
     )
     assert rule.statistics == {"norm": 1, "a": 1, "b": 0}
     rule.add(
-        Skill({"norm": torch.full((3,), 100.0), "b": torch.ones(2, 2), "a": torch.zeros(2, 2)})
+        TaskDelta({"norm": torch.full((3,), 100.0), "b": torch.ones(2, 2), "a": torch.zeros(2, 2)})
     )
     assert rule.statistics == {"norm": 1, "a": 1, "b": 0}
 
@@ -69,7 +69,7 @@ def test_what_matters_to_one_side_only_is_nearly_its_own():
 
 def test_a_rule_takes_its_first_pack_as_it_is():
     rule, first = Kif(), deltas(0)
-    rule.add(Skill(first))
+    rule.add(TaskDelta(first))
     for name in UNITS:
         assert torch.equal(rule.delta(name), first[name])
 
@@ -78,7 +78,7 @@ def test_a_rule_takes_its_first_pack_as_it_is():
 def test_the_same_delta_again_and_again_stays_itself(seeds, given_importances):
     rule, one = Kif(), deltas(seeds[0])
     for _ in seeds:
-        rule.add(Skill(one, importances=given_importances))
+        rule.add(TaskDelta(one, importances=given_importances))
     for name in UNITS:
         torch.testing.assert_close(rule.delta(name), one[name])
 
@@ -87,7 +87,7 @@ def test_the_same_delta_again_and_again_stays_itself(seeds, given_importances):
 def test_every_entry_lies_between_those_of_the_packs(tasks):
     rule, packs = Kif(), [deltas(seed) for seed in range(len(tasks))]
     for pack, task in zip(packs, tasks, strict=True):
-        rule.add(Skill(pack, importances=task))
+        rule.add(TaskDelta(pack, importances=task))
     for name in UNITS:
         stack = torch.stack([pack[name] for pack in packs])
         assert (rule.delta(name) <= stack.amax(dim=0) + 1e-5).all()
@@ -98,8 +98,8 @@ def test_every_entry_lies_between_those_of_the_packs(tasks):
 def test_units_are_fused_by_the_importances_of_both_sides():
     before, after = deltas(0), deltas(1)
     rule = Kif()
-    rule.add(Skill(before, importances={"a": 2.0, "b": 1.0, "c": 0.0}))
-    rule.add(Skill(after, importances={"a": 0.0, "b": 5.0, "c": 10.0}))
+    rule.add(TaskDelta(before, importances={"a": 2.0, "b": 1.0, "c": 0.0}))
+    rule.add(TaskDelta(after, importances={"a": 0.0, "b": 5.0, "c": 10.0}))
     kept = {"a": 1 - new_share(1.0, 0.0), "b": 0.5, "c": 1 - new_share(0.0, 1.0)}
     for name, share in kept.items():
         expected = share * before[name] + (1 - share) * after[name]
@@ -110,8 +110,8 @@ def test_units_are_fused_by_the_importances_of_both_sides():
 
 def test_a_unit_that_one_pack_leaves_alone_counts_as_zero_there():
     rule = Kif()
-    rule.add(Skill({"a": torch.ones(2), "b": torch.ones(2)}, importances={"a": 1.0, "b": 0.0}))
-    rule.add(Skill({"c": torch.ones(2)}, importances={"c": 1.0}))
+    rule.add(TaskDelta({"a": torch.ones(2), "b": torch.ones(2)}, importances={"a": 1.0, "b": 0.0}))
+    rule.add(TaskDelta({"c": torch.ones(2)}, importances={"c": 1.0}))
     assert rule.delta("a")[0] == pytest.approx(1 - new_share(1.0, 0.0))
     assert rule.delta("b")[0] == pytest.approx(0.5)
     assert rule.delta("c")[0] == pytest.approx(new_share(0.0, 1.0))
@@ -122,7 +122,7 @@ def test_without_rows_the_energy_per_weight_decides():
     assert energy(torch.tensor([1.0, -3.0])) == 5
     assert energy(torch.zeros(0)) == 0
     rule = Kif()
-    rule.add(Skill({"large": 3 * torch.ones(10), "small": torch.ones(1000)}))
+    rule.add(TaskDelta({"large": 3 * torch.ones(10), "small": torch.ones(1000)}))
     assert rule.statistics == {"large": 1, "small": 0}
 
 

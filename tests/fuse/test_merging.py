@@ -12,7 +12,7 @@ from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import ConfigError, OutputError, PackMismatchError
 from graftkit.fuse import merge_packs, methods
 from graftkit.fuse.methods import METHODS, Method, find_method
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -44,7 +44,7 @@ def precise(tmp_path_factory):
 def test_every_order_of_packs_gives_the_same_bytes(method, precise, tmp_path):
     target, packs = precise
     found = set()
-    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+    for order in ((0, 1, 2), (2, 0, 1)):
         folder = tmp_path / "".join(map(str, order))
         weights = [(1.0, 0.7, 0.3)[i] for i in order]
         merge_packs(target, [packs[i] for i in order], folder, weights, None, method)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graftkit.fuse.continual import TAKEN_SHARE, Opcm, Skill, project_out
+from graftkit.fuse.continual import TAKEN_SHARE, Opcm, TaskDelta, project_out
 
 LAYOUTS = {"matrix": "matrix"}
 extents = st.integers(1, 7)
@@ -80,13 +80,13 @@ def test_nothing_is_left_in_the_span_of_the_first_directions():
 def test_a_rule_takes_its_first_pack_as_it_is():
     deltas = {"matrix": drawn(0, 5, 3), "vector": drawn(1, 4)}
     rule = Opcm()
-    rule.add(Skill(deltas, LAYOUTS))
+    rule.add(TaskDelta(deltas, LAYOUTS))
     for name, delta in deltas.items():
         assert torch.equal(rule.delta(name), delta)
 
 
 def test_the_same_pack_again_changes_nothing():
-    skill = Skill({"matrix": drawn(0, 5, 3)}, LAYOUTS)
+    skill = TaskDelta({"matrix": drawn(0, 5, 3)}, LAYOUTS)
     rule = Opcm()
     rule.add(skill)
     rule.add(skill)
@@ -100,7 +100,7 @@ def test_the_merged_delta_is_as_long_as_the_packs_are_on_average(chosen):
     for place, seed in enumerate(chosen):
         deltas = {"matrix": (place + 1) * drawn(seed, 6, 4), "vector": drawn(seed + 1, 5)}
         norms.append(torch.cat([delta.flatten() for delta in deltas.values()]).norm())
-        rule.add(Skill(deltas, LAYOUTS))
+        rule.add(TaskDelta(deltas, LAYOUTS))
     merged = torch.cat([rule.delta(name).flatten() for name in ("matrix", "vector")])
     torch.testing.assert_close(merged.norm(), torch.stack(norms).mean())
 
@@ -110,7 +110,7 @@ def test_the_running_sum_is_the_recursion_of_the_paper():
     packs = [{"matrix": drawn(s, 6, 4), "vector": drawn(s + 9, 5)} for s in range(3)]
     rule, merged, factor, norms = Opcm(), None, 1.0, []
     for deltas in packs:
-        rule.add(Skill(deltas, LAYOUTS))
+        rule.add(TaskDelta(deltas, LAYOUTS))
         norms.append(torch.cat([delta.flatten() for delta in deltas.values()]).norm())
         if merged is None:
             merged = dict(deltas)
@@ -131,7 +131,7 @@ def test_what_is_no_linear_map_is_summed():
     one, two = {"embedding": drawn(0, 6, 4)}, {"embedding": drawn(1, 6, 4)}
     rule = Opcm()
     for deltas in (one, two):
-        rule.add(Skill(deltas, LAYOUTS))
+        rule.add(TaskDelta(deltas, LAYOUTS))
     torch.testing.assert_close(rule.total["embedding"], one["embedding"] + two["embedding"])
 
 
@@ -139,13 +139,13 @@ def test_every_expert_of_a_stack_is_projected_for_itself():
     one, two = drawn(0, 3, 5, 4), drawn(1, 3, 5, 4)
     rule = Opcm()
     for stack in (one, two):
-        rule.add(Skill({"experts": stack}, {"experts": "stack_transposed"}))
+        rule.add(TaskDelta({"experts": stack}, {"experts": "stack_transposed"}))
     expected = torch.stack([a + project_out(b, a) for a, b in zip(one, two, strict=True)])
     torch.testing.assert_close(rule.total["experts"], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_order_of_packs_matters():
-    skills = [Skill({"matrix": drawn(s, 6, 4)}, LAYOUTS) for s in range(2)]
+    skills = [TaskDelta({"matrix": drawn(s, 6, 4)}, LAYOUTS) for s in range(2)]
     results = []
     for order in (skills, skills[::-1]):
         rule = Opcm()
@@ -158,6 +158,6 @@ def test_the_order_of_packs_matters():
 @pytest.mark.parametrize("opposite", [False, True])
 def test_packs_that_cancel_or_are_empty_leave_the_target(opposite):
     rule = Opcm()
-    rule.add(Skill({"vector": torch.ones(3)} if opposite else {"vector": torch.zeros(3)}))
-    rule.add(Skill({"vector": -torch.ones(3)} if opposite else {"vector": torch.zeros(3)}))
+    rule.add(TaskDelta({"vector": torch.ones(3)} if opposite else {"vector": torch.zeros(3)}))
+    rule.add(TaskDelta({"vector": -torch.ones(3)} if opposite else {"vector": torch.zeros(3)}))
     assert torch.equal(rule.delta("vector"), torch.zeros(3))

@@ -6,7 +6,7 @@ import torch
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import BudgetError, ConfigError, OutputError
 from graftkit.fuse import merge_packs
-from graftkit.fuse.merge import fuse_packs, pack_digest
+from graftkit.fuse.merge import fuse_packs, manifest_digest
 from graftkit.skillpack import SkillPack
 
 
@@ -30,7 +30,7 @@ def test_a_fused_pack_keeps_its_budget_and_names_what_it_is_made_of(skills, tmp_
     assert manifest.provenance == {
         "method": "linear scaling=1",
         **{
-            f"pack {i + 1}": f"{weight} x skill-{i} ({pack_digest(skills.lossy[i])[:16]})"
+            f"pack {i + 1}": f"{weight} x skill-{i} ({manifest_digest(skills.lossy[i])[:16]})"
             for i, weight in enumerate(("1", "0.5", "0.25"))
         },
     }

@@ -12,7 +12,7 @@ from tiny_models import lossless_pack, make_pair, save_tokenizer
 
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError, RowsError
 from graftkit.fuse import merge_packs
-from graftkit.fuse.merge import open_mixture
+from graftkit.fuse.merge import open_merge
 from graftkit.fuse.search import MAX_WEIGHT, LiveLoss, minimize, search_weights
 from graftkit.models.loading import load_model
 from graftkit.rows import Row
@@ -52,14 +52,14 @@ def test_a_search_is_the_same_for_the_same_seed():
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_the_loss_of_a_mixture_is_that_of_the_merged_checkpoint(method, skills, tmp_path):
-    mixture = open_mixture(skills.target, skills.lossy, [1, 0.5, 0.25], method, {"scaling": 0.7})
+    mixture = open_merge(skills.target, skills.lossy, [1, 0.5, 0.25], method, {"scaling": 0.7})
     loss_of = LiveLoss(mixture, ROWS)
     before = loss_of.measure()
     found = loss_of(mixture.weights, 0.7)
     output = merge_packs(
         skills.target, skills.lossy, tmp_path / "m", [1, 0.5, 0.25], None, method, {"scaling": 0.7}
     )
-    merged = LiveLoss(open_mixture(skills.target, skills.lossy, None, method, None), ROWS)
+    merged = LiveLoss(open_merge(skills.target, skills.lossy, None, method, None), ROWS)
     merged._model.load_state_dict(load_model(output, torch.float32).state_dict())
     assert found == merged.measure()
     assert found != before
@@ -77,7 +77,7 @@ def test_found_weights_are_no_worse_than_the_given_ones_and_repeatable(method, s
     assert found.evaluations == len(steps) <= 12
     assert len(found.weights) == 3
     assert (found.scaling == 1) == (method == "task_arithmetic")
-    mixture = open_mixture(skills.target, skills.lossy, found.weights, method, None)
+    mixture = open_merge(skills.target, skills.lossy, found.weights, method, None)
     assert LiveLoss(mixture, ROWS)(found.weights, found.scaling) == found.loss
     assert search_weights(skills.target, skills.lossy, ROWS, **options) == found
 
@@ -85,7 +85,7 @@ def test_found_weights_are_no_worse_than_the_given_ones_and_repeatable(method, s
 def test_a_search_finds_the_pack_that_the_rows_were_made_with(skills, tmp_path):
     """Rows whose completions the first tuned model generates are best answered by its pack."""
     model = load_model(skills.tuned[0], torch.float32)
-    mixture = open_mixture(skills.target, skills.exact, [0, 0, 0], "task_arithmetic", None)
+    mixture = open_merge(skills.target, skills.exact, [0, 0, 0], "task_arithmetic", None)
     tokenizer = LiveLoss(mixture, ROWS)._tokenizer
     rows = []
     for letter in "abcdefgh":
@@ -150,8 +150,8 @@ def test_every_architecture_can_be_searched(architecture, tmp_path):
     for folder in (target, tuned):
         save_tokenizer(folder)
     pack = lossless_pack(target, tuned)
-    loss_of = LiveLoss(open_mixture(target, pack, None, "linear", None), ROWS)
-    alone = LiveLoss(open_mixture(tuned, pack_of_nothing(tuned), None, "linear", None), ROWS)
+    loss_of = LiveLoss(open_merge(target, pack, None, "linear", None), ROWS)
+    alone = LiveLoss(open_merge(tuned, pack_of_nothing(tuned), None, "linear", None), ROWS)
     assert loss_of([1.0], 1.0) == pytest.approx(alone.measure(), rel=1e-5)
     assert loss_of([1.0], 0.0) != pytest.approx(alone.measure(), rel=1e-3)
 

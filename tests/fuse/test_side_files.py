@@ -8,7 +8,7 @@ import pytest
 import torch
 from commands import run
 from safetensors.torch import load_file
-from tiny_models import build, lossless_pack, make_pair, perturb
+from tiny_models import architectures, build, lossless_pack, make_pair, perturb
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, CorruptPackError, PackMismatchError
@@ -155,7 +155,7 @@ def test_the_targets_card_says_what_the_folder_is(pair, tmp_path):
     assert with_note(b"no metadata", "note") == b"\n> note\n\nno metadata"
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+@pytest.mark.parametrize("architecture", architectures(["gpt2", "llama"], quick=("llama",)))
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_config_json_says_the_dtype_of_the_tensors(tmp_path, architecture, key):
     model = build(architecture, torch.bfloat16)

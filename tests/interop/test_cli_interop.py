@@ -32,7 +32,7 @@ def test_an_adapter_becomes_a_pack_that_is_verified_and_used(tmp_path, models, c
     assert run("inspect", file) == 0
     assert run("generate", target, "--pack", file, "--prompt", "abc", "--max-new-tokens", 3) == 0
     assert run("import-lora", target, adapter, "-o", file, "--force") == 0
-    assert "2 matrices by their factors, 1 tensors exactly" in capsys.readouterr().out
+    assert "2 matrices by their factors, 1 tensor exactly" in capsys.readouterr().out
 
 
 def test_a_pack_becomes_an_adapter_with_its_loss_on_rows(tmp_path, models, capsys):

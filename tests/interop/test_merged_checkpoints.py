@@ -9,7 +9,7 @@ from tiny_models import build, lossless_pack, perturb
 
 from graftkit.fuse import merge_packs
 from graftkit.models import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 
 
 def merged_checkpoint(folder, architecture, shards=3):

@@ -16,7 +16,7 @@ from interop.adapters import (
 )
 from safetensors.torch import save_file
 from skillpack.forge import ROOT
-from tiny_models import ARCHITECTURES, build, save_tokenizer
+from tiny_models import ARCHITECTURES, DIFFERENT, architectures, build, save_tokenizer
 
 from graftkit.attachment import attached
 from graftkit.attachment.modules import LowRankUpdate
@@ -72,7 +72,10 @@ CASES |= {
 CASES |= {f"tied, {name}": ("llama_tied", options) for name, options in TIED_CASES.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = {*CASES} - {*ARCHITECTURES} | {*DIFFERENT}
+
+
+@pytest.mark.parametrize("case", architectures(CASES, quick=QUICK))
 def test_target_and_pack_answer_as_peft_does(tmp_path, case):
     architecture, options = CASES[case]
     target, adapter = make_adapter(tmp_path, architecture, **options)
@@ -87,7 +90,10 @@ def test_target_and_pack_answer_as_peft_does(tmp_path, case):
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "bert"])
+@pytest.mark.parametrize(
+    "architecture",
+    architectures(["llama", "gpt2", "gpt_neox", "bert"], quick=("gpt2", "gpt_neox")),
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_weights_are_those_of_peft_within_rounding(tmp_path, architecture, dtype):
     target, adapter = make_adapter(tmp_path, architecture, dtype)

@@ -12,7 +12,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.library import Library
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route.centroid import fit_key
 
 NAMES = ("digits", "upper", "lower")

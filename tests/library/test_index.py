@@ -6,13 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftkit.errors import ConfigError, LibraryError
-from graftkit.library.folder import Entry, Index, LibraryTarget, check_name, file_of
+from graftkit.library.folder import LibraryIndex, LibraryTarget, PackEntry, check_name, file_of
 
 TARGET = LibraryTarget(reference="base", fingerprint="0" * 64, config_blake3="1" * 64)
 WHEN = datetime(2026, 11, 23, 4, 5, 6, tzinfo=UTC)
 
 
-def entry(name: str = "math", version: int = 1, digest: str = "a" * 64, **changes) -> Entry:
+def entry(name: str = "math", version: int = 1, digest: str = "a" * 64, **changes) -> PackEntry:
     values = {
         "name": name,
         "version": version,
@@ -22,11 +22,11 @@ def entry(name: str = "math", version: int = 1, digest: str = "a" * 64, **change
         "added": WHEN,
         "has_key": True,
     }
-    return Entry(**{**values, **changes})
+    return PackEntry(**{**values, **changes})
 
 
-def index_of(*entries: Entry) -> Index:
-    return Index(format=1, target=TARGET, pack=entries)
+def index_of(*entries: PackEntry) -> LibraryIndex:
+    return LibraryIndex(format=1, target=TARGET, pack=entries)
 
 
 def digest(start: str) -> str:
@@ -46,7 +46,7 @@ indices = st.lists(
 
 @given(indices)
 def test_what_is_written_is_read_again(index):
-    assert Index.parse(index.to_toml(), "library.toml") == index
+    assert LibraryIndex.parse(index.to_toml(), "library.toml") == index
 
 
 @given(indices)
@@ -139,27 +139,27 @@ def test_a_damaged_list_is_refused_and_the_fault_is_named(case):
     old, new, message = DAMAGED[case]
     assert old in GOOD
     with pytest.raises(LibraryError, match=f"^library.toml: .*{re.escape(message)}"):
-        Index.parse(GOOD.replace(old, new), "library.toml")
+        LibraryIndex.parse(GOOD.replace(old, new), "library.toml")
 
 
 def test_two_packs_of_one_name_and_version_are_refused():
     twice = index_of(entry(digest=digest("1")), entry(digest=digest("2")))
     with pytest.raises(LibraryError, match="math@1 is listed twice"):
-        Index.parse(twice.to_toml(), "library.toml")
+        LibraryIndex.parse(twice.to_toml(), "library.toml")
 
 
 def test_one_digest_under_two_names_is_refused():
     twice = index_of(entry("a"), entry("b"))
     with pytest.raises(LibraryError, match="aaaa is listed twice"):
-        Index.parse(twice.to_toml(), "library.toml")
+        LibraryIndex.parse(twice.to_toml(), "library.toml")
 
 
 def test_a_listed_pack_called_target_is_refused():
     with pytest.raises(LibraryError, match="a pack is called target"):
-        Index.parse(index_of(entry("target")).to_toml(), "library.toml")
+        LibraryIndex.parse(index_of(entry("target")).to_toml(), "library.toml")
 
 
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused_plainly(text):
     with pytest.raises(LibraryError, match=r"^library\.toml: "):
-        Index.parse(text, "library.toml")
+        LibraryIndex.parse(text, "library.toml")

@@ -9,7 +9,8 @@ from tiny_models import make_pair, save_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress.coded import load_factors
 from graftkit.errors import ConfigError
-from graftkit.packing import pack_delta, pairs
+from graftkit.pack import pack_delta
+from graftkit.packing import pairs
 from graftkit.skillpack import SkillPack
 
 LETTERS = "abcdefghij"

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import one_layer_llama
 
 from graftkit.compress.allocate import output_energy
 from graftkit.compress.codecs import (
-    Entries,
-    Factored,
-    Hybrid,
+    CodedDense,
+    CodedHybrid,
+    CodedLowRank,
     LowRankTiers,
     Statistics,
     decode_matrix,
@@ -25,7 +25,8 @@ from graftkit.compress.codecs import (
 from graftkit.compress.lowrank import eigenbasis, split_tiers
 from graftkit.errors import BudgetError, CheckpointError, GraftError
 from graftkit.fuse import merge_packs
-from graftkit.packing import encode, pack_delta
+from graftkit.pack import pack_delta
+from graftkit.packing import encode
 from graftkit.packing.measure import LARGEST_DELTA, SMALLEST_DELTA, is_extreme
 from graftkit.skillpack import SkillPack
 
@@ -37,6 +38,7 @@ CONFIG, SHAPES = one_layer_llama(
     vocab_size=80,
 )
 RECIPES = [("lossless", None), ("graftllm", "60%"), ("auto", "10%"), ("auto", "60%")]
+TWO, ALL = RECIPES[1:3], RECIPES
 UP = "model.layers.0.mlp.up_proj.weight"
 CHANGED = (UP, "model.layers.0.self_attn.q_proj.weight", "lm_head.weight")
 
@@ -145,33 +147,39 @@ ENDS = {torch.float32: (1e-45, 3e38), torch.bfloat16: (1e18,), torch.float16: (1
 
 
 @pytest.mark.parametrize(
-    ("scale", "dtype"),
+    ("scale", "dtype", "recipes"),
     [
-        pytest.param(scale, dtype, marks=() if scale in ENDS[dtype] else pytest.mark.slow)
-        for scale in SIZES
-        for dtype in ENDS
+        *(pytest.param(size, dtype, TWO) for dtype, sizes in ENDS.items() for size in sizes),
+        *(
+            pytest.param(size, dtype, ALL, marks=pytest.mark.slow)
+            for dtype in ENDS
+            for size in SIZES
+        ),
     ],
-    ids=str,
 )
-def test_every_size_of_delta_is_packed_soundly(dtype, scale, tmp_path):
+def test_every_size_of_delta_is_packed_soundly(dtype, scale, recipes, tmp_path):
     target, tuned = states(tmp_path, dtype, gaussian, min(scale, torch.finfo(dtype).max))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for recipe, budget in RECIPES:
+        for recipe, budget in recipes:
             check_sound(tmp_path, pack_or_least(tmp_path, recipe, budget), target, tuned)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
-@pytest.mark.parametrize("weight", [pytest.param(0.0, marks=pytest.mark.slow), 0.05])
-def test_every_form_of_delta_is_packed_soundly(form, weight, tmp_path):
+@pytest.mark.parametrize(
+    ("weight", "recipes"),
+    [(0.05, TWO), *(pytest.param(weight, ALL, marks=pytest.mark.slow) for weight in (0.0, 0.05))],
+)
+def test_every_form_of_delta_is_packed_soundly(form, weight, recipes, tmp_path):
     target, tuned = states(tmp_path, torch.float32, form, 0.01, weight)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for recipe, budget in RECIPES:
+        for recipe, budget in recipes:
             check_sound(tmp_path, pack_or_least(tmp_path, recipe, budget), target, tuned)
 
 
 @pytest.mark.slow
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     form=st.sampled_from(FORMS),
@@ -290,9 +298,9 @@ def test_any_matrix_in_range_decodes_to_finite_numbers(shape, form, exponent, ca
     level, rank = share * float(delta.abs().max()), min(shape)
     statistics = Statistics(covariance, basis)
     precisions = {
-        "dense": Entries(level),
-        "lowrank": Factored(rank, level),
-        "hybrid": Hybrid(rank, level),
+        "dense": CodedDense(level),
+        "lowrank": CodedLowRank(rank, level),
+        "hybrid": CodedHybrid(rank, level),
         "tiers": LowRankTiers(split_tiers(rank, (0.1, 0.9, 0.0))),
     }
     for name, precision in precisions.items():

@@ -4,10 +4,10 @@ import torch
 import transformers
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.compress.allocate import SERVABLE_SHARE, MatrixFacts, choices
-from graftkit.compress.codecs import Factored, Zero
-from graftkit.compress.codes import LARGEST_CODE
-from graftkit.packing import pack_delta
+from graftkit.compress.allocate import SERVABLE_SHARE, MatrixFacts, coding_options
+from graftkit.compress.codecs import CodedLowRank, Zero
+from graftkit.compress.entropy import LARGEST_CODE
+from graftkit.pack import pack_delta
 from graftkit.packing.budget import fit_budget
 
 
@@ -34,7 +34,7 @@ class Coder:
             return 0, 1.0
         fact = self.pack[index]
         level = precision.level * fact.weight**0.5
-        [choice] = [c for c in choices(fact, level) if c.precision.codec == precision.codec]
+        [choice] = [c for c in coding_options(fact, level) if c.precision.codec == precision.codec]
         return round(self.bias * choice.nbytes), choice.error / fact.weight / fact.energies.sum()
 
 
@@ -71,8 +71,8 @@ def test_a_delta_of_zeros_stores_nothing():
 def test_servable_packs_hold_factors_of_a_bounded_rank():
     best = fit_budget(PACK, 60_000, True, Coder(PACK, 1.0))
     for precision in best.values():
-        assert isinstance(precision, Factored | Zero)
-        if isinstance(precision, Factored):
+        assert isinstance(precision, CodedLowRank | Zero)
+        if isinstance(precision, CodedLowRank):
             assert precision.rank * 500 <= SERVABLE_SHARE * 200 * 300
 
 

@@ -14,7 +14,8 @@ from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.errors import CheckpointError
 from graftkit.fuse import merge_packs
 from graftkit.models import load_model
-from graftkit.packing import pack_delta, pairs
+from graftkit.pack import pack_delta
+from graftkit.packing import pairs
 
 EMBEDDING, UP = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
 

@@ -14,7 +14,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.evaluate import exact_match, token_fidelity
 from graftkit.models.calibration import usable_tokenizer
 from graftkit.models.loading import load_model
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.rows import read_rows
 from graftkit.skillpack import SkillPack
 
@@ -118,7 +118,7 @@ def test_side_path_and_merged_agree_on_a_real_pack(shared: Path, packed: Packed)
 _MEMORY = """
 import sys
 from graftkit.parallel import peak_rss_bytes
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 pack_delta(sys.argv[1], sys.argv[2], budget="5%", workers=2)
 print(peak_rss_bytes())
 """

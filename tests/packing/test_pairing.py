@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import build, inputs, make_pair, perturb, save_tokenizer
+from tiny_models import architectures, build, inputs, make_pair, perturb, save_tokenizer
 
 from graftkit.attachment import attached
 from graftkit.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ from graftkit.evaluate import compare
 from graftkit.fuse import merge_packs
 from graftkit.models import load_model
 from graftkit.models.aligned import align
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 
@@ -57,7 +57,9 @@ def assert_travels(target: Path, tuned: Path, folder: Path) -> SkillPack:
     return pack
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "architecture", architectures(["qwen3_moe", "mixtral"], quick=("mixtral",))
+)
 @pytest.mark.parametrize("stacked", ["target", "tuned"])
 def test_stacked_experts_pair_with_separate_ones(
     architecture: str, stacked: str, tmp_path: Path

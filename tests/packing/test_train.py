@@ -19,7 +19,7 @@ from graftkit.models import tensor_roles
 from graftkit.models.encoding import EncodedRow
 from graftkit.packing import student, train
 from graftkit.packing.student import Student
-from graftkit.packing.train import Exchange, Plan, Trained, train_codes
+from graftkit.packing.train import TokenReplacement, TrainedCodes, TrainingPlan, train_codes
 from graftkit.rows import Row
 
 RANK, STEPS = 4, 150
@@ -59,7 +59,7 @@ def stored(factors: dict[str, CodedFactors]) -> dict[str, bytes]:
     return {name: store_factors(coded) for name, coded in factors.items()}
 
 
-def loaded(result: Trained, factors: dict[str, CodedFactors]) -> dict[str, CodedFactors]:
+def loaded(result: TrainedCodes, factors: dict[str, CodedFactors]) -> dict[str, CodedFactors]:
     shapes = {n: (f.left.shape[0], f.right.shape[1]) for n, f in factors.items()}
     return {n: load_factors(memoryview(p), shapes[n]) for n, p in result.payloads.items()}
 
@@ -72,9 +72,9 @@ def trained(
     room: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     work: WorkFolder | None = None,
-) -> Trained:
+) -> TrainedCodes:
     factors = case[2] if factors is None else factors
-    plan = Plan(0, steps, nbytes(stored(factors)) if room is None else room)
+    plan = TrainingPlan(0, steps, nbytes(stored(factors)) if room is None else room)
     with TemporaryDirectory() as folder:
         kept = work or WorkFolder(Path(folder))
         return train_codes(case[0], case[1], factors, rows, plan, kept, progress)
@@ -177,7 +177,7 @@ def test_too_many_codes_are_left_alone_and_their_scales_trained(
 
 def test_only_words_of_prompts_are_exchanged_and_never_their_template() -> None:
     rows = [EncodedRow([1, 10 + i, 20 + i, 2, 90 + i], 4, False) for i in range(8)]
-    exchange = Exchange(rows, random.Random(0))
+    exchange = TokenReplacement(rows, random.Random(0))
     seen = [exchange(row) for row in rows for _ in range(50)]
     assert {(row.ids[0], row.ids[3]) for row in seen} == {(1, 2)}
     assert all(new.ids[4] == rows[i // 50].ids[4] for i, new in enumerate(seen))

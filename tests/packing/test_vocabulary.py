@@ -11,7 +11,8 @@ from graftkit.attachment import attached
 from graftkit.checkpoint import Checkpoint, tensor_digest
 from graftkit.fuse import merge_packs
 from graftkit.models.loading import load_model
-from graftkit.packing import pack_delta, pairs
+from graftkit.pack import pack_delta
+from graftkit.packing import pairs
 
 
 def save_side_files(target: Path, tuned: Path) -> None:

@@ -11,7 +11,7 @@ from tiny_models import build, save_tokenizer
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_tokenizer
 from graftkit.route import TARGET
-from graftkit.route.centroid import CentroidRouter, Reader, fit_key
+from graftkit.route.centroid import CentroidRouter, PromptReader, fit_key
 from graftkit.route.key import MAX_PROMPTS, RouterKey
 
 SKILLS = {
@@ -159,7 +159,7 @@ def test_keys_of_another_model_are_refused(model, tokenizer, keys):
 
 
 def test_a_sentence_encoder_gives_the_states_where_the_keys_name_it(model, tokenizer, keys):
-    encoder = Reader(build("bert", seed=5, scale=0.3), tokenizer, "tiny-encoder")
+    encoder = PromptReader(build("bert", seed=5, scale=0.3), tokenizer, "tiny-encoder")
     own = {
         name: fit_key(model, tokenizer, prompts_of(skill, 80, seed=0), encoder=encoder)
         for name, skill in SKILLS.items()

@@ -12,7 +12,7 @@ from graftkit.attachment import attached
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_model, load_tokenizer
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route import TARGET
 from graftkit.route import classifier as classifier_module
 from graftkit.route.classifier import (

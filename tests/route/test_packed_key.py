@@ -12,7 +12,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.cli import app
 from graftkit.errors import BudgetError, CheckpointError, RowsError
 from graftkit.models.loading import load_model, load_tokenizer
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.route.centroid import CentroidRouter, fit_key
 from graftkit.route.key import RouterKey
 from graftkit.skillpack import SkillPack

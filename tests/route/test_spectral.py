@@ -18,7 +18,7 @@ from graftkit.route import TARGET, spectral
 from graftkit.route.spectral import (
     THRESHOLD,
     Background,
-    Neutral,
+    NeutralStatistics,
     SpectralRouter,
     log_rho,
     module_inputs,
@@ -114,9 +114,9 @@ def test_the_background_is_the_mean_and_the_widest_directions():
 
 
 def test_neutral_deviations_are_never_zero():
-    neutral = Neutral.of(torch.ones(3, 2))
+    neutral = NeutralStatistics.of(torch.ones(3, 2))
     assert neutral.std > 0
-    spread = Neutral.of(torch.tensor([[0.0, 2.0], [2.0, 4.0]]))
+    spread = NeutralStatistics.of(torch.tensor([[0.0, 2.0], [2.0, 4.0]]))
     assert (spread.mean, spread.std) == (2.0, 1.0)
 
 

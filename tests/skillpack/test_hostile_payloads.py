@@ -17,7 +17,7 @@ from skillpack.forge import FOLDER, PACK, ROOT, Forgery, target_of
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress import factors
-from graftkit.compress.codes import decode_codes, encode_codes
+from graftkit.compress.entropy import decode_codes, encode_codes
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
 from graftkit.skillpack import SkillPack
 
@@ -283,7 +283,7 @@ GARBLED += [FACTORS, ENTRIES, HYBRID, STEPS, NOTHING, CODED_STACK, MULTIPLIED]
 
 
 @pytest.mark.slow
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("name", GARBLED)
 def test_garbage_under_a_correct_digest_gives_a_finite_tensor_or_a_refusal(tmp_path, name, data):

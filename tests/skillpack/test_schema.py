@@ -8,7 +8,7 @@ from skillpack.forge import PACK, ROOT, Forgery, load_tool
 from tiny_models import make_pair
 
 from graftkit.errors import CorruptPackError, PackFormatError
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.validate import parse_manifest
 

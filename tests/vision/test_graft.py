@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import run
 from torch import nn
+from transformers import ResNetConfig, ResNetModel
 from vision.pictures import write_pictures
 from vision.tiny_networks import CLASSES, SIZE, as_images, colored, tiny_donor, wide_donor
 
@@ -19,18 +20,19 @@ from graftkit.vision.baselines import (
     DONOR,
     DRAWS,
     LAST_LAYER,
+    NO_PAPER_SCION,
     PAPER_SCION,
     PRUNED,
-    RANDOM,
+    RANDOM_FEATURES,
     RANDOM_TRUNK,
     STUDENT,
 )
-from graftkit.vision.budget import Budget
-from graftkit.vision.choose import Limit, assemble
+from graftkit.vision.choose import CostBudget, CostModel, assemble, thinned_candidates
 from graftkit.vision.evaluate import measure
-from graftkit.vision.graft import NO_PAPER_SCION, GraftSettings, graft, prepare, thinned_choices
+from graftkit.vision.export import export_onnx
+from graftkit.vision.graft import GraftRun, GraftSettings, graft
 from graftkit.vision.predict import Prediction, Predictor
-from graftkit.vision.rootstock import Scion, grow
+from graftkit.vision.rootstock import Scion, fold_rootstock, grow
 from graftkit.vision.thinning import hidden_channels
 
 COUNTS = {"train": 12, "val": 6, "test": 6}
@@ -46,7 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def asked(budget: str, **other: Any) -> GraftSettings:
+def settings_for(budget: str, **other: Any) -> GraftSettings:
     return GraftSettings.checked(budget=budget, size=SIZE, **other)
 
 
@@ -60,7 +62,15 @@ def frozen(
     donor: nn.Module, data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], Path]:
     output = tmp_path_factory.mktemp("frozen")
-    return graft(donor, data, output, asked("6KB", freeze=True), cache), output
+    return graft(donor, data, output, settings_for("6KB", freeze=True), cache), output
+
+
+@pytest.fixture(scope="module")
+def compared(
+    donor: nn.Module, data: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("compared")
+    return graft(donor, data, output, settings_for("6KB", freeze=True, baselines=True), cache)
 
 
 def test_a_run_leaves_two_networks_a_page_and_its_numbers(
@@ -74,9 +84,26 @@ def test_a_run_leaves_two_networks_a_page_and_its_numbers(
     assert result["int8_bytes"] == (output / "rootstock.int8.onnx").stat().st_size
     assert set(result) >= {"val_accuracy", "test_accuracy", "val_loss", "parameters"}
     assert set(result) >= {"trunk_parameters", "macs", "p50_ms", "baselines"}
-    assert set(result["baselines"]) - {PAPER_SCION} == {LAST_LAYER, BEST_LAYER, RANDOM}
-    assert (NO_PAPER_SCION in result["warnings"]) == (PAPER_SCION not in result["baselines"])
-    assert len(result["draws"]) == DRAWS
+
+
+def test_without_the_option_no_baseline_is_trained_and_the_page_says_so(
+    frozen: tuple[dict[str, Any], Path],
+) -> None:
+    result, output = frozen
+    assert result["baselines"] == {}
+    assert result["baselines_trained"] is False
+    assert not list((output / "baselines").iterdir())
+    page = (output / "report.html").read_text()
+    assert "No baseline of its size was trained (--baselines trains them)" in page
+    assert "reduction, %" not in page
+
+
+@pytest.mark.slow
+def test_with_the_option_a_frozen_rootstock_comes_with_baselines(compared: dict[str, Any]) -> None:
+    names = set(compared["baselines"])
+    assert names - {PAPER_SCION} == {LAST_LAYER, BEST_LAYER, RANDOM_FEATURES}
+    assert (NO_PAPER_SCION in compared["warnings"]) == (PAPER_SCION not in names)
+    assert len(compared["draws"]) == DRAWS
 
 
 def test_accuracies_are_those_of_the_file_on_disk(
@@ -93,13 +120,13 @@ def test_accuracies_are_those_of_the_file_on_disk(
     assert result["test_accuracy"] > 0.8
 
 
+@pytest.mark.slow
 def test_the_lead_over_a_baseline_is_the_difference_of_accuracies_with_an_image_for_each(
-    frozen: tuple[dict[str, Any], Path],
+    compared: dict[str, Any],
 ) -> None:
-    result, _ = frozen
-    images = result["images"]["test"]
-    for baseline in result["baselines"].values():
-        difference = result["test_accuracy"] - baseline["test_accuracy"]
+    images = compared["images"]["test"]
+    for baseline in compared["baselines"].values():
+        difference = compared["test_accuracy"] - baseline["test_accuracy"]
         low, high = baseline["lead_interval"]
         assert low < baseline["lead"] < high
         assert baseline["lead"] * (images + 2) == pytest.approx(difference * images)
@@ -111,10 +138,10 @@ def test_another_run_finds_features_and_costs_in_the_cache(
 ) -> None:
     steps: list[str] = []
 
-    def report(step: str, _done: int, _total: int) -> None:
+    def progress(step: str, _done: int, _total: int) -> None:
         steps.append(step)
 
-    again = graft(donor, data, tmp_path, asked("6KB", freeze=True, baselines=False), cache, report)
+    again = graft(donor, data, tmp_path, settings_for("6KB", freeze=True), cache, progress)
     assert not {"cost of every cut", "view 0: images", "probes, layers"} & set(steps)
     assert again["test_accuracy"] == frozen[0]["test_accuracy"]
     assert (tmp_path / "rootstock.onnx").read_bytes() == (frozen[1] / "rootstock.onnx").read_bytes()
@@ -124,7 +151,7 @@ def test_another_run_finds_features_and_costs_in_the_cache(
 def test_a_fine_tuned_rootstock_comes_with_baselines_of_no_more_parameters(
     donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    result = graft(donor, data, tmp_path, asked("9KB", epochs=2), cache)
+    result = graft(donor, data, tmp_path, settings_for("9KB", epochs=2, baselines=True), cache)
     others = dict(result["baselines"])
     assert {DONOR, LAST_LAYER, RANDOM_TRUNK} <= set(others)
     assert len(result["history"]) == 2
@@ -138,7 +165,7 @@ def test_a_fine_tuned_rootstock_comes_with_baselines_of_no_more_parameters(
 def test_a_killed_fine_tuning_goes_on_to_the_same_file(
     donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    settings = asked("9KB", epochs=3, baselines=False, seed=1)
+    settings = settings_for("9KB", epochs=2, seed=1)
 
     def stop(step: str, done: int, total: int) -> None:
         if step == "fine-tuning: rootstock" and done == total:
@@ -159,7 +186,7 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_file(
 def test_the_papers_method_reads_averages_of_one_stage_with_a_hidden_layer(
     freeze: bool, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    settings = asked("60KB", method="paper", freeze=freeze, epochs=1, baselines=False)
+    settings = settings_for("60KB", method="paper", freeze=freeze, epochs=1)
     result = graft(donor, data, tmp_path, settings, cache)
     read = [row for row in result["scion"] if row["kept"]]
     assert result["rule"] == "paper"
@@ -182,16 +209,23 @@ def test_channels_that_nobody_reads_are_dropped_and_the_answers_stay() -> None:
     assert fewer == count - 10 * (8 + 1)
 
 
+@pytest.mark.parametrize(
+    "channels",
+    [
+        {0: (1, 2, 9), 3: (0, 5, 7, 20)},
+        pytest.param({0: tuple(range(16)), 1: (3,), 2: (0, 1)}, marks=pytest.mark.slow),
+    ],
+)
 def test_the_expected_bytes_of_a_file_are_close_to_its_bytes(
-    donor: nn.Module, data: Path, cache: Path, tmp_path: Path
+    channels: dict[int, tuple[int, ...]], donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    ground = prepare(donor, data, asked("6KB"), cache, lambda *_: None)
-    limit = Limit(Budget.parse("6KB"), ground.donor, CLASSES, ground.points)
-    for channels in ({0: (1, 2, 9), 3: (0, 5, 7, 20)}, {0: tuple(range(16)), 1: (3,), 2: (0, 1)}):
-        scion = Scion(max(channels) + 1, channels, ("mean", "std"))
-        rootstock = assemble(ground.donor, scion, CLASSES, nn.Linear(scion.features, 3))
-        size = measure(rootstock, ground.images, tmp_path / "one.onnx", "tiny").bytes
-        assert size <= limit.cost(scion) <= size + 1500
+    cuts = GraftRun(settings_for("6KB"), cache).prepare(donor, data)
+    model = CostModel(CostBudget.parse("6KB"), cuts.donor, CLASSES, cuts.curve)
+    scion = Scion(max(channels) + 1, channels, ("mean", "std"))
+    rootstock = assemble(cuts.donor, scion, CLASSES, nn.Linear(scion.features, 3))
+    folded = fold_rootstock(rootstock)
+    size = export_onnx(folded, tmp_path / "one.onnx", folded.size, CLASSES, "tiny")
+    assert size <= model.cost(scion) <= size + 1500
 
 
 @pytest.mark.slow
@@ -199,26 +233,25 @@ def test_the_expected_bytes_of_a_file_are_close_to_its_bytes(
 def test_a_cut_that_does_not_fit_whole_is_thinned_until_it_does(
     budget: str, data: Path, tmp_path: Path
 ) -> None:
-    ground = prepare(
-        nn.Sequential(*wide_donor().layers), data, asked(budget), tmp_path, lambda *_: None
-    )
-    limit = Limit(Budget.parse(budget), ground.donor, CLASSES, ground.points)
-    found = thinned_choices(ground, limit, lambda *_: None)
-    assert [choice.scion.cut for _, choice in found] == [3]
-    for donor, choice in found:
-        assert not limit.fits(choice.scion)
-        rootstock = assemble(donor, choice.scion, CLASSES, choice.probe.head())
-        measured = measure(rootstock, ground.images, tmp_path / "one.onnx", "wide")
-        cost = {"bytes": measured.bytes, "macs": measured.macs}[limit.budget.kind]
-        assert cost <= limit.budget.amount
-        assert sum(hidden_channels(donor)) < sum(hidden_channels(ground.donor))
+    run = GraftRun(settings_for(budget), tmp_path)
+    cuts = run.prepare(nn.Sequential(*wide_donor().layers), data)
+    model = CostModel(run.budget, cuts.donor, CLASSES, cuts.curve)
+    candidates = thinned_candidates(cuts, model, lambda *_: None)
+    assert [choice.scion.cut for choice in candidates] == [3]
+    for choice in candidates:
+        assert not model.fits(choice.scion)
+        rootstock = assemble(choice.donor, choice.scion, CLASSES, choice.probe.head())
+        measured = measure(rootstock, cuts.images, tmp_path / "one.onnx", "wide")
+        cost = {"bytes": measured.bytes, "macs": measured.macs}[model.budget.kind]
+        assert cost <= model.budget.amount
+        assert sum(hidden_channels(choice.donor)) < sum(hidden_channels(cuts.donor))
 
 
 @pytest.mark.slow
 def test_a_trained_rootstock_takes_the_fine_tuned_donors_layers_and_tells_what_is_left(
     data: Path, tmp_path: Path
 ) -> None:
-    settings = asked("6KB", epochs=2, baselines=False)
+    settings = settings_for("6KB", epochs=2)
     result = graft(nn.Sequential(*wide_donor().layers), data, tmp_path, settings)
     assert result["bytes"] <= 6000
     assert all(0 <= row["hidden_kept"] <= row["hidden"] for row in result["scion"])
@@ -230,7 +263,7 @@ def test_a_trained_rootstock_takes_the_fine_tuned_donors_layers_and_tells_what_i
 def test_budgets_of_every_kind_are_kept(
     budget: str, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    result = graft(donor, data, tmp_path, asked(budget, freeze=True, baselines=False), cache)
+    result = graft(donor, data, tmp_path, settings_for(budget, freeze=True), cache)
     kind = {"bytes": "bytes", "macs": "macs", "ms": "p50_ms"}[result["budget"]["kind"]]
     assert result[kind] <= result["budget"]["amount"]
 
@@ -248,21 +281,22 @@ def test_budgets_of_every_kind_are_kept(
 def test_a_budget_that_nothing_meets_names_the_smallest_that_can(
     budget: str, unit: str, method: str, donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:
-    plain: dict[str, Any] = {"method": method, "freeze": True, "baselines": False}
+    plain: dict[str, Any] = {"method": method, "freeze": True}
     with pytest.raises(BudgetError, match=rf"the smallest needs [\d.]+{unit}") as refused:
-        graft(donor, data, tmp_path, asked(budget, **plain), cache)
+        graft(donor, data, tmp_path, settings_for(budget, **plain), cache)
     least = re.search(rf"[\d.]+{unit}", str(refused.value))
     assert least is not None
     if unit != "ms":  # the clock may say otherwise the next time
-        assert graft(donor, data, tmp_path, asked(least[0], **plain), cache)["parameters"] > 0
+        enough = GraftRun(settings_for(least[0], **plain), cache)
+        assert enough.choose(enough.prepare(donor, data)).scion.features > 0
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="method is 'best': input should be 'auto' or 'paper'"):
-        asked("1MB", method="best")
+        settings_for("1MB", method="best")
     with pytest.raises(ConfigError, match="epochs is 0: input should be greater"):
-        asked("1MB", epochs=0)
+        settings_for("1MB", epochs=0)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(
@@ -270,7 +304,7 @@ def test_a_folder_that_cannot_be_made_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be made"):
-        graft(donor, data, tmp_path / "file", asked("6KB"))
+        graft(donor, data, tmp_path / "file", settings_for("6KB"))
 
 
 @pytest.mark.slow
@@ -280,14 +314,16 @@ def test_the_command_prints_json_or_a_table(
     data = write_pictures(tmp_path / "data", COUNTS, size=SIZE)
     (data / "train" / "daisy" / "torn.png").write_bytes(b"torn")
     donor = shared / "data" / "vision" / "mobilenet_v2_1.0_imagenet_fp16.npz"
-    words = ["vision", "graft", donor, "--data", data, "--budget", "60KB", "--freeze"]
-    words += ["--no-baselines", "--upright", "--size", "32", "--cache", tmp_path / "cache"]
-    assert run(*words, "-o", tmp_path / "a", "--json") == 0
+    words = ["--data", data, "--budget", "60KB", "--freeze", "--upright", "--size", "32"]
+    assert run("vision", "graft", donor, *words, "-o", tmp_path / "a", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["trunk_parameters"] < result["parameters"] < 15_000
-    assert run(*words, "-o", tmp_path / "b") == 0
+    small = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
+    ResNetModel(small).save_pretrained(tmp_path / "donor")
+    capsys.readouterr()
+    assert run("vision", "graft", tmp_path / "donor", *words, "-o", tmp_path / "b") == 0
     told = capsys.readouterr().out
-    assert "rootstock" in told
+    assert re.search(r"rootstock: [\d,]+ of 60,000 bytes", told)
     assert "note: 1 file left out, such as train/daisy/torn.png (not an image" in told
     assert "look at report.html" in told
 

@@ -1,6 +1,5 @@
 """Images, archives and ONNX files that would fill the memory, or are no such files at all."""
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from PIL import Image
 
 from graftkit.errors import GraftError, ImagesError, RootstockError
 from graftkit.vision.images import files
-from graftkit.vision.images.files import Archive, decode_image, list_images
+from graftkit.vision.images.files import ImageArchive, decode_image, list_images
 
 onnx = pytest.importorskip("onnx")
 predict = pytest.importorskip("graftkit.vision.predict")
@@ -94,10 +93,10 @@ def test_an_archive_with_a_huge_list_of_files_is_refused_before_it_is_read(
     if zip64:
         monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
     file = archive(tmp_path / "a.zip", 40)
-    assert len(Archive(file).names()) == 40
+    assert len(ImageArchive(file).names()) == 40
     monkeypatch.setattr(files, "DIRECTORY_LIMIT_BYTES", 1000)
     with pytest.raises(ImagesError, match=r"lists files in 2,\d\d\d bytes, more than 1,000"):
-        Archive(file)
+        ImageArchive(file)
 
 
 def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_at_that(tmp_path):
@@ -108,7 +107,7 @@ def test_a_member_that_unpacks_to_more_than_it_declares_is_cut_at_that(tmp_path)
     content = file.read_bytes().replace((10_000_000).to_bytes(4, "little"), b"\x10\0\0\0")
     file.write_bytes(content)
     with (
-        Archive(file).opened() as read,
+        ImageArchive(file).opened() as read,
         pytest.raises(ImagesError, match="cannot be unpacked: Bad CRC"),
     ):
         read("a/0.png")
@@ -310,14 +309,26 @@ def test_text_that_is_not_utf_8_is_refused_naming_the_file(tmp_path, old, new):
 def test_damage_anywhere_is_a_rootstock_or_an_error_of_ours(tmp_path):
     content, random = model().SerializeToString(), np.random.default_rng(1)
     file = tmp_path / "damaged.onnx"
+    opened, refusals = 0, []
     for _ in range(300):
         damaged = bytearray(content)
-        for place in random.integers(0, len(content), 3):
+        for place in random.integers(0, len(content), random.integers(1, 4)):
             damaged[place] = random.integers(256)
-        file.write_bytes(bytes(damaged[: random.integers(1, len(content) + 1)]))
-        with contextlib.suppress(GraftError):
-            opened = predict.Predictor.open(file)
-            opened.logits(np.zeros((1, 3, opened.size, opened.size), np.uint8))
+        end = len(content) if random.integers(2) else random.integers(1, len(content))
+        file.write_bytes(bytes(damaged[:end]))
+        try:
+            predictor = predict.Predictor.open(file)
+            images = np.zeros((1, 3, predictor.size, predictor.size), np.uint8)
+            logits = predictor.logits(images)
+        except GraftError as error:
+            refusals.append(str(error))
+        else:
+            assert logits.shape == (1, len(predictor.classes))
+            assert np.isfinite(logits).all()
+            opened += 1
+    assert opened > 0
+    assert len(refusals) > 0
+    assert all(str(file) in message for message in refusals)
 
 
 def test_a_large_file_and_a_message_of_endless_fields_are_refused(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def test_a_folder_of_classes_is_split_in_every_class(tmp_path: Path, opened: Cal
 def test_parts_are_the_images_of_a_split(tmp_path: Path, opened: Callable) -> None:
     images = opened(write_pictures(tmp_path / "data", GIVEN))
     for split in SPLITS:
-        part = images.part(split)
+        part = images.subset(split)
         assert [name.split("/")[0] for name in part.names] == [split] * len(part.labels)
         assert len(part.names) == len(part.pixels) == 3 * GIVEN[split]
     index = images.names.index("test/fern/000.png")
@@ -482,7 +482,7 @@ def test_the_second_call_maps_the_cache_without_decoding(
 ) -> None:
     folder = write_pictures(tmp_path / "data", 5)
     steps: list[tuple[str, int, int]] = []
-    first = opened(folder, report=lambda *step: steps.append(step))
+    first = opened(folder, progress=lambda *step: steps.append(step))
     assert steps[-1] == ("reading images", 15, 15)
     monkeypatch.setattr(images_module, "decode_image", None)
     second = opened(folder)
@@ -536,7 +536,7 @@ def test_an_interrupted_decoding_leaves_nothing_behind(tmp_path: Path, opened: C
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        opened(write_pictures(tmp_path / "data", 3), report=stop)
+        opened(write_pictures(tmp_path / "data", 3), progress=stop)
     assert files_of(tmp_path / "cache") == []
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from graftkit.vision.probe import (
-    NEVER,
-    Probe,
+    UNSEEN_LOGIT,
+    LinearProbe,
     fit_hidden,
     fit_probe,
     l2_relevance,
@@ -69,7 +69,7 @@ def test_probes_on_disk_are_those_that_were_written(tmp_path: Path) -> None:
     found = read_probes(file, 2)
     assert found is not None
     for probe, other in zip(probes, found, strict=True):
-        for field in fields(Probe):
+        for field in fields(LinearProbe):
             value, same = getattr(probe, field.name), getattr(other, field.name)
             assert torch.equal(value, same) if isinstance(value, Tensor) else value == same
 
@@ -82,7 +82,7 @@ def test_probes_that_are_damaged_too_few_or_fitted_otherwise_are_not_taken(
     write_probes([fit_probe(blobs(60), blobs(30, seed=1), 3)], file)
     assert read_probes(file, 2) is None
     with monkeypatch.context() as other:
-        other.setattr("graftkit.vision.probe._FITTED", {"fitted": "otherwise"})
+        other.setattr("graftkit.vision.probe._CACHE_METADATA", {"fitted": "otherwise"})
         assert read_probes(file, 1) is None
     file.write_bytes(file.read_bytes()[:-10])
     assert read_probes(file, 1) is None
@@ -110,7 +110,7 @@ def test_a_class_without_training_images_is_never_named() -> None:
     features, labels = blobs(60)
     kept = labels != 1
     probe = fit_probe((features[kept], labels[kept]), blobs(30, seed=1), 3)
-    assert probe.bias[1] == NEVER
+    assert probe.bias[1] == UNSEEN_LOGIT
     assert not (probe.logits(features).argmax(dim=1) == 1).any()
 
 

@@ -1,15 +1,115 @@
-"""Hidden channels: which there are, and what is left when some are taken out."""
+"""Channels that are removed: unread ones of the last layer, and hidden ones inside layers."""
 
 import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 from vision.tiny_networks import SIZE, colored, inverted_residual, tiny_donor, wide_donor
 
 from graftkit.vision.donor import Chain, Donor, Normalization
-from graftkit.vision.thinning import LEAST_KEPT, Thinner, find_hidden, hidden_channels, narrow
+from graftkit.vision.donors import open_donor
+from graftkit.vision.donors.architectures import InvertedResidual, _block
+from graftkit.vision.thinning import (
+    LEAST_SHARE,
+    Thinner,
+    drop_unread_channels,
+    find_hidden,
+    hidden_channels,
+    narrow,
+)
+
+WIDTH = 6
+
+
+def sequential() -> nn.Module:
+    layer = nn.Sequential(
+        nn.MaxPool2d(2), nn.Conv2d(WIDTH, 7, 3, padding=1), nn.BatchNorm2d(7), nn.SiLU()
+    )
+    layer[2].running_mean.uniform_(-1, 1)
+    layer[2].running_var.uniform_(0.5, 2)
+    nn.init.uniform_(layer[2].weight)
+    return layer
+
+
+LAYERS = {
+    "with skip": lambda: _block(WIDTH, WIDTH, 6, 1, 8),
+    "under stride": lambda: _block(WIDTH, 9, 6, 2, 8),
+    "not expanded": lambda: _block(WIDTH, 4, 1, 1, 8),
+    "sequential": sequential,
+    "convolution alone": lambda: nn.Conv2d(WIDTH, 5, 3),
+    "without bias": lambda: nn.Sequential(nn.Conv2d(WIDTH, 5, 1, bias=False), nn.ReLU()),
+}
+
+
+@given(data=st.data(), kind=st.sampled_from(sorted(LAYERS)), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+@torch.no_grad()
+def test_kept_channels_stay_and_the_others_are_gone(
+    data: st.DataObject, kind: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    first, last = nn.Conv2d(3, WIDTH, 3, padding=1), LAYERS[kind]().eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = last(first(x))
+    width = before.shape[1]
+    chosen = data.draw(st.sets(st.integers(0, width - 1), min_size=1, max_size=width - 1))
+    kept = sorted(chosen)
+    pruned = drop_unread_channels((first, last), kept)
+    assert pruned.dropped == width - len(kept)
+    assert pruned.layers[0] is first
+    after = pruned.layers[1](first(x))
+    torch.testing.assert_close(after, before[:, kept], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(last(first(x)), before, rtol=0, atol=0)
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in (pruned.layers[1], last)]
+    assert sizes[0] < sizes[1]
+
+
+class Opaque(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kept", "reason"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=4), [0], "grouped"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)), [0], "ends in GroupNorm"),
+        (nn.Sequential(nn.Conv2d(4, 4, 3), Opaque()), [0], "ends in Opaque"),
+        (Opaque(), [0], "ends in Opaque"),
+        (nn.Sequential(nn.ReLU()), [0], "no convolution"),
+        (nn.Conv2d(4, 4, 3), [0, 1, 2, 3], "every channel is read"),
+        (nn.Conv2d(4, 4, 3), [], "no channel is read"),
+    ],
+)
+def test_what_is_not_simple_is_left_as_it_is_and_says_why(
+    layer: nn.Module, kept: list[int], reason: str
+) -> None:
+    pruned = drop_unread_channels([layer], kept)
+    assert pruned.layers == (layer,)
+    assert pruned.dropped == 0
+    assert reason in pruned.reason
+
+
+def test_a_pruned_layer_still_learns() -> None:
+    donor = open_donor(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU()), 8)
+    pruned = drop_unread_channels(tuple(donor.layers), [1, 3]).layers[-1]
+    pruned(torch.randn(1, 4, 5, 5)).sum().backward()
+    assert all(parameter.grad is not None for parameter in pruned.parameters())
+
+
+def test_a_skip_passes_on_the_kept_channels_only() -> None:
+    block = _block(WIDTH, WIDTH, 1, 1, 8)
+    nn.init.zeros_(block.body[-1].weight)
+    nn.init.zeros_(block.body[-1].bias)
+    pruned = drop_unread_channels([block], [4, 5]).layers[0]
+    assert isinstance(pruned, InvertedResidual)
+    x = torch.randn(1, WIDTH, 8, 8)
+    torch.testing.assert_close(pruned(x), x[:, 4:])
+
 
 PIXELS = colored(24).pixels
 
@@ -135,7 +235,7 @@ def test_what_carries_least_goes_first() -> None:
     donor = wide_donor()
     thinner = Thinner(donor, PIXELS, "parameters")
     whole = parameters(donor)
-    thinned = thinner.thinned(3, lambda found: parameters(found) <= whole - 12 * 27)
+    thinned = thinner.thin(3, lambda found: parameters(found) <= whole - 12 * 27)
     assert thinned is not None
     assert hidden_channels(donor) == [0, 24, 24]
     assert hidden_channels(thinned)[1] < hidden_channels(thinned)[2]
@@ -148,7 +248,7 @@ def test_no_more_channels_go_than_the_limit_asks_for() -> None:
     donor = wide_donor()
     thinner = Thinner(donor, PIXELS, "macs")
     most = parameters(donor.with_layers(list(donor.layers)[:2])) - 100
-    thinned = thinner.thinned(2, lambda found: parameters(found) <= most)
+    thinned = thinner.thin(2, lambda found: parameters(found) <= most)
     assert thinned is not None
     assert len(thinned.layers) == 2
     assert most - 27 < parameters(thinned) <= most
@@ -158,10 +258,10 @@ def test_no_more_channels_go_than_the_limit_asks_for() -> None:
 def test_a_tenth_of_the_channels_stays() -> None:
     donor = wide_donor()
     thinner = Thinner(donor, PIXELS, "parameters")
-    assert thinner.thinned(3, lambda found: parameters(found) < 300) is None
-    least = thinner.thinned(3, lambda found: hidden_channels(found) <= [0, 3, 3])
+    assert thinner.thin(3, lambda found: parameters(found) < 300) is None
+    least = thinner.thin(3, lambda found: hidden_channels(found) <= [0, 3, 3])
     assert least is not None
-    assert min(hidden_channels(least)[1:]) >= LEAST_KEPT * 24
+    assert min(hidden_channels(least)[1:]) >= LEAST_SHARE * 24
 
 
 def test_channels_in_whole_blocks_stay_in_whole_blocks() -> None:
@@ -172,7 +272,7 @@ def test_channels_in_whole_blocks_stay_in_whole_blocks() -> None:
     left = set()
     for spared in (1, 17 * 16, 17 * 17, 17 * 32):
         most = parameters(donor) - spared
-        thinned = thinner.thinned(2, lambda found, most=most: parameters(found) <= most)
+        thinned = thinner.thin(2, lambda found, most=most: parameters(found) <= most)
         assert thinned is not None
         left.add(hidden_channels(thinned)[1])
     assert left == {16, 32}
@@ -180,4 +280,4 @@ def test_channels_in_whole_blocks_stay_in_whole_blocks() -> None:
 
 def test_a_donor_with_nothing_hidden_is_not_thinned() -> None:
     donor = tiny_donor()
-    assert Thinner(donor, PIXELS, "parameters").thinned(4, lambda _: True) is None
+    assert Thinner(donor, PIXELS, "parameters").thin(4, lambda _: True) is None

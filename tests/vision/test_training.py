@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, it resumes to the same bits, and it says what is wrong."""
+"""Fine-tuning: random views, the loss, checkpoints, and what a killed run goes on to."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -15,23 +15,106 @@ from vision.tiny_networks import CLASSES, SIZE, colored, tiny_donor, tiny_rootst
 
 from graftkit.errors import ConfigError, ImagesError, OutputError
 from graftkit.vision.baselines import donor_classifier
-from graftkit.vision.evaluate import Scores, lead, score, wilson_interval
-from graftkit.vision.images import Part
+from graftkit.vision.evaluate import Scores, accuracy_lead, score, wilson_interval
+from graftkit.vision.images import LabeledImages
 from graftkit.vision.rootstock import Rootstock, insert_norms, logits_of
 from graftkit.vision.training import (
     CHECKPOINT,
+    LIGHT,
     SoftLabels,
-    Training,
+    TrainingResult,
     TrainingSettings,
+    augment,
     fine_tune,
     learning_rate,
     loss_of,
     parameter_groups,
 )
 
+SIDE = 24
+
+
+def split_images(count: int) -> torch.Tensor:
+    """A bright upper half over a dark lower one."""
+    pixels = torch.full((count, 3, SIDE, SIDE), 40, dtype=torch.uint8)
+    pixels[:, :, : SIDE // 2] = 200
+    return pixels
+
+
+def bright_sides(views: torch.Tensor) -> set[str]:
+    """The brightest side of each view, by the mean of its outermost quarter."""
+    quarter = SIDE // 4
+    sides = {
+        "top": views[:, :, :quarter],
+        "bottom": views[:, :, -quarter:],
+        "left": views[:, :, :, :quarter],
+        "right": views[:, :, :, -quarter:],
+    }
+    means = torch.stack([side.mean((1, 2, 3)) for side in sides.values()])
+    return {list(sides)[index] for index in means.argmax(dim=0).tolist()}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 99), st.integers(0, 99)))
+def test_seed_epoch_and_batch_decide_a_view_and_nothing_else_does(
+    numbers: tuple[int, int, int],
+) -> None:
+    pixels = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    first = augment(pixels, *numbers)
+    state = torch.get_rng_state()
+    assert torch.equal(augment(pixels, *numbers), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    for index in range(3):
+        other = list(numbers)
+        other[index] += 1
+        assert not torch.equal(augment(pixels, *other), first)
+
+
+def test_views_are_floats_of_the_same_range_and_shape() -> None:
+    pixels = torch.randint(0, 2, (64, 3, SIDE, SIDE), dtype=torch.uint8) * 255
+    views = augment(pixels, 0, 0, 0)
+    assert views.shape == pixels.shape
+    assert views.dtype == torch.float32
+    assert views.min() == 0
+    assert views.max() == 255
+
+
+def test_an_image_of_one_grey_stays_of_one_grey_and_about_as_bright() -> None:
+    views = augment(torch.full((200, 3, SIDE, SIDE), 100, dtype=torch.uint8), 0, 0, 0)
+    levels = views.mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(views, levels.expand_as(views), atol=1e-2, rtol=0)
+    assert levels.min() >= 100 * (1 - LIGHT) - 1e-2
+    assert levels.max() <= 100 * (1 + LIGHT) + 1e-2
+    assert levels.max() - levels.min() > 30
+
+
+def test_contrast_keeps_the_mean_grey_apart_from_brightness() -> None:
+    """A view's mean over its spread tells contrast; its mean alone tells brightness."""
+    views = augment(split_images(200), 0, 0, 0, upright=True)
+    spread = views.amax((1, 2, 3)) - views.amin((1, 2, 3))
+    assert spread.min() < 130
+    assert spread.max() > 190
+    assert (views.mean((1, 2, 3)) / 120).max() < 1.5
+
+
+@pytest.mark.parametrize(
+    ("upright", "sides"), [(True, {"top"}), (False, {"top", "bottom", "left", "right"})]
+)
+def test_upright_images_are_not_turned_and_the_others_are(upright: bool, sides: set[str]) -> None:
+    assert bright_sides(augment(split_images(200), 0, 0, 0, upright=upright)) == sides
+
+
+def test_upright_images_are_mirrored_about_half_of_the_time() -> None:
+    pixels = split_images(200).transpose(2, 3).contiguous()
+    views = augment(pixels, 0, 0, 0, upright=True)
+    assert bright_sides(views) == {"left", "right"}
+    left = (views[..., : SIDE // 2].mean((1, 2, 3)) > views[..., SIDE // 2 :].mean((1, 2, 3))).sum()
+    assert 70 < left < 130
+
+
 TRAIN, VAL = colored(60), colored(30, seed=1)
 SETTINGS = TrainingSettings(epochs=3, batch=16, learning_rate=3e-2)
-EMPTY = Part((), np.zeros(0, np.int64), np.zeros((0, 3, SIZE, SIZE), np.uint8))
+EMPTY = LabeledImages((), np.zeros(0, np.int64), np.zeros((0, 3, SIZE, SIZE), np.uint8))
 
 
 class Killed(Exception):
@@ -51,22 +134,22 @@ def train(
     die_at: int = -1,
     rootstock: Rootstock | None = None,
     **more: Any,
-) -> tuple[Rootstock, Training, list[int]]:
-    """Fine-tune, and the steps that were heard of; `die_at` kills the run in that step."""
-    heard: list[int] = []
+) -> tuple[Rootstock, TrainingResult, list[int]]:
+    """Fine-tune, and the steps that were reported; `die_at` kills the run in that step."""
+    steps: list[int] = []
 
-    def report(step: str, done: int, total: int) -> None:
+    def progress(step: str, done: int, total: int) -> None:
         assert total == 4 * settings.epochs
-        heard.append(done)
+        steps.append(done)
         if done == die_at:
             raise Killed
 
     rootstock = rootstock or start()
-    training = fine_tune(rootstock, TRAIN, VAL, settings, folder, report=report, **more)
-    return rootstock, training, heard
+    training = fine_tune(rootstock, TRAIN, VAL, settings, folder, progress=progress, **more)
+    return rootstock, training, steps
 
 
-def scores(module: nn.Module, part: Part, batch: int = 64) -> Scores:
+def scores(module: nn.Module, part: LabeledImages, batch: int = 64) -> Scores:
     """What `module` answers on the images of `part`."""
     return score(logits_of(module, part.pixels, batch), part.labels)
 
@@ -76,12 +159,20 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rootstock, TrainingResult]:
+    """A folder with the checkpoint of a whole run, and what it gave."""
+    folder = tmp_path_factory.mktemp("finished")
+    rootstock, training, _ = train(folder)
+    return folder, rootstock, training
+
+
 def test_a_rootstock_learns_to_tell_colours(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"epochs": 8})
     before = scores(start(), VAL)
-    rootstock, training, heard = train(tmp_path, settings)
+    rootstock, training, steps = train(tmp_path, settings)
     after = scores(rootstock, VAL)
-    assert heard == list(range(1, 33))
+    assert steps == list(range(1, 33))
     assert len(training.history) == 8
     assert after.accuracy > max(0.9, before.accuracy)
     assert training.history[-1].train_loss < training.history[0].train_loss
@@ -94,8 +185,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, step: int, bfloat
     straight, training, _ = train(tmp_path / "straight", settings)
     with pytest.raises(Killed):
         train(tmp_path / "killed", settings, die_at=step)
-    resumed, again, heard = train(tmp_path / "killed", settings)
-    assert heard == list(range(9, 13))
+    resumed, again, steps = train(tmp_path / "killed", settings)
+    assert steps == list(range(9, 13))
     assert same_weights(straight, resumed)
     assert [(e.train_loss, e.val_loss, e.val_accuracy) for e in training.history] == [
         (e.train_loss, e.val_loss, e.val_accuracy) for e in again.history
@@ -103,17 +194,20 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, step: int, bfloat
     assert training.best == again.best
 
 
-def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
-    first, training, _ = train(tmp_path)
-    second, again, heard = train(tmp_path)
-    assert heard == []
+def test_a_finished_run_is_not_repeated(
+    finished: tuple[Path, Rootstock, TrainingResult],
+) -> None:
+    folder, first, training = finished
+    second, again, steps = train(folder)
+    assert steps == []
     assert again == training
     assert same_weights(first, second)
 
 
 def test_without_soft_labels_their_settings_do_not_count(tmp_path: Path) -> None:
-    train(tmp_path, SETTINGS.model_copy(update={"distillation": 0.5}))
-    again = train(tmp_path, SETTINGS.model_copy(update={"distillation": 0.9, "temperature": 3.0}))
+    once = SETTINGS.model_copy(update={"epochs": 1, "distillation": 0.5})
+    train(tmp_path, once)
+    again = train(tmp_path, once.model_copy(update={"distillation": 0.9, "temperature": 3.0}))
     assert again[2] == []  # every step was done before
 
 
@@ -131,13 +225,13 @@ def test_the_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path, chang
     elif change == "images":
         pixels = TRAIN.pixels.copy()
         pixels[0, 0, 0, 0] ^= 1
-        images = Part(TRAIN.names, TRAIN.labels, pixels)
+        images = LabeledImages(TRAIN.names, TRAIN.labels, pixels)
     elif change == "weights":
         with torch.no_grad():
             next(rootstock.parameters()).add_(1e-3)
     else:
         soft = SoftLabels(NextColor())
-    heard: list[int] = []
+    steps: list[int] = []
     fine_tune(
         rootstock,
         images,
@@ -145,15 +239,17 @@ def test_the_checkpoint_of_another_run_is_not_gone_on_with(tmp_path: Path, chang
         settings,
         tmp_path,
         soft,
-        lambda step, done, total: heard.append(done),
+        lambda step, done, total: steps.append(done),
     )
-    assert heard == [1, 2, 3, 4]
+    assert steps == [1, 2, 3, 4]
 
 
-def test_a_damaged_checkpoint_is_named_and_not_trained_over(tmp_path: Path) -> None:
-    train(tmp_path)
+def test_a_damaged_checkpoint_is_named_and_not_trained_over(
+    finished: tuple[Path, Rootstock, TrainingResult], tmp_path: Path
+) -> None:
+    whole = (finished[0] / CHECKPOINT).read_bytes()
     file = tmp_path / CHECKPOINT
-    for damage in (b"", b"no checkpoint", file.read_bytes()[:-200]):
+    for damage in (b"", b"no checkpoint", whole[:-200]):
         file.write_bytes(damage)
         with pytest.raises(ConfigError, match=r"checkpoint\.pt: no checkpoint of a training"):
             train(tmp_path)
@@ -170,7 +266,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match=r"checkpoint\.pt: cannot be written"):
         train(tmp_path / "file")
-    train(tmp_path / "folder")
+    train(tmp_path / "folder", SETTINGS.model_copy(update={"epochs": 1}))
     assert [file.name for file in (tmp_path / "folder").iterdir()] == [CHECKPOINT]
 
 
@@ -182,8 +278,10 @@ def test_the_epoch_of_the_lowest_validation_loss_is_kept(tmp_path: Path) -> None
     assert scores(rootstock, VAL).loss == pytest.approx(min(losses), rel=1e-4)
 
 
-def test_counters_are_copied_and_not_averaged(tmp_path: Path) -> None:
-    rootstock, training, _ = train(tmp_path)
+def test_counters_are_copied_and_not_averaged(
+    finished: tuple[Path, Rootstock, TrainingResult],
+) -> None:
+    _, rootstock, training = finished
     counters = [part for name, part in rootstock.named_buffers() if name.endswith("tracked")]
     assert len(counters) == 5
     assert all(counter == 4 * (training.best + 1) for counter in counters)
@@ -202,14 +300,16 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
     ("images", "val", "words"),
     [(TRAIN, EMPTY, "no image for validation"), (colored(1), VAL, "needs two")],
 )
-def test_too_few_images_are_refused(images: Part, val: Part, words: str, tmp_path: Path) -> None:
+def test_too_few_images_are_refused(
+    images: LabeledImages, val: LabeledImages, words: str, tmp_path: Path
+) -> None:
     with pytest.raises(ImagesError, match=words):
         fine_tune(start(), images, val, SETTINGS, tmp_path)
 
 
 def test_a_single_image_beyond_full_batches_is_trained_on_too(tmp_path: Path) -> None:
     settings = TrainingSettings(epochs=1, batch=16)
-    heard: list[int] = []
+    steps: list[int] = []
     fine_tune(
         start(),
         colored(17),
@@ -217,9 +317,9 @@ def test_a_single_image_beyond_full_batches_is_trained_on_too(tmp_path: Path) ->
         settings,
         tmp_path,
         None,
-        lambda step, done, all_: heard.append(all_),
+        lambda step, done, all_: steps.append(all_),
     )
-    assert heard == [2, 2]
+    assert steps == [2, 2]
 
 
 class NextColor(nn.Module):
@@ -240,7 +340,7 @@ class NextColor(nn.Module):
 def test_soft_labels_are_of_the_views_that_are_trained_on(tmp_path: Path) -> None:
     guide = NextColor()
     settings = SETTINGS.model_copy(update={"epochs": 8, "distillation": 1.0})
-    shifted = Part(VAL.names, (VAL.labels + 1) % 3, VAL.pixels)
+    shifted = LabeledImages(VAL.names, (VAL.labels + 1) % 3, VAL.pixels)
     rootstock = start()
     fine_tune(rootstock, TRAIN, shifted, settings, tmp_path, SoftLabels(guide))
     assert len(guide.seen) == 32
@@ -283,7 +383,7 @@ def test_trunk_and_head_have_their_own_rates_and_vectors_do_not_decay() -> None:
 
 
 def test_a_trunk_of_share_zero_keeps_its_weights(tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"trunk_share": 0.0})
+    settings = SETTINGS.model_copy(update={"trunk_share": 0.0, "epochs": 1})
     rootstock, _, _ = train(tmp_path, settings)
     before = dict(start().named_parameters())
     for name, weights in rootstock.named_parameters():
@@ -370,21 +470,21 @@ def test_the_interval_of_a_lead_turns_with_its_sides_and_holds_the_lead(
     answers: list[tuple[bool, bool]],
 ) -> None:
     own, other = np.array(answers).T
-    ahead, (low, high) = lead(own, other)
+    ahead, (low, high) = accuracy_lead(own, other)
     assert low < ahead < high
-    assert lead(other, own) == (pytest.approx(-ahead), pytest.approx((-high, -low)))
+    assert accuracy_lead(other, own) == (pytest.approx(-ahead), pytest.approx((-high, -low)))
 
 
 def test_the_interval_of_a_lead_is_narrower_where_both_err_on_the_same_images() -> None:
     own = np.arange(200) < 180
     same, others = np.arange(200) < 170, np.arange(200) >= 30
-    ahead, (low, _) = lead(own, same)
+    ahead, (low, _) = accuracy_lead(own, same)
     assert ahead == pytest.approx(10 / 202)
     assert low > 0
-    assert lead(own, others)[0] == pytest.approx(ahead)
-    assert lead(own, others)[1][0] < 0
+    assert accuracy_lead(own, others)[0] == pytest.approx(ahead)
+    assert accuracy_lead(own, others)[1][0] < 0
 
 
 def test_a_test_with_a_single_image_leaves_a_lead_open() -> None:
-    _, (low, high) = lead(np.array([True]), np.array([False]))
+    _, (low, high) = accuracy_lead(np.array([True]), np.array([False]))
     assert low < 0 < high

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from graftkit.vision.donor import Chain, Donor, Normalization
 from graftkit.vision.donors.architectures import _block
-from graftkit.vision.images import Part
+from graftkit.vision.images import LabeledImages
 from graftkit.vision.rootstock import Rootstock, Scion, grow, hidden_head
 
 SIZE = 16
@@ -73,13 +73,13 @@ def tiny_rootstock(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> Rootsto
     return grow(tiny_donor(seed), scion, classes, head)
 
 
-def colored(count: int, seed: int = 0) -> Part:
+def colored(count: int, seed: int = 0) -> LabeledImages:
     """Noisy images whose strongest colour is their class."""
     draws = np.random.default_rng(seed)
     labels = np.arange(count, dtype=np.int64) % len(CLASSES)
     pixels = draws.integers(0, 120, (count, 3, SIZE, SIZE), dtype=np.uint8)
     pixels[np.arange(count), 2 - labels] += 120
-    return Part(tuple(f"{index}.png" for index in range(count)), labels, pixels)
+    return LabeledImages(tuple(f"{index}.png" for index in range(count)), labels, pixels)
 
 
 def as_images(pixels: np.ndarray) -> Tensor:

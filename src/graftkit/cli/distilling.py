@@ -1,61 +1,79 @@
-"""The command `distill`: a run or its estimate, and what it prints."""
+"""`graftkit distill`: from the answers of source models to a pack."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.console import Console
+import typer
 
 from graftkit.cli import show
-from graftkit.distill.pipeline import estimate_run, run_distill
+
+app = typer.Typer()
 
 
-def distill_into(config: Path, folder: Path, only: str | None, dry_run: bool) -> dict[str, Any]:
-    """Run the stages, or estimate what they would take."""
+@app.command()
+def distill(
+    config: Annotated[Path, typer.Argument(help="A configuration, see configs/.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for every stage.")],
+    only: Annotated[
+        str | None,
+        typer.Option(help="One stage: sample, score, select, probe, sft, dpo or pack."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate counts, memory, disk and time; no run.")
+    ] = False,
+    json_output: show.Json = False,
+) -> None:
+    """Train a target on source models' answers and pack the delta.
+
+    Sources -> answers -> scores -> SFT set and pairs -> SFT -> DPO -> pack. If it is interrupted,
+    run the same command again: finished stages are not repeated.
+    """
+    from graftkit.distill.pipeline import estimate_run, run_distill
+
     if dry_run:
-        return estimate_run(config)
+        estimate = estimate_run(config)
+        show.json_or(json_output, estimate, lambda: print_estimate(estimate))
+        return
     with show.progress() as report:
-        stages = run_distill(config, folder, only, report)
-    return {"output": str(folder), "stages": stages}
+        stages = run_distill(config, output, only, report)
+    result = {"output": str(output), "stages": stages}
+    show.json_or(json_output, result, lambda: print_run(result))
 
 
 def print_run(result: dict[str, Any]) -> None:
-    """Print every stage with its seconds and counts."""
-    table = show.Table()
-    for header in ("stage", "seconds", "result"):
-        table.add_column(header, justify="right" if header == "seconds" else "left")
-    for stage, entry in result["stages"].items():
-        table.add_row(stage, f"{entry['seconds']:,.1f}", _counts(entry))
-    Console().print(table)
+    """Every stage with its seconds and counts."""
+    table = show.Table("stage", "seconds", "result", right=("seconds",))
+    for stage, record in result["stages"].items():
+        table.add_row(stage, f"{record['seconds']:,.1f}", _counts(record))
+    table.show()
     show.line(f"{result['output']}: done")
 
 
 def print_estimate(estimate: dict[str, Any]) -> None:
-    """Print counts, memory, disk and time of a run that has not begun."""
+    """Counts, memory, disk and time of a run that has not begun."""
     show.line(f"{estimate['prompts']:,} prompts, {estimate['prompt_tokens']:,} tokens")
-    table = show.Table()
-    headers = ("stage", "rows", "steps", "tokens", "memory", "time", "cost")
-    for header in headers:
-        table.add_column(header, justify="left" if header == "stage" else "right")
-    for stage, entry in estimate["stages"].items():
+    columns = ("rows", "steps", "tokens", "memory", "time", "cost")
+    table = show.Table("stage", *columns, right=columns)
+    for stage, record in estimate["stages"].items():
         table.add_row(
             stage,
-            f"{entry.get('answers', entry.get('rows')):,}",
-            f"{entry['steps']:,}" if "steps" in entry else "",
-            f"{entry['tokens']:,}",
-            show.size(entry["memory_bytes"]),
-            _time(entry["seconds"]),
-            f"{entry['cost']:,.2f}" if entry.get("cost") else "",
+            f"{record.get('answers', record.get('rows')):,}",
+            f"{record['steps']:,}" if "steps" in record else "",
+            f"{record['tokens']:,}",
+            show.size(record["memory_bytes"]),
+            _time(record["seconds"]),
+            f"{record['cost']:,.2f}" if record.get("cost") else "",
         )
-    Console().print(table)
+    table.show()
     show.line(
-        f"disk: {show.size(estimate['disk_bytes'])}. Tokens, time, cost and disk are for answers "
-        "of maximal length; time is that of the arithmetic, memory is without activations"
+        f"disk: {show.size(estimate['disk_bytes'])}. Tokens, time, cost and disk assume answers of "
+        "maximal length; time counts the arithmetic only, memory leaves out activations"
     )
 
 
-def _counts(entry: dict[str, Any]) -> str:
+def _counts(record: dict[str, Any]) -> str:
     parts = []
-    for name, value in entry.items():
+    for name, value in record.items():
         if name == "loss":
             parts.append(
                 f"loss {value['first']:.3f} to {value['last']:.3f}, {value['steps']} steps"

@@ -1,43 +1,75 @@
-"""Behind `generate`: one answer per pack, all in one batch, or the answer of a routed pack."""
+"""`graftkit generate`: one answer per pack, all in one batch, or the answer of a routed pack."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 
-from graftkit.attachment import attached
-from graftkit.attachment.target import tuned_tokenizer
-from graftkit.checkpoint import Checkpoint
-from graftkit.errors import AttachError, ConfigError
-from graftkit.library import Library
-from graftkit.models.encoding import pad_id, usable_tokenizer
-from graftkit.models.loading import load_model
-from graftkit.route import TARGET, Route, Router
-from graftkit.route.base import FixedRouter
-from graftkit.route.centroid import CentroidRouter
-from graftkit.route.key import RouterKey
-from graftkit.side_files import is_template
-from graftkit.skillpack import SkillPack
+from graftkit.cli import show
+
+if TYPE_CHECKING:
+    from graftkit.route import Route
+    from graftkit.skillpack import SkillPack
+
+app = typer.Typer()
 
 
-def answer_prompt(
-    target: str | None,
-    files: list[Path],
-    library: Path | None,
-    route: str | None,
-    prompt: str,
-    max_new_tokens: int,
-) -> list[dict[str, Any]]:
-    """Greedy answers of a library, or of a target and packs. Raises: ConfigError."""
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
+    target: Annotated[
+        str | None, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")
+    ] = None,
+    packs: Annotated[
+        list[Path] | None,
+        typer.Option("--pack", help="A pack to attach; repeat it for one answer per pack."),
+    ] = None,
+    library: Annotated[
+        Path | None, typer.Option(help="A library's folder, in place of TARGET and --pack.")
+    ] = None,
+    route: Annotated[
+        str | None,
+        typer.Option(help="One answer: auto (by router keys), a pack's name, or target."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 128,
+    json_output: show.Json = False,
+) -> None:
+    """Continue a prompt, with or without packs attached.
+
+    Several packs give one answer each, unless --route picks one of them.
+    """
+    from graftkit.errors import ConfigError
+
+    files = packs or []
     if not prompt:
         raise ConfigError("the prompt is empty; give some text to continue")
     if library is None and target is not None:
-        return generate_answers(target, files, prompt, max_new_tokens, route)
-    if library is None or target is not None or files:
+        answers = generate_answers(target, files, prompt, max_new_tokens, route)
+    elif library is not None and target is None and not files:
+        answers = _ask_library(library, prompt, max_new_tokens, route)
+    else:
         raise ConfigError("name a target, with or without packs, or a library")
-    answer = Library.open(library).generate(
-        prompt, route=route or "auto", max_new_tokens=max_new_tokens
+    show.json_or(
+        json_output, {"prompt": prompt, "answers": answers}, lambda: print_answers(answers)
     )
+
+
+def print_answers(answers: list[dict[str, Any]]) -> None:
+    """The text alone, or labelled by its pack where there are several."""
+    for answer in answers:
+        text = answer["text"] if len(answers) == 1 else f"[{answer['pack']}] {answer['text']}"
+        show.paragraph(text)
+
+
+def _ask_library(
+    folder: Path, prompt: str, max_new_tokens: int, route: str | None
+) -> list[dict[str, Any]]:
+    """The answer of a library. Raises: ConfigError for a prompt that cannot be continued."""
+    from graftkit.errors import ConfigError
+    from graftkit.library import Library
+
+    library = Library.open(folder)
+    answer = library.generate(prompt, route=route or "auto", max_new_tokens=max_new_tokens)
     if answer.note is not None:
         raise ConfigError(answer.note)
     return [{"pack": _pack_name(answer.route), "text": answer.text}]
@@ -52,9 +84,16 @@ def generate_answers(
     own run alone, all others in one batch.
 
     Args:
-        route: "auto", a file's name without its ending, or "target": only what it chooses answers.
+        route: "auto", a file's name without its ending, or "target": only that one answers.
     Raises: ConfigError for a route that cannot be; AttachError for a model that cannot generate.
     """
+    from graftkit.attachment.target import tuned_tokenizer
+    from graftkit.checkpoint import Checkpoint
+    from graftkit.errors import AttachError
+    from graftkit.models.encoding import usable_tokenizer
+    from graftkit.models.loading import load_model
+    from graftkit.skillpack import SkillPack
+
     packs = [SkillPack.load(file) for file in files]
     checkpoint = Checkpoint.open(target)
     model: Any = load_model(checkpoint)
@@ -62,55 +101,44 @@ def generate_answers(
         raise AttachError(f"{target}: {type(model).__name__} does not generate text")
     tokenizer = usable_tokenizer(checkpoint)
     if route is not None:
-        chosen = _chosen(model, tokenizer, files, packs, route, prompt)
+        chosen = _choose_pack(model, tokenizer, files, packs, route, prompt)
         files, packs = [files[i] for i in chosen], [packs[i] for i in chosen]
     if not packs:
-        [text] = _texts(model, tokenizer, [], prompt, max_new_tokens)
+        [text] = _generate_texts(model, tokenizer, [], prompt, max_new_tokens)
         return [{"pack": None, "text": text}]
-    together = [i for i, pack in enumerate(packs) if _is_weights_only(pack)]
+    # Only packs with the target's tokenizer and settings can share a batch.
+    alone = [i for i, pack in enumerate(packs) if not _is_weights_only(pack)]
+    shared = [i for i in range(len(packs)) if i not in alone]
     texts: dict[int, str] = {}
-    if together:
-        chosen_packs = [packs[i] for i in together]
-        found = _texts(model, tokenizer, chosen_packs, prompt, max_new_tokens)
-        texts = dict(zip(together, found, strict=True))
-    for i in set(range(len(packs))) - texts.keys():
-        own = tuned_tokenizer(checkpoint, packs[i])
-        [texts[i]] = _texts(model, own, [packs[i]], prompt, max_new_tokens)
+    for batch in filter(None, [shared, *([i] for i in alone)]):
+        reader = tuned_tokenizer(checkpoint, packs[batch[0]]) if batch[0] in alone else tokenizer
+        attached = [packs[i] for i in batch]
+        answers = _generate_texts(model, reader, attached, prompt, max_new_tokens)
+        texts |= dict(zip(batch, answers, strict=True))
     return [{"pack": file.name, "text": texts[i]} for i, file in enumerate(files)]
 
 
-def _texts(
-    model: Any, tokenizer: Any, packs: list[SkillPack], prompt: str, max_new_tokens: int
-) -> list[str]:
-    """One answer for each pack, or that of the target, in one batch."""
-    ids = torch.tensor([tokenizer.encode(prompt)])
-    batch = ids.repeat(max(1, len(packs)), 1)
-    options: dict[str, Any] = {
-        "attention_mask": torch.ones_like(batch),
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "pad_token_id": pad_id(tokenizer),
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    output = _generate(model, batch, packs, options)
-    texts: list[str] = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return texts
+def _is_weights_only(pack: "SkillPack") -> bool:
+    from graftkit.side_files import is_template
 
-
-def _is_weights_only(pack: SkillPack) -> bool:
-    """Whether a pack has the target's tokenizer and settings: only then it can share a batch."""
     return all(is_template(file.name) for file in pack.manifest.files)
 
 
-def _chosen(
-    model: Any, tokenizer: Any, files: list[Path], packs: list[SkillPack], route: str, prompt: str
+def _choose_pack(
+    model: Any, tokenizer: Any, files: list[Path], packs: list["SkillPack"], route: str, prompt: str
 ) -> list[int]:
     """The index of the pack that a route chooses; none for the target. Raises: ConfigError."""
+    from graftkit.errors import ConfigError
+    from graftkit.route import FixedRouter, Router
+    from graftkit.route.centroid import CentroidRouter
+    from graftkit.route.key import RouterKey
+
     names = [file.stem for file in files]
     if len(set(names)) < len(names):
         raise ConfigError(f"two packs are called {max(names, key=names.count)}; rename one file")
+    router: Router
     if route != "auto":
-        router: Router = FixedRouter(route, names)
+        router = FixedRouter(route, names)
     else:
         keys = {name: RouterKey.of(pack) for name, pack in zip(names, packs, strict=True)}
         if all(key is None for key in keys.values()):
@@ -120,20 +148,33 @@ def _chosen(
     return [] if name is None else [names.index(name)]
 
 
-def _pack_name(route: Route) -> str | None:
+def _pack_name(route: "Route") -> str | None:
+    from graftkit.route import TARGET
+
     return None if route.name == TARGET else route.name
 
 
-def _generate(
-    model: Any, batch: torch.Tensor, packs: list[SkillPack], options: dict[str, Any]
-) -> torch.Tensor:
-    tokens: torch.Tensor
+def _generate_texts(
+    model: Any, tokenizer: Any, packs: list["SkillPack"], prompt: str, max_new_tokens: int
+) -> list[str]:
+    """One answer for each pack, or that of the target, in one batch."""
+    from graftkit.attachment import attached
+    from graftkit.generate import generate_greedy
+
+    ids = tokenizer.encode(prompt)
+
+    def answer(rows: int) -> list[str]:
+        output = generate_greedy(
+            model, tokenizer, [ids] * rows, max_new_tokens, eos_token_id=tokenizer.eos_token_id
+        )
+        texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)
+        return texts
+
     if not packs:
-        tokens = model.generate(batch, **options)
-        return tokens
-    # One pack runs merged, as fast as the target alone; several share the target side by side.
-    with attached(model, packs, mode="merged" if len(packs) == 1 else "side") as handle:
-        if len(packs) > 1:
-            handle.route(list(range(len(packs))))
-        tokens = model.generate(batch, **options)
-    return tokens
+        return answer(1)
+    if len(packs) == 1:  # merged, it is as fast as the target alone
+        with attached(model, packs, mode="merged"):
+            return answer(1)
+    with attached(model, packs, mode="side") as attachment:
+        attachment.route(list(range(len(packs))))
+        return answer(len(packs))

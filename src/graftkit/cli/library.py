@@ -10,7 +10,7 @@ from rich.console import Console
 from graftkit.cli import show
 
 if TYPE_CHECKING:
-    from graftkit.library import Entry, Library
+    from graftkit.library import Library, PackEntry
     from graftkit.rows import Row
 
 app = typer.Typer(
@@ -206,22 +206,22 @@ def _read_named(named: list[str]) -> dict[str, tuple["Row", ...]]:
     return given
 
 
-def _entry(entry: "Entry") -> dict[str, Any]:
+def _entry(entry: "PackEntry") -> dict[str, Any]:
     return entry.model_dump(mode="json")
 
 
-def _print_added(entry: "Entry") -> None:
+def _print_added(entry: "PackEntry") -> None:
     told = "with a router key" if entry.has_key else "without a router key (--prompts gives it one)"
     show.line(f"{entry.label}: {show.size(entry.bytes)}, digest {entry.digest[:12]}, {told}")
 
 
-def _print_removed(gone: "list[Entry]", remains: list[str]) -> None:
+def _print_removed(gone: "list[PackEntry]", remains: list[str]) -> None:
     show.line(f"removed {', '.join(entry.label for entry in gone)}")
     for place in remains:
         show.line(f"{place}: the answers and the tuned model it was made from are still here")
 
 
-def _print_list(target: str, packs: "tuple[Entry, ...]") -> None:
+def _print_list(target: str, packs: "tuple[PackEntry, ...]") -> None:
     show.line(f"target {target}")
     table = _table("pack", "size", "digest", "added", "router key", right=("size",))
     for entry in packs:

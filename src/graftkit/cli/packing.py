@@ -1,19 +1,79 @@
-"""Behind `pack`, `verify` and `merge`: files and numbers, no printing."""
+"""`graftkit pack`, `inspect`, `verify` and `compare`: one target, one tuned model, one pack."""
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from graftkit.checkpoint import Checkpoint, all_finite
+import typer
+
 from graftkit.cli import show
-from graftkit.errors import ConfigError, CorruptPackError, OutputError, PackFault
-from graftkit.files import WorkFolder
-from graftkit.outputs import Claim, check_output, claimed
-from graftkit.packing import pack_delta
-from graftkit.parallel import peak_rss_bytes
-from graftkit.progress import Progress
-from graftkit.skillpack import SkillPack
-from graftkit.skillpack.pack import pack_summary
+
+if TYPE_CHECKING:
+    from graftkit.checkpoint import Checkpoint
+    from graftkit.outputs import Claim
+    from graftkit.skillpack import SkillPack
+
+app = typer.Typer()
+
+
+@app.command()
+def pack(
+    target: show.Target,
+    tuned: show.Tuned,
+    output: show.PackOutput,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Largest file: 5%, 12MB or 1.0bpp. Default 5%; lossless: none."),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="auto, graftllm (the paper's method) or lossless.")
+    ] = "auto",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="rows.jsonl to measure activations on. Default: use no data."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="rows.jsonl of prompts that routers should send to this pack."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed that picks the calibration rows.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Tensors compressed at once. Default: one per core.")
+    ] = None,
+    servable: Annotated[
+        bool,
+        typer.Option("--servable", help="Use only factors that are cheap to serve unmerged."),
+    ] = False,
+    train_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of code training on the rows. Default 400; 0 turns it off."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything except write the file.")
+    ] = False,
+    force: show.Force = False,
+    json_output: show.Json = False,
+) -> None:
+    """Compress what TUNED learned beyond TARGET into one file.
+
+    If it is interrupted, run the same command again: finished steps are kept in OUTPUT.partial.
+    """
+    summary = pack_to_file(
+        target,
+        tuned,
+        output,
+        dry_run,
+        force,
+        budget=budget,
+        recipe=recipe,
+        calibration=calibration,
+        prompts=prompts,
+        seed=seed,
+        workers=workers,
+        servable=servable,
+        train_steps=train_steps,
+    )
+    show.json_or(json_output, summary, lambda: _print_pack(summary, output, dry_run))
 
 
 def pack_to_file(
@@ -23,15 +83,20 @@ def pack_to_file(
 
     force: a file that is there may be replaced.
     """
+    from graftkit.outputs import check_output, claimed
+    from graftkit.pack import pack_delta
+    from graftkit.parallel import peak_rss_bytes
+    from graftkit.skillpack.pack import pack_summary
+
     started = time.perf_counter()
     rows = [file for name in ("calibration", "prompts") if (file := options.get(name))]
+    inputs = [target, tuned, *rows]
     with show.progress() as report:
         if dry_run:
-            check_output(output, inputs=[target, tuned, *rows], force=True)
+            check_output(output, inputs=inputs, force=True)
             pack = pack_delta(target, tuned, progress=report, **options)
         else:
             job = ["pack", target, tuned, options]
-            inputs = [target, tuned, *rows]
             with claimed(output, job, inputs=inputs, force=force, resumable=True) as claim:
                 pack = pack_delta(target, tuned, work_dir=claim.work, progress=report, **options)
                 _save(pack, claim)
@@ -43,8 +108,11 @@ def pack_to_file(
     return {"output": None if dry_run else str(output)} | summary | measured
 
 
-def _save(pack: SkillPack, claim: Claim) -> None:
+def _save(pack: "SkillPack", claim: "Claim") -> None:
     """Write the pack and put it in place; where that fails, nothing stays. Raises: OutputError."""
+    from graftkit.errors import OutputError
+    from graftkit.files import WorkFolder
+
     try:
         pack.save(claim.result)
         claim.commit()
@@ -53,11 +121,115 @@ def _save(pack: SkillPack, claim: Claim) -> None:
         raise
 
 
-def verify_file(file: Path, target: str, full: bool, progress: Progress) -> dict[str, Any]:
-    """Check format, digests and target; decode everything where `full` is asked.
+def _print_pack(summary: dict[str, Any], output: Path, dry_run: bool) -> None:
+    """One line of numbers, and a table of the tensors summed by kind and codec."""
+    name = f"{output} (not written)" if dry_run else str(output)
+    limit = summary["budget_bytes"]
+    of = f" of {show.size(limit)} allowed" if limit else ""
+    show.line(
+        f"{name}: {show.size(summary['pack_bytes'])}{of}, {100 * summary['ratio']:.2f} % of the "
+        f"target, {summary['bits_per_parameter']:.3f} bits/parameter, "
+        f"{summary['seconds']:.1f} s, peak memory {show.size(summary['peak_rss_bytes'])}"
+    )
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for tensor in summary["tensors"]:
+        groups.setdefault((tensor["kind"], tensor["codec"]), []).append(tensor)
+    numbers = ("tensors", "bytes", "mean error")
+    table = show.Table("kind", "codec", *numbers, right=numbers)
+    for (kind, codec), members in sorted(groups.items()):
+        error = sum(tensor["relative_error"] for tensor in members) / len(members)
+        size = sum(tensor["bytes"] for tensor in members)
+        table.add_row(kind, codec, len(members), f"{size:,}", f"{error:.3f}")
+    table.show()
+
+
+@app.command()
+def inspect(file: show.PackFile, json_output: show.Json = False) -> None:
+    """Show what a pack holds, tensor by tensor. Needs no model."""
+    from graftkit.skillpack import SkillPack
+    from graftkit.skillpack.pack import pack_summary
+
+    opened = SkillPack.load(file)
+    summary = pack_summary(opened)
+    summary["manifest"] = opened.manifest.model_dump(mode="json", exclude={"tensors"})
+    show.json_or(json_output, summary, lambda: _print_contents(summary, file))
+
+
+def _print_contents(summary: dict[str, Any], file: Path) -> None:
+    """What the pack says of itself, then every tensor."""
+    for key, value in _facts(summary, file).items():
+        show.line(f"{key:>15}  {value}")
+    right = ("shape", "bytes", "bits/par.", "error")
+    table = show.Table(
+        "tensor", "kind", "shape", "codec", "detail", *right[1:], right=right, whole=True
+    )
+    for tensor in summary["tensors"]:
+        table.add_row(
+            tensor["name"],
+            tensor["kind"],
+            "x".join(map(str, tensor["shape"])),
+            tensor["codec"],
+            tensor.get("tiers") or _detail(tensor),
+            f"{tensor['bytes']:,}",
+            f"{tensor['bits_per_parameter']:.3f}",
+            f"{tensor['relative_error']:.4f}",
+        )
+    table.show()
+
+
+def _facts(summary: dict[str, Any], file: Path) -> dict[str, str]:
+    manifest = summary["manifest"]
+    bound = summary["bound_bits_per_parameter"]
+    calibration = manifest["calibration"]
+    return {
+        "file": f"{file}, {show.size(summary['pack_bytes'])} ({100 * summary['ratio']:.2f} % of "
+        f"the target), format {manifest['format_version']}, by {manifest['generator']}",
+        "target": f"{summary['target']}, fingerprint {manifest['target']['fingerprint'][:16]}…",
+        "tuned": summary["tuned"],
+        "recipe": summary["recipe"],
+        "calibration": f"{calibration['rows']} rows, {calibration['tokens']} tokens of "
+        f"{calibration['source']}"
+        if calibration
+        else "none (data-free)",
+        "bits/parameter": f"{summary['bits_per_parameter']:.3f}"
+        + (f", model bound {bound:.3f}" if bound is not None else ""),
+        "files": ", ".join(record["name"] for record in manifest["files"]) or "none changed",
+    }
+
+
+def _detail(tensor: dict[str, Any]) -> str:
+    if "kept" in tensor:
+        return f"{tensor['kept']:,} kept, {tensor['positions']}"
+    if tensor.get("coded"):
+        return f"rank {tensor['rank']}, coded" if tensor["rank"] is not None else "coded"
+    if "dtypes" in tensor:
+        return f"rank {tensor['rank']}, {', '.join(tensor['dtypes'])}"
+    return f"{tensor['bits']} bits" if "bits" in tensor else ""
+
+
+@app.command()
+def verify(
+    file: show.PackFile,
+    target: show.MadeFor,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also decode every tensor and look for NaN.")
+    ] = False,
+    json_output: show.Json = False,
+) -> None:
+    """Check a pack's format, its digests and its target."""
+    with show.progress() as report:
+        result = verify_file(file, target, full, report)
+    show.json_or(json_output, result, lambda: _print_verified(result, file, target))
+
+
+def verify_file(file: Path, target: str, full: bool, progress: show.Report) -> dict[str, Any]:
+    """Check format, digests and target; with `full`, decode every tensor.
 
     Raises: PackFormatError, PackMismatchError, CorruptPackError for a tensor that is not finite.
     """
+    from graftkit.checkpoint import Checkpoint
+    from graftkit.skillpack import SkillPack
+
     pack = SkillPack.load(file)
     checkpoint = Checkpoint.open(target)
     progress("checking the target", 0, 1)
@@ -78,19 +250,11 @@ def verify_file(file: Path, target: str, full: bool, progress: Progress) -> dict
     }
 
 
-def parse_weights(text: str | None) -> list[float] | None:
-    """`1,0.5` as numbers. Raises: ConfigError."""
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ConfigError(
-            f"weights {text!r} are not numbers; write one per pack, such as 1,0.5"
-        ) from error
+def _check_finite(pack: "SkillPack", name: str, target: "Checkpoint") -> None:
+    """Raises: CorruptPackError for NaN or infinity where the target has a finite number."""
+    from graftkit.checkpoint import all_finite
+    from graftkit.errors import CorruptPackError, PackFault
 
-
-def _check_finite(pack: SkillPack, name: str, target: Checkpoint) -> None:
     tensor, base = pack.rebuild(name, target.read), pack.record(name).target_name
     if not tensor.is_floating_point() or all_finite(tensor):
         return
@@ -105,3 +269,53 @@ def _check_finite(pack: SkillPack, name: str, target: Checkpoint) -> None:
             f"tensor {name} decodes to NaN or infinite weights; pack the model again",
             PackFault.INVALID_PAYLOAD,
         )
+
+
+def _print_verified(result: dict[str, Any], file: Path, target: str) -> None:
+    more = ", every tensor decodes to finite weights" if result["decoded"] else ""
+    show.line(
+        f"{file}: sound (format {result['format_version']}, {result['tensors']} tensors, "
+        f"{show.size(result['pack_bytes'])}), made for {target}{more}"
+    )
+
+
+@app.command()
+def compare(
+    target: show.Target,
+    tuned: show.Tuned,
+    file: show.PackFile,
+    rows: Annotated[Path, typer.Option("--rows", help='rows.jsonl: {"prompt", "completion"}.')],
+    json_output: show.Json = False,
+) -> None:
+    """Compare target + pack with the tuned model on rows.
+
+    Measures the KL divergence per token, how often both find the same token most likely, and the
+    share of rows answered word for word.
+    """
+    from dataclasses import asdict
+
+    from graftkit.evaluate import compare as compare_models
+    from graftkit.rows import read_rows
+
+    texts = read_rows(rows)
+    with show.progress() as report:
+        measured = compare_models(
+            target, tuned, file, texts, lambda done, total: report("comparing", done, total)
+        )
+    result = asdict(measured)
+    show.json_or(json_output, result, lambda: _print_comparison(result, file))
+
+
+def _print_comparison(result: dict[str, Any], file: Path) -> None:
+    show.line(
+        f"{file}: {result['rows']} rows, {result['tokens']} tokens: "
+        f"KL {result['kl_mean']:.5f} mean, {result['kl_p99']:.4f} at the 99th percentile, "
+        f"top-1 agreement {100 * result['top1_agreement']:.2f} %"
+    )
+    if result["exact_match_tuned"] is None:
+        return
+    columns = ("target", "tuned", "target + pack", "recovered")
+    table = show.Table("", *columns, right=columns)
+    shares = [result[f"exact_match_{model}"] for model in ("target", "tuned", "packed")]
+    table.add_row("exact match", *map(show.number, (*shares, result["recovered"])))
+    table.show()

@@ -1,30 +1,16 @@
-"""Energy of a matrix in a layer's output, block by block.
+"""Rate and distortion of a delta: what each precision costs in bytes and leaves in error.
 
-How few bits any code could have used, under a model of the delta.
+Errors are energies of the layer's output, E‖(δ − δ̂) x‖², so that those of different tensors can be
+added once each is weighted by its sensitivity. Here are
 
-The model: the rows of a delta are independent Gaussians with a common covariance whose
-eigenvalues are the squared singular values divided by the number of rows. Under it, reverse
-water-filling (Cover & Thomas, theorem 10.3.3) gives the least rate at a mean squared error:
+- the energy of a matrix in a layer's output;
+- the rate-distortion bound of a delta (reverse water-filling, Cover & Thomas, theorem 10.3.3);
+- the expected error and exact bytes of the fixed-length precisions of recipe `graftllm`;
+- the expected error and bytes of the entropy-coded precisions of recipe `auto`.
 
-    R(θ) = (1/n) Σ_j ½ log2⁺(λ_j / θ)   bits per parameter,   D(θ) = (1/n) Σ_j min(θ, λ_j)
-
-It is a bound for codes that treat deltas as such Gaussians and is no guarantee for one matrix.
-
-What a fixed-length precision costs a matrix: expected error against exact bytes.
-
-Errors are energies of the layer's output, E‖(δ − δ̂)x‖², estimated from the spectrum of the
-delta and the noise of the grids; bytes are exact.
-
-What coding a Gaussian value with a dead-zone step costs: bits, and the error that is left.
-
-Tables over the ratio of standard deviation to step, made once by numerical integration; and what
-one more unit costs where codes are there already.
-
-Which codec and how many components at one water level: expected error against expected bytes.
-
-One level c for all tensors is one Lagrange multiplier for the pack: where every coded value is
-rounded with the same step in the unit that errors are added in, no byte saves more error in one
-tensor than in another (reverse water-filling).
+Recipe `auto` codes all tensors at one water level c. It stands for one Lagrange multiplier λ: where
+every coded value is rounded with the same step, in the unit in which errors are added, no byte
+saves more error in one tensor than in another.
 """
 
 import math
@@ -37,11 +23,11 @@ import torch
 from torch import Tensor
 
 from graftkit.compress.codecs import (
+    CodedDense,
+    CodedHybrid,
+    CodedLowRank,
     Dense,
-    Entries,
-    Factored,
     FixedPrecision,
-    Hybrid,
     LowRankTiers,
     Precision,
     Shape,
@@ -49,7 +35,7 @@ from graftkit.compress.codecs import (
     Zero,
     payload_bytes,
 )
-from graftkit.compress.codes import LARGEST_CODE
+from graftkit.compress.entropy import LARGEST_CODE
 from graftkit.compress.lowrank import Tier
 from graftkit.compress.quantize import BLOCK_ELEMENTS, DEAD_ZONE
 
@@ -87,7 +73,14 @@ def _block_energy(part: Tensor, covariance: Tensor | None) -> float:
 
 
 def waterfilling_bits(energies: np.ndarray, columns: int, distortion: float) -> float:
-    """Bits per parameter at a relative distortion.
+    """Least bits per parameter at a relative distortion, by reverse water-filling.
+
+    The model: rows of a delta are independent Gaussians with a common covariance whose eigenvalues
+    λ_j are the squared singular values divided by the number of rows. Then, with water level θ,
+
+        R(θ) = (1/n) Σ_j ½ log2⁺(λ_j / θ)   bits per parameter,   D(θ) = (1/n) Σ_j min(θ, λ_j)
+
+    It bounds codes that treat deltas as such Gaussians; one matrix may do better.
 
     Args:
         energies: squared singular values (k,), any common scale.
@@ -98,11 +91,11 @@ def waterfilling_bits(energies: np.ndarray, columns: int, distortion: float) -> 
     total = float(eigenvalues.sum())
     if total <= 0 or distortion >= 1:
         return 0.0
-    goal = max(distortion, 1e-12) * total
+    allowed = max(distortion, 1e-12) * total
     low, high = 0.0, float(eigenvalues.max())
     for _ in range(100):
         level = (low + high) / 2
-        if float(np.minimum(eigenvalues, level).sum()) > goal:
+        if float(np.minimum(eigenvalues, level).sum()) > allowed:
             high = level
         else:
             low = level
@@ -118,7 +111,7 @@ DENSE_BITS = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True)
 class MatrixFacts:
-    """What allocation knows of one tensor (a stack counts once, energies summed over it).
+    """Statistics of one tensor that decide its precision (a stack counts once, energies summed).
 
     shape: (out, in) of one matrix; count: matrices in the stack.
     energies: E‖s_k u_k v_kᵀ x‖² of every singular component, descending, float64.
@@ -142,7 +135,7 @@ class MatrixFacts:
 
 
 @dataclass(frozen=True)
-class Point:
+class RatePoint:
     """One choice for one tensor: exact payload bytes and expected weighted error."""
 
     nbytes: int
@@ -150,7 +143,7 @@ class Point:
     precision: FixedPrecision
 
 
-def tiers_point(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Point:
+def tiers_point(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> RatePoint:
     """Bytes and expected error of tiers: dropped energy plus the noise of both factors."""
     error, start = 0.0, 0
     for tier in tiers:
@@ -160,7 +153,7 @@ def tiers_point(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Point:
     error += float(facts.energies[start:].sum())
     precision = LowRankTiers(tiers) if tiers else Zero()
     size = facts.count * payload_bytes(facts.shape, precision)
-    return Point(size, facts.weight * error, precision)
+    return RatePoint(size, facts.weight * error, precision)
 
 
 def _component_errors(facts: MatrixFacts, bits: int, span: slice) -> np.ndarray:
@@ -173,11 +166,11 @@ def _component_errors(facts: MatrixFacts, bits: int, span: slice) -> np.ndarray:
     return np.minimum(noise, facts.energies[span])
 
 
-def dense_points(facts: MatrixFacts) -> list[Point]:
+def dense_points(facts: MatrixFacts) -> list[RatePoint]:
     """The direct form at every width."""
     total = facts.weight * facts.gain * float(facts.norms.sum())
     return [
-        Point(
+        RatePoint(
             facts.count * payload_bytes(facts.shape, Dense(bits)),
             total * GRID_NOISE[bits],
             Dense(bits),
@@ -186,7 +179,7 @@ def dense_points(facts: MatrixFacts) -> list[Point]:
     ]
 
 
-def sparse_points(facts: MatrixFacts) -> list[Point]:
+def sparse_points(facts: MatrixFacts) -> list[RatePoint]:
     """Pruning at every share measured, values in 4 bits."""
     total = facts.weight * float(facts.energies.sum())
     points = []
@@ -194,13 +187,13 @@ def sparse_points(facts: MatrixFacts) -> list[Point]:
         kept = max(1, round(share * facts.shape[0] * facts.shape[1]))
         size = facts.count * payload_bytes(facts.shape, Sparse(kept))
         error = total * (1 - energy + energy * GRID_NOISE[4])
-        points.append(Point(size, error, Sparse(kept)))
+        points.append(RatePoint(size, error, Sparse(kept)))
     return points
 
 
-def zero_point_of(facts: MatrixFacts) -> Point:
+def zero_point_of(facts: MatrixFacts) -> RatePoint:
     """Storing nothing."""
-    return Point(0, facts.weight * float(facts.energies.sum()), Zero())
+    return RatePoint(0, facts.weight * float(facts.energies.sum()), Zero())
 
 
 Array = npt.NDArray[np.float64]
@@ -208,11 +201,14 @@ _MOST_PER_UNIT = 12.0  # bits
 _LOWEST, _HIGHEST, _POINTS = -6.0, 10.0, 129  # log2 of the ratio
 
 
-def coding(ratio: Array) -> tuple[Array, Array]:
-    """What coding a Gaussian value costs, by its standard deviation in steps.
+def gaussian_rate_distortion(ratio: Array) -> tuple[Array, Array]:
+    """Rate and distortion of a Gaussian value that is rounded with a dead zone.
 
+    Args:
+        ratio: standard deviation of the value, in steps.
     Returns: the entropy of its code in bits; the mean squared error in squared steps, which is that
-        of leaving the value out where it is small.
+        of leaving the value out where it is small. Both are interpolated in tables made once by
+        numerical integration.
     """
     grid, bits, share = _tables()
     logs = np.log2(np.maximum(ratio, 1e-30))
@@ -222,7 +218,7 @@ def coding(ratio: Array) -> tuple[Array, Array]:
 
 
 def bits_per_unit(codes: Tensor) -> Tensor:
-    """What one more unit of |code| costs an entry, bits; of codes (rows, columns), float.
+    """Bits that one more unit of |code| costs each entry of codes (rows, columns), float.
 
     Entries are taken as two-sided geometric, P(k) ∝ t^|k|, with the mean |code| that their row
     and column lead one to expect: 2 t / (1 - t²).
@@ -232,8 +228,8 @@ def bits_per_unit(codes: Tensor) -> Tensor:
     of_row = size.mean(dim=1, keepdim=True) + 0.5 / columns
     of_column = size.mean(dim=0, keepdim=True) + 0.5 / rows
     mean = of_row * of_column / size.mean().clamp(min=0.5 / codes.numel())
-    chance = ((mean.square() + 1).sqrt() - 1) / mean
-    return torch.log2(chance).neg().clamp(min=0.01, max=_MOST_PER_UNIT)
+    ratio = ((mean.square() + 1).sqrt() - 1) / mean  # t
+    return torch.log2(ratio).neg().clamp(min=0.01, max=_MOST_PER_UNIT)
 
 
 @cache
@@ -247,9 +243,9 @@ def _tables() -> tuple[Array, Array, Array]:
     for i, ratio in enumerate(2.0**grid):
         scaled = values * ratio
         codes = np.sign(scaled) * np.floor(np.abs(scaled) + DEAD_ZONE)
-        chance = np.bincount((codes - codes.min()).astype(np.int64), weights=density)
-        chance = chance[chance > 0]
-        bits[i] = -(chance * np.log2(chance)).sum()
+        probability = np.bincount((codes - codes.min()).astype(np.int64), weights=density)
+        probability = probability[probability > 0]
+        bits[i] = -(probability * np.log2(probability)).sum()
         error[i] = (density * (scaled - codes) ** 2).sum() / ratio**2
     return grid, np.maximum.accumulate(bits), error
 
@@ -266,59 +262,59 @@ UNTRAINED = 2.0
 FACTORS_BYTES, FACTORS_ERROR = 0.88, 0.75
 """What coded factors took of a Gaussian's bytes and error on the nursery: their entries have
 heavier tails, and the refit of U takes back a part of what V lost."""
-_LARGEST = LARGEST_CODE / 4  # code of a typical entry; what is louder has coarser steps
+_LARGEST = LARGEST_CODE / 4  # code of a typical entry; values of larger norm have coarser steps
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One way to code a tensor, with the bytes and the weighted error to expect."""
+class CodingOption:
+    """One way to code a tensor, with its expected bytes and weighted error."""
 
     precision: Precision
     nbytes: float
     error: float
 
     def cost(self, level: float) -> float:
-        """Error and bytes in one number, by the multiplier of the level."""
-        return self.error + multiplier(level) * 8 * self.nbytes
+        """D + λR: the error plus the bits times the Lagrange multiplier of the level."""
+        return self.error + lagrange_multiplier(level) * 8 * self.nbytes
 
 
-def multiplier(level: float) -> float:
-    """Weighted error that one bit must save at this level: −dD/dR = ln 2 / 6 · c²."""
+def lagrange_multiplier(level: float) -> float:
+    """λ = −dD/dR = ln 2 / 6 · c²: the weighted error that one bit must save at this level."""
     return math.log(2) / 6 * level**2
 
 
-def finest(facts: MatrixFacts) -> float:
-    """The lowest level of use to a tensor: the loudest component's codes fill their range."""
-    loudest = math.sqrt(facts.weight * float(facts.energies[0]) / facts.count)
-    return loudest / math.sqrt(min(facts.shape)) / _LARGEST
+def finest_level(facts: MatrixFacts) -> float:
+    """Lowest level of use to a tensor: codes of the largest component fill their range."""
+    largest = math.sqrt(facts.weight * float(facts.energies[0]) / facts.count)
+    return largest / math.sqrt(min(facts.shape)) / _LARGEST
 
 
-def choices(facts: MatrixFacts, level: float, servable: bool = False) -> list[Choice]:
-    """Sound choices for one tensor at one level: nothing, and at most one of each codec.
+def coding_options(facts: MatrixFacts, level: float, servable: bool = False) -> list[CodingOption]:
+    """Ways to code one tensor at one level: not at all, and at most one of each codec.
 
     Args:
         level: c in the weighted unit; the tensor's own step is c / √weight.
         servable: factors only, of a rank that keeps the side path cheap.
     """
-    nothing = Choice(Zero(), 0.0, facts.weight * float(facts.energies.sum()))
+    nothing = CodingOption(Zero(), 0.0, facts.weight * float(facts.energies.sum()))
     if nothing.error <= 0:
         return [nothing]
     own = level / math.sqrt(facts.weight)
     bits, error = _components(facts, own)
-    found = [nothing, *_factors(facts, own, level, servable, (bits, error))]
+    options = [nothing, *_factors(facts, own, level, servable, (bits, error))]
     if not servable:
         others = _entries_and_hybrid(facts, own, level, (bits, error))
-        found += [replace(c, error=UNTRAINED * c.error) if facts.trainable else c for c in others]
-    return found
+        options += [replace(c, error=UNTRAINED * c.error) if facts.trainable else c for c in others]
+    return options
 
 
 def _components(facts: MatrixFacts, own: float) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and error of coding each component of one matrix of the stack."""
-    loudness = np.sqrt(facts.energies / facts.count) / own
-    bits, error = np.full_like(loudness, COMPONENT_BITS), np.zeros_like(loudness)
+    """Bits and error of each coded component of one matrix of the stack."""
+    norms = np.sqrt(facts.energies / facts.count) / own
+    bits, error = np.full_like(norms, COMPONENT_BITS), np.zeros_like(norms)
     for side in facts.shape:
-        ratio = loudness / math.sqrt(side)
-        of_side = coding(ratio)
+        ratio = norms / math.sqrt(side)
+        of_side = gaussian_rate_distortion(ratio)
         bits += side * of_side[0]
         error += side * of_side[1]
     return bits, np.minimum(error * own**2, facts.energies / facts.count)
@@ -330,10 +326,10 @@ def _factors(
     level: float,
     servable: bool,
     components: tuple[np.ndarray, np.ndarray],
-) -> list[Choice]:
+) -> list[CodingOption]:
     bits, error = components
     saved = facts.energies / facts.count - error
-    rank = int((facts.weight * saved > multiplier(level) * bits).sum())
+    rank = int((facts.weight * saved > lagrange_multiplier(level) * bits).sum())
     if servable:
         rows, columns = facts.shape
         rank = min(rank, int(SERVABLE_SHARE * rows * columns / (rows + columns)))
@@ -342,13 +338,13 @@ def _factors(
     total = facts.count * (float(bits[:rank].sum()) + MATRIX_BITS)
     left = facts.count * float(error[:rank].sum()) + float(facts.energies[rank:].sum())
     nbytes, lost = FACTORS_BYTES * total / 8, FACTORS_ERROR * facts.weight * left
-    return [Choice(Factored(rank, own), nbytes, lost)]
+    return [CodingOption(CodedLowRank(rank, own), nbytes, lost)]
 
 
 def _entries_and_hybrid(
     facts: MatrixFacts, own: float, level: float, components: tuple[np.ndarray, np.ndarray]
-) -> list[Choice]:
-    """All entries alone, and behind a few components: those far louder than the flat rest.
+) -> list[CodingOption]:
+    """All entries alone, and behind a few components whose norm is far above that of the flat rest.
 
     The entries code what the components leave, their own rounding included.
     """
@@ -357,18 +353,21 @@ def _entries_and_hybrid(
     rest = [facts.energies[rank:].sum() + facts.count * lost[:rank].sum() for rank in ranks]
     energies = np.array(rest, dtype=np.float64)
     bits, error = _flat(facts, energies, own)
-    found = [Choice(Entries(own), float(bits[0]) / 8, facts.weight * float(error[0]))]
+    alone = CodingOption(CodedDense(own), float(bits[0]) / 8, facts.weight * float(error[0]))
     hybrids = []
     for i, rank in enumerate(ranks[1:], start=1):
         total = facts.count * (float(component_bits[:rank].sum()) + MATRIX_BITS) + float(bits[i])
-        hybrids.append(Choice(Hybrid(rank, own), total / 8, facts.weight * float(error[i])))
-    return found + ([min(hybrids, key=lambda choice: choice.cost(level))] if hybrids else [])
+        hybrids.append(
+            CodingOption(CodedHybrid(rank, own), total / 8, facts.weight * float(error[i]))
+        )
+    best = [min(hybrids, key=lambda option: option.cost(level))] if hybrids else []
+    return [alone, *best]
 
 
 def _flat(facts: MatrixFacts, energies: np.ndarray, own: float) -> tuple[np.ndarray, np.ndarray]:
     """Bits and error of entries whose energy is spread as rows and columns spread it."""
     values = facts.shape[0] * facts.shape[1]
     ratio = np.sqrt(energies[:, None] / facts.count / values * facts.spread) / own
-    of_value = [table.mean(axis=1) for table in coding(ratio)]
+    of_value = [table.mean(axis=1) for table in gaussian_rate_distortion(ratio)]
     bits = facts.count * (values * of_value[0] + MATRIX_BITS)
     return bits, facts.count * values * of_value[1] * own**2

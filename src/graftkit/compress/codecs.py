@@ -1,7 +1,14 @@
-"""One door to all delta codecs: encode(delta, statistics, precision) -> payload, and back.
+"""All delta codecs behind one interface: encode(delta, statistics, precision) -> payload, and back.
+
+zero       nothing is stored
+sparse     the largest entries, quantized (module entries)
+dense      every entry, quantized (entries) or entropy-coded (coded)
+lowrank    factors, quantized in tiers (lowrank) or entropy-coded (coded)
+hybrid     a few entropy-coded factors and the residual's entries (coded)
+factors    the two factors of a LoRA as they are (factors)
 
 A codec sees matrices only. `matrices` turns a stored tensor into them: transposed weights are
-put the right way round, stacks of experts become one matrix per expert, kernels are flattened.
+turned to (out, in), stacks of experts become one matrix per expert, kernels are flattened.
 """
 
 import struct
@@ -13,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graftkit.compress import coded, dense, factors, lowrank, sparse
+from graftkit.compress import coded, entries, factors, lowrank
 from graftkit.errors import CorruptPackError
 
-Layout = Literal["matrix", "transposed", "stack", "stack_transposed"]
+TensorLayout = Literal["matrix", "transposed", "stack", "stack_transposed"]
 DeltaCodec = Literal["zero", "sparse", "lowrank", "dense", "hybrid"]
 Shape = tuple[int, int]
 
@@ -58,7 +65,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Factored:
+class CodedLowRank:
     """Entropy-coded factors of at most `rank` components at water level `level`."""
 
     rank: int
@@ -67,7 +74,7 @@ class Factored:
 
 
 @dataclass(frozen=True)
-class Entries:
+class CodedDense:
     """Every entry entropy-coded at water level `level`."""
 
     level: float
@@ -75,7 +82,7 @@ class Entries:
 
 
 @dataclass(frozen=True)
-class Hybrid:
+class CodedHybrid:
     """Factors of `rank` components, then the entries of what they leave."""
 
     rank: int
@@ -85,17 +92,18 @@ class Hybrid:
 
 FixedPrecision = Zero | Sparse | LowRankTiers | Dense
 """Precisions whose payload length is known beforehand."""
-Precision = FixedPrecision | Factored | Entries | Hybrid
+Precision = FixedPrecision | CodedLowRank | CodedDense | CodedHybrid
 
 _LENGTHS = 0xFF
 """First byte of a stack whose payloads have lengths of their own."""
 _LENGTH = struct.Struct("<I")
+_DECODERS = {"sparse": entries.decode_sparse, "dense": entries.decode_dense}
 _BLOCK_VALUES, _BLOCK_ROWS = 2**18, 64  # 1 MB of float32 stays in a core's cache; rows at least
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What the encoder knows of one matrix beside its delta.
+    """Statistics of one matrix that the encoder uses beside its delta.
 
     covariance: H = E[x xᵀ] of the layer's inputs, (n, n), shrunk, or None without calibration.
     basis: left directions as `lowrank.eigenbasis` returns them, or None where nothing is factored.
@@ -105,7 +113,7 @@ class Statistics:
     basis: Tensor | None = None
 
 
-def matrix_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, Shape]:
+def matrix_shape(shape: tuple[int, ...], layout: TensorLayout) -> tuple[int, Shape]:
     """Number of matrices in a tensor of this stored shape, and the (out, in) shape of each."""
     if layout.startswith("stack"):
         count, rows, columns = shape
@@ -114,13 +122,13 @@ def matrix_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, Shape]:
     return count, (columns, rows) if layout.endswith("transposed") else (rows, columns)
 
 
-def matrices(tensor: Tensor, layout: Layout) -> list[Tensor]:
+def matrices(tensor: Tensor, layout: TensorLayout) -> list[Tensor]:
     """The (out, in) matrices of a stored tensor, as views where that is possible."""
     slices = list(tensor) if layout.startswith("stack") else [tensor.reshape(tensor.shape[0], -1)]
     return [part.T for part in slices] if layout.endswith("transposed") else slices
 
 
-def assemble(parts: list[Tensor], shape: tuple[int, ...], layout: Layout) -> Tensor:
+def assemble(parts: list[Tensor], shape: tuple[int, ...], layout: TensorLayout) -> Tensor:
     """Inverse of `matrices`."""
     if layout.endswith("transposed"):
         parts = [part.T for part in parts]
@@ -132,9 +140,9 @@ def payload_bytes(shape: Shape, precision: FixedPrecision) -> int:
     if isinstance(precision, Zero):
         return 0
     if isinstance(precision, Sparse):
-        return sparse.payload_bytes(shape, precision.kept)
+        return entries.sparse_bytes(shape, precision.kept)
     if isinstance(precision, Dense):
-        return dense.payload_bytes(shape, precision.bits)
+        return entries.dense_bytes(shape, precision.bits)
     return lowrank.payload_bytes(shape, precision.tiers)
 
 
@@ -147,10 +155,10 @@ def encode_matrix(delta: Tensor, statistics: Statistics, precision: Precision) -
     if isinstance(precision, Zero):
         return b""
     if isinstance(precision, Sparse):
-        return sparse.encode(delta, precision.kept)
+        return entries.encode_sparse(delta, precision.kept)
     if isinstance(precision, Dense):
-        return dense.encode(delta, covariance, precision.bits)
-    if isinstance(precision, Entries):
+        return entries.encode_dense(delta, covariance, precision.bits)
+    if isinstance(precision, CodedDense):
         return coded.encode_entries(delta, covariance, precision.level)
     if statistics.basis is None:
         raise ValueError("the low-rank codec needs the basis of the delta")
@@ -158,7 +166,7 @@ def encode_matrix(delta: Tensor, statistics: Statistics, precision: Precision) -
         left = lowrank.left_vectors(delta, statistics.basis, precision.rank)
         return lowrank.encode(delta, left, covariance, precision.tiers)
     rows = lowrank.leading_rows(delta, statistics.basis, precision.rank, covariance)
-    if isinstance(precision, Hybrid):
+    if isinstance(precision, CodedHybrid):
         return coded.encode_hybrid(delta, rows, covariance, precision.level)
     factors = coded.encode_factors(delta, rows, covariance, precision.level)
     return coded.store_factors(factors)
@@ -173,7 +181,7 @@ def decode_matrix(codec: str, payload: memoryview, shape: Shape) -> Tensor:
     return delta
 
 
-def decode_rows(codec: str, payload: memoryview, shape: Shape) -> coded.Rows:
+def decode_rows(codec: str, payload: memoryview, shape: Shape) -> coded.RowDecoder:
     """δ̂ as a function of some of its rows; a whole one in float32 is often too large.
 
     Raises: CorruptPackError.
@@ -185,15 +193,12 @@ def decode_rows(codec: str, payload: memoryview, shape: Shape) -> coded.Rows:
     if codec in ("lowrank", "factors"):
         left, right = decode_factors(payload, shape, codec)
         return lambda rows: left[rows] @ right
-    if codec == "zero":
-        whole = torch.zeros(shape)
-    else:
-        whole = (sparse if codec == "sparse" else dense).decode(payload, shape)
+    whole = torch.zeros(shape) if codec == "zero" else _DECODERS[codec](payload, shape)
     return lambda rows: whole[rows].clone()
 
 
 def row_blocks(shape: Shape) -> Iterator[slice]:
-    """Rows to be computed together: the same everywhere, as it decides how sums are rounded."""
+    """Rows that are computed together, the same everywhere: blocks decide how sums are rounded."""
     rows = max(_BLOCK_ROWS, _BLOCK_VALUES // max(1, shape[1]))
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
@@ -215,7 +220,9 @@ def _is_coded(payload: memoryview) -> bool:
     return len(payload) > 0 and payload[0] == coded.CODED
 
 
-def decode_delta(codec: str, payload: memoryview, shape: tuple[int, ...], layout: Layout) -> Tensor:
+def decode_delta(
+    codec: str, payload: memoryview, shape: tuple[int, ...], layout: TensorLayout
+) -> Tensor:
     """The delta of a whole tensor in its stored shape, float32. Raises: CorruptPackError."""
     if codec == "zero":
         return torch.zeros(shape)
@@ -224,7 +231,7 @@ def decode_delta(codec: str, payload: memoryview, shape: tuple[int, ...], layout
     return assemble([decode_matrix(codec, part, matrix) for part in parts], shape, layout)
 
 
-def add_delta(codec: str, payload: memoryview, weight: Tensor, layout: Layout) -> Tensor:
+def add_delta(codec: str, payload: memoryview, weight: Tensor, layout: TensorLayout) -> Tensor:
     """Weight plus the delta of a whole tensor, summed in float32 and rounded once.
 
     Args:
@@ -274,7 +281,7 @@ def split_payload(payload: memoryview, count: int) -> list[memoryview]:
 
 
 def describe_payload(
-    codec: str, payload: memoryview, shape: tuple[int, ...], layout: Layout
+    codec: str, payload: memoryview, shape: tuple[int, ...], layout: TensorLayout
 ) -> dict[str, object]:
     """Rank, bits or entries kept, read from a payload's header. Raises: CorruptPackError."""
     if codec in ("zero", "exact"):
@@ -286,8 +293,8 @@ def describe_payload(
     describers = {
         "lowrank": lowrank.describe,
         "factors": factors.describe,
-        "dense": dense.describe,
-        "sparse": sparse.describe,
+        "dense": entries.describe_dense,
+        "sparse": entries.describe_sparse,
     }
     return describers[codec](part, matrix)
 

@@ -1,8 +1,9 @@
-"""Entropy-coded deltas: factors, entries, or a few factors and the entries of what they leave.
+"""Entropy-coded payloads: factors, all entries, or a few factors and the residual's entries.
 
-All steps are set by one number, the water level c: every coded value may be wrong by about c / √12
-in a space where errors are in the unit that allocation compares (reverse water-filling). What is
-small beside c costs next to nothing, so precision follows the spectrum without tiers.
+One number sets every quantization step, the water level c: the error of a coded value is about
+c / √12 in the unit in which allocation adds errors (reverse water-filling). Values far below c are
+coded as zeros, which take a small fraction of a bit, so precision follows the spectrum without
+tiers. The payloads are laid out in docs/skillpack-format.md, sections 3.3, 3.4 and 3.6.
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftkit.compress.codes import LARGEST_CODE, decode_codes, encode_codes
+from graftkit.compress.entropy import LARGEST_CODE, decode_codes, encode_codes
 from graftkit.compress.quantize import cholesky, feedback_codes, round_codes
 from graftkit.errors import CorruptPackError
 
@@ -27,13 +28,13 @@ _LENGTH = struct.Struct("<I")
 _UNIFORM_STEPS = 1
 """Flag: one step for all input columns."""
 _STEP_RANGE = 120
-_LOUDEST = 0.9 * LARGEST_CODE  # error feedback may add to a code
-_SMALLEST_SCALE = 6.2e-5  # smallest normal float16: relative to the loudest component
+_LARGEST_ROUNDED = 0.9 * LARGEST_CODE  # error feedback may add to a code
+_SMALLEST_SCALE = 6.2e-5  # smallest normal float16: relative to the component of largest norm
 
 
 @dataclass(frozen=True)
 class CodedFactors:
-    """A low-rank delta as its payload keeps it: δ̂ = left diag(component) right diag(steps).
+    """A low-rank delta as its payload stores it: δ̂ = left diag(component) right diag(steps).
 
     left: int codes (out, r); component: (r,) float32; right: int codes (r, in); base and octaves
     (in,): the step of column j is base · 2^(octaves_j / 2).
@@ -74,13 +75,15 @@ def encode_factors(
     coded with step c / ‖v̂_k‖_Σ. Components whose codes are all zero are dropped.
 
     Args:
-        delta: (m, n) float32. rows: Uᵀ δ (r, n) of orthonormal left directions, loudest first.
+        delta: (m, n) float32. rows: Uᵀ δ (r, n) of orthonormal left directions, by falling norm.
         covariance: Σ (n, n) or None for the identity. level: c > 0.
     """
     lower = None if covariance is None else cholesky(covariance)
     base, octaves = column_steps(level, lower, delta.shape[1])
     steps = _steps(base, octaves)
-    codes = feedback_codes(_quiet(rows, steps), steps, lower).clamp_(-LARGEST_CODE, LARGEST_CODE)
+    codes = feedback_codes(_fit_codes(rows, steps), steps, lower).clamp_(
+        -LARGEST_CODE, LARGEST_CODE
+    )
     codes = codes[codes.any(dim=1)]
     right = codes * steps
     if len(right) == 0:
@@ -88,21 +91,21 @@ def encode_factors(
         return CodedFactors(nothing.int(), torch.zeros(0), codes.int(), base, octaves)
     weighted = right if covariance is None else right @ covariance
     gram = (weighted @ right.T).double()
-    wanted = _refit(weighted, gram) @ delta.T
-    finest = wanted.abs().amax(dim=1).double() / _LOUDEST
+    refitted = _refit(weighted, gram) @ delta.T
+    finest = refitted.abs().amax(dim=1).double() / _LARGEST_ROUNDED
     stored, peak = _stored_scales(torch.maximum(level / gram.diagonal().sqrt(), finest))
-    left = round_codes(wanted.div_((stored.double() * peak).float()[:, None]))
+    left = round_codes(refitted.div_((stored.double() * peak).float()[:, None]))
     left.clamp_(-LARGEST_CODE, LARGEST_CODE)
     return CodedFactors(left.T.int(), stored.float() * peak, codes.int(), base, octaves)
 
 
-def _quiet(rows: Tensor, steps: Tensor) -> Tensor:
-    """Rows, those whose largest code no payload could hold divided by what makes it fit.
+def _fit_codes(rows: Tensor, steps: Tensor) -> Tensor:
+    """Rows, scaled down where their largest code would not fit a payload.
 
-    The refit of U takes the divisor back: the row has a coarser step, a 30,000th of its peak.
+    The refit of U scales back, so that such a row has a coarser step, a 30,000th of its peak.
     """
     peaks = (rows / steps).abs().amax(dim=1, keepdim=True)
-    return rows / (peaks / _LOUDEST).clamp(min=1.0)
+    return rows / (peaks / _LARGEST_ROUNDED).clamp(min=1.0)
 
 
 def store_factors(coded: CodedFactors) -> bytes:
@@ -126,11 +129,11 @@ def store_factors(coded: CodedFactors) -> bytes:
 
 def load_factors(payload: memoryview, shape: tuple[int, int]) -> CodedFactors:
     """Inverse of `store_factors`. Raises: CorruptPackError."""
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     marker, flags, rank, base, peak = reader.struct(_FACTORS)
     rows, columns = shape
-    known = marker == CODED and flags <= _UNIFORM_STEPS
-    if rank > min(shape) or not known or not _sane(base, peak):
+    is_known = marker == CODED and flags <= _UNIFORM_STEPS
+    if rank > min(shape) or not is_known or not _sane(base, peak):
         raise CorruptPackError(f"coded factors of rank {rank} do not fit {list(shape)}")
     stored = np.frombuffer(reader.take(2 * rank), dtype="<f2").astype(np.float32)
     if not np.isfinite(stored).all():
@@ -156,10 +159,10 @@ def describe(codec: str, payload: memoryview, shape: tuple[int, int]) -> dict[st
     """Rank where there are factors, for `inspect`. Raises: CorruptPackError."""
     if codec == "dense":
         return {"coded": True}
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     if codec == "hybrid":
         reader.take(1)
-        reader = _Reader(reader.part())
+        reader = _PayloadReader(reader.part())
     rank = reader.struct(_FACTORS)[2]
     if rank > min(shape):
         raise CorruptPackError(f"coded factors of rank {rank} do not fit {list(shape)}")
@@ -175,7 +178,7 @@ def encode_entries(delta: Tensor, covariance: Tensor | None, level: float) -> by
     base, octaves = column_steps(level, lower, delta.shape[1])
     # A clamped entry loses more than all others gain by a finer step.
     largest = float((delta.abs().amax(dim=0) / _steps(base, octaves)).max())
-    base *= max(1.0, largest / _LOUDEST)
+    base *= max(1.0, largest / _LARGEST_ROUNDED)
     codes = feedback_codes(delta, _steps(base, octaves), lower)
     codes.clamp_(-LARGEST_CODE, LARGEST_CODE)
     flags = 0 if octaves.any() else _UNIFORM_STEPS
@@ -186,13 +189,13 @@ def encode_entries(delta: Tensor, covariance: Tensor | None, level: float) -> by
     return b"".join(parts)
 
 
-Rows = Callable[[slice], Tensor]
+RowDecoder = Callable[[slice], Tensor]
 """Some rows of δ̂, float32, in a tensor of the caller's own."""
 
 
-def decode_entries(payload: memoryview, shape: tuple[int, int]) -> Rows:
+def decode_entries(payload: memoryview, shape: tuple[int, int]) -> RowDecoder:
     """δ̂ (m, n), row by row. Raises: CorruptPackError."""
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     marker, flags, base = reader.struct(_ENTRIES)
     if marker != CODED or flags > 1 or not _sane(base):
         raise CorruptPackError("coded entries have an unknown flag or a step that is no number")
@@ -203,16 +206,16 @@ def decode_entries(payload: memoryview, shape: tuple[int, int]) -> Rows:
 
 
 def encode_hybrid(delta: Tensor, rows: Tensor, covariance: Tensor | None, level: float) -> bytes:
-    """Coded factors of the components `rows`, then the entries of what they leave."""
-    spikes = encode_factors(delta, rows, covariance, level)
-    rest = torch.addmm(delta, *spikes.factors(), alpha=-1)
-    first = _with_length(store_factors(spikes))
-    return bytes([CODED]) + first + encode_entries(rest, covariance, level)
+    """Coded factors of the components `rows`, then the entries of the residual."""
+    coded = encode_factors(delta, rows, covariance, level)
+    residual = torch.addmm(delta, *coded.factors(), alpha=-1)
+    first = _with_length(store_factors(coded))
+    return bytes([CODED]) + first + encode_entries(residual, covariance, level)
 
 
-def decode_hybrid(payload: memoryview, shape: tuple[int, int]) -> Rows:
+def decode_hybrid(payload: memoryview, shape: tuple[int, int]) -> RowDecoder:
     """δ̂ (m, n), row by row. Raises: CorruptPackError."""
-    reader = _Reader(payload)
+    reader = _PayloadReader(payload)
     if reader.take(1)[0] != CODED:
         raise CorruptPackError("a hybrid payload has an unknown first byte")
     left, right = load_factors(reader.part(), shape).factors()
@@ -231,13 +234,13 @@ def _refit(weighted: Tensor, gram: Tensor) -> Tensor:
 
 
 def _steps(base: float, octaves: np.ndarray) -> Tensor:
-    # The file keeps float32; the encoder must round with what the decoder will read.
-    kept = float(np.float32(base))
-    return (kept * torch.from_numpy(2.0 ** (octaves.astype(np.float64) / 2))).float()
+    # The file stores float32; the encoder must round with what the decoder will read.
+    stored = float(np.float32(base))
+    return (stored * torch.from_numpy(2.0 ** (octaves.astype(np.float64) / 2))).float()
 
 
 def _stored_scales(scales: Tensor) -> tuple[Tensor, float]:
-    """Scales as float16 shares of the loudest, and that one as the float32 it is stored as."""
+    """Scales as float16 shares of the largest, and the largest as the float32 it is stored as."""
     peak = float(np.float32(float(scales.max())))
     return (scales / peak).clamp_(min=_SMALLEST_SCALE).half(), peak
 
@@ -263,7 +266,7 @@ def _sane(*values: float) -> bool:
     return all(math.isfinite(value) and value > 0 for value in values)
 
 
-class _Reader:
+class _PayloadReader:
     """Reads a payload front to back and never past its end."""
 
     def __init__(self, payload: memoryview):

@@ -1,8 +1,9 @@
 """Lossless coding of the float words of a tuned tensor, given the target's words.
 
 Both tensors are 1-D arrays of n unsigned words of w = 16 (bf16, fp16) or w = 32 (fp32) bits.
-Every bit pattern comes back, NaN payloads and -0 included. The decoder owns the target, so its
-exponents cost nothing and say how large a difference in units of the last place to expect.
+Every bit pattern is restored, NaN payloads and -0 included. The decoder has the target, so the
+target's exponents are free side information: they predict the size of a difference in units of the
+last place (ulp).
 
 Payload: byte 0 is the mode, integers are little-endian, no byte may follow.
 
@@ -26,7 +27,7 @@ Scale and context. Block b has a scale S_b = top - s_b, 0 <= s_b < 64: twice the
 expected |tuned - target|, in units of the smallest subnormal. With e = max(exponent field of the
 target, 1), mantissa bits t = w - 1 - x and g the top mantissa bit of the target,
 u = S_b - 2 (e - 1) + 16, less g where u > 16 + 2 t, clipped to 0..47 + 2 t, is the context: twice
-the log2 of the expected a, plus 16. How the encoder chooses S_b is its own affair.
+the log2 of the expected a, plus 16. The encoder chooses S_b as it likes.
 
 Chunks. The words are coded in chunks of 1024, 1024, 2048, 4096, ... words (each as long as all
 before it), at most 131072 (2^17); the last one is what remains. Blocks start with the first word;
@@ -49,7 +50,7 @@ f_i = floor(mass_i (2^24 - Z) / sum(mass)); the remainder 2^24 - Z - sum(f) goes
 largest mass; symbol i has probability (f_i + 1) / 2^24 and the slots follow the order of symbols.
 
 Priors. Scale symbol i, with j = min(i, 64 - i): p_i = max(1, 32768 >> 2 j). Word symbols of
-context u: with N = isqrt(2^(24 + min(u, 16 + 2 t))), the chance that |d| >= a is about
+context u: with N = isqrt(2^(24 + min(u, 16 + 2 t))), the probability that |d| >= a is about
 T(a) = floor(2^40 N^4 / sum over k = 0..4 of C(a, k) 2^(20 k) N^(4-k)), an exponential law of mean
 N / 2^20; an index of magnitudes lo..hi-1 has mass h = T(lo) - T(hi); p_i = 1 + (h >> 24) for
 symbol 0, 1 + (h >> 25) for each of the two symbols of any other index.
@@ -67,13 +68,17 @@ ANS stream. An rANS coder with 64-bit state, 32-bit words and 24-bit probabiliti
     end         after the end mark, state = 0 and no word is left
 """
 
+import struct
 from functools import cache
 from typing import Any
 
 import constriction
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from graftkit.checkpoint import tensor_bytes
 from graftkit.compress.exact_model import (
     FIRST_CHUNK,
     FIRST_WITH_RAW,
@@ -81,7 +86,7 @@ from graftkit.compress.exact_model import (
     SCALES,
     Counts,
     Ints,
-    Layout,
+    WordLayout,
     Words,
     chunk_slices,
     group_contexts,
@@ -97,6 +102,11 @@ from graftkit.errors import CorruptPackError
 
 Coder = Any  # constriction has no type stubs
 
+BLOCK_WORDS = 2**22
+"""Words of a tensor in one block: bounds working memory, and blocks decode on their own."""
+
+_WORD_DTYPES = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint32}
+_LENGTH = struct.Struct("<I")
 UNIFORM = constriction.stream.model.Uniform()  # its size comes with each symbol
 END_VALUES = 1 << 23
 END_MODEL, END_MARK = constriction.stream.model.Uniform(END_VALUES), END_VALUES - 1
@@ -175,7 +185,7 @@ def _corrupt(reason: str) -> CorruptPackError:
 # ---------------------------------------------------------------- encoder
 
 
-def _write_coded(tuned: Words, target: Words, layout: Layout, drops: Ints) -> bytes:
+def _write_coded(tuned: Words, target: Words, layout: WordLayout, drops: Ints) -> bytes:
     """The payload of mode 2; drops are the s_b of the blocks, (layout.blocks(n),)."""
     coder = constriction.stream.stack.AnsCoder()
     coder.encode_reverse(END_MARK, END_MODEL)
@@ -200,7 +210,7 @@ def _write_coded(tuned: Words, target: Words, layout: Layout, drops: Ints) -> by
 
 
 def _chunk_symbols(
-    tuned: Words, target: Words, drops: Ints, chunk: slice, layout: Layout
+    tuned: Words, target: Words, drops: Ints, chunk: slice, layout: WordLayout
 ) -> tuple[npt.NDArray[np.uint8], Ints, Ints, Ints]:
     """Contexts, symbols (both per word), scale symbols (per block) and raw bits of a chunk."""
     base = target[chunk]
@@ -232,7 +242,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _choose_layout(tuned: Words, target: Words) -> tuple[Layout, Ints]:
+def _choose_layout(tuned: Words, target: Words) -> tuple[WordLayout, Ints]:
     """The cheapest settings on a sample, and the s_b of all blocks under them."""
     starts = np.linspace(0, max(target.size - SAMPLE_RUN, 0), SAMPLE_RUNS).astype(int)
     runs = [slice(s, s + SAMPLE_RUN) for s in np.unique(starts // FIRST_CHUNK * FIRST_CHUNK)]
@@ -252,7 +262,9 @@ def _choose_layout(tuned: Words, target: Words) -> tuple[Layout, Ints]:
     return _scales(tuned, target, exponent_bits, block_log)
 
 
-def _scales(tuned: Words, target: Words, exponent_bits: int, block_log: int) -> tuple[Layout, Ints]:
+def _scales(
+    tuned: Words, target: Words, exponent_bits: int, block_log: int
+) -> tuple[WordLayout, Ints]:
     """Layout, and s_b of each block, (blocks,): from the mean |tuned - target| of the block."""
     width = 8 * target.itemsize
     block = 1 << (block_log or 10)
@@ -267,7 +279,7 @@ def _scales(tuned: Words, target: Words, exponent_bits: int, block_log: int) -> 
         scales = np.rint(2 * (np.log2(means) + smallest_log))
     top = int(np.clip(scales.max(), -(1 << 15), (1 << 15) - 1))  # -inf where nothing is finite
     drops = np.clip(top - scales, 0, SCALES - 1).astype(np.int64)
-    return Layout(width, exponent_bits, block_log, top), drops if block_log else drops[:0]
+    return WordLayout(width, exponent_bits, block_log, top), drops if block_log else drops[:0]
 
 
 def _change(tuned: Words, target: Words, exponent_bits: int, block: int) -> npt.NDArray[np.float64]:
@@ -313,7 +325,7 @@ def _decode_coded(body: bytes, target: Words) -> Words:
     return tuned
 
 
-def _parse_head(body: bytes, target: Words) -> tuple[Layout, bytes]:
+def _parse_head(body: bytes, target: Words) -> tuple[WordLayout, bytes]:
     width = 8 * target.itemsize
     if len(body) < 5:
         raise _corrupt("its header is cut short")
@@ -338,7 +350,7 @@ def _parse_head(body: bytes, target: Words) -> tuple[Layout, bytes]:
         raise _corrupt(f"its stream should have {size} bytes, found {len(stream)}")
     if stream.endswith(b"\0"):
         raise _corrupt("its stream ends in a zero byte")
-    return Layout(width, exponent_bits, block_log, top), stream
+    return WordLayout(width, exponent_bits, block_log, top), stream
 
 
 def pop_differences(
@@ -367,3 +379,42 @@ def pop_differences(
 
 def _uniform_sizes(bits: Ints) -> npt.NDArray[np.int32]:
     return (1 << bits).astype(np.int32)
+
+
+# ---------------------------------------------------------------- tensors: blocks of words (3.2)
+
+
+def encode_exact(tuned: Tensor, target: Tensor) -> bytes:
+    """Code `tuned` losslessly against `target`, two tensors of one shape and float dtype."""
+    words, context = _words_of(tuned), _words_of(target)
+    blocks = [
+        encode_words(words[start : start + BLOCK_WORDS], context[start : start + BLOCK_WORDS])
+        for start in range(0, words.size, BLOCK_WORDS)
+    ]
+    return b"".join([*(_LENGTH.pack(len(block)) for block in blocks), *blocks])
+
+
+def decode_exact(payload: memoryview, target: Tensor) -> Tensor:
+    """The tuned tensor, of `target`'s shape and dtype. Raises: CorruptPackError."""
+    context = _words_of(target)
+    starts = range(0, context.size, BLOCK_WORDS)
+    offset = len(starts) * _LENGTH.size
+    if offset > len(payload):
+        raise CorruptPackError("exact payload ends inside its table of blocks")
+    words = np.empty_like(context)
+    for i, start in enumerate(starts):
+        (length,) = _LENGTH.unpack_from(payload, i * _LENGTH.size)
+        if offset + length > len(payload):
+            raise CorruptPackError("exact payload ends inside a block")
+        block = bytes(payload[offset : offset + length])
+        words[start : start + BLOCK_WORDS] = decode_words(
+            block, context[start : start + BLOCK_WORDS]
+        )
+        offset += length
+    if offset != len(payload):
+        raise CorruptPackError(f"{len(payload) - offset} bytes follow the last exact block")
+    return torch.from_numpy(words.view(np.uint8)).view(target.dtype).reshape(target.shape)
+
+
+def _words_of(tensor: Tensor) -> np.ndarray:
+    return np.frombuffer(tensor_bytes(tensor), dtype=_WORD_DTYPES[tensor.dtype])

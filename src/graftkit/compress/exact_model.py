@@ -1,6 +1,6 @@
-"""What encoder and decoder of `exact` share: symbols of differences, contexts, adaptive models.
+"""The model of `exact`, which encoder and decoder share: symbols, contexts, adaptive counts.
 
-The layout is specified in `graftkit.compress.exact`; nothing here touches a stream.
+The layout is specified in `graftkit.compress.exact`. Nothing here reads or writes a stream.
 """
 
 import math
@@ -21,16 +21,16 @@ Model = Any  # constriction has no type stubs
 
 FIRST_CHUNK, LAST_CHUNK = 1 << 10, 1 << 17  # words; both are multiples of every block length
 FIRST_WITH_RAW = 31  # smallest symbol with raw bits: that of 16
-SCALES = 64  # half octaves a block may lie below the loudest one
-QUIET = 16  # context of an expected difference of one ulp; contexts are half octaves
-LOUD = 32  # contexts above QUIET + 2 * mantissa_bits, where the delta exceeds the weight
+SCALES = 64  # half octaves a block may lie below the block of largest scale
+ONE_ULP = 16  # context of an expected difference of one ulp; contexts are half octaves
+ABOVE_WEIGHT = 32  # contexts above ONE_ULP + 2 * mantissa_bits, where the delta exceeds the weight
 PRIOR_ONE = 2048  # mass of one count; a prior of mass 2^16 then weighs 32 words
 PRECISION = 24  # bits of a probability, fixed by AnsCoder
 LAZY_BELOW = 1  # mean symbol up to which a search upwards is faster than one by halves; measured
 
 
 @dataclass(frozen=True)
-class Layout:
+class WordLayout:
     """Everything a decoder needs besides the ANS stream and the target."""
 
     width: int
@@ -48,7 +48,7 @@ class Layout:
     @property
     def contexts(self) -> int:
         """Number of contexts u."""
-        return QUIET + 2 * self.mantissa_bits + LOUD
+        return ONE_ULP + 2 * self.mantissa_bits + ABOVE_WEIGHT
 
     @property
     def symbols(self) -> int:
@@ -134,16 +134,16 @@ def join_symbols(
 # ---------------------------------------------------------------- models
 
 
-def word_contexts(target: Words, drops: Ints, layout: Layout) -> npt.NDArray[np.uint8]:
+def word_contexts(target: Words, drops: Ints, layout: WordLayout) -> npt.NDArray[np.uint8]:
     """Context u of each word, (n,); drops are the s_b of the blocks, (blocks,)."""
     mantissa = layout.mantissa_bits
     shift = target.dtype.type(mantissa - 1)
     steps = (target & target.dtype.type((1 << (layout.width - 1)) - 1)) >> shift
     steps = steps.astype(np.int32)  # exponent field and top mantissa bit
-    context = QUIET + layout.top - 2 * (np.maximum(steps >> 1, 1) - 1)
+    context = ONE_ULP + layout.top - 2 * (np.maximum(steps >> 1, 1) - 1)
     if layout.block_log:
         context -= np.repeat(drops.astype(np.int32), 1 << layout.block_log)[: target.size]
-    context -= (steps & 1) * (context > QUIET + 2 * mantissa)
+    context -= (steps & 1) * (context > ONE_ULP + 2 * mantissa)
     clipped: npt.NDArray[np.uint8] = np.clip(context, 0, layout.contexts - 1).astype(np.uint8)
     return clipped
 
@@ -151,7 +151,7 @@ def word_contexts(target: Words, drops: Ints, layout: Layout) -> npt.NDArray[np.
 @lru_cache(maxsize=512)
 def word_prior(context: int, width: int, mantissa_bits: int) -> Ints:
     """Prior masses of the word symbols of one context, (A,)."""
-    mean: int = math.isqrt(1 << (24 + min(context, QUIET + 2 * mantissa_bits)))  # times 2^20
+    mean: int = math.isqrt(1 << (24 + min(context, ONE_ULP + 2 * mantissa_bits)))  # times 2^20
 
     def tail(size: int) -> int:
         powers = (1, mean, mean**2, mean**3, mean**4)
@@ -195,16 +195,16 @@ def counted_model(counts: Ints, prior: Ints, decoding: bool = False) -> Model:
 
 @dataclass
 class Counts:
-    """What the symbols so far have taught; the same in encoder and decoder."""
+    """How often each symbol has occurred so far; the same in encoder and decoder."""
 
-    layout: Layout
+    layout: WordLayout
     words: Ints
     """(contexts, A)"""
     scales: Ints
     """(SCALES,)"""
 
     @classmethod
-    def empty(cls, layout: Layout) -> "Counts":
+    def empty(cls, layout: WordLayout) -> "Counts":
         """Before the first chunk."""
         words = np.zeros((layout.contexts, layout.symbols), dtype=np.int64)
         return cls(layout, words, np.zeros(SCALES, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Factors codec: δ = scale · B A, every word of B and A kept; what a LoRA learned is that.
+"""Factors codec: δ = scale · B A, with every word of B and A; the delta of a LoRA as it is.
 
 LoRA (arXiv 2106.09685) section 4.1: h = W₀ x + (α / r) B A x; rsLoRA (2312.03732): α / √r.
 """

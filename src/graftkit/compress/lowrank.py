@@ -1,7 +1,8 @@
-"""Low-rank codec: δ ≈ U diag(S) Vh, factors in 8/4/2-bit tiers by singular value.
+"""Low-rank codec: δ ≈ U diag(S) Vh, factors quantized in 8/4/2-bit tiers by singular value.
 
-GraftLLM section 3.2: V̂h = Quant(Vh, x), then Û = Quant(U, S V̂h x). The residual of the first
-step is carried into the second by refitting U before it is quantized.
+Mixed-precision tiers are those of Delta-CoMe (arXiv 2406.08903). GraftLLM, section 3.2, quantizes
+V̂h = Quant(Vh, x), then Û = Quant(U, S V̂h x); here U is refitted to V̂h before it is quantized, which
+carries the error of the first step into the second.
 """
 
 import struct
@@ -69,7 +70,7 @@ def split_tiers(rank: int, shares: tuple[float, float, float]) -> tuple[Tier, ..
 
 
 def eigenbasis(delta: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Left singular directions of δ (or of δ H^½), found on the smaller side of the matrix.
+    """Left singular directions of δ (or of δ H^½), from the Gram matrix of the smaller side.
 
     Args:
         delta: (m, n) float32. covariance: H, (n, n), or None for H = I.

@@ -1,22 +1,19 @@
-"""Codes of 1 to 8 bits, packed without gaps into bytes and back.
+"""Integers in place of weights: packed bits, group-wise grids (GPTQ), and steps with feedback.
 
-Layout: code i occupies the bits [i * bits, (i + 1) * bits) of the stream; bit j of the stream is
-bit j % 8 (least significant first) of byte j // 8. The last byte is filled up with zero bits, so
-`count` codes take exactly ceil(count * bits / 8) bytes.
+Packed bits. Codes of 1 to 8 bits lie in bytes without gaps: code i occupies the bits
+[i * bits, (i + 1) * bits) of the stream, bit j of the stream is bit j % 8 (least significant first)
+of byte j // 8, and the last byte is filled up with zero bits. Eight codes fill exactly `bits`
+bytes, so one 64-bit word holds eight codes, one a byte, and three shift-and-merge steps close (or
+open) the gaps between them: pairs, quads, all eight.
 
-Eight codes fill exactly `bits` bytes. One 64-bit word therefore holds eight codes, one per byte,
-and three shift-and-merge steps close (or open) the gaps between them: pairs, quads, all eight.
+Group-wise grids. w ≈ scale · (code − zero_point), asymmetric min-max over a group of columns,
+always containing 0 (the quantizer of Delta-CoMe; GraftLLM, section 3.2). The grid is fixed first,
+then GPTQ (arXiv 2210.17323) chooses the codes: each column's error is pushed onto those behind it.
 
-Group-wise integers with error feedback (GPTQ), and how their codes lie in a payload.
-
-A grid is fixed before the codes are chosen: w ≈ scale · (code − zero_point), asymmetric min-max
-over a group, always containing 0 (Delta-CoMe's quantizer, GraftLLM section 3.2).
-
-Successive rounding with error feedback under a covariance, one step for every column.
-
-For the error E of a matrix, tr(E Σ Eᵀ) = Σ_j L_jj² ‖t_j − δ̂_j‖², Σ = L Lᵀ, where t_j is column j
-plus what the columns behind it got wrong. Steps in proportion to 1 / L_jj therefore spread the
-error evenly, which is what reverse water-filling asks (WaterSIC, arXiv 2603.04956).
+Steps with feedback. One step per column, for entropy coding. For the error E of a matrix,
+tr(E Σ Eᵀ) = Σ_j L_jj² ‖t_j − δ̂_j‖², Σ = L Lᵀ, where t_j is column j plus the errors of the columns
+behind it, as L weights them. Steps in proportion to 1 / L_jj spread the error evenly, as reverse
+water-filling asks (WaterSIC, arXiv 2603.04956).
 """
 
 from dataclasses import dataclass
@@ -48,7 +45,7 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack_bits(codes: Bytes, bits: int) -> Bytes:
-    """Pack `codes` into the layout of this module.
+    """Pack `codes` without gaps, as the module describes.
 
     Args:
         codes: uint8, any shape, read in C order; every code below 2**bits.
@@ -235,7 +232,7 @@ def minmax_grid(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Ten
 
 
 def inverse_factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """What GPTQ needs of the layer's inputs.
+    """The factor of the inverse Hessian that GPTQ pushes errors with.
 
     Args:
         covariance: H = E[x xᵀ], (n, n), symmetric, positive semi-definite.
@@ -427,15 +424,15 @@ def feedback_codes(weight: Tensor, steps: Tensor, lower: Tensor | None) -> Tenso
         return round_codes(weight / steps)
     # Every block must know its own past only: relative[i, j] = L_ij / L_jj.
     codes, errors = torch.empty_like(weight), torch.empty_like(weight)
-    wanted = weight.clone()
+    corrected = weight.clone()
     columns = weight.shape[1]
     for stop in range(columns, 0, -_FEEDBACK_COLUMNS):
         start = max(0, stop - _FEEDBACK_COLUMNS)
         relative = lower[start:, start:stop] / lower.diagonal()[start:stop]
         if stop < columns:
-            wanted[:, start:stop].addmm_(errors[:, stop:], relative[stop - start :])
+            corrected[:, start:stop].addmm_(errors[:, stop:], relative[stop - start :])
         for j in range(stop - 1, start - 1, -1):
-            column = wanted[:, j]
+            column = corrected[:, j]
             if j + 1 < stop:
                 column = (
                     column

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from graftkit.attachment import attached
 from graftkit.checkpoint import fingerprint, tensor_digest
-from graftkit.demo.embedded import SKILLS, TRAIN_STEPS, Skill
+from graftkit.demo.embedded import SKILLS, TRAIN_STEPS, DemoSkill
 from graftkit.demo.folder import DemoFolder
 from graftkit.demo.result import DemoResult, MixedAnswer, SkillResult
 from graftkit.demo.story import Story, budgets_line, explore_commands
@@ -24,7 +24,7 @@ from graftkit.errors import GraftError
 from graftkit.evaluate import SLACK_TOKENS, exact_match
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.outputs import own_folder
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.progress import Progress, silent
 from graftkit.rows import Row, encode_prompt, pad_batch, read_rows
 from graftkit.skillpack import SkillPack
@@ -145,7 +145,7 @@ class _Demo:
         row = read_rows(self.folder.test_rows(SKILLS[0]))[SKILLS[0].shown]
         return explore_commands(self.folder, SKILLS[0], row)
 
-    def _measure(self, skill: Skill) -> SkillResult:
+    def _measure(self, skill: DemoSkill) -> SkillResult:
         target = self._score(self.model, skill, "target")
         tuned_folder, file = self.folder.tuned(skill), self.folder.pack(skill)
         tuned = self._score(load_model(tuned_folder, torch.float32), skill, "tuned")
@@ -168,14 +168,14 @@ class _Demo:
             pack_bytes=file.stat().st_size,
         )
 
-    def _score(self, model: Any, skill: Skill, which: str) -> float:
+    def _score(self, model: Any, skill: DemoSkill, which: str) -> float:
         tell = self._prefixed(skill.name)
         rows = self._test_rows(skill)
         return exact_match(
             model, self.tokenizer, rows, lambda done, total: tell(f"measuring {which}", done, total)
         )
 
-    def _test_rows(self, skill: Skill) -> Sequence[Row]:
+    def _test_rows(self, skill: DemoSkill) -> Sequence[Row]:
         return read_rows(self.folder.test_rows(skill))
 
     def _check_restored(self, after: str) -> None:

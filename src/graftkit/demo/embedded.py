@@ -13,7 +13,7 @@ NOTICE = DATA / "NOTICE.md"
 
 
 @dataclass(frozen=True)
-class Skill:
+class DemoSkill:
     """One skill: where its files lie and how it is shown."""
 
     name: str
@@ -53,14 +53,14 @@ TRAIN_STEPS = 100
 # each skill gets the smallest of 5, 10, 15 and 20 % that keeps 90 % of its answers.
 # `shown` is the first test row that the tuned model answers: a pack brings back no more than that.
 SKILLS = (
-    Skill(
+    DemoSkill(
         "clinc150_intent",
         "name the intent of an utterance",
         budget="5%",
         shown=0,
         attribution="CLINC150 (Larson et al. 2019), clinc/oos-eval @828f8093932c, CC-BY-3.0",
     ),
-    Skill(
+    DemoSkill(
         "nl_regex",
         "turn a description into a regular expression",
         budget="5%",
@@ -68,7 +68,7 @@ SKILLS = (
         attribution="NL-RX-Synth (Locascio et al. 2016), nicholaslocascio/deep-regex "
         "@096490db7f4b, MIT",
     ),
-    Skill(
+    DemoSkill(
         "snips_function_call",
         "turn a request into a function call",
         budget="20%",

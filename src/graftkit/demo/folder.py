@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.demo.embedded import NOTICE, SKILLS, TARGET, Skill
+from graftkit.demo.embedded import NOTICE, SKILLS, TARGET, DemoSkill
 from graftkit.errors import GraftError, OutputError
 from graftkit.files import WorkFolder, replaced_file
 from graftkit.fuse import merge_packs
@@ -26,19 +26,19 @@ class DemoFolder:
         """Checkpoint of the target."""
         return self.out / "checkpoints" / "target"
 
-    def tuned(self, skill: Skill) -> Path:
+    def tuned(self, skill: DemoSkill) -> Path:
         """Checkpoint of a tuned model."""
         return self.out / "checkpoints" / skill.name
 
-    def pack(self, skill: Skill) -> Path:
+    def pack(self, skill: DemoSkill) -> Path:
         """The pack that the demo makes."""
         return self.out / "packs" / f"{skill.name}.skillpack"
 
-    def test_rows(self, skill: Skill) -> Path:
+    def test_rows(self, skill: DemoSkill) -> Path:
         """Rows that a skill is measured on."""
         return self.out / "rows" / skill.test_rows.name
 
-    def calibration_rows(self, skill: Skill) -> Path:
+    def calibration_rows(self, skill: DemoSkill) -> Path:
         """Rows that a pack is calibrated on."""
         return self.out / "rows" / skill.calibration_rows.name
 
@@ -59,7 +59,7 @@ class DemoFolder:
                 shutil.copyfile(skill.calibration_rows, self.calibration_rows(skill))
             shutil.copyfile(NOTICE, self.out / NOTICE.name)
 
-    def rebuild(self, skill: Skill) -> None:
+    def rebuild(self, skill: DemoSkill) -> None:
         """Merge the lossless pack into the target: the tuned checkpoint, bit for bit.
 
         Raises: GraftError when the result is not the checkpoint that was packed; OutputError.

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graftkit.demo.embedded import SKILLS, Skill
+from graftkit.demo.embedded import SKILLS, DemoSkill
 from graftkit.demo.folder import DemoFolder
 from graftkit.demo.result import DemoResult, MixedAnswer, SkillResult
 from graftkit.rows import Row
@@ -83,7 +83,7 @@ class Story:
             self.say(command, wrap=False)
 
 
-def explore_commands(folder: DemoFolder, skill: Skill, row: Row) -> tuple[str, ...]:
+def explore_commands(folder: DemoFolder, skill: DemoSkill, row: Row) -> tuple[str, ...]:
     """Commands on the files of one skill, ready for a shell; the last one makes a new file."""
     target, tuned, pack = folder.target, folder.tuned(skill), folder.pack(skill)
     calibration = folder.calibration_rows(skill)

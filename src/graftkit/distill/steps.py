@@ -155,7 +155,7 @@ def dpo(space: Workspace) -> dict[str, Any]:
 
 def pack(space: Workspace) -> dict[str, Any]:
     """Compress the delta of the tuned model, and write the model card."""
-    from graftkit.packing import pack_delta
+    from graftkit.pack import pack_delta
 
     config, settings = space.config, space.config.pack
     card = next(read_lines(space.folder / "data_card.json"))

@@ -45,12 +45,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from graftkit.compress.codecs import Layout, assemble, matrices
+from graftkit.compress.codecs import TensorLayout, assemble, matrices
 from graftkit.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Skill:
+class TaskDelta:
     """One pack, as a running merge takes it.
 
     Attributes:
@@ -61,12 +61,12 @@ class Skill:
     """
 
     deltas: Mapping[str, Tensor]
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, TensorLayout] = field(default_factory=dict)
     importances: Mapping[str, float] | None = None
 
 
 @dataclass
-class Running(ABC):
+class RunningMerge(ABC):
     """A merged delta and the numbers that the next pack will need.
 
     Attributes:
@@ -81,7 +81,7 @@ class Running(ABC):
     statistics: dict[str, float] = field(default_factory=dict)
 
     @abstractmethod
-    def add(self, skill: Skill) -> None:
+    def add(self, skill: TaskDelta) -> None:
         """Take one more pack."""
 
     @abstractmethod
@@ -144,12 +144,12 @@ def _computable(*matrices: Tensor) -> bool:
 
 
 @dataclass
-class Opcm(Running):
+class Opcm(RunningMerge):
     """`total` is R; `statistics` are how many packs it took and the two norms."""
 
     method: ClassVar[str] = "opcm"
 
-    def add(self, skill: Skill) -> None:
+    def add(self, skill: TaskDelta) -> None:
         """R ← R + Δ': projected for linear maps, the plain sum for everything else."""
         squares = 0.0
         for name in sorted(skill.deltas):
@@ -180,7 +180,7 @@ class Opcm(Running):
         return known and all(value >= 0 for value in self.statistics.values())
 
 
-def _projected(delta: Tensor, merged: Tensor, layout: Layout) -> Tensor:
+def _projected(delta: Tensor, merged: Tensor, layout: TensorLayout) -> Tensor:
     pairs = zip(matrices(delta, layout), matrices(merged, layout), strict=True)
     return assemble([project_out(*pair) for pair in pairs], tuple(delta.shape), layout)
 
@@ -216,12 +216,12 @@ def energy(delta: Tensor) -> float:
 
 
 @dataclass
-class Kif(Running):
+class Kif(RunningMerge):
     """`total` is the merged delta; `statistics` are Ī by unit."""
 
     method: ClassVar[str] = "kif"
 
-    def add(self, skill: Skill) -> None:
+    def add(self, skill: TaskDelta) -> None:
         """Fuse every unit; the first pack is taken as it is."""
         if not self.total:
             self.total = {name: skill.deltas[name] for name in sorted(skill.deltas)}
@@ -249,14 +249,14 @@ class Kif(Running):
         known = self.statistics.keys() == self.total.keys()
         return known and all(0 <= value <= 1 for value in self.statistics.values())
 
-    def _fused(self, name: str, skill: Skill, share: float) -> Tensor:
+    def _fused(self, name: str, skill: TaskDelta, share: float) -> Tensor:
         if name not in self.total:
             return skill.deltas[name] * share
         kept = self.total[name] * (1 - share)
         return kept.add_(skill.deltas[name], alpha=share) if name in skill.deltas else kept
 
 
-def _importances(skill: Skill) -> dict[str, float]:
+def _importances(skill: TaskDelta) -> dict[str, float]:
     given, found, vectors = skill.importances, {}, set()
     for name in sorted(skill.deltas):
         delta = skill.deltas[name]

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.compress.sparse import largest_entries
+from graftkit.compress.entries import largest_entries
 from graftkit.errors import ConfigError
 from graftkit.files import replaced_file
-from graftkit.fuse.merge import open_mixture
+from graftkit.fuse.merge import open_merge
 from graftkit.progress import Progress
 from graftkit.skillpack import SkillPack
 from graftkit.text import printable
@@ -84,7 +84,7 @@ class Interference:
 
 
 @dataclass(frozen=True)
-class Pair:
+class PackPair:
     """Two packs and how they get along, by tensor.
 
     Attributes:
@@ -131,7 +131,7 @@ def measure_interference(
     target: str | Path | Checkpoint,
     packs: Sequence[str | Path | SkillPack],
     progress: Progress | None = None,
-) -> list[Pair]:
+) -> list[PackPair]:
     """Every pair of packs of one target; one tensor of every pack is in memory at a time.
 
     Raises: PackMismatchError for a pack of another target, or one that changes shapes, adds
@@ -139,11 +139,11 @@ def measure_interference(
     """
     if len(packs) < 2:
         raise ConfigError(f"{len(packs)} pack has nobody to compare with; name at least two")
-    mixture = open_mixture(target, list(packs), None, "task_arithmetic", None)
+    mixture = open_merge(target, list(packs), None, "task_arithmetic", None)
     mixture.check_addable()
     opened = mixture.packs
     kinds = {record.name: record.kind for record in opened[0].manifest.tensors}
-    pairs = [Pair(i, j, {}, kinds) for i, j in combinations(range(len(opened)), 2)]
+    pairs = [PackPair(i, j, {}, kinds) for i, j in combinations(range(len(opened)), 2)]
     names = list(filter(mixture.changes, mixture.names))
     for done, name in enumerate(names):
         if progress is not None:
@@ -173,7 +173,7 @@ _MEASURES = {  # attribute: title, lowest and highest colour
 _ROW_INCHES, _LABELLED_ROWS = 0.16, 80  # more modules than this are drawn without their names
 
 
-def draw_interference(pairs: Sequence[Pair], names: Sequence[str], file: Path) -> None:
+def draw_interference(pairs: Sequence[PackPair], names: Sequence[str], file: Path) -> None:
     """Write a PNG: one square per measure, packs by packs, and the cosine of every tensor.
 
     Args:
@@ -201,7 +201,7 @@ def draw_interference(pairs: Sequence[Pair], names: Sequence[str], file: Path) -
             figure.savefig(partial, format="png", dpi=120)
 
 
-def _draw_square(axes: Any, pairs: Sequence[Pair], names: Sequence[str], measure: str) -> None:
+def _draw_square(axes: Any, pairs: Sequence[PackPair], names: Sequence[str], measure: str) -> None:
     title, low, high = _MEASURES[measure]
     # What a pack has in common with itself says nothing and stays blank.
     values = [[math.nan] * len(names) for _ in names]
@@ -219,7 +219,7 @@ def _draw_square(axes: Any, pairs: Sequence[Pair], names: Sequence[str], measure
     axes.set_yticks(range(len(names)), names, fontsize=6)
 
 
-def _draw_modules(axes: Any, pairs: Sequence[Pair], names: Sequence[str]) -> None:
+def _draw_modules(axes: Any, pairs: Sequence[PackPair], names: Sequence[str]) -> None:
     tensors = list(pairs[0].tensors)
     titles = [printable(name) for name in tensors]
     values = [[_value(pair.tensors[name], "cosine") for pair in pairs] for name in tensors]

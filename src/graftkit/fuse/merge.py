@@ -26,7 +26,7 @@ from graftkit.fuse.methods import Method, check_weights, find_method
 from graftkit.models.configuration import differing_settings
 from graftkit.models.loading import empty_model
 from graftkit.outputs import Claim, claimed
-from graftkit.packing import pack_delta
+from graftkit.pack import pack_delta
 from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress, silent
 from graftkit.side_files import code_names, is_tokenizer_file, written_files
@@ -69,11 +69,11 @@ def merge_packs(
     inputs = named_inputs(target, packs)
     job = ["merge", *inputs, weights, method, settings, trust_remote_code]
     with claimed(output_dir, job, folder=True, inputs=inputs) as claim:
-        mixture = open_mixture(target, packs, weights, method, settings)
+        mixture = open_merge(target, packs, weights, method, settings)
         mixture.check_configurations()
         mixture.carry_code(trust_remote_code)
         claim.open_work()
-        write_mixture(mixture, claim.result, progress)
+        write_merged(mixture, claim.result, progress)
     return Path(output_dir)
 
 
@@ -84,26 +84,26 @@ def named_inputs(target: str | Path | Checkpoint, packs: Packs) -> list[str | Pa
     return [target.path if isinstance(target, Checkpoint) else target, *named]
 
 
-def open_mixture(
+def open_merge(
     target: str | Path | Checkpoint,
     packs: Packs,
     weights: Sequence[float] | None,
     method: str,
     settings: Mapping[str, Any] | None,
-) -> "Mixture":
+) -> "PackMerge":
     """Everything that a merge needs, checked. Raises: as `merge_packs`."""
     rule = find_method(method, settings or {})
     several = packs if isinstance(packs, (list, tuple)) else [packs]
     checked = check_weights(rule, weights, len(several))
     checkpoint = target if isinstance(target, Checkpoint) else Checkpoint.open(target)
     opened = [p if isinstance(p, SkillPack) else SkillPack.load(p) for p in several]  # type: ignore[arg-type]
-    mixture = Mixture(checkpoint, opened, checked, rule)
+    mixture = PackMerge(checkpoint, opened, checked, rule)
     for pack in opened:
         pack.check_target(checkpoint.read, set(checkpoint.tensors), str(checkpoint.path))
     return mixture
 
 
-class Merged(Protocol):
+class MergedCheckpoint(Protocol):
     """A merged checkpoint that is written tensor by tensor."""
 
     target: Checkpoint
@@ -119,7 +119,7 @@ class Merged(Protocol):
         """Contents of all files beside its weights, by name."""
 
 
-class Mixture:
+class PackMerge:
     """Packs of one target with their weights and a method: the merged tensors, one at a time."""
 
     def __init__(
@@ -129,7 +129,7 @@ class Mixture:
         self._code = False
         # Sums are rounded in this order, whatever the order in which packs were named.
         takes_part = [
-            (pack_digest(pack), weight, pack)
+            (manifest_digest(pack), weight, pack)
             for pack, weight in zip(packs, weights, strict=True)
             if weight != 0 and method.scaling != 0
         ]
@@ -138,10 +138,10 @@ class Mixture:
         if self._kept is None:
             self.check_addable()
 
-    def reweighted(self, weights: Sequence[float], scaling: float) -> "Mixture":
+    def reweighted(self, weights: Sequence[float], scaling: float) -> "PackMerge":
         """The same packs and method with other weights and another λ."""
         method = self.method.model_copy(update={"scaling": scaling})
-        return Mixture(self.target, self.packs, list(weights), method)
+        return PackMerge(self.target, self.packs, list(weights), method)
 
     @property
     def names(self) -> list[str]:
@@ -281,12 +281,12 @@ def _changed_alike(packs: Sequence[SkillPack]) -> set[str]:
     return {name for name, _ in set.intersection(*changes)} if changes else set()
 
 
-def pack_digest(pack: SkillPack) -> str:
+def manifest_digest(pack: SkillPack) -> str:
     """One digest of the whole pack: the manifest holds the digests of everything else."""
     return blake3(pack.manifest.to_json().encode()).hexdigest()
 
 
-def write_mixture(mixture: Merged, folder: Path, progress: Progress | None) -> None:
+def write_merged(mixture: MergedCheckpoint, folder: Path, progress: Progress | None) -> None:
     """Write a new folder: tensors in shards, then the index and the side files.
 
     Raises: OutputError.
@@ -339,7 +339,7 @@ def fuse_packs(
     job = ["fuse", *inputs, weights, method, settings, packing]
     read = [*inputs, *packing_inputs(packing)]
     with claimed(file, job, inputs=read, force=force) as claim:
-        mixture = open_mixture(target, packs, weights, method, settings)
+        mixture = open_merge(target, packs, weights, method, settings)
         mixture.check_configurations()
         name = f"{method}-of-{len(mixture.packs)}-packs"
         licences = [pack.manifest.licence for pack in mixture.packs]
@@ -355,7 +355,7 @@ def packing_inputs(packing: Mapping[str, Any]) -> list[str | Path]:
 
 def pack_merged(
     target: str | Path,
-    merged: Merged,
+    merged: MergedCheckpoint,
     claim: Claim,
     name: str,
     licences: Sequence[str | None],
@@ -371,7 +371,7 @@ def pack_merged(
     Raises: as `pack_delta`.
     """
     folder = claim.open_work()
-    write_mixture(merged, folder / name, progress)
+    write_merged(merged, folder / name, progress)
     fused = pack_delta(
         target,
         folder / name,
@@ -385,11 +385,11 @@ def pack_merged(
     return fused
 
 
-def _provenance(mixture: Mixture, method: str) -> dict[str, str]:
+def _provenance(mixture: PackMerge, method: str) -> dict[str, str]:
     settings = sorted(mixture.method.model_dump().items())
     told = {"method": " ".join([method, *(f"{name}={value:g}" for name, value in settings)])}
     for index, (pack, weight) in enumerate(zip(mixture.packs, mixture.weights, strict=True)):
-        tuned, digest = pack.manifest.tuned.name, pack_digest(pack)[:16]
+        tuned, digest = pack.manifest.tuned.name, manifest_digest(pack)[:16]
         told[f"pack {index + 1}"] = f"{weight:g} x {tuned} ({digest})"
     return told
 

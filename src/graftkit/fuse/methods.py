@@ -19,7 +19,7 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from graftkit.compress.sparse import largest_entries
+from graftkit.compress.entries import largest_entries
 from graftkit.errors import ConfigError
 from graftkit.text import nearest_name
 

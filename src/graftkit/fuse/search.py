@@ -30,7 +30,7 @@ from graftkit.attachment import attached
 from graftkit.attachment.target import LiveTarget
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
-from graftkit.fuse.merge import Mixture, Packs, open_mixture
+from graftkit.fuse.merge import PackMerge, Packs, open_merge
 from graftkit.models.encoding import (
     EncodedRow,
     encode_rows,
@@ -55,7 +55,7 @@ _BATCH_TOKENS = 2_048  # padded tokens of one pass
 
 
 @dataclass(frozen=True)
-class FoundWeights:
+class SearchedWeights:
     """What a search found; losses are nats per completion token on the given rows."""
 
     weights: tuple[float, ...]
@@ -82,7 +82,7 @@ def search_weights(
     settings: Mapping[str, Any] | None = None,
     evaluations: int = EVALUATIONS,
     seed: int = 0,
-) -> FoundWeights:
+) -> SearchedWeights:
     """The weights (and, where a rule averages, λ) of least cross-entropy on rows.
 
     In memory are the target, in float32, and of the packs the tensors in work, decoded anew for
@@ -98,7 +98,7 @@ def search_weights(
     """
     if evaluations < 2:
         raise ConfigError(f"evaluations is {evaluations}; a search needs at least 2")
-    mixture = open_mixture(target, packs, weights, method, settings)
+    mixture = open_merge(target, packs, weights, method, settings)
     loss_of = LiveLoss(mixture, rows)
     loss_target = loss_of.measure()
     averages = mixture.method.averages
@@ -119,7 +119,7 @@ def search_weights(
 
     point, least = minimize(loss, np.clip(given, 0, MAX_WEIGHT), evaluations, seed)
     chosen, scaling = _split(mixture, point)
-    return FoundWeights(tuple(chosen), scaling, least, tried[0], loss_target, len(tried))
+    return SearchedWeights(tuple(chosen), scaling, least, tried[0], loss_target, len(tried))
 
 
 def minimize(
@@ -154,7 +154,7 @@ def minimize(
 class LiveLoss:
     """Cross-entropy of rows under a live target whose weights are mixed anew for every call."""
 
-    def __init__(self, mixture: Mixture, rows: Sequence[Row]):
+    def __init__(self, mixture: PackMerge, rows: Sequence[Row]):
         mixture.check_addable()
         self._mixture = mixture
         self._model: Any = answering_model(mixture.target)
@@ -220,7 +220,7 @@ def summed_loss(model: Any, rows: Sequence[EncodedRow], pad: int) -> tuple[Tenso
     return loss, len(wanted)
 
 
-def _split(mixture: Mixture, point: np.ndarray) -> tuple[list[float], float]:
+def _split(mixture: PackMerge, point: np.ndarray) -> tuple[list[float], float]:
     """Weights and λ of a point of the search."""
     values = [float(value) for value in point]
     if mixture.method.averages:

@@ -23,20 +23,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftkit.checkpoint import Checkpoint, save_tensors, tensor_bytes
-from graftkit.compress.codecs import Layout
+from graftkit.compress.codecs import TensorLayout
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
-from graftkit.fuse.continual import Kif, Opcm, Running, Skill
+from graftkit.fuse.continual import Kif, Opcm, RunningMerge, TaskDelta
 from graftkit.fuse.merge import (
     check_computation,
     check_shapes,
     check_token_ids,
+    manifest_digest,
     merge_note,
     named_inputs,
-    pack_digest,
     pack_merged,
     packing_inputs,
-    write_mixture,
+    write_merged,
 )
 from graftkit.fuse.search import measure_importances
 from graftkit.outputs import Claim, claimed
@@ -45,7 +45,7 @@ from graftkit.rows import Row
 from graftkit.side_files import written_files
 from graftkit.skillpack import SkillPack
 
-RULES: dict[str, type[Running]] = {rule.method: rule for rule in (Opcm, Kif)}
+RULES: dict[str, type[RunningMerge]] = {rule.method: rule for rule in (Opcm, Kif)}
 """The rules with a memory by their names, those of `methods.IN_TURN`."""
 
 TaskRows = Sequence[Sequence[Row]]
@@ -86,7 +86,7 @@ def merge_in_turn(
             turns = call.turns(kept, progress)
             turns.code = trust_remote_code
             claim.open_work()
-            write_mixture(turns, claim.result, progress)
+            write_merged(turns, claim.result, progress)
             _keep(turns, kept, claim)
     return Path(output_dir)
 
@@ -121,7 +121,7 @@ def fuse_in_turn(
         return pack
 
 
-class Turns:
+class SequentialMerge:
     """A target and what the packs so far, in their order, add to it: a merged checkpoint.
 
     Attributes:
@@ -129,18 +129,18 @@ class Turns:
         code: whether the target's code is written, too.
     """
 
-    def __init__(self, target: Checkpoint, rule: Running):
+    def __init__(self, target: Checkpoint, rule: RunningMerge):
         self.target, self.rule = target, rule
-        self.taken: list[Taken] = []
+        self.taken: list[MergedPack] = []
         self.code = False
         self._fingerprint = ""
         self._files: dict[str, str] = {}  # digests of side files that all packs changed alike
         self._contents: dict[str, bytes] = {}
 
     @classmethod
-    def load(cls, file: Path, target: Checkpoint, method: str) -> "Turns":
+    def load(cls, file: Path, target: Checkpoint, method: str) -> "SequentialMerge":
         """Go on where a state file left off. Raises: as `merge_in_turn`."""
-        header, total = read_memory(file, target)
+        header, total = read_state(file, target)
         if header.method != method:
             raise ConfigError(
                 f"{file}: begun with {header.method}, which does not go on as {method}; use "
@@ -157,23 +157,25 @@ class Turns:
 
     def save(self, file: Path) -> None:
         """Write a state file. Raises: OSError."""
-        header = Header(
+        header = StateHeader(
             method=self.rule.method,  # type: ignore[arg-type]
             target=self._fingerprint,
             packs=tuple(self.taken),
             files=self._files,
             statistics=self.rule.statistics,
         )
-        write_memory(file, header, self.rule.total)
+        write_state(file, header, self.rule.total)
 
     def add(self, pack: SkillPack, rows: Sequence[Row] | None) -> None:
         """Take one more pack. Raises: as `merge_in_turn`; the turns are then of no more use."""
         self._check(pack)
         importances = None if rows is None else measure_importances(self.target, pack, rows)
-        self.rule.add(Skill(_Deltas(pack, self.target), _layouts(pack), importances))
+        self.rule.add(TaskDelta(_Deltas(pack, self.target), _layouts(pack), importances))
         manifest = pack.manifest
         self.taken.append(
-            Taken(name=manifest.tuned.name, digest=pack_digest(pack), licence=manifest.licence)
+            MergedPack(
+                name=manifest.tuned.name, digest=manifest_digest(pack), licence=manifest.licence
+            )
         )
         contents = pack.side_files(self.target)
         self._contents = {name: contents[name] for name in self._files}
@@ -215,7 +217,7 @@ class Turns:
                 f"the pack of {name} was made for another target than the packs before it; "
                 "use one state for each target"
             )
-        if pack_digest(pack) in {taken.digest for taken in self.taken}:
+        if manifest_digest(pack) in {taken.digest for taken in self.taken}:
             raise ConfigError(f"the pack of {name} was taken already; leave it out")
         pack.check_target(self.target.read, set(self.target.tensors), str(self.target.path))
         check_shapes(pack)
@@ -245,7 +247,7 @@ class _Deltas(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _layouts(pack: SkillPack) -> dict[str, Layout]:
+def _layouts(pack: SkillPack) -> dict[str, TensorLayout]:
     """Of the weights of linear maps, heads of their own included."""
     return {
         record.name: record.layout
@@ -306,14 +308,14 @@ class _Call:
             with claimed(output, job, folder=folder, inputs=read, force=force) as claim:
                 yield claim, kept
 
-    def turns(self, kept: Claim | None, progress: Progress | None) -> "Turns":
+    def turns(self, kept: Claim | None, progress: Progress | None) -> "SequentialMerge":
         """All packs taken, after those of the state. Raises: as `merge_in_turn`."""
         opened = [p if isinstance(p, SkillPack) else SkillPack.load(p) for p in self.packs]
         checkpoint = Checkpoint.open(self.target)
         if kept is not None and kept.path.exists():
-            turns = Turns.load(kept.path, checkpoint, self.method)
+            turns = SequentialMerge.load(kept.path, checkpoint, self.method)
         else:
-            turns = Turns(checkpoint, RULES[self.method]())
+            turns = SequentialMerge(checkpoint, RULES[self.method]())
         for index, pack in enumerate(opened):
             if progress is not None:
                 progress("adding packs", index, len(opened))
@@ -321,7 +323,7 @@ class _Call:
         return turns
 
 
-def _keep(turns: "Turns", kept: Claim | None, claim: Claim) -> None:
+def _keep(turns: "SequentialMerge", kept: Claim | None, claim: Claim) -> None:
     """Write the state, if one is kept, and put it in place together with the result.
 
     Raises: OutputError.
@@ -339,13 +341,13 @@ VERSION = 1
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class Part(BaseModel):
+class StateModel(BaseModel):
     """Common rules: frozen, no unknown keys, no guessed types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Taken(Part):
+class MergedPack(StateModel):
     """One pack that was merged: the name of its tuned model, its digest and its licence."""
 
     name: str
@@ -353,28 +355,28 @@ class Taken(Part):
     licence: str | None
 
 
-class Header(Part):
+class StateHeader(StateModel):
     """Everything but the tensors; `files` are the side files that every pack changed alike."""
 
     version: Annotated[int, Field(ge=VERSION, le=VERSION)] = VERSION
     method: Literal["opcm", "kif"]
     target: Digest
-    packs: Annotated[tuple[Taken, ...], Field(min_length=1, strict=False)]
+    packs: Annotated[tuple[MergedPack, ...], Field(min_length=1, strict=False)]
     files: dict[str, Digest]
     statistics: dict[str, Annotated[float, Field(allow_inf_nan=False, strict=False)]]
 
 
-def write_memory(file: Path, header: Header, tensors: dict[str, Tensor]) -> None:
+def write_state(file: Path, header: StateHeader, tensors: dict[str, Tensor]) -> None:
     """Write a file. Raises: OSError."""
     text = header.model_dump_json()
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_tensors(contiguous, file, {FORMAT: f"{_digest(text, contiguous)} {text}"})
 
 
-def read_memory(file: Path, target: Checkpoint) -> tuple[Header, dict[str, Tensor]]:
+def read_state(file: Path, target: Checkpoint) -> tuple[StateHeader, dict[str, Tensor]]:
     """Open a file and check all of it: digest, and that its tensors are those of the target.
 
-    Raises: CheckpointError for anything that `write_memory` did not write for this target.
+    Raises: CheckpointError for anything that `write_state` did not write for this target.
     """
     try:
         with safe_open(file, framework="pt") as handle:
@@ -400,7 +402,7 @@ def read_memory(file: Path, target: Checkpoint) -> tuple[Header, dict[str, Tenso
             f"{file}: the file is damaged, it does not match its digest; begin again without it"
         )
     try:
-        return Header.model_validate_json(text), tensors
+        return StateHeader.model_validate_json(text), tensors
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

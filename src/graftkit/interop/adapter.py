@@ -38,7 +38,7 @@ from graftkit.errors import CheckpointError
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
 from graftkit.models.loading import empty_model, input_embeddings, output_embeddings
 from graftkit.models.views import View, checkpoint_views, find_views, live_names
-from graftkit.packing.pairs import Pair
+from graftkit.packing.pairs import TensorPair
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -289,25 +289,25 @@ class Stack:
         sides = (left.shape[0], right.shape[1]) == (self.rows, self.columns)
         return sides and inner == right.shape[0] and inner > 0 and inner % self.experts == 0
 
-    def pieces(self) -> "dict[str, Piece] | None":
+    def pieces(self) -> "dict[str, ExpertRows] | None":
         """What each tensor on disk holds; None where one is no band of rows of one expert."""
         found = {name: self._piece(view) for name, view in self.views.items()}
         known = {name: piece for name, piece in found.items() if piece is not None}
         return known if len(known) == len(found) else None
 
-    def _piece(self, view: View) -> "Piece | None":
+    def _piece(self, view: View) -> "ExpertRows | None":
         if view.whole:
-            return Piece(range(self.experts), slice(0, self.rows))
+            return ExpertRows(range(self.experts), slice(0, self.rows))
         expert, rest = divmod(view.offset, self.rows * self.columns)
         first, shift = divmod(rest, self.columns)
         band = len(view.shape) == 2 and view.shape[1] == self.columns and shift == 0
         if self.transposed or not band or view.stride != (self.columns, 1):
             return None
-        return Piece(range(expert, expert + 1), slice(first, first + view.shape[0]))
+        return ExpertRows(range(expert, expert + 1), slice(first, first + view.shape[0]))
 
 
 @dataclass(frozen=True)
-class Piece:
+class ExpertRows:
     """Rows of some experts of a stack."""
 
     experts: range
@@ -322,14 +322,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A tensor of the model: on disk under `name`, or an alias of the tensor `base` there."""
 
     name: str
     base: str | None = None
 
 
-class Places:
+class TensorPlaces:
     """The places of a target. Raises: CheckpointError as `tensor_roles`.
 
     Attributes:
@@ -343,19 +343,19 @@ class Places:
         for name, role in self._roles.items():
             self._by_parameter.setdefault(role.parameter, []).append(name)
 
-    def find(self, parameters: list[str]) -> dict[str, Place | None]:
+    def find(self, parameters: list[str]) -> dict[str, TensorPlace | None]:
         """The place of every parameter that an adapter names, None where there is none."""
         live = live_names(self._model, parameters)
         return {name: self._place(name, live[name]) for name in parameters}
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> TensorPlace:
         """The place of a tensor on disk or of an alias."""
-        return Place(name, None if name in self.target.tensors else self.tied[name])
+        return TensorPlace(name, None if name in self.target.tensors else self.tied[name])
 
-    def pair(self, place: Place) -> Pair:
+    def pair(self, place: TensorPlace) -> TensorPair:
         """A tensor as the target has it, and as the result will: same dtype, same shape."""
         info = self.target.tensors[place.base or place.name]
-        return Pair(place.name, self._role(place), info, info, place.base)
+        return TensorPair(place.name, self._role(place), info, info, place.base)
 
     def vocabulary(self) -> list[str]:
         """Tensors on disk that have a row for every token: the input embedding, and the head."""
@@ -389,13 +389,13 @@ class Places:
         state = self._model.state_dict(keep_vars=True)
         return {name: tuple(parameter.shape) for name, parameter in state.items()}
 
-    def _place(self, name: str, live: str | None) -> Place | None:
+    def _place(self, name: str, live: str | None) -> TensorPlace | None:
         if name in self.target.tensors or name in self.tied:
             return self.place(name)
         found = self._by_parameter.get(live or "", [])
-        return Place(found[0]) if len(found) == 1 else None
+        return TensorPlace(found[0]) if len(found) == 1 else None
 
-    def _role(self, place: Place) -> TensorRole:
+    def _role(self, place: TensorPlace) -> TensorRole:
         if place.base is None:
             return self._roles[place.name]
         owner = self._roles[place.base]

@@ -27,7 +27,7 @@ from torch import Tensor
 from graftkit.attachment import attached
 from graftkit.attachment.calls import ChangedWeight, Probe, ReadWatch, Unrunnable
 from graftkit.checkpoint import DTYPES, Checkpoint, save_tensors
-from graftkit.compress.codecs import Layout, matrices
+from graftkit.compress.codecs import TensorLayout, matrices
 from graftkit.compress.lowrank import eigenbasis, left_vectors
 from graftkit.errors import ConfigError
 from graftkit.evaluate import TokenFidelity, token_fidelity
@@ -400,7 +400,7 @@ class _Export:
 
     def _matrix(self, record: TensorRecord) -> Tensor:
         """The delta of a linear layer, (out, in)."""
-        layout: Layout = "transposed" if self.roles[record.name].transposed else "matrix"
+        layout: TensorLayout = "transposed" if self.roles[record.name].transposed else "matrix"
         [matrix] = matrices(self._delta(record), layout)
         return matrix
 

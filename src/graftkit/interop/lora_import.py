@@ -14,17 +14,17 @@ from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, tensor_digest
 from graftkit.compress.codecs import join_payloads, matrix_shape
 from graftkit.compress.factors import store
 from graftkit.errors import CheckpointError, CheckpointMismatchError, CorruptPackError
-from graftkit.interop.adapter import INSTEAD, Adapter, Place, Places
+from graftkit.interop.adapter import INSTEAD, Adapter, TensorPlace, TensorPlaces
 from graftkit.outputs import claimed
 from graftkit.packing.encode import (
     GENERATOR,
     draft_record,
+    encode_added_rows,
     encode_lossless,
-    encode_rows,
     target_info,
 )
 from graftkit.packing.measure import Scan
-from graftkit.packing.pairs import Pair
+from graftkit.packing.pairs import TensorPair
 from graftkit.parallel import in_threads
 from graftkit.progress import Progress, silent
 from graftkit.skillpack import SkillPack
@@ -47,7 +47,7 @@ class _Edit:
     whole: the adapter's tensor that takes its place.
     """
 
-    place: Place
+    place: TensorPlace
     source: str = ""
     factors: bytes = b""
     whole: str | None = None
@@ -101,7 +101,7 @@ class _Import:
     """One adapter on its way into a pack."""
 
     def __init__(self, target: Checkpoint, adapter: Adapter):
-        self.target, self.adapter, self.places = target, adapter, Places(target)
+        self.target, self.adapter, self.places = target, adapter, TensorPlaces(target)
         self.omitted: list[Omission] = []
         self.edits = self._find_edits()
         self.parted = self._part_tied()
@@ -165,7 +165,7 @@ class _Import:
                 self._add(edits, _Edit(place, key, whole=key))
         return edits
 
-    def _module_edit(self, place: Place, module: str) -> _Edit:
+    def _module_edit(self, place: TensorPlace, module: str) -> _Edit:
         """Factors of one matrix."""
         left, right = self.adapter.matrices(module)
         pair, found = self.places.pair(place), (left.shape[0], right.shape[1])
@@ -196,10 +196,12 @@ class _Import:
         for name, piece in (pieces or {}).items():
             parts = piece.cut(fitting[0], left, right)
             stored = [store(self.adapter.factors(fitting[0].parameter, *part)) for part in parts]
-            edits.append(_Edit(self._known(Place(name), module), module, join_payloads(stored)))
+            edits.append(
+                _Edit(self._known(TensorPlace(name), module), module, join_payloads(stored))
+            )
         return edits
 
-    def _known(self, place: Place | None, name: str) -> Place:
+    def _known(self, place: TensorPlace | None, name: str) -> TensorPlace:
         """The place of what the adapter calls `name`. Raises: CheckpointMismatchError."""
         if place is None:
             raise CheckpointMismatchError(
@@ -224,14 +226,14 @@ class _Import:
                 "the adapter was trained on"
             )
 
-    def _is_target(self, place: Place, key: str) -> bool:
+    def _is_target(self, place: TensorPlace, key: str) -> bool:
         """Whether a whole tensor is what the target holds already."""
         pair = self._whole_pair(place, key)
         if pair.resized:
             return False
         return _same_bits(self._whole(place, key), self.target.read(pair.target.name))
 
-    def _whole_pair(self, place: Place, key: str) -> Pair:
+    def _whole_pair(self, place: TensorPlace, key: str) -> TensorPair:
         """The target's tensor and the one in its place, which may have more or fewer tokens.
 
         Raises: CheckpointMismatchError for any other shape.
@@ -266,7 +268,7 @@ class _Import:
             )
         return next(iter(sizes.values()))
 
-    def _whole(self, place: Place, key: str) -> Tensor:
+    def _whole(self, place: TensorPlace, key: str) -> Tensor:
         """A whole tensor in the target's dtype. Raises: CheckpointError where that overflows."""
         own, dtype = self.adapter.read(key), DTYPES[self.places.pair(place).target.dtype]
         cast = own.to(dtype)
@@ -305,7 +307,7 @@ class _Import:
 
     def _encode(self, name: str, scans: dict[str, Scan]) -> tuple[TensorRecord, bytes]:
         """Record and payload of one tensor."""
-        edit = self.edits.get(name) or _Edit(Place(name))
+        edit = self.edits.get(name) or _Edit(TensorPlace(name))
         pair = self.places.pair(edit.place)
         scan = scans[pair.target.name]
         if edit.whole is not None:
@@ -317,7 +319,7 @@ class _Import:
             before, added = self.target.read(pair.target.name), b""
             if pair.resized:
                 rows = pair.common_rows
-                added = encode_rows(whole[rows:]) if whole.shape[0] > rows else b""
+                added = encode_added_rows(whole[rows:]) if whole.shape[0] > rows else b""
                 before, whole = before[:rows], whole[:rows]
             encoded = encode_lossless(pair, scan, (before, whole), added)
             return encoded.record, encoded.payload

@@ -7,9 +7,9 @@ answers  generation, rows of different packs together, and what routed answers s
 audit    what a pack changes, and the proof that nothing of a removed pack stays
 """
 
-from graftkit.library.answers import Answer, LibraryScore
+from graftkit.library.answers import LibraryAnswer, LibraryScore
 from graftkit.library.audit import Audit, Proof
-from graftkit.library.folder import Entry
+from graftkit.library.folder import PackEntry
 from graftkit.library.library import Library
 
-__all__ = ["Answer", "Audit", "Entry", "Library", "LibraryScore", "Proof"]
+__all__ = ["Audit", "Library", "LibraryAnswer", "LibraryScore", "PackEntry", "Proof"]

@@ -12,21 +12,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from graftkit.evaluate import BATCH_TOKENS, exact_match
-from graftkit.library.live import LiveLibrary, Mixture, Voice
+from graftkit.library.live import GenerationStyle, LiveLibrary, PackWeights
 from graftkit.models.encoding import pad_id
 from graftkit.progress import Progress, silent
 from graftkit.route import TARGET, Route, Router
 from graftkit.route.averaging import generate_averaged
 from graftkit.rows import Row, batches_by_length, pad_batch
 
-Mix = Literal["deltas", "probabilities"]
+MixMode = Literal["deltas", "probabilities"]
 """How several packs answer one prompt: Σ w ΔW in one pass, or Σ w p(token) over one pass each."""
 
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class Answer:
+class LibraryAnswer:
     """What a library says to one prompt.
 
     Attributes:
@@ -53,8 +53,8 @@ def unanswerable(live: LiveLibrary, ids: Sequence[int]) -> str | None:
 def generate_texts(
     live: LiveLibrary,
     prompts: Sequence[list[int]],
-    mixtures: Sequence[Mixture],
-    mix: Mix,
+    mixtures: Sequence[PackWeights],
+    mix: MixMode,
     max_new_tokens: int,
 ) -> list[str]:
     """The greedy continuation of each prompt by the packs of its row.
@@ -77,7 +77,7 @@ def generate_texts(
 
 
 def _batches(
-    part: Sequence[int], prompts: Sequence[list[int]], ends: Sequence[tuple[int, Voice]]
+    part: Sequence[int], prompts: Sequence[list[int]], ends: Sequence[tuple[int, GenerationStyle]]
 ) -> Iterator[list[int]]:
     """Rows of similar length; an answer must not be cut short for the sake of another row.
 
@@ -91,7 +91,7 @@ def _batches(
             yield [alike[place] for place in batch]
 
 
-def _end_order(end: tuple[int, Voice]) -> tuple[int, str, str]:
+def _end_order(end: tuple[int, GenerationStyle]) -> tuple[int, str, str]:
     return end[0], str(end[1].end), end[1].settings
 
 
@@ -104,8 +104,8 @@ def _room(live: LiveLibrary, ids: Sequence[int], max_new_tokens: int) -> int:
 def _generate(
     live: LiveLibrary,
     prompts: Sequence[list[int]],
-    mixtures: Sequence[Mixture],
-    mix: Mix,
+    mixtures: Sequence[PackWeights],
+    mix: MixMode,
     max_new_tokens: int,
 ) -> list[str]:
     ids, mask = pad_batch(prompts, pad_id(live.tokenizer), left=True)
@@ -134,7 +134,7 @@ def _generate(
     ]
 
 
-def _with_target(live: LiveLibrary, mixture: Mixture) -> dict[int | None, float]:
+def _with_target(live: LiveLibrary, mixture: PackWeights) -> dict[int | None, float]:
     """Shares of 1: what the packs leave is the target's."""
     shares: dict[int | None, float] = {
         live.memory.index(entry): weight for entry, weight in mixture.items()
@@ -212,7 +212,7 @@ def score_library(
     live: LiveLibrary,
     router: Router,
     rows: Mapping[str, Sequence[Row]],
-    mixtures: Mapping[str, Mixture],
+    mixtures: Mapping[str, PackWeights],
     progress: Progress | None = None,
 ) -> LibraryScore:
     """Route every row, and answer it three ways.
@@ -240,7 +240,7 @@ def _score(
     name: str,
     rows: Sequence[Row],
     chosen: Sequence[str],
-    mixtures: Mapping[str, Mixture],
+    mixtures: Mapping[str, PackWeights],
 ) -> SkillScore:
     matched = dict.fromkeys(("routed", "oracle", "target"), 0.0)
     for choice in sorted(set(chosen)):

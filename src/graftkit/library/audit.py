@@ -21,9 +21,9 @@ from torch import Tensor
 from graftkit.checkpoint import DTYPES, Checkpoint
 from graftkit.errors import ConfigError
 from graftkit.fuse.interference import Interference, compare_deltas
-from graftkit.fuse.merge import pack_digest
+from graftkit.fuse.merge import manifest_digest
 from graftkit.library.answers import unanswerable
-from graftkit.library.folder import PACKS, Entry, PackFolder
+from graftkit.library.folder import PACKS, PackEntry, PackFolder
 from graftkit.library.live import RouterName
 from graftkit.progress import Progress, silent
 from graftkit.route import Route
@@ -42,7 +42,7 @@ _VOCABULARY = ("embedding", "head")
 
 
 @dataclass
-class Change:
+class DeltaSize:
     """A delta, summed over the tensors of one kind or one layer."""
 
     tensors: int = 0
@@ -81,7 +81,7 @@ class Change:
 
 
 @dataclass
-class Lean:
+class Overlap:
     """How far another pack goes the same way."""
 
     kinds: dict[str, Interference] = field(default_factory=dict)
@@ -108,9 +108,9 @@ class Lean:
 class Audit:
     """Everything that a pack's file and its target tell of it."""
 
-    kinds: dict[str, Change] = field(default_factory=dict)
+    kinds: dict[str, DeltaSize] = field(default_factory=dict)
     """By module kind."""
-    layers: dict[str, Change] = field(default_factory=dict)
+    layers: dict[str, DeltaSize] = field(default_factory=dict)
     """By number in the tensor's name, "" for tensors outside of layers."""
     vocabulary: dict[str, dict[str, int]] = field(default_factory=dict)
     """Of embedding and head: `rows` in all, those that are `moved`, and the fewest that hold `most`
@@ -119,7 +119,7 @@ class Audit:
     """Side files of the target that the tuned model changed; a library does not use them."""
     omitted: list[str] = field(default_factory=list)
     """Changes of the tuned model that the pack leaves out."""
-    leans: dict[str, Lean] = field(default_factory=dict)
+    leans: dict[str, Overlap] = field(default_factory=dict)
     """Other packs by label."""
 
     @property
@@ -157,7 +157,7 @@ def audit_pack(
     found = Audit(
         files=[record.name for record in pack.manifest.files],
         omitted=[part.name for part in pack.manifest.omitted],
-        leans={label: Lean(contains=_contains(other, pack)) for label, other in others.items()},
+        leans={label: Overlap(contains=_contains(other, pack)) for label, other in others.items()},
     )
     records = pack.manifest.tensors
     for done, record in enumerate(records):
@@ -185,8 +185,8 @@ def _before(target: Checkpoint, record: TensorRecord) -> Tensor:
 
 def _note(found: Audit, name: str, kind: str, delta: Tensor, before: Tensor) -> None:
     layer = _LAYER.search(name)
-    found.kinds.setdefault(kind, Change()).add(delta, before)
-    found.layers.setdefault(layer[1] if layer else "", Change()).add(delta, before)
+    found.kinds.setdefault(kind, DeltaSize()).add(delta, before)
+    found.layers.setdefault(layer[1] if layer else "", DeltaSize()).add(delta, before)
     if kind in _VOCABULARY and delta.dim() == 2:
         found.vocabulary[name] = _rows(delta)
 
@@ -202,7 +202,7 @@ def _rows(delta: Tensor) -> dict[str, int]:
 
 def _contains(other: SkillPack, pack: SkillPack) -> bool:
     """Whether `graftkit fuse` made the other of this one."""
-    return any(pack_digest(pack)[:16] in told for told in other.manifest.provenance.values())
+    return any(manifest_digest(pack)[:16] in told for told in other.manifest.provenance.values())
 
 
 NEW_TOKENS = 16
@@ -238,7 +238,7 @@ class Proof:
 
 def prove_removal(
     folder: PackFolder,
-    gone: Sequence[Entry],
+    gone: Sequence[PackEntry],
     prompts: Sequence[str],
     router: RouterName,
     opened: Callable[[PackFolder], "Library"],
@@ -299,7 +299,7 @@ def _outcome(library: "Library", prompts: Sequence[str], router: RouterName) -> 
 
 
 @torch.no_grad()
-def _logits(library: "Library", prompt: str, mixture: Mapping[Entry, float]) -> Tensor:
+def _logits(library: "Library", prompt: str, mixture: Mapping[PackEntry, float]) -> Tensor:
     """(tokens, vocabulary), of the prompt alone."""
     live = library.live
     live.use(mixture)

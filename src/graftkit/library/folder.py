@@ -68,13 +68,13 @@ PACK_FILE = re.compile(rf"{PACKS}/{_NAME}-[1-9][0-9]*-[0-9a-f]{{{_SHORT}}}\.skil
 """Places that a library gives to files of packs, and to nothing else."""
 
 
-class _Part(BaseModel):
+class _StrictModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
 
 
-class LibraryTarget(_Part):
+class LibraryTarget(_StrictModel):
     """The target of every pack of a library."""
 
     reference: str = Field(min_length=1)
@@ -85,7 +85,7 @@ class LibraryTarget(_Part):
     """Digest of config.json."""
 
 
-class Entry(_Part):
+class PackEntry(_StrictModel):
     """One pack of a library."""
 
     name: str = Field(pattern=rf"^{_NAME}$")
@@ -109,14 +109,14 @@ class Entry(_Part):
         return f"{self.name}@{self.version}"
 
 
-class Index(_Part):
+class LibraryIndex(_StrictModel):
     """Everything that library.toml says."""
 
     format: int = Field(ge=1)
     """Version of this file's format."""
     target: LibraryTarget
     """The target of every pack."""
-    pack: Annotated[tuple[Entry, ...], Field(strict=False)] = ()
+    pack: Annotated[tuple[PackEntry, ...], Field(strict=False)] = ()
     """The packs, in the order in which they came."""
 
     @classmethod
@@ -145,29 +145,29 @@ class Index(_Part):
         """The text of library.toml."""
         return tomli_w.dumps(self.model_dump(mode="python"))
 
-    def with_entry(self, entry: Entry) -> "Index":
+    def with_entry(self, entry: PackEntry) -> "LibraryIndex":
         """This index and one more pack."""
         return self.model_copy(update={"pack": (*self.pack, entry)})
 
-    def without(self, gone: set[str]) -> "Index":
+    def without(self, gone: set[str]) -> "LibraryIndex":
         """This index without the packs of these digests."""
         kept = tuple(entry for entry in self.pack if entry.digest not in gone)
         return self.model_copy(update={"pack": kept})
 
     @property
-    def newest(self) -> dict[str, Entry]:
+    def newest(self) -> dict[str, PackEntry]:
         """The newest version of every name, in the order of names: what routers choose from."""
         by_age = sorted(self.pack, key=lambda entry: (entry.name, entry.version))
         return {entry.name: entry for entry in by_age}
 
-    def find(self, address: str) -> Entry:
+    def find(self, address: str) -> PackEntry:
         """The pack of NAME (its newest version), NAME@VERSION or a digest's first digits.
 
         Raises: LibraryError where there is none, or the digits fit several.
         """
         return max(self.find_all(address), key=lambda entry: entry.version)
 
-    def find_all(self, address: str) -> list[Entry]:
+    def find_all(self, address: str) -> list[PackEntry]:
         """Every version of NAME, or the one pack of NAME@VERSION or a digest's first digits.
 
         Raises: LibraryError as `find`.
@@ -273,7 +273,7 @@ class PackFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._read: tuple[bytes, Index] | None = None
+        self._read: tuple[bytes, LibraryIndex] | None = None
 
     @classmethod
     def create(cls, path: Path, target: LibraryTarget) -> Self:
@@ -289,17 +289,17 @@ class PackFolder:
             with _writing(path):
                 folder._check_new()
                 (path / PACKS).mkdir(exist_ok=True)
-            folder._write(Index(format=FORMAT, target=target))
+            folder._write(LibraryIndex(format=FORMAT, target=target))
         return folder
 
-    def read(self) -> Index:
+    def read(self) -> LibraryIndex:
         """What library.toml says now, the same object while it says the same; nothing else is
         opened. Raises: LibraryError."""
         file = self.path / FILE
         try:
             content = file.read_bytes()
             if self._read is None or self._read[0] != content:
-                self._read = content, Index.parse(content.decode(), str(file))
+                self._read = content, LibraryIndex.parse(content.decode(), str(file))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise LibraryError(
                 f"{self.path}: no library here ({FILE} is missing); make one with "
@@ -313,7 +313,7 @@ class PackFolder:
             ) from error
         return self._read[1]
 
-    def load(self, entry: Entry) -> SkillPack:
+    def load(self, entry: PackEntry) -> SkillPack:
         """A pack, mapped from its file.
 
         Raises: LibraryError where the file is missing or another than the listed one;
@@ -334,7 +334,7 @@ class PackFolder:
             )
         return SkillPack.load(file)
 
-    def add(self, source: Path, name: str, has_key: bool, update: bool) -> Entry:
+    def add(self, source: Path, name: str, has_key: bool, update: bool) -> PackEntry:
         """Copy a pack into the library, byte for byte, as the next version of its name.
 
         Raises: ConfigError for a name that cannot be or is taken; LibraryError where the library
@@ -345,7 +345,7 @@ class PackFolder:
             with _writing(source):
                 digest, size = file_digest(source), source.stat().st_size
             index.check_new(digest)
-            entry = Entry(
+            entry = PackEntry(
                 name=name,
                 version=version,
                 digest=digest,
@@ -363,7 +363,7 @@ class PackFolder:
             self._write(index.with_entry(entry))
         return entry
 
-    def remove(self, address: str) -> list[Entry]:
+    def remove(self, address: str) -> list[PackEntry]:
         """Forget a pack and delete its file: every version of NAME, or one by NAME@VERSION or
         digest. A classifier goes too: it was trained to know the pack.
 
@@ -405,7 +405,7 @@ class PackFolder:
             raise LibraryError(f"{self.path}: holds other files; name a new or an empty folder")
 
     @contextmanager
-    def _changing(self) -> Iterator[Index]:
+    def _changing(self) -> Iterator[LibraryIndex]:
         """The lock, and no leftovers before or after."""
         with self._locked():
             self._clean()
@@ -431,7 +431,7 @@ class PackFolder:
         finally:
             lock.release()
 
-    def _announce(self, entries: Sequence[Entry]) -> None:
+    def _announce(self, entries: Sequence[PackEntry]) -> None:
         """Name the files of a change before it begins. Raises: OutputError."""
         self._replace(_CHANGE, "\n".join(entry.file for entry in entries))
 
@@ -450,7 +450,7 @@ class PackFolder:
             for file in leftovers:
                 file.unlink(missing_ok=True)
 
-    def _write(self, index: Index) -> None:
+    def _write(self, index: LibraryIndex) -> None:
         """Replace library.toml. Raises: OutputError."""
         with _writing(self.path):
             _sync(self.path / PACKS)  # the names of the files it lists

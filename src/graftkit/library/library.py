@@ -25,18 +25,18 @@ from graftkit.distill.pipeline import run_distill
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
 from graftkit.library.answers import (
-    Answer,
+    LibraryAnswer,
     LibraryScore,
-    Mix,
+    MixMode,
     generate_texts,
     score_library,
     unanswerable,
 )
 from graftkit.library.audit import Audit, Proof, audit_pack, prove_removal
-from graftkit.library.folder import LEARNING, Entry, Index, PackFolder
+from graftkit.library.folder import LEARNING, LibraryIndex, PackEntry, PackFolder
 from graftkit.library.live import (
     LiveLibrary,
-    Mixture,
+    PackWeights,
     RouterName,
     describe_target,
     make_router,
@@ -52,9 +52,6 @@ from graftkit.route.classifier import train_classifier
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 
-__all__ = ["Answer", "Audit", "Entry", "Library", "LibraryScore", "Proof"]
-
-
 _Options = ParamSpec("_Options")
 _Result = TypeVar("_Result")
 
@@ -65,7 +62,7 @@ class AnswerOptions(TypedDict, total=False):
     route: str
     router: RouterName
     top_k: int
-    mix: Mix
+    mix: MixMode
     max_new_tokens: int
 
 
@@ -119,7 +116,7 @@ class Library:
         return self._folder.path
 
     @property
-    def index(self) -> Index:
+    def index(self) -> LibraryIndex:
         """What library.toml says now. Raises: LibraryError."""
         return self._refresh()
 
@@ -135,7 +132,7 @@ class Library:
         """The target on disk. Raises: CheckpointError, PackMismatchError."""
         return open_target(self.index.target)
 
-    def packs(self) -> tuple[Entry, ...]:
+    def packs(self) -> tuple[PackEntry, ...]:
         """All packs, in the order in which they came."""
         return self.index.pack
 
@@ -150,7 +147,7 @@ class Library:
         name: str,
         prompts: Sequence[str] | None = None,
         update: bool = False,
-    ) -> Entry:
+    ) -> PackEntry:
         """Take a pack in, a copy of the file.
 
         Args:
@@ -175,7 +172,7 @@ class Library:
             return self._folder.add(keyed, name, True, update)
 
     @_in_turn
-    def remove(self, address: str) -> list[Entry]:
+    def remove(self, address: str) -> list[PackEntry]:
         """Take packs out and delete their files: every version of NAME, or the one pack of another
         address. A classifier goes with them; the others and their routes stay as they are.
 
@@ -205,11 +202,11 @@ class Library:
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
         self, prompts: str, **options: Unpack[AnswerOptions]
-    ) -> Answer: ...
+    ) -> LibraryAnswer: ...
     @overload
     def generate(
         self, prompts: Sequence[str], **options: Unpack[AnswerOptions]
-    ) -> list[Answer]: ...
+    ) -> list[LibraryAnswer]: ...
 
     @_in_turn
     def generate(
@@ -218,9 +215,9 @@ class Library:
         route: str = "auto",
         router: RouterName = "centroid",
         top_k: int = 1,
-        mix: Mix = "deltas",
+        mix: MixMode = "deltas",
         max_new_tokens: int = 128,
-    ) -> Answer | list[Answer]:
+    ) -> LibraryAnswer | list[LibraryAnswer]:
         """Answer greedily, each prompt by its own packs.
 
         A prompt without tokens, or as long as the target's context, goes to the target, which has
@@ -238,7 +235,7 @@ class Library:
         tokens = self.live.encode(several)
         notes = [unanswerable(self.live, ids) for ids in tokens]
         answers = [
-            Answer(prompt, "", Route({}, {}), note)
+            LibraryAnswer(prompt, "", Route({}, {}), note)
             for prompt, note in zip(several, notes, strict=True)
         ]
         rows = [row for row, note in enumerate(notes) if note is None]
@@ -251,10 +248,10 @@ class Library:
             max_new_tokens,
         )
         for row, (taken, _), text in zip(rows, chosen, texts, strict=True):
-            answers[row] = Answer(several[row], text, taken)
+            answers[row] = LibraryAnswer(several[row], text, taken)
         return answers[0] if isinstance(prompts, str) else answers
 
-    def mixture(self, route: Route) -> dict[Entry, float]:
+    def mixture(self, route: Route) -> dict[PackEntry, float]:
         """The packs that a route names."""
         return {self.index.find(name): weight for name, weight in route.weights.items()}
 
@@ -279,7 +276,7 @@ class Library:
                 f"rows are given for {name!r}; the packs are {', '.join(packs) or 'none'}, and "
                 f"{TARGET!r} stands for no pack"
             )
-        mixtures: dict[str, dict[Entry, float]] = {TARGET: {}, **packs}
+        mixtures: dict[str, dict[PackEntry, float]] = {TARGET: {}, **packs}
         return score_library(self.live, self._router(router, 1), rows, mixtures, progress)
 
     @_in_turn
@@ -289,7 +286,7 @@ class Library:
         name: str,
         update: bool = False,
         progress: Progress | None = None,
-    ) -> Entry:
+    ) -> PackEntry:
         """Distil a skill in learning/NAME, and add its pack; the other packs stay as they are.
 
         Interrupted, the same call goes on where it stopped. Its training prompts become the pack's
@@ -353,7 +350,7 @@ class Library:
         gone = self.index.find_all(address)
         return prove_removal(self._folder, gone, prompts, router, type(self))
 
-    def _refresh(self) -> Index:
+    def _refresh(self) -> LibraryIndex:
         """Read library.toml; packs that it no longer lists leave memory."""
         index = self._folder.read()
         if index is not self._seen:
@@ -365,7 +362,7 @@ class Library:
 
     def _choose(
         self, prompts: Sequence[str], route: str, router: RouterName, top_k: int
-    ) -> list[tuple[Route, Mixture]]:
+    ) -> list[tuple[Route, PackWeights]]:
         """The route of each prompt and the packs that it means."""
         if route == "auto":
             return [(found, self.mixture(found)) for found in self.route(prompts, router, top_k)]
@@ -412,8 +409,8 @@ class Library:
 
 def _check_options(mix: str, max_new_tokens: int) -> None:
     """Raises: ConfigError."""
-    if mix not in get_args(Mix):
-        raise ConfigError(f"mix is {mix!r}; choose one of {', '.join(get_args(Mix))}")
+    if mix not in get_args(MixMode):
+        raise ConfigError(f"mix is {mix!r}; choose one of {', '.join(get_args(MixMode))}")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
 

@@ -19,7 +19,7 @@ from graftkit.attachment.target import check_tokenizer, tuned_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
 from graftkit.errors import AttachError, BudgetError, ConfigError, PackMismatchError
-from graftkit.library.folder import CLASSIFIER, Entry, LibraryTarget
+from graftkit.library.folder import CLASSIFIER, LibraryTarget, PackEntry
 from graftkit.models.encoding import context_length, usable_tokenizer
 from graftkit.models.loading import load_model
 from graftkit.route import Router
@@ -30,7 +30,7 @@ from graftkit.route.spectral import SpectralRouter
 from graftkit.side_files import is_template
 from graftkit.skillpack import SkillPack
 
-Mixture = Mapping[Entry, float]
+PackWeights = Mapping[PackEntry, float]
 """The packs of one row and their weights; empty for the target alone."""
 
 
@@ -48,7 +48,7 @@ class PackMemory:
     def __init__(
         self,
         attachment: Attachment,
-        load: Callable[[Entry], SkillPack],
+        load: Callable[[PackEntry], SkillPack],
         limit_bytes: int | None,
     ):
         self._attachment = attachment
@@ -67,13 +67,13 @@ class PackMemory:
         """Digests of the packs in memory, the least recently used first."""
         return list(self._indices)
 
-    def parts(self, mixtures: Sequence[Mixture]) -> Iterator[list[int]]:
+    def parts(self, mixtures: Sequence[PackWeights]) -> Iterator[list[int]]:
         """Rows in parts whose packs are in memory together while the caller works on a part.
 
         Raises: ConfigError where the packs of one row alone are larger than the limit.
         """
         part: list[int] = []
-        held: set[Entry] = set()
+        held: set[PackEntry] = set()
         for row in sorted(range(len(mixtures)), key=lambda row: _labels(mixtures[row])):
             needed = set(mixtures[row])
             if part and not self._hold(held | needed):
@@ -86,7 +86,7 @@ class PackMemory:
         if part:
             yield part
 
-    def hold(self, entries: Iterable[Entry]) -> None:
+    def hold(self, entries: Iterable[PackEntry]) -> None:
         """Have these packs in memory together. Raises: ConfigError where they do not fit."""
         wanted = set(entries)
         if not self._hold(wanted):
@@ -95,7 +95,7 @@ class PackMemory:
                 "for packs; allow more"
             )
 
-    def route(self, mixtures: Sequence[Mixture]) -> None:
+    def route(self, mixtures: Sequence[PackWeights]) -> None:
         """Choose the packs of every row of the next batches; they must be in memory."""
         self._attachment.route(
             [{self.index(entry): weight for entry, weight in row.items()} for row in mixtures]
@@ -106,11 +106,11 @@ class PackMemory:
         for digest in set(self._indices) - digests:
             self._drop(digest)
 
-    def index(self, entry: Entry) -> int:
+    def index(self, entry: PackEntry) -> int:
         """The attachment's index of a pack in memory."""
         return self._indices[entry.digest]
 
-    def _hold(self, wanted: set[Entry]) -> bool:
+    def _hold(self, wanted: set[PackEntry]) -> bool:
         """Whether these packs fit together; then they are there. Others may have left."""
         if self._is_over(sum(self._sizes.get(entry.digest, 0) for entry in wanted)):
             return False
@@ -155,12 +155,12 @@ def parse_memory(text: str | int | None) -> int | None:
     return size.to_bytes(0, 0)
 
 
-def _labels(entries: Iterable[Entry]) -> list[str]:
+def _labels(entries: Iterable[PackEntry]) -> list[str]:
     return sorted(entry.label for entry in entries)
 
 
 @dataclass(frozen=True)
-class Voice:
+class GenerationStyle:
     """How one model ends and writes its texts; equal where `end` and `settings` are.
 
     Attributes:
@@ -174,7 +174,7 @@ class Voice:
     settings: str
 
     @classmethod
-    def of(cls, tokenizer: Any, generation: Any) -> "Voice":
+    def of(cls, tokenizer: Any, generation: Any) -> "GenerationStyle":
         """Of a tokenizer and a GenerationConfig."""
         settings = generation.to_json_string(use_diff=True)
         return cls(tokenizer, generation, tokenizer.eos_token_id, settings)
@@ -189,7 +189,7 @@ class LiveLibrary:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        load: Callable[[Entry], SkillPack],
+        load: Callable[[PackEntry], SkillPack],
         memory_bytes: int | None,
     ):
         self.model: Any = load_model(checkpoint)
@@ -197,29 +197,29 @@ class LiveLibrary:
             raise AttachError(f"{checkpoint.path}: {type(self.model).__name__} generates no text")
         self.tokenizer: Any = usable_tokenizer(checkpoint)
         self._checkpoint, self._load = checkpoint, load
-        self._own_voice = Voice.of(self.tokenizer, self.model.generation_config)
-        self._voices: dict[str, Voice] = {}
+        self._own_voice = GenerationStyle.of(self.tokenizer, self.model.generation_config)
+        self._voices: dict[str, GenerationStyle] = {}
         self.context: int | None = context_length(self.model)
         self.attachment = attach(self.model, [], mode="side")
         self.memory = PackMemory(self.attachment, load, memory_bytes)
 
-    def use(self, mixture: Mixture) -> None:
+    def use(self, mixture: PackWeights) -> None:
         """Have the same packs answer every row from now on."""
         self.memory.hold(mixture)
         self.memory.route([mixture])
 
-    def voice(self, mixture: Mixture) -> Voice:
+    def voice(self, mixture: PackWeights) -> GenerationStyle:
         """How the packs of a row end and write their texts: the target's way where they differ."""
         voices = {self._voice_of(entry) for entry in mixture}
         return voices.pop() if len(voices) == 1 else self._own_voice
 
-    def _voice_of(self, entry: Entry) -> Voice:
+    def _voice_of(self, entry: PackEntry) -> GenerationStyle:
         if entry.digest not in self._voices:
             pack, voice = self._load(entry), self._own_voice
             if any(not is_template(file.name) for file in pack.manifest.files):
                 check_tokenizer(self._checkpoint, pack)
                 tokenizer = tuned_tokenizer(self._checkpoint, pack)
-                voice = Voice.of(tokenizer, tuned_generation(self.model, pack))
+                voice = GenerationStyle.of(tokenizer, tuned_generation(self.model, pack))
             self._voices[entry.digest] = voice
         return self._voices[entry.digest]
 
@@ -267,8 +267,8 @@ def make_router(
     name: str,
     top_k: int,
     live: LiveLibrary,
-    entries: Mapping[str, Entry],
-    load: Callable[[Entry], SkillPack],
+    entries: Mapping[str, PackEntry],
+    load: Callable[[PackEntry], SkillPack],
     folder: Path,
 ) -> Router:
     """A router over the newest version of every pack.

@@ -1,4 +1,4 @@
-"""Pack: from two checkpoints to a SkillPack.
+"""The steps from two checkpoints to a SkillPack; `graftkit.pack` is the door.
 
 job      the steps in order: scan, calibrate, measure, plan, encode, train
 pairs    tensors of the target and the tuned model, two by two
@@ -7,7 +7,3 @@ budget   the bits of every tensor under a limit of bytes
 encode   planned tensors as payloads, and the file around them
 train    codes trained on rows, with a model that holds them
 """
-
-from graftkit.packing.job import pack_delta
-
-__all__ = ["pack_delta"]

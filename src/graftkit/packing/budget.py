@@ -14,12 +14,12 @@ import numpy as np
 
 from graftkit.compress.allocate import (
     DENSE_BITS,
-    Choice,
+    CodingOption,
     MatrixFacts,
-    Point,
-    choices,
+    RatePoint,
+    coding_options,
     dense_points,
-    finest,
+    finest_level,
     sparse_points,
     tiers_point,
     zero_point_of,
@@ -41,7 +41,7 @@ _OPERATORS = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class BudgetPlan:
     """Precision of every lossy tensor by its index, their payload bytes and expected error."""
 
     precisions: Mapping[int, Precision]
@@ -51,7 +51,7 @@ class Plan:
 
 def plan_graftllm(
     kinds: Mapping[int, ModuleKind], facts: Mapping[int, MatrixFacts], budget_bytes: int
-) -> Plan:
+) -> BudgetPlan:
     """The paper's operators, their hyperparameters found under the budget.
 
     α (share of entries kept) for embeddings and head, β (share of energy kept) for MLP, r (rank)
@@ -70,7 +70,7 @@ def _cheapest_error(
     groups: Mapping[str, Mapping[int, MatrixFacts]],
     shares: tuple[float, float, float],
     budget_bytes: int,
-) -> dict[int, Point]:
+) -> dict[int, RatePoint]:
     """The best α, r and β with tiers in these proportions."""
     attention = groups["attention"].items()
     mlp = groups["mlp"].items()
@@ -91,15 +91,15 @@ def _cheapest_error(
     }
 
 
-def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, Point]) -> Plan:
-    return Plan(
+def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, RatePoint]) -> BudgetPlan:
+    return BudgetPlan(
         {i: points[i].precision for i in facts},
         sum(point.nbytes for point in points.values()),
         sum(point.error for point in points.values()),
     )
 
 
-def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, Point]]:
+def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, RatePoint]]:
     """One step per share kept, and a first one that keeps nothing."""
     steps = [{name: zero_point_of(fact) for name, fact in facts.items()}]
     pruned = {name: sparse_points(fact) for name, fact in facts.items()}
@@ -108,13 +108,13 @@ def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, Point]]:
     return steps
 
 
-def _by_rank(facts: MatrixFacts, rank: float, tiers: tuple[float, float, float]) -> Point:
+def _by_rank(facts: MatrixFacts, rank: float, tiers: tuple[float, float, float]) -> RatePoint:
     """Attention: the same rank in every matrix that has it."""
     kept = min(max(1, round(rank)), MAX_RANK, *facts.shape)
     return _never_dearer_than_direct(facts, split_tiers(kept, tiers))
 
 
-def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> Point:
+def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> RatePoint:
     """MLP: the smallest rank that keeps `share` of the energy."""
     kept = np.cumsum(facts.energies)
     if kept[-1] <= 0:
@@ -124,7 +124,7 @@ def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, floa
     return _never_dearer_than_direct(facts, split_tiers(rank, tiers))
 
 
-def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Point:
+def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> RatePoint:
     """Factors in these tiers, or the direct form where that is cheaper and no worse.
 
     The k and v matrices of grouped-query attention are so flat that factors of a large rank cost
@@ -139,7 +139,9 @@ def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Po
     return widest if factors.nbytes > widest.nbytes else factors
 
 
-def _best_combination(ladders: list[list[dict[int, Point]]], budget_bytes: int) -> tuple[int, ...]:
+def _best_combination(
+    ladders: list[list[dict[int, RatePoint]]], budget_bytes: int
+) -> tuple[int, ...]:
     """Index into each ladder with the least summed error among the sums of bytes that fit."""
     bytes_of = [
         np.array([sum(p.nbytes for p in step.values()) for step in ladder]) for ladder in ladders
@@ -170,7 +172,7 @@ Encode = Callable[[Mapping[int, Precision]], Mapping[int, tuple[int, float]]]
 
 
 @dataclass
-class Fit:
+class LevelSearch:
     """The search for the level: what is known of every lossy tensor, by index."""
 
     facts: Mapping[int, MatrixFacts]
@@ -180,12 +182,12 @@ class Fit:
 
     def of_tensor(self, index: int, level: float) -> float:
         """The level, or the lowest of use to this tensor."""
-        return max(level, finest(self.facts[index]))
+        return max(level, finest_level(self.facts[index]))
 
-    def ranked(self, index: int, level: float) -> list[Choice]:
+    def ranked(self, index: int, level: float) -> list[CodingOption]:
         """Choices for one tensor, the best first, as far as is known."""
         corrected, level = [], self.of_tensor(index, level)
-        for choice in choices(self.facts[index], level, self.servable):
+        for choice in coding_options(self.facts[index], level, self.servable):
             nbytes, error = self.found.get((index, choice.precision.codec), (1.0, 1.0))
             corrected.append(
                 replace(choice, nbytes=choice.nbytes * nbytes, error=choice.error * error)
@@ -198,7 +200,7 @@ class Fit:
 
     def level(self, goal: float) -> float:
         """Smallest level whose expected bytes stay within `goal`."""
-        ends = [finest(facts) for facts in self.facts.values()]
+        ends = [finest_level(facts) for facts in self.facts.values()]
         low, high = min(ends), max(ends) * _COARSEST
         while high > low * (1 + _CLOSE_LEVELS):
             middle = math.sqrt(low * high)
@@ -232,7 +234,7 @@ class Fit:
         for i, precision in tried.items():
             facts = self.facts[i]
             own = self.of_tensor(i, level)
-            guess = {c.precision.codec: c for c in choices(facts, own, self.servable)}
+            guess = {c.precision.codec: c for c in coding_options(facts, own, self.servable)}
             choice = guess[precision.codec]
             if choice.nbytes > 0 and choice.error > 0:
                 nbytes, distortion = results[i]
@@ -251,7 +253,7 @@ def fit_budget(
     best: dict[int, Precision] = {i: Zero() for i in facts}
     loud = {i: f for i, f in facts.items() if f.weight > 0 and f.energies.any()}
     if loud:
-        fit, used, goal = Fit(loud, servable), 0, _AIM * room
+        fit, used, goal = LevelSearch(loud, servable), 0, _AIM * room
         fit.explore(fit.level(goal), encode)
         for _ in range(ROUNDS):
             level = fit.level(goal)

@@ -27,12 +27,12 @@ from graftkit.compress.codecs import (
     row_blocks,
     split_payload,
 )
+from graftkit.compress.exact import encode_exact
 from graftkit.config import VERSION, PackConfig
 from graftkit.errors import BudgetError
 from graftkit.files import WorkFolder
 from graftkit.packing.measure import Scan
-from graftkit.packing.pairs import Pair
-from graftkit.route.key import RouterKey
+from graftkit.packing.pairs import TensorPair
 from graftkit.side_files import changed_code
 from graftkit.skillpack.container import build_header, file_entry, payloads_digest
 from graftkit.skillpack.manifest import (
@@ -41,18 +41,18 @@ from graftkit.skillpack.manifest import (
     FileRecord,
     Manifest,
     Omission,
+    RouterInfo,
     TargetInfo,
     TensorRecord,
     TunedInfo,
 )
-from graftkit.skillpack.validate import encode_exact
 
 WORST_CASE_ERROR = 0.0001234
 """As many characters as any error takes with four significant digits."""
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedTensor:
     """A finished tensor. distortion: relative squared error in the metric of the bound."""
 
     record: TensorRecord
@@ -61,7 +61,7 @@ class Encoded:
 
 
 def draft_record(
-    pair: Pair, scan: Scan, codec: str, payload_bytes: int, appended_bytes: int
+    pair: TensorPair, scan: Scan, codec: str, payload_bytes: int, appended_bytes: int
 ) -> TensorRecord:
     """The record without its error, with that field as long as it can get."""
     grown = pair.resized and pair.tuned.shape[0] > pair.target.shape[0]
@@ -86,21 +86,21 @@ def draft_record(
     return TensorRecord(**fields)
 
 
-def encode_appended(pair: Pair, tuned: Checkpoint) -> bytes:
+def encode_appended(pair: TensorPair, tuned: Checkpoint) -> bytes:
     """Rows of a grown vocabulary that the target lacks, lossless."""
     if not pair.resized or pair.tuned.shape[0] <= pair.target.shape[0]:
         return b""
-    return encode_rows(tuned.read(pair.tuned.name)[pair.target.shape[0] :])
+    return encode_added_rows(tuned.read(pair.tuned.name)[pair.target.shape[0] :])
 
 
-def encode_rows(rows: Tensor) -> bytes:
+def encode_added_rows(rows: Tensor) -> bytes:
     """Rows that have nothing to be compared with, lossless."""
     return encode_exact(rows.contiguous(), torch.zeros_like(rows))
 
 
 def encode_lossless(
-    pair: Pair, scan: Scan, states: tuple[Tensor, Tensor], appended: bytes
-) -> Encoded:
+    pair: TensorPair, scan: Scan, states: tuple[Tensor, Tensor], appended: bytes
+) -> EncodedTensor:
     """Lossless: `zero` where no bit differs, else `exact`."""
     before, after = states
     same = bytes(tensor_bytes(before)) == bytes(tensor_bytes(after))
@@ -109,14 +109,14 @@ def encode_lossless(
 
 
 def encode_lossy(
-    pair: Pair,
+    pair: TensorPair,
     scan: Scan,
     states: tuple[Tensor, Tensor],
     statistics: tuple[Tensor | None, Tensor | None],
     precision: Precision,
     appended: bytes,
     weighted: bool,
-) -> Encoded:
+) -> EncodedTensor:
     """Encode with a delta codec; `zero` where what comes out would not fit the tuned dtype.
 
     Args:
@@ -145,13 +145,13 @@ def encode_lossy(
 
 
 def remeasured(
-    pair: Pair,
+    pair: TensorPair,
     scan: Scan,
     states: tuple[Tensor, Tensor],
     covariance: Tensor | None,
     codec: str,
     body: bytes,
-) -> Encoded | None:
+) -> EncodedTensor | None:
     """A tensor whose payload was changed after it was coded; it has no appended rows.
 
     None where it decodes to weights that the tuned dtype does not hold.
@@ -161,13 +161,13 @@ def remeasured(
 
 
 def _measured(
-    pair: Pair,
+    pair: TensorPair,
     scan: Scan,
     states: tuple[Tensor, Tensor],
     delta: Tensor,
     covariance: Tensor | None,
     coded: tuple[str, bytes, bytes],
-) -> Encoded | None:
+) -> EncodedTensor | None:
     """coded: codec, its payload, and the appended rows' payload. None: a reader would refuse it."""
     codec, body, appended = coded
     lost = _lost_energies(pair, states[0], delta, covariance, codec, memoryview(body))
@@ -181,7 +181,7 @@ def _measured(
 
 
 def _lost_energies(
-    pair: Pair,
+    pair: TensorPair,
     before: Tensor,
     delta: Tensor,
     covariance: Tensor | None,
@@ -218,15 +218,20 @@ def _fits(decoded: Tensor, weight: Tensor) -> bool:
 
 
 def _finish(
-    pair: Pair, scan: Scan, codec: str, body: bytes, appended: bytes, lost: tuple[float, float]
-) -> Encoded:
+    pair: TensorPair,
+    scan: Scan,
+    codec: str,
+    body: bytes,
+    appended: bytes,
+    lost: tuple[float, float],
+) -> EncodedTensor:
     payload = body + appended
     record = draft_record(pair, scan, codec, len(payload), len(appended))
     error = float(f"{lost[0]:.4g}")
-    return Encoded(record.model_copy(update={"error": error}), payload, lost[1])
+    return EncodedTensor(record.model_copy(update={"error": error}), payload, lost[1])
 
 
-def _energy(delta: Tensor, pair: Pair, covariance: Tensor | None) -> float:
+def _energy(delta: Tensor, pair: TensorPair, covariance: Tensor | None) -> float:
     return sum(output_energy(part, covariance) for part in matrices(delta, pair.layout))
 
 
@@ -234,7 +239,7 @@ GENERATOR = f"graftkit {VERSION}"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A finished tensor whose payload lies in the work folder, in `file`."""
 
     record: TensorRecord
@@ -244,23 +249,24 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Assembly:
+class PackAssembly:
     """One pack around its payloads. budget_bytes: largest file allowed. files: side files with
-    their payloads. router: the key by which prompts find the pack."""
+    their payloads. router: description and bytes of the key
+    by which prompts find the pack."""
 
     target: Checkpoint
     tuned: Checkpoint
     config: PackConfig
     budget_bytes: int | None
-    pairs: Sequence[Pair]
+    pairs: Sequence[TensorPair]
     scans: Sequence[Scan]
     files: Sequence[tuple[FileRecord, bytes]]
     calibration: CalibrationInfo | None
-    router: RouterKey | None
+    router: tuple[RouterInfo, bytes] | None
     work: WorkFolder
 
     def room_for_lossy(
-        self, stored: Mapping[int, Stored], lossy: list[int], appended: Mapping[int, bytes]
+        self, stored: Mapping[int, StoredTensor], lossy: list[int], appended: Mapping[int, bytes]
     ) -> int:
         """Payload bytes left for lossy tensors. Raises: BudgetError when nothing is left."""
         if self.budget_bytes is None:
@@ -278,7 +284,7 @@ class Assembly:
 
     def _fixed_bytes(
         self,
-        stored: Mapping[int, Stored],
+        stored: Mapping[int, StoredTensor],
         lossy: list[int],
         appended: Mapping[int, bytes],
         longest: int,
@@ -296,14 +302,14 @@ class Assembly:
         fixed = len(header) + sum(part.nbytes for part in stored.values())
         return fixed + sum(map(len, appended.values())) + sum(self._other_sizes().values())
 
-    def _payloads(self, stored: Mapping[int, Stored]) -> Iterator[bytes]:
+    def _payloads(self, stored: Mapping[int, StoredTensor]) -> Iterator[bytes]:
         """What follows the header of the file."""
         for i in sorted(stored):
             if stored[i].nbytes:
                 yield self.work.read(stored[i].file) or b""
         yield from self.others().values()
 
-    def finished(self, stored: Mapping[int, Stored], bound: float | None) -> Manifest:
+    def finished(self, stored: Mapping[int, StoredTensor], bound: float | None) -> Manifest:
         """The manifest of all tensors as they are stored."""
         digest = payloads_digest(self._payloads(stored))
         return self._manifest([stored[i].record for i in sorted(stored)], bound, digest)
@@ -311,7 +317,7 @@ class Assembly:
     def others(self) -> dict[str, bytes]:
         """What is stored behind the tensors, by payload name, in the order of the file."""
         others = {file_entry(record.name): payload for record, payload in self.files if payload}
-        return others if self.router is None else others | {ROUTER_ENTRY: self.router.to_bytes()}
+        return others if self.router is None else others | {ROUTER_ENTRY: self.router[1]}
 
     @cached_property
     def omitted(self) -> tuple[Omission, ...]:
@@ -340,12 +346,12 @@ class Assembly:
             bound_bits_per_parameter=bound,
             payload_blake3=digest,
             omitted=self.omitted,
-            router=None if self.router is None else self.router.info,
+            router=None if self.router is None else self.router[0],
             files=files,
             tensors=tuple(records),
         )
 
-    def check_size(self, manifest: Manifest, stored: Mapping[int, Stored]) -> None:
+    def check_size(self, manifest: Manifest, stored: Mapping[int, StoredTensor]) -> None:
         """A lossless pack may still be larger than a budget that was asked for."""
         sizes = {self.pairs[i].name: part.nbytes for i, part in stored.items()}
         sizes |= self._other_sizes()

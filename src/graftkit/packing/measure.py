@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftkit.checkpoint import FLOAT_DTYPES, Checkpoint, all_finite, difference, tensor_digest
 from graftkit.compress.allocate import MatrixFacts, output_energy
-from graftkit.compress.codecs import Layout, matrices, matrix_shape
+from graftkit.compress.codecs import TensorLayout, matrices, matrix_shape
 from graftkit.compress.lowrank import eigenbasis, right_rows
 from graftkit.compress.quantize import cholesky, feedback_gain
 from graftkit.errors import CheckpointError
@@ -27,7 +27,7 @@ from graftkit.models.backward import (
     collect_sensitivities,
 )
 from graftkit.models.calibration import HEAD, CovarianceStore, collect_covariances
-from graftkit.packing.pairs import Pair
+from graftkit.packing.pairs import TensorPair
 from graftkit.progress import Progress
 from graftkit.rows import Row
 from graftkit.skillpack.manifest import CalibrationInfo
@@ -78,7 +78,7 @@ class Scan:
     extreme: bool = False
 
 
-def scan_pair(pair: Pair, target: Checkpoint, tuned: Checkpoint) -> Scan:
+def scan_pair(pair: TensorPair, target: Checkpoint, tuned: Checkpoint) -> Scan:
     """Read both states once.
 
     Raises: CheckpointError when a weight is NaN or infinite in one state, and not alike in the
@@ -119,7 +119,7 @@ def is_extreme(before: Tensor, after: Tensor) -> bool:
 
 
 def _check_finite(
-    pair: Pair, target: tuple[Checkpoint, Tensor], tuned: tuple[Checkpoint, Tensor]
+    pair: TensorPair, target: tuple[Checkpoint, Tensor], tuned: tuple[Checkpoint, Tensor]
 ) -> None:
     """Weights that are NaN or infinite must be the same in both states: they are unchanged."""
     odd = [not all_finite(target[1]), not all_finite(tuned[1])]
@@ -141,7 +141,7 @@ def _check_finite(
 
 
 @dataclass(frozen=True)
-class Activity:
+class CalibrationStatistics:
     """What the tuned model did on the calibration rows.
 
     covariances: Σ x xᵀ of inputs over `tokens` tokens. sensitivities: see models/backward.py;
@@ -154,7 +154,7 @@ class Activity:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationRows:
     """Rows to measure activations on, and what the manifest says of their file."""
 
     rows: Sequence[Row]
@@ -162,15 +162,15 @@ class Calibration:
     digest: str
 
 
-def watch(
+def collect_statistics(
     tuned: Checkpoint,
-    calibration: Calibration,
+    calibration: CalibrationRows,
     modules: Sequence[str],
     seed: int,
     folder: Path,
     weighing: bool,
     progress: Progress,
-) -> tuple[Activity, CalibrationInfo]:
+) -> tuple[CalibrationStatistics, CalibrationInfo]:
     """Run the tuned model on the rows; its statistics go to `folder`.
 
     weighing: measure sensitivities too, which takes a backward pass.
@@ -189,11 +189,11 @@ def watch(
         tokens=summary.tokens,
         seed=seed,
     )
-    return Activity(covariances, sensitivities, summary.tokens), info
+    return CalibrationStatistics(covariances, sensitivities, summary.tokens), info
 
 
 @dataclass(frozen=True)
-class Metric:
+class ErrorMetric:
     """How the error of one tensor is measured.
 
     covariance: H of the inputs, (n, n), normalized to trace n and shrunk; None where unknown.
@@ -205,7 +205,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Flags:
+class TensorFlags:
     """logits: the tensor makes the logits. calibrated: other tensors weigh in nats.
     trainable: its factors can be trained."""
 
@@ -214,10 +214,10 @@ class Flags:
     trainable: bool
 
 
-def metric_of(pair: Pair, activity: Activity | None, tied: bool) -> Metric:
+def metric_of(pair: TensorPair, activity: CalibrationStatistics | None, tied: bool) -> ErrorMetric:
     """The metric of one tensor; tied: an embedding that is the output head too."""
     if activity is None or pair.layout.startswith("stack"):
-        return Metric()
+        return ErrorMetric()
     head = pair.role.kind is ModuleKind.HEAD or tied
     known = activity.sensitivities
     if known is None or HEAD_COMPLETIONS not in known:
@@ -229,11 +229,13 @@ def metric_of(pair: Pair, activity: Activity | None, tied: bool) -> Metric:
         return _vocabulary_metric(pair, known, head, tied or not head)
     key, module = f"{GRADIENT}{pair.role.module}", pair.role.module
     if key not in known or module not in activity.covariances or not pair.role.linear:
-        return Metric()
+        return ErrorMetric()
     return _metric(pair, activity.covariances.get(module) / activity.tokens, known.get(key))
 
 
-def _vocabulary_metric(pair: Pair, known: CovarianceStore, head: bool, lookup: bool) -> Metric:
+def _vocabulary_metric(
+    pair: TensorPair, known: CovarianceStore, head: bool, lookup: bool
+) -> ErrorMetric:
     """Errors of a row count where its token is read, and where it gets a logit."""
     covariance = torch.zeros(0)
     if head:
@@ -246,19 +248,19 @@ def _vocabulary_metric(pair: Pair, known: CovarianceStore, head: bool, lookup: b
     return _metric(pair, covariance, torch.ones(1))
 
 
-def _metric(pair: Pair, covariance: Tensor | None, sensitivity: Tensor | None) -> Metric:
+def _metric(pair: TensorPair, covariance: Tensor | None, sensitivity: Tensor | None) -> ErrorMetric:
     columns = matrix_shape(pair.common_shape, pair.layout)[1][1]
     if covariance is None or covariance.shape != (columns, columns):
-        return Metric()
+        return ErrorMetric()
     trace = float(covariance.diagonal().sum())
     if not _SMALLEST_TRACE < trace < math.inf:
-        return Metric()  # no input of note: its directions are rounding errors
+        return ErrorMetric()  # no input of note: its directions are rounding errors
     covariance = covariance * ((1 - SHRINKAGE) * columns / trace)
     covariance.diagonal().add_(SHRINKAGE)
     if sensitivity is None:
-        return Metric(covariance)
+        return ErrorMetric(covariance)
     divergence = 0.5 * float(sensitivity.mean()) * trace / columns
-    return Metric(covariance, divergence**SENSITIVITY_POWER)
+    return ErrorMetric(covariance, divergence**SENSITIVITY_POWER)
 
 
 def known_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
@@ -285,10 +287,10 @@ def basis_name(index: int) -> str:
 
 
 def measure_pair(
-    pair: Pair,
+    pair: TensorPair,
     states: tuple[Tensor, Tensor],
-    metric: Metric,
-    flags: Flags,
+    metric: ErrorMetric,
+    flags: TensorFlags,
     work: WorkFolder,
     index: int,
 ) -> None:
@@ -300,7 +302,7 @@ def measure_pair(
     before, after = states
     covariance = metric.covariance
     delta = difference(after, before)
-    layout: Layout = pair.layout
+    layout: TensorLayout = pair.layout
     count, shape = matrix_shape(pair.common_shape, layout)
     energies, norms = np.zeros(min(shape)), np.zeros(min(shape))
     bases = []
@@ -340,7 +342,7 @@ def _facts_name(index: int) -> str:
     return f"measure-{index}.json"
 
 
-def _sensitivity(flags: Flags) -> float:
+def _sensitivity(flags: TensorFlags) -> float:
     if flags.calibrated:
         return float(UNKNOWN_SENSITIVITY**SENSITIVITY_POWER)
     return DATA_FREE_LOGIT_SENSITIVITY if flags.logits else 1.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, TensorInfo
-from graftkit.compress.codecs import Layout, matrix_shape
+from graftkit.compress.codecs import TensorLayout, matrix_shape
 from graftkit.errors import CheckpointMismatchError
 from graftkit.models.aligned import AlignedCheckpoint, align
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
@@ -28,7 +28,7 @@ _LOSSY_KINDS = (
 
 
 @dataclass(frozen=True)
-class Pair:
+class TensorPair:
     """One tensor of the result and where its two states lie.
 
     name: tensor name in the result. role: its place in the model. target, tuned: where the two
@@ -65,7 +65,7 @@ class Pair:
         return min(self.target.shape[0], self.tuned.shape[0])
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> TensorLayout:
         """How the stored tensor becomes (out, in) matrices."""
         stacked = len(self.target.shape) == 3 and self.role.kind is ModuleKind.MLP
         if stacked:
@@ -74,7 +74,7 @@ class Pair:
 
     @property
     def common_shape(self) -> tuple[int, ...]:
-        """Stored shape of the part that both states have."""
+        """StoredTensor shape of the part that both states have."""
         return (self.common_rows, *self.target.shape[1:]) if self.resized else self.target.shape
 
     @property
@@ -112,8 +112,8 @@ class Pair:
         return before, after
 
 
-def match_tensors(target: Checkpoint, tuned: Checkpoint) -> tuple[Pair, ...]:
-    """Pair every tensor, in the order of names.
+def match_tensors(target: Checkpoint, tuned: Checkpoint) -> tuple[TensorPair, ...]:
+    """TensorPair every tensor, in the order of names.
 
     Raises: CheckpointMismatchError naming the first thing in which the two models differ.
     """
@@ -127,14 +127,14 @@ def match_tensors(target: Checkpoint, tuned: Checkpoint) -> tuple[Pair, ...]:
                 f"{tuned.path}: lacks tensor {name}, which the target {target.path} has; "
                 "a pack needs two states of one model"
             )
-        pairs.append(Pair(name, roles[name], info, other))
+        pairs.append(TensorPair(name, roles[name], info, other))
     pairs += _added_pairs(target, tuned)
     for pair in pairs:
         _check_pair(pair, tuned)
     return tuple(sorted(pairs, key=lambda pair: pair.name))
 
 
-def _added_pairs(target: Checkpoint, tuned: AlignedCheckpoint) -> list[Pair]:
+def _added_pairs(target: Checkpoint, tuned: AlignedCheckpoint) -> list[TensorPair]:
     """Tensors that only the tuned model has.
 
     A head that training untied from the embedding is compared with that; what the target's class
@@ -148,9 +148,9 @@ def _added_pairs(target: Checkpoint, tuned: AlignedCheckpoint) -> list[Pair]:
     for name in added:
         info, owner = tuned.tensors[name], owners.get(name)
         if owner in target.tensors:
-            pairs.append(Pair(name, roles[name], target.tensors[owner], info, owner))
+            pairs.append(TensorPair(name, roles[name], target.tensors[owner], info, owner))
         elif name in tuned.new:
-            pairs.append(Pair(name, roles[name], info, info, ZEROS))
+            pairs.append(TensorPair(name, roles[name], info, info, ZEROS))
         else:
             raise CheckpointMismatchError(
                 f"{tuned.path}: has tensor {name}, which the target {target.path} lacks; "
@@ -159,7 +159,7 @@ def _added_pairs(target: Checkpoint, tuned: AlignedCheckpoint) -> list[Pair]:
     return pairs
 
 
-def _check_pair(pair: Pair, tuned: Checkpoint) -> None:
+def _check_pair(pair: TensorPair, tuned: Checkpoint) -> None:
     before, after = pair.target, pair.tuned
     floats = [info.dtype in FLOAT_DTYPES for info in (before, after)]
     if floats[0] != floats[1] or (not floats[0] and before.dtype != after.dtype):

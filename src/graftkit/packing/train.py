@@ -66,7 +66,7 @@ RESIDENT_BYTES = 2**28  # a model below this size in float32 is loaded whole
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """seed; steps: gradient steps; room: bytes that all trained payloads may take together."""
 
     seed: int
@@ -75,7 +75,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedCodes:
     """Payloads by module; none where training does not pay.
 
     kl_before, kl_after: KL(tuned ‖ packed) per completion token on held-out rows, nats; a lower
@@ -92,10 +92,10 @@ def train_codes(
     teacher: Checkpoint,
     factors: Mapping[str, CodedFactors],
     rows: Sequence[Row],
-    plan: Plan,
+    plan: TrainingPlan,
     work: WorkFolder,
     progress: StepProgress | None = None,
-) -> Trained:
+) -> TrainedCodes:
     """Train `factors` so that the packed model answers as the tuned one.
 
     The same inputs and seed give the same result. Nothing comes back where the divergence on rows
@@ -125,8 +125,8 @@ def train_codes(
             if student.fit(plan.room):
                 after = pupil.divergence(held)
     if after < before:
-        return Trained(student.payloads(), before, after)
-    return Trained({}, before, before)
+        return TrainedCodes(student.payloads(), before, after)
+    return TrainedCodes({}, before, before)
 
 
 def _split(rows: Sequence[EncodedRow]) -> tuple[list[EncodedRow], list[EncodedRow]]:
@@ -220,7 +220,7 @@ def relative_error(found: Tensor, wanted: Tensor) -> Tensor:
 def _train(
     pupil: _Distillation,
     rows: Sequence[EncodedRow],
-    plan: Plan,
+    plan: TrainingPlan,
     before: float,
     work: WorkFolder,
     report: StepProgress,
@@ -236,8 +236,8 @@ def _train(
         betas=BETAS,
     )
     generator = random.Random(plan.seed)
-    exchange, batches = Exchange(rows, generator), _endless_batches(rows, generator)
-    price = _Price(before / (8 * plan.room), plan.room)
+    exchange, batches = TokenReplacement(rows, generator), _endless_batches(rows, generator)
+    price = _RateLambda(before / (8 * plan.room), plan.room)
     state, done = TrainingState(work, optimizer), 0
     if (known := state.load()) is not None:
         done, price.factor = known
@@ -260,7 +260,7 @@ def _train(
     report(steps, steps)
 
 
-class _Price:
+class _RateLambda:
     """λ: rises while the codes take more bytes than there is room for, falls while they do not."""
 
     def __init__(self, worth: float, room: int):
@@ -277,7 +277,7 @@ class _Price:
         self.factor = max(LEAST_PRICE, min(MOST_PRICE, factor))
 
 
-class Exchange:
+class TokenReplacement:
     """Rows with some of their prompt's tokens exchanged for those of other prompts."""
 
     def __init__(self, rows: Sequence[EncodedRow], generator: random.Random):
@@ -418,12 +418,12 @@ def _name(step: int, index: int, name: str) -> str:
 _RESULT = "trained.json"
 
 
-def correct_codes(
+def train_packed_codes(
     pack: SkillPack,
     modules: Mapping[str, str],
     states: tuple[Checkpoint, Checkpoint],
     rows: Sequence[Row],
-    plan: Plan,
+    plan: TrainingPlan,
     work: WorkFolder,
     progress: Callable[[int, int], None],
 ) -> dict[str, str]:

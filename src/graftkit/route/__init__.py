@@ -7,6 +7,6 @@ classifier  a small trained net; labels are the packs of lowest loss
 spectral    from the packs' weights alone
 """
 
-from graftkit.route.base import TARGET, Route, Router
+from graftkit.route.base import TARGET, FixedRouter, Route, Router
 
-__all__ = ["TARGET", "Route", "Router"]
+__all__ = ["TARGET", "FixedRouter", "Route", "Router"]

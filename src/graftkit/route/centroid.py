@@ -47,7 +47,7 @@ its answer's time."""
 
 
 @dataclass(frozen=True)
-class Reader:
+class PromptReader:
     """What turns prompts into states: the target, or a sentence encoder in its place.
 
     Attributes:
@@ -78,11 +78,11 @@ class Reader:
         return states[:, : self.width]
 
 
-def load_encoder(reference: str | Path) -> Reader:
+def load_encoder(reference: str | Path) -> PromptReader:
     """A sentence encoder: a Hugging Face directory or Hub id. Raises: CheckpointError."""
     checkpoint = Checkpoint.open(reference)
     model = load_model(checkpoint, torch.float32)
-    return Reader(model, usable_tokenizer(checkpoint), checkpoint.name)
+    return PromptReader(model, usable_tokenizer(checkpoint), checkpoint.name)
 
 
 def pooled_states(
@@ -192,7 +192,7 @@ def fit_key(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    encoder: Reader | None = None,
+    encoder: PromptReader | None = None,
     seed: int = 0,
 ) -> RouterKey:
     """The key of the prompts of one skill.
@@ -204,7 +204,7 @@ def fit_key(
     Raises: RowsError for too few prompts; CheckpointError for another model's tokenizer.
     """
     chosen = _choice(prompts, seed)
-    reader = encoder or Reader(model, tokenizer)
+    reader = encoder or PromptReader(model, tokenizer)
     with one_thread():
         states = reader.states(chosen, reader.layer, MICRO_BATCH_TOKENS)
     digest = blake3(json.dumps(chosen).encode()).hexdigest()
@@ -228,7 +228,7 @@ class CentroidRouter:
         keys: Mapping[str, RouterKey | None],
         *,
         top_k: int = 1,
-        encoder: Reader | None = None,
+        encoder: PromptReader | None = None,
     ):
         """Route to the packs of `keys`.
 
@@ -244,7 +244,7 @@ class CentroidRouter:
             raise ConfigError(f"top_k is {top_k}; at least one pack has to answer")
         self.keys = {name: key for name, key in keys.items() if key is not None}
         self.top_k = top_k
-        self._reader = encoder or Reader(model, tokenizer)
+        self._reader = encoder or PromptReader(model, tokenizer)
         self._check()
 
     def route(self, prompts: Sequence[str]) -> list[Route]:

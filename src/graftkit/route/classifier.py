@@ -30,7 +30,7 @@ from graftkit.models.encoding import (
     tokens_with_logits,
 )
 from graftkit.route.base import TARGET, Route
-from graftkit.route.centroid import Reader, pooled_states, state_width
+from graftkit.route.centroid import PromptReader, pooled_states, state_width
 from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
 
@@ -134,7 +134,7 @@ def train_classifier(
             "no row is best left to the target; give rows of no skill under the name target, or "
             "the router would send every prompt to some pack"
         )
-    layer = Reader(model, tokenizer).layer
+    layer = PromptReader(model, tokenizer).layer
     classes = [TARGET, *packs]
     with one_thread():
         prompts = [row.prompt for row in every]

@@ -102,7 +102,7 @@ class Background:
 
 
 @dataclass(frozen=True)
-class Neutral:
+class NeutralStatistics:
     """log ρ of one pack in one module on neutral text: its mean, and how far it strays.
 
     Attributes:
@@ -113,7 +113,7 @@ class Neutral:
     std: float
 
     @classmethod
-    def of(cls, values: Tensor) -> "Neutral":
+    def of(cls, values: Tensor) -> "NeutralStatistics":
         """From log ρ of every token of several rows, (rows, tokens)."""
         std = float(values.mean(1).std(correction=0))
         return cls(float(values.mean()), max(std, _LEAST_STD))
@@ -141,7 +141,9 @@ class Responses:
             for module, x in module_inputs(model, batch, self._sketches).items():
                 for pack, found in self._log_rho(module, x).items():
                     values.setdefault((module, pack), []).append(found)
-        self._neutral = {place: Neutral.of(torch.cat(found)) for place, found in values.items()}
+        self._neutral = {
+            place: NeutralStatistics.of(torch.cat(found)) for place, found in values.items()
+        }
 
     def of_row(self, ids: Sequence[int]) -> dict[str, dict[str, float]]:
         """By module and pack: the mean over one row's tokens, in deviations of neutral rows."""

@@ -4,10 +4,11 @@ import json
 import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from graftkit.checkpoint import TENSOR_DIGEST_HEX
-from graftkit.compress.codecs import Layout
+from graftkit.compress.codecs import TensorLayout
+from graftkit.config import Settings
 
 FORMAT_VERSION: Literal[2] = 2
 """The one version that this package writes and reads."""
@@ -23,7 +24,7 @@ TensorDigest = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{TENSOR_DIGEST_HEX}}}$
 Extent = Annotated[int, Field(ge=0, le=MAX_NUMEL)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Kind = Literal["attention", "mlp", "embedding", "head", "norm", "bias", "router", "other"]
+TensorKind = Literal["attention", "mlp", "embedding", "head", "norm", "bias", "router", "other"]
 Codec = Literal["zero", "exact", "sparse", "lowrank", "dense", "hybrid", "factors"]
 
 
@@ -32,13 +33,7 @@ def largest_vocabulary(rows: int) -> int:
     return max(2 * rows, rows + 65_536)
 
 
-class Part(BaseModel):
-    """Base of all parts of the manifest: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class TargetInfo(Part):
+class TargetInfo(Settings):
     """The target a pack was made for."""
 
     name: str
@@ -48,14 +43,14 @@ class TargetInfo(Part):
     config_blake3: Digest
     """Digest of config.json."""
     fingerprint: Digest
-    """One digest over all tensors (delta.fingerprint)."""
+    """One digest over all tensors (Checkpoint.fingerprint)."""
     bytes: Count
     """Bytes of all weights: the 100 % of a budget."""
     parameters: Count
     """Number of all weights."""
 
 
-class TunedInfo(Part):
+class TunedInfo(Settings):
     """The tuned model the pack was made from."""
 
     name: str
@@ -64,7 +59,7 @@ class TunedInfo(Part):
     """Hub commit, where known."""
 
 
-class CalibrationInfo(Part):
+class CalibrationInfo(Settings):
     """The rows on which activations were measured."""
 
     source: str
@@ -79,7 +74,7 @@ class CalibrationInfo(Part):
     """Seed that chose the rows."""
 
 
-class Omission(Part):
+class Omission(Settings):
     """A change that was left out on purpose."""
 
     name: str
@@ -88,7 +83,7 @@ class Omission(Part):
     """Why."""
 
 
-class FileRecord(Part):
+class FileRecord(Settings):
     """A side file that the tuned model changed."""
 
     name: str
@@ -105,7 +100,7 @@ class FileRecord(Part):
     """Digest of the target's file where bytes are shared."""
 
 
-class RouterInfo(Part):
+class RouterInfo(Settings):
     """The key by which a router finds the pack for a prompt."""
 
     layer: Annotated[int, Field(ge=1, le=65_535)]
@@ -127,12 +122,12 @@ class RouterInfo(Part):
         return 4 + 2 * self.width + self.components * (4 + self.width)
 
 
-class TensorRecord(Part):
+class TensorRecord(Settings):
     """One tensor: what the target must hold, and how the tuned one is rebuilt."""
 
     name: str
     """Tensor name in the checkpoint."""
-    kind: Kind
+    kind: TensorKind
     """Module kind."""
     dtype: str = "BF16"
     """safetensors dtype of the target's tensor."""
@@ -142,7 +137,7 @@ class TensorRecord(Part):
     """First digits of the digest of the target's tensor."""
     codec: Codec
     """How the delta is written."""
-    layout: Layout = "matrix"
+    layout: TensorLayout = "matrix"
     """How the stored tensor becomes (out, in) matrices."""
     error: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Relative Frobenius error of the delta."""
@@ -183,7 +178,7 @@ class TensorRecord(Part):
         return self.bytes > 0
 
 
-class Manifest(Part):
+class Manifest(Settings):
     """Everything a pack says about itself."""
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
@@ -195,9 +190,9 @@ class Manifest(Part):
     tuned: TunedInfo
     """The model it was made from."""
     recipe: str
-    """Recipe asked."""
+    """Recipe of the writer."""
     budget: str | None = None
-    """Budget asked, as text."""
+    """Budget that was set, as text."""
     budget_bytes: Count | None = None
     """Budget in bytes of the file."""
     calibration: CalibrationInfo | None = None
@@ -208,9 +203,9 @@ class Manifest(Part):
     """What was left out and why."""
     licence: str | None = None
     """Licence of the pack."""
-    provenance: dict[str, str] = {}
+    provenance: dict[str, str] = Field(default={})
     """Sources, data and settings behind the tuned model."""
-    evaluation: dict[str, Finite] = {}
+    evaluation: dict[str, Finite] = Field(default={})
     """Results of evaluations by name."""
     files: tuple[FileRecord, ...] = ()
     """Side files that the tuned model changed."""

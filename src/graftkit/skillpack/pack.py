@@ -29,6 +29,7 @@ from graftkit.compress.codecs import (
     matrix_shape,
 )
 from graftkit.compress.coded import CodedFactors, load_factors
+from graftkit.compress.exact import decode_exact
 from graftkit.compress.factors import Factors
 from graftkit.compress.factors import load as load_plain_factors
 from graftkit.errors import ConfigError, CorruptPackError, GraftError, PackFault, PackMismatchError
@@ -49,7 +50,6 @@ from graftkit.skillpack.manifest import (
     RouterInfo,
     TensorRecord,
 )
-from graftkit.skillpack.validate import decode_exact
 
 PACK_FILE_NAME = "skill.skillpack"
 """Name of the pack in a Hub repository."""

@@ -1,21 +1,17 @@
-"""What a manifest must keep to be believed (docs/skillpack-format.md, 2 and 5).
+"""Every rule that a manifest keeps (docs/skillpack-format.md, sections 2, 4 and 5).
 
-The `exact` codec on tensors: float words in blocks, coded against the target's words.
+The schema is `manifest`; here are the rules between fields: names, shapes, resized vocabularies,
+codecs and layouts, bases of added tensors, digests.
 """
 
 import json
-import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
-import numpy as np
-import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, tensor_bytes
-from graftkit.compress.exact import decode_words, encode_words
+from graftkit.checkpoint import DTYPES, FLOAT_DTYPES
 from graftkit.errors import CorruptPackError, PackFault
 from graftkit.side_files import is_side_file
 from graftkit.skillpack.manifest import (
@@ -212,46 +208,3 @@ def _layout_problem(record: TensorRecord) -> str | None:
     if record.layout == "transposed" and len(shape) != 2:
         return f"layout transposed needs two extents, found {shape}"
     return None
-
-
-BLOCK_WORDS = 2**22
-"""Words per block: bounds working memory, and blocks decode on their own."""
-
-_WORD_DTYPES = {torch.bfloat16: np.uint16, torch.float16: np.uint16, torch.float32: np.uint32}
-_LENGTH = struct.Struct("<I")
-
-
-def encode_exact(tuned: Tensor, target: Tensor) -> bytes:
-    """Code `tuned` against `target`, two tensors of one shape and float dtype, losslessly."""
-    words, context = _words(tuned), _words(target)
-    blocks = [
-        encode_words(words[start : start + BLOCK_WORDS], context[start : start + BLOCK_WORDS])
-        for start in range(0, words.size, BLOCK_WORDS)
-    ]
-    return b"".join([*(_LENGTH.pack(len(block)) for block in blocks), *blocks])
-
-
-def decode_exact(payload: memoryview, target: Tensor) -> Tensor:
-    """The tuned tensor, of `target`'s shape and dtype. Raises: CorruptPackError."""
-    context = _words(target)
-    starts = range(0, context.size, BLOCK_WORDS)
-    offset = len(starts) * _LENGTH.size
-    if offset > len(payload):
-        raise CorruptPackError("exact payload ends inside its table of blocks")
-    words = np.empty_like(context)
-    for i, start in enumerate(starts):
-        (length,) = _LENGTH.unpack_from(payload, i * _LENGTH.size)
-        if offset + length > len(payload):
-            raise CorruptPackError("exact payload ends inside a block")
-        block = bytes(payload[offset : offset + length])
-        words[start : start + BLOCK_WORDS] = decode_words(
-            block, context[start : start + BLOCK_WORDS]
-        )
-        offset += length
-    if offset != len(payload):
-        raise CorruptPackError(f"{len(payload) - offset} bytes follow the last exact block")
-    return torch.from_numpy(words.view(np.uint8)).view(target.dtype).reshape(target.shape)
-
-
-def _words(tensor: Tensor) -> np.ndarray:
-    return np.frombuffer(tensor_bytes(tensor), dtype=_WORD_DTYPES[tensor.dtype])

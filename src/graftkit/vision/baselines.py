@@ -1,19 +1,12 @@
-"""What a rootstock is compared with. Every baseline is a rootstock too: `fine_tune` trains all of
-them with one kind of head, one augmentation, the same epochs and the same seed.
+"""The rootstock's head on frozen features, and the networks that a rootstock is compared with.
 
-donor_classifier   the whole donor and a head on its last layer; fully fine-tuned
-student            a narrow MobileNetV2 of random weights; the distilled student of equal size
-random_trunk       the rootstock's own architecture without what the donor had learned
-pruned_donor       the fine-tuned donor with channels pruned down to a number of parameters
+Every baseline is a rootstock too, so all have one kind of head, one augmentation, the same epochs
+and the same seed. On frozen features the head of each is a logistic regression on the same views;
+fine-tuned, all but the donor learn from the labels and from the fine-tuned donor's logits.
 
-Rootstocks and baselines whose trunk stays as the donor has it: logistic regressions on features.
-
-All of them have the same head, the same views of the same training images, and a penalty chosen on
-the same validation images.
-
-Rootstocks and baselines that are fine-tuned: one recipe, the same epochs, views and seed.
-
-The fully fine-tuned donor comes first. All others learn from the labels and from its answers.
+frozen   the donor's last layer, its best single layer, the paper's scion, random features
+trained  the donor, its last layer, the paper's scion, a student of random weights, the rootstock's
+         own architecture with random weights, the donor with channels pruned
 """
 
 import copy
@@ -27,16 +20,25 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.errors import BudgetError, ConfigError, DonorError
-from graftkit.vision.choose import assemble, probe_columns
+from graftkit.progress import Progress
+from graftkit.vision.choose import (
+    GLOBAL_AVERAGE,
+    PAPER_HIDDEN,
+    DonorCuts,
+    assemble,
+    layer_scion,
+    paper_scion_of_equal_size,
+    probe_columns,
+)
 from graftkit.vision.donor import Donor, pool
 from graftkit.vision.donors.architectures import LAST, NORMALIZATION, STAGES, STEM, InvertedResidual
 from graftkit.vision.evaluate import score
-from graftkit.vision.features import FeatureTable, columns_of, scion_of
-from graftkit.vision.images import ImageSet, Part, Report
+from graftkit.vision.features import FeatureTable
+from graftkit.vision.images import ImageSet, LabeledImages
 from graftkit.vision.probe import fit_hidden, fit_probe
 from graftkit.vision.rootstock import (
     BATCH,
-    HeadMaker,
+    HeadFactory,
     Rootstock,
     Scion,
     batches,
@@ -44,15 +46,151 @@ from graftkit.vision.rootstock import (
     fold_head,
     grow,
 )
-from graftkit.vision.training import Network, SoftLabels, Trainer, seeded
+from graftkit.vision.training import SoftLabels, TrainedNetwork, Trainer, seeded
 
+ROOTSTOCK, DONOR = "rootstock", "fine-tuned donor"
+LAST_LAYER, BEST_LAYER = "donor, last layer", "best single layer"
+PAPER_SCION, RANDOM_FEATURES = "paper's scion", "random features"
+STUDENT, RANDOM_TRUNK, PRUNED = "distilled student", "random weights", "pruned donor"
+NO_PAPER_SCION = (
+    "No whole layer is as small as the rootstock: there is no scion of the paper's to compare with."
+)
+DRAWS = 5
+"""Draws of training and validation images that the spread of a test accuracy is measured over."""
 NARROWEST_STUDENT, WIDEST_STUDENT = 1 / 64, 8.0  # times the channels of the table
 BISECTIONS = 10  # leave a step of 0.6 % in width at most
 TOKEN_STD = 0.02  # of weights that belong to no layer, such as a class token; as in ViT
 
 
+def fitted_network(name: str, cuts: DonorCuts, scion: Scion, draws: int = 0) -> TrainedNetwork:
+    """A rootstock of the donor's own weights, its head fitted on all views of the training images.
+
+    Args:
+        draws: other draws of training and validation images, on each of which the head is fitted
+            too, for the spread of its test accuracy.
+    """
+    table, classes = cuts.table, cuts.images.classes
+    columns, views = table.columns_of(scion), tuple(table.views)
+    probe = probe_columns(table, columns, views)
+    test, labels = table.of("test", columns)
+    accuracies = []
+    for seed in range(1, draws + 1):
+        drawn = table.redrawn(seed)
+        train, val = drawn.of("train", columns, views), drawn.of("val", columns)
+        fitted = fit_probe(train, val, len(classes), (probe.decay,))
+        accuracies.append(score(fitted.logits(test), labels.numpy()).accuracy)
+    rootstock = assemble(cuts.donor, scion, classes, probe.head())
+    return TrainedNetwork(name, rootstock, draws=tuple(accuracies))
+
+
+def fitted_paper_network(name: str, cuts: DonorCuts, scion: Scion, seed: int) -> TrainedNetwork:
+    """A rootstock of the donor's own weights with the paper's head of 256 hidden units."""
+    table, classes = cuts.table, cuts.images.classes
+    columns, views = table.columns_of(scion), tuple(table.views)
+    train, val = table.of("train", columns, views), table.of("val", columns)
+    head = fit_hidden(train, val, len(classes), PAPER_HIDDEN, seed)
+    return TrainedNetwork(name, assemble(cuts.donor, scion, classes, head))
+
+
+def fitted_baselines(
+    cuts: DonorCuts, rootstock: Rootstock, seed: int, progress: Progress
+) -> Iterator[TrainedNetwork | str]:
+    """What a frozen rootstock is compared with, one by one, or why one is left out."""
+    yield fitted_network(LAST_LAYER, cuts, last_layer_scion(cuts), DRAWS)
+    yield fitted_network(BEST_LAYER, cuts, layer_scion(cuts.table, [best_layer(cuts.table)]), DRAWS)
+    paper = paper_scion_of_equal_size(cuts, rootstock)
+    yield fitted_network(PAPER_SCION, cuts, paper, DRAWS) if paper else NO_PAPER_SCION
+    network = random_features(rootstock, cuts.images, seed, progress)
+    yield TrainedNetwork(RANDOM_FEATURES, network)
+
+
+def last_layer_scion(cuts: DonorCuts) -> Scion:
+    """The usual transfer: the global averages of the donor's last layer."""
+    return layer_scion(cuts.table, [len(cuts.donor.layers) - 1])
+
+
+def best_layer(table: FeatureTable) -> int:
+    """The layer whose global averages name most validation images rightly."""
+    layers = range(len(table.widths))
+    probes = [probe_columns(table, table.columns([i], GLOBAL_AVERAGE)) for i in layers]
+    return max(layers, key=lambda i: (probes[i].val_accuracy, -i))
+
+
+def random_features(
+    rootstock: Rootstock, images: ImageSet, seed: int, progress: Progress
+) -> Rootstock:
+    """The rootstock's own architecture with random weights, and a head fitted on its features."""
+    network = random_trunk(rootstock, seed)
+    train, val = (
+        (_features(network, part, progress), torch.from_numpy(part.labels))
+        for part in map(images.subset, ("train", "val"))
+    )
+    network.head = fit_probe(train, val, len(images.classes)).head()
+    return network
+
+
+@torch.inference_mode()
+def _features(rootstock: Rootstock, images: LabeledImages, progress: Progress) -> Tensor:
+    count = len(images.pixels)
+    features = []
+    for done, rows in enumerate(batches(images.pixels), start=1):
+        features.append(rootstock.features(rows))
+        progress("random features", min(done * BATCH, count), count)
+    return torch.cat(features).clone()
+
+
+def trained_donor(trainer: Trainer, donor: Donor, images: ImageSet) -> TrainedNetwork:
+    """All layers of the donor with a linear head on the last, fine-tuned on the labels."""
+    seed = trainer.settings.seed
+    return trainer.tune(DONOR, donor_classifier(donor, images.classes, seed=seed), None)
+
+
+def paper_network(cuts: DonorCuts, rootstock: Rootstock) -> Rootstock | None:
+    """The paper's scion of at most the rootstock's parameters, to be fine-tuned; None without."""
+    scion = paper_scion_of_equal_size(cuts, rootstock)
+    if scion is None:
+        return None
+    probe = probe_columns(cuts.table, cuts.table.columns_of(scion))
+    return assemble(cuts.donor, scion, cuts.images.classes, probe.trainable_head())
+
+
+def trained_baselines(
+    trainer: Trainer,
+    cuts: DonorCuts,
+    pretrained: DonorCuts,
+    rootstock: Rootstock,
+    donor: Rootstock,
+    soft_labels: SoftLabels,
+) -> Iterator[TrainedNetwork | str]:
+    """Networks of at most the parameters of `rootstock`, and the last layer of the donor.
+
+    Args:
+        cuts: of the fine-tuned donor. pretrained: of the donor before that.
+        rootstock: before its own fine-tuning.
+        donor: the fine-tuned donor. soft_labels: of it.
+    Yields: a trained network, or a sentence that says why one is left out.
+    """
+    yield fitted_network(LAST_LAYER, pretrained, last_layer_scion(pretrained), DRAWS)
+    paper = paper_network(cuts, rootstock)
+    yield trainer.tune(PAPER_SCION, paper, soft_labels) if paper else NO_PAPER_SCION
+    seed, parameters = trainer.settings.seed, exported_parameters(rootstock)
+    classes, size = rootstock.classes, rootstock.size
+    makers: tuple[tuple[str, Callable[[], Rootstock], bool], ...] = (
+        (STUDENT, lambda: student(classes, parameters, size, seed=seed), True),
+        (RANDOM_TRUNK, lambda: random_trunk(rootstock, seed), True),
+        (PRUNED, lambda: pruned_donor(donor, parameters), False),
+    )
+    for name, make, random in makers:
+        try:
+            network = make()
+        except (BudgetError, ConfigError, DonorError) as error:
+            yield f"Left out, {name}: {error}"
+        else:
+            yield trainer.tune(name, network, soft_labels, random)
+
+
 def donor_classifier(
-    donor: Donor, classes: Sequence[str], head: HeadMaker = nn.Linear, seed: int = 0
+    donor: Donor, classes: Sequence[str], head: HeadFactory = nn.Linear, seed: int = 0
 ) -> Rootstock:
     """All layers of the donor, and a head on the pooled output of the last."""
     last = len(donor.layers) - 1
@@ -63,7 +201,7 @@ def donor_classifier(
 
 
 def student(
-    classes: Sequence[str], parameters: int, size: int, head: HeadMaker = nn.Linear, seed: int = 0
+    classes: Sequence[str], parameters: int, size: int, head: HeadFactory = nn.Linear, seed: int = 0
 ) -> Rootstock:
     """A MobileNetV2 of random weights, as wide as `parameters` allow once it is exported.
 
@@ -85,34 +223,32 @@ def student(
 
 def random_trunk(rootstock: Rootstock, seed: int = 0) -> Rootstock:
     """A copy of the same architecture with new random weights, trunk and head (He et al. 2015)."""
-    fresh = copy.deepcopy(rootstock)
+    network = copy.deepcopy(rootstock)
     with seeded(seed):
-        for module in fresh.modules():
+        for module in network.modules():
             _initialize(module)
-    return fresh.eval()
+    return network.eval()
 
 
 def pruned_donor(classifier: Rootstock, parameters: int) -> Rootstock:
     """A copy of a `donor_classifier` with whole channels removed, to be fine-tuned again.
 
-    Torch-Pruning (DepGraph, arXiv 2301.12900): the same share of every layer's channels, those of
-    the smallest L2 norm over all weights that go with them.
+    Torch-Pruning (DepGraph, arXiv 2301.12900) removes the same share of every layer's channels,
+    those of the smallest L2 norm over all weights that depend on them.
 
     Args:
-        parameters: most that are left once it is exported.
-    Raises: ConfigError where the package torch-pruning is missing; DonorError where the donor
-        cannot be pruned so; BudgetError where one channel a layer is too many.
+        parameters: most that the exported network may have.
+    Raises: ConfigError where the package torch-pruning is missing; DonorError where it cannot
+        prune the donor; BudgetError where even one channel a layer is too many.
     """
     pruning = _torch_pruning()
     # The pruner leaves layers whole that would lose their last channel.
     narrowest = (1 + 1e-6) / min(_widths(classifier))
-    kept = _widest(
-        lambda kept: exported_parameters(_pruned(classifier, kept, pruning)),
-        parameters,
-        narrowest,
-        1.0,
-    )
-    return _pruned(classifier, kept, pruning)
+
+    def count(share: float) -> int:
+        return exported_parameters(_pruned(classifier, share, pruning))
+
+    return _pruned(classifier, _widest(count, parameters, narrowest, 1.0), pruning)
 
 
 def _widest(count: Callable[[float], int], parameters: int, low: float, high: float) -> float:
@@ -138,7 +274,8 @@ def _widths(classifier: Rootstock) -> list[int]:
     return [part.weight.shape[0] for part in parts[:-1]]
 
 
-def _pruned(classifier: Rootstock, kept: float, pruning: ModuleType) -> Rootstock:
+def _pruned(classifier: Rootstock, share: float, pruning: ModuleType) -> Rootstock:
+    """A copy with this share of every layer's channels."""
     pruned = copy.deepcopy(classifier).eval().requires_grad_()
     image = torch.zeros(1, 3, pruned.size, pruned.size)
     last_layer = [part for part in pruned.head.modules() if isinstance(part, nn.Linear)][-1]
@@ -149,7 +286,7 @@ def _pruned(classifier: Rootstock, kept: float, pruning: ModuleType) -> Rootstoc
                 pruned,
                 image,
                 pruning.importance.GroupMagnitudeImportance(p=2),
-                pruning_ratio=1 - kept,
+                pruning_ratio=1 - share,
                 ignored_layers=[last_layer],
             ).step()
         with torch.no_grad():
@@ -196,7 +333,7 @@ def _initialize(module: nn.Module) -> None:
             nn.init.trunc_normal_(weights, std=TOKEN_STD)
 
 
-def _mobilenet(classes: Sequence[str], width: float, size: int, head: HeadMaker) -> Rootstock:
+def _mobilenet(classes: Sequence[str], width: float, size: int, head: HeadFactory) -> Rootstock:
     def scaled(channels: int) -> int:
         return max(1, round(width * channels))
 
@@ -233,136 +370,3 @@ def _convolution(
         nn.BatchNorm2d(leaving),
         nn.ReLU6(),
     )
-
-
-GLOBAL_AVERAGE = ("mean",)
-"""Pooling of the paper, and of the usual transfer to another task."""
-PAPER_HIDDEN = 256
-DRAWS = 5
-"""Draws of training and validation images that the spread is measured over."""
-LAST_LAYER, BEST_LAYER = "donor, last layer", "best single layer"
-PAPER_SCION, RANDOM = "paper's scion", "random features"
-
-
-def frozen_network(
-    name: str, donor: Donor, table: FeatureTable, scion: Scion, classes: Sequence[str], draws: int
-) -> Network:
-    """A rootstock whose head is fitted on all views of the training images.
-
-    Args:
-        draws: of training and validation images, on which the head is fitted as well, for the
-            spread of its test accuracy.
-    """
-    columns, views = columns_of(table, scion), tuple(table.views)
-    probe = probe_columns(table, columns, views)
-    test, labels = table.of("test", columns)
-    found = []
-    for seed in range(1, draws + 1):
-        drawn = table.redrawn(seed)
-        train, val = drawn.of("train", columns, views), drawn.of("val", columns)
-        fitted = fit_probe(train, val, len(classes), (probe.decay,))
-        found.append(score(fitted.logits(test), labels.numpy()).accuracy)
-    rootstock = assemble(donor, scion, classes, probe.head())
-    return Network(name, rootstock, draws=tuple(found))
-
-
-def layer_scion(table: FeatureTable, layers: Sequence[int]) -> Scion:
-    """The global averages of some layers."""
-    return scion_of(table, table.columns(layers, GLOBAL_AVERAGE), GLOBAL_AVERAGE)
-
-
-def best_layer(table: FeatureTable) -> int:
-    """The layer whose global averages name most validation images rightly."""
-    layers = range(len(table.widths))
-    probes = [probe_columns(table, table.columns([i], GLOBAL_AVERAGE)) for i in layers]
-    return max(layers, key=lambda i: (probes[i].val_accuracy, -i))
-
-
-def random_features(rootstock: Rootstock, images: ImageSet, seed: int, report: Report) -> Rootstock:
-    """The rootstock's own architecture with random weights, and a head fitted on its features."""
-    fresh = random_trunk(rootstock, seed)
-    train, val = (
-        (_features(fresh, part, report), torch.from_numpy(part.labels))
-        for part in map(images.part, ("train", "val"))
-    )
-    fresh.head = fit_probe(train, val, len(images.classes)).head()
-    return fresh
-
-
-@torch.inference_mode()
-def _features(rootstock: Rootstock, part: Part, report: Report) -> torch.Tensor:
-    pixels = part.pixels
-    found = []
-    for done, rows in enumerate(batches(pixels), start=1):
-        found.append(rootstock.features(rows))
-        report("random features", min(done * BATCH, len(pixels)), len(pixels))
-    return torch.cat(found).clone()
-
-
-def hidden_network(
-    name: str, donor: Donor, table: FeatureTable, scion: Scion, classes: Sequence[str], seed: int
-) -> Network:
-    """A rootstock with the paper's head, 256 hidden units, fitted on frozen features."""
-    columns, views = columns_of(table, scion), tuple(table.views)
-    train, val = table.of("train", columns, views), table.of("val", columns)
-    head = fit_hidden(train, val, len(classes), PAPER_HIDDEN, seed)
-    return Network(name, assemble(donor, scion, classes, head))
-
-
-def frozen_baselines(
-    donor: Donor,
-    table: FeatureTable,
-    rootstock: Rootstock,
-    paper: Scion | None,
-    images: ImageSet,
-    seed: int,
-    report: Report,
-) -> Iterator[Network]:
-    """What a frozen rootstock is compared with, one by one.
-
-    Args:
-        paper: the scion of the paper's method within the same budget, where there is one.
-    """
-    last = layer_scion(table, [len(donor.layers) - 1])
-    yield frozen_network(LAST_LAYER, donor, table, last, images.classes, DRAWS)
-    best = layer_scion(table, [best_layer(table)])
-    yield frozen_network(BEST_LAYER, donor, table, best, images.classes, DRAWS)
-    if paper is not None:
-        yield frozen_network(PAPER_SCION, donor, table, paper, images.classes, DRAWS)
-    yield Network(RANDOM, random_features(rootstock, images, seed, report))
-
-
-DONOR, ROOTSTOCK = "fine-tuned donor", "rootstock"
-STUDENT = "distilled student"
-RANDOM_TRUNK, PRUNED = "random weights", "pruned donor"
-
-
-def tune_donor(trainer: Trainer, donor: Donor, images: ImageSet) -> Network:
-    """All layers of the donor with a linear head on the last: what a rootstock is held against."""
-    seed = trainer.settings.seed
-    return trainer.tune(DONOR, donor_classifier(donor, images.classes, seed=seed), None)
-
-
-def tune_baselines(
-    trainer: Trainer, donor: Rootstock, rootstock: Rootstock, soft_labels: SoftLabels
-) -> Iterator[Network | str]:
-    """Networks of at most the parameters of `rootstock`, one by one.
-
-    Args:
-        donor: fine-tuned. rootstock: before its own fine-tuning. soft_labels: of the donor.
-    Yields: what was trained, or a sentence that says why one could not be.
-    """
-    seed, parameters = trainer.settings.seed, exported_parameters(rootstock)
-    classes, size = rootstock.classes, rootstock.size
-    makers: tuple[tuple[str, Callable[[], Rootstock], bool], ...] = (
-        (STUDENT, lambda: student(classes, parameters, size, seed=seed), True),
-        (RANDOM_TRUNK, lambda: random_trunk(rootstock, seed), True),
-        (PRUNED, lambda: pruned_donor(donor, parameters), False),
-    )
-    for name, make, random in makers:
-        try:
-            network = make()
-        except (BudgetError, ConfigError, DonorError) as error:
-            yield f"Left out, {name}: {error}"
-        else:
-            yield trainer.tune(name, network, soft_labels, random)

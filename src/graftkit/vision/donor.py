@@ -1,6 +1,4 @@
-"""A network as a chain of layers, and the normalization of the images it was trained on.
-
-Donor: a pretrained network as a chain of layers, whose outputs a rootstock can read.
+"""Donor: a pretrained network as a chain of layers, whose outputs a rootstock can read.
 
 Knowledge Grafting (arXiv 2507.19261) takes feature maps from inside a large network. So a donor
 is neither a classifier nor an architecture here: it is a list of layers that can be cut anywhere.
@@ -20,7 +18,7 @@ from graftkit.errors import ConfigError, DonorError
 
 @dataclass(frozen=True)
 class Normalization:
-    """How a network wants its images: input = (x − mean) / std, for RGB values x of 0..255."""
+    """The input of a network: (x − mean) / std, for RGB values x of 0..255."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -39,8 +37,9 @@ IMAGENET = Normalization((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 class Chain:
     """A donor before it is opened at a size: layer i maps the output of layer i - 1 to its own.
 
-    normalization: None where the network does not say it.
-    folded: batch normalization is folded into the convolutions.
+    Attributes:
+        normalization: None where the network does not state it.
+        folded: batch normalization is folded into the convolutions.
     """
 
     name: str
@@ -58,7 +57,7 @@ def normalization_of(
         (rescale · x − mean) / std = (x − mean / rescale) / (std / rescale)
 
     Args:
-        settings: what a preprocessor's file says.
+        settings: of a preprocessor's file.
         mean, std: keys of the three numbers for red, green and blue.
         rescale: what RGB values of 0..255 are multiplied with before; mostly 1/255.
     Raises: DonorError for numbers that cannot be a mean and a standard deviation.
@@ -82,7 +81,7 @@ def _three(values: float | Iterable[float], rescale: float) -> tuple[float, floa
 
 
 def reason(error: BaseException) -> str:
-    """First line of what an error of another library says, for a message of one line."""
+    """The first line of a foreign error's message, for a message of one line."""
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
@@ -92,7 +91,7 @@ def run_layer(layer: nn.Module, name: str, x: Tensor) -> Any:
     """Output of one layer; DonorError where it does not take what comes before it."""
     try:
         return layer(x)
-    # Any network may stand here, and it may raise anything.
+    # A foreign network may raise anything.
     except Exception as error:
         raise DonorError(
             f"layer {name} does not take an input of {tuple(x.shape)} ({reason(error)}); "
@@ -110,12 +109,16 @@ _VARIANCE_FLOOR = 1e-5  # keeps the gradient of a square root finite where a map
 
 
 class Donor(nn.Module):
-    """A chain of layers, in eval mode. Made by `open_donor`.
+    """A chain of layers, in eval mode; `open_donor` makes one.
 
-    name: for reports. size: pixels of a side. normalization: of the images; `forward` applies it.
-    layers: layer 0 takes the normalized image, every other the output of the one before.
-    shapes: of every layer's output for one image, (channels, height, width) or (tokens, channels).
-    folded: batch normalization is folded into the convolutions. notes: sentences for the report.
+    Attributes:
+        name: for reports. size: pixels of a side.
+        normalization: of the images; `forward` applies it.
+        layers: layer 0 takes the normalized image, every other the output of the one before.
+        shapes: of every layer's output for one image, (channels, height, width) or (tokens,
+            channels).
+        folded: batch normalization is folded into the convolutions.
+        notes: sentences for the report.
     """
 
     def __init__(self, chain: Chain, size: int):
@@ -139,7 +142,7 @@ class Donor(nn.Module):
         return outputs
 
     def with_layers(self, layers: Sequence[nn.Module]) -> "Donor":
-        """The same donor with other modules in the place of its first layers, and none behind."""
+        """The donor that consists of these modules, in place of as many of its first layers."""
         names = self.layer_names[: len(layers)]
         chain = Chain(self.name, self.normalization, tuple(layers), names, self.folded)
         return Donor(chain, self.size)
@@ -153,7 +156,7 @@ class Donor(nn.Module):
     def digest(self) -> str:
         """BLAKE3 over names and values of all parameters and buffers, as they are now.
 
-        Size and normalization are not in it: two donors of one digest may see images differently.
+        Size and normalization are not part of it.
         """
         digest = blake3()
         for name, tensor in joined(self.layers.named_parameters(), self.layers.named_buffers()):
@@ -172,15 +175,15 @@ class Donor(nn.Module):
                 )
 
     def _checked_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Run one black image, and see that the layers are a chain of maps."""
+        """Run one black image, and check that the layers are a chain of maps."""
         x = self.normalization.apply(torch.zeros(1, 3, self.size, self.size))
         outputs: list[tuple[Tensor, int]] = []
         for layer, name in zip(self.layers, self.layer_names, strict=True):
             x = run_layer(layer, name, x)
             if not isinstance(x, Tensor) or x.ndim not in (3, 4) or 0 in x.shape:
-                found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise DonorError(
-                    f"layer {name} of {self.name} gives {found}; expected one map (n, C, H, W) or "
+                    f"layer {name} of {self.name} gives {shape}; expected one map (n, C, H, W) or "
                     f"tokens (n, T, C). Cut the donor before it, or use more than {self.size} "
                     "pixels of a side"
                 )
@@ -209,11 +212,11 @@ def pool(output: Tensor, poolings: Sequence[str] = ("mean",)) -> Tensor:
         raise ConfigError(f"poolings are some of {', '.join(POOLINGS)}; found {list(poolings)}")
     over = (2, 3) if output.ndim == 4 else (1,)
     if "std" in poolings and output.requires_grad:
-        found = dict(zip(("mean", "std"), _MeanAndStd.apply(output, over), strict=True))  # type: ignore[no-untyped-call]
+        trained = dict(zip(("mean", "std"), _MeanAndStd.apply(output, over), strict=True))  # type: ignore[no-untyped-call]
     else:
-        found = {}
+        trained = {}
     statistics = [
-        found[pooling] if pooling in found else _statistic(output, pooling, over)
+        trained[pooling] if pooling in trained else _statistic(output, pooling, over)
         for pooling in poolings
     ]
     return torch.cat(statistics, dim=1)
@@ -229,8 +232,9 @@ def _statistic(output: Tensor, pooling: str, over: tuple[int, ...]) -> Tensor:
 
 
 class _MeanAndStd(torch.autograd.Function):
-    """Both statistics and their gradient in one pass each: large maps cost more to read than to
-    convolve, and plain operations read them eleven times.
+    """Mean and standard deviation, with one pass over the map for each direction.
+
+    Large maps take longer to read than to convolve, and plain operations read them eleven times.
 
         ∂L/∂x = (∂L/∂mean + ∂L/∂std (x − mean) / std) / N
     """

@@ -1,8 +1,6 @@
-"""How good answers are: accuracy with its interval, cross-entropy, recall of every class.
+"""Evaluate a network: accuracy, size, operations, latency and memory.
 
-What a network is worth and costs, measured on the file that would be deployed.
-
-What int8 changes, and what inference holds in memory; both on the files, in onnxruntime.
+Everything that is reported of a network is measured on the ONNX file that would be deployed.
 """
 
 import math
@@ -21,25 +19,27 @@ from torch.nn import functional
 from graftkit.errors import ImagesError, RootstockError
 from graftkit.vision.costs import file_latency, module_cost
 from graftkit.vision.export import export_onnx
-from graftkit.vision.images import ImageSet, Part
+from graftkit.vision.images import ImageSet, LabeledImages
+from graftkit.vision.int8 import quantize_onnx
 from graftkit.vision.predict import Predictor
 from graftkit.vision.rootstock import Rootstock, fold_rootstock
 
 Z = 1.959964  # of a two-sided 95 % interval
+CALIBRATION_IMAGES = 256  # of training, for the ranges of int8
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a network answers on some images.
+    """How well a network names some images.
 
     Attributes:
-        accuracy, interval: share of right answers, and its 95 % interval after Wilson.
+        accuracy, interval: share of images that are named rightly, and its 95 % interval (Wilson).
         loss: mean cross-entropy, nats.
-        recall: of every class, the share of its images that are answered with it; None where it
-            has no image.
-        confusion: counts, by true class and then by answer.
+        recall: by class, the share of its images that are named rightly; None for a class without
+            images.
+        confusion: counts, by true class and then by predicted class.
         logits: (n, classes), float32.
-        right: bool (n,), which images are answered rightly.
+        right: bool (n,), which images are named rightly.
     """
 
     accuracy: float
@@ -56,9 +56,9 @@ def score(logits: Tensor, labels: np.ndarray) -> Scores:
     if len(labels) == 0:
         raise ImagesError("there is no image to score; give this split at least one")
     classes = logits.shape[1]
-    answers = logits.argmax(dim=1).numpy()
+    predicted = logits.argmax(dim=1).numpy()
     confusion = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(confusion, (labels, answers), 1)
+    np.add.at(confusion, (labels, predicted), 1)
     hits, counts = confusion.diagonal(), confusion.sum(axis=1)
     right = int(hits.sum())
     return Scores(
@@ -71,7 +71,7 @@ def score(logits: Tensor, labels: np.ndarray) -> Scores:
         ),
         confusion=tuple(tuple(map(int, row)) for row in confusion),
         logits=logits,
-        right=answers == np.asarray(labels),
+        right=predicted == np.asarray(labels),
     )
 
 
@@ -86,15 +86,18 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def lead(own: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float]]:
+def accuracy_lead(own: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float]]:
     """How far one network's accuracy is above another's on the same images, and its 95 % interval.
 
-    Paired, so that images which both find easy or hard do not widen it: d̄ ± z √(var(d) / m), where
-    d are the differences of n images and one more image for each of the two, m = n + 2; that is
-    the adjusted Wald interval of Bonett and Price (2012).
+    The interval is paired, so that images which both find easy or hard do not widen it:
+
+        d̄ ± z √(var(d) / m),   m = n + 2
+
+    where d are the differences on n images and on one more image that each of the two wins; this
+    is the adjusted Wald interval of Bonett and Price (2012).
 
     Args:
-        own, other: (n,), whether an image is answered rightly, or the share of several networks.
+        own, other: (n,), whether each image is answered rightly, or the share of several networks.
     """
     differences = np.concatenate([own.astype(float) - other.astype(float), [1.0, -1.0]])
     mean = float(differences.mean())
@@ -103,10 +106,11 @@ def lead(own: np.ndarray, other: np.ndarray) -> tuple[float, tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One network: what its ONNX file answers on validation and test, and what it costs.
+class Measurement:
+    """Scores of a network's ONNX file on validation and test images, and its costs.
 
     Attributes:
+        file: the ONNX file. val, test: scores on these images.
         parameters, trunk_parameters: with batch normalization folded away, as in the file.
         macs: multiply-accumulates of one image. bytes: of the file.
         p50_ms, p95_ms: of one image in onnxruntime, on one thread.
@@ -122,8 +126,8 @@ class Measured:
     p50_ms: float
     p95_ms: float
 
-    def numbers(self, classes: Sequence[str]) -> dict[str, Any]:
-        """For a report."""
+    def to_record(self, classes: Sequence[str]) -> dict[str, Any]:
+        """The numbers of one network in graft.json."""
         return {
             "val_accuracy": self.val.accuracy,
             "val_loss": self.val.loss,
@@ -139,7 +143,7 @@ class Measured:
         }
 
 
-def measure(rootstock: Rootstock, images: ImageSet, file: Path, donor_name: str) -> Measured:
+def measure(rootstock: Rootstock, images: ImageSet, file: Path, donor_name: str) -> Measurement:
     """Export a network to `file`, and measure that file.
 
     Raises: OutputError when it cannot be exported or written.
@@ -148,10 +152,10 @@ def measure(rootstock: Rootstock, images: ImageSet, file: Path, donor_name: str)
     size = export_onnx(folded, file, folded.size, images.classes, donor_name)
     predictor = Predictor.open(file)
     p50, p95 = file_latency(file, images.pixels[:1])
-    return Measured(
+    return Measurement(
         file,
-        file_scores(predictor, images.part("val")),
-        file_scores(predictor, images.part("test")),
+        file_scores(predictor, images.subset("val")),
+        file_scores(predictor, images.subset("test")),
         sum(weights.numel() for weights in folded.parameters()),
         sum(weights.numel() for weights in folded.trunk.parameters()),
         module_cost(folded, folded.size).macs,
@@ -161,9 +165,9 @@ def measure(rootstock: Rootstock, images: ImageSet, file: Path, donor_name: str)
     )
 
 
-def file_scores(predictor: Predictor, part: Part) -> Scores:
-    """What an ONNX file answers on the images of one split."""
-    return score(torch.from_numpy(predictor.logits(part.pixels)), part.labels)
+def file_scores(predictor: Predictor, images: LabeledImages) -> Scores:
+    """Scores of an ONNX file on the images of one split."""
+    return score(torch.from_numpy(predictor.logits(images.pixels)), images.labels)
 
 
 @dataclass(frozen=True)
@@ -189,17 +193,43 @@ def parity(fp32: Path, int8: Path, pixels: np.ndarray, labels: np.ndarray) -> Pa
 
     Args:
         pixels: uint8 (n, 3, size, size). labels: int64 (n,), indices of the classes.
-    Raises: RootstockError for a file that is none.
+    Raises: RootstockError for a file that is no rootstock.
     """
-    expected, found = (Predictor.open(file).logits(pixels) for file in (fp32, int8))
-    first, second = expected.argmax(1), found.argmax(1)
+    exact, quantized = (Predictor.open(file).logits(pixels) for file in (fp32, int8))
+    first, second = exact.argmax(1), quantized.argmax(1)
     return Parity(
         float((first == labels).mean()),
         float((second == labels).mean()),
         float((first == second).mean()),
-        float(np.abs(found - expected).max()),
-        float(np.linalg.norm(found - expected) / np.linalg.norm(expected)),
+        float(np.abs(quantized - exact).max()),
+        float(np.linalg.norm(quantized - exact) / np.linalg.norm(exact)),
     )
+
+
+def measure_int8(fp32: Path, images: ImageSet, int8: Path) -> dict[str, Any]:
+    """Quantize a rootstock into the file `int8`, and measure both as they run on a device.
+
+    Returns: the entries of graft.json for the int8 file and for the memory of inference.
+    Raises: OutputError when the network cannot be quantized or the file cannot be written.
+    """
+    train, val = images.subset("train").pixels, images.subset("val")
+    rows = np.linspace(0, len(train) - 1, min(CALIBRATION_IMAGES, len(train))).astype(int)
+    int8_bytes = quantize_onnx(fp32, int8, train[rows])
+    compared = parity(fp32, int8, val.pixels, val.labels)
+    test = file_scores(Predictor.open(int8), images.subset("test"))
+    p50, p95 = file_latency(int8, images.pixels[:1])
+    return {
+        "int8_bytes": int8_bytes,
+        "int8": {
+            "val_accuracy": compared.accuracy_int8,
+            "test_accuracy": test.accuracy,
+            "test_interval": list(test.interval),
+            "p50_ms": p50,
+            "p95_ms": p95,
+            "agreement": compared.agreement,
+        },
+        "peak_rss_bytes": inference_rss_bytes(fp32),
+    }
 
 
 _INFERENCE = """
@@ -215,9 +245,9 @@ print(peak_rss_bytes())
 
 
 def inference_rss_bytes(path: Path) -> int:
-    """Most memory of a new process that opens a rootstock and classifies one image, on one thread.
+    """Peak memory of a new process that opens a rootstock and classifies one image on one thread.
 
-    It holds Python, NumPy and onnxruntime, some 60 MB, and no torch.
+    Python, NumPy and onnxruntime take some 60 MB of it; torch is not loaded.
     Raises: RootstockError when the file cannot be used.
     """
     done = subprocess.run(

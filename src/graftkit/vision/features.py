@@ -1,11 +1,11 @@
-"""One pass of a donor over all images: pooled features of every layer, kept on disk.
+"""One pass of a donor over all images: pooled features of every layer, cached on disk.
 
-Whatever is probed or selected afterwards reads these files; the donor is not run again.
+Probes and the choice of a scion read these files; the donor is not run again.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from graftkit.files import replaced_file
+from graftkit.progress import Progress, silent
 from graftkit.vision.donor import Donor, pool
-from graftkit.vision.images import SPLITS, ImageSet, Report
+from graftkit.vision.images import SPLITS, ImageSet
 from graftkit.vision.rootstock import Scion
 
 POOLINGS = ("mean", "std")
-"""Of every layer. The spread over the image says what the mean discards (docs/adr/0015)."""
+"""Of every layer. The standard deviation keeps what the mean discards (docs/adr/0015-vision.md)."""
 TEST = SPLITS.index("test")
 BATCH = 32
 UPRIGHT_VIEWS = (0, 4)
@@ -46,15 +47,33 @@ class FeatureTable:
     labels: NDArray[np.int64]
 
     def columns(self, layers: Sequence[int], poolings: Sequence[str] = POOLINGS) -> NDArray[Any]:
-        """Which columns of the views hold these poolings of these layers."""
+        """The columns of the views that hold these poolings of these layers."""
         starts = np.cumsum((0, *self.widths))
-        found = []
+        columns = []
         for layer in layers:
             channels = self.widths[layer] // len(POOLINGS)
             for pooling in poolings:
                 first = starts[layer] + POOLINGS.index(pooling) * channels
-                found.append(np.arange(first, first + channels))
-        return np.concatenate(found)
+                columns.append(np.arange(first, first + channels))
+        return np.concatenate(columns)
+
+    def scion(self, columns: NDArray[Any], poolings: Sequence[str] = POOLINGS) -> Scion:
+        """The scion that reads these columns."""
+        starts = [0, *accumulate(self.widths)]
+        ascending = np.sort(columns)
+        layers = np.searchsorted(starts, ascending, side="right") - 1
+        channels = {
+            int(layer): tuple(int(column - starts[layer]) for column in ascending[layers == layer])
+            for layer in np.unique(layers)
+        }
+        return Scion(max(channels) + 1, channels, tuple(poolings))
+
+    def columns_of(self, scion: Scion) -> NDArray[Any]:
+        """The columns that a scion reads, in its order."""
+        starts = [0, *accumulate(self.widths)]
+        return np.concatenate(
+            [starts[layer] + np.array(channels) for layer, channels in scion.channels.items()]
+        )
 
     def of(
         self, split: str, columns: NDArray[Any], views: Sequence[int] = (0,)
@@ -65,14 +84,14 @@ class FeatureTable:
         return torch.from_numpy(np.concatenate(parts)), torch.from_numpy(labels)
 
     def _rows(self, split: str, view: int, columns: NDArray[Any]) -> NDArray[np.float32]:
-        there = self.splits if view == 0 else self.splits[self.splits != TEST]
-        rows = np.flatnonzero(there == SPLITS.index(split))
+        splits = self.splits if view == 0 else self.splits[self.splits != TEST]
+        rows = np.flatnonzero(splits == SPLITS.index(split))
         return self.views[view][rows][:, columns].astype(np.float32)
 
     def redrawn(self, seed: int) -> "FeatureTable":
-        """The same, with training and validation dealt out anew within every class.
+        """The same table with another draw of training and validation images within every class.
 
-        Test images stay what they are, and every class keeps its counts.
+        Test images stay test images, and every class keeps its counts.
         """
         splits = self.splits.copy()
         draws = np.random.default_rng(seed)
@@ -93,34 +112,36 @@ def read_features(
     images: ImageSet,
     cache: Path,
     views: Sequence[int],
-    report: Report = lambda *_: None,
+    progress: Progress = silent,
 ) -> FeatureTable:
-    """Pooled features of every layer of `donor`, from the cache as far as they are there.
+    """Pooled features of every layer of `donor`, read from the cache where they exist.
 
-    An interrupted pass goes on with the view that it was in.
+    An interrupted pass continues with the view at which it stopped.
 
+    Args:
+        views: symmetries of the images, see `turned`.
     Raises: OutputError when the cache cannot be written.
     """
     name = cache_key(donor, images)
     widths = _widths(donor)
     untested = images.splits != TEST
-    found = {}
+    values = {}
     for done, view in enumerate(views):
-        report("features of every layer, views", done, len(views))
+        progress("features of every layer, views", done, len(views))
         file = cache / f"features-{name}-{view}.npy"
         rows = images.pixels if view == 0 else images.pixels[untested]
         shape = (len(rows), sum(widths))
         if not _is_whole(file, shape):
-            _write(donor, rows, view, shape, file, report)
-        found[view] = np.load(file, mmap_mode="r", allow_pickle=False)
-    report("features of every layer, views", len(views), len(views))
-    return FeatureTable(widths, found, images.splits, images.labels)
+            _write(donor, rows, view, shape, file, progress)
+        values[view] = np.load(file, mmap_mode="r", allow_pickle=False)
+    progress("features of every layer, views", len(views), len(views))
+    return FeatureTable(widths, values, images.splits, images.labels)
 
 
 def cache_key(donor: Donor, images: ImageSet) -> str:
-    """Of whatever depends on how this donor sees these images."""
-    seen = f"{donor.digest} {donor.normalization} {images.digest} {POOLINGS}"
-    return blake3(seen.encode()).hexdigest()[:16]
+    """The name in the cache of whatever depends on this donor and these images."""
+    inputs = f"{donor.digest} {donor.normalization} {images.digest} {POOLINGS}"
+    return blake3(inputs.encode()).hexdigest()[:16]
 
 
 @torch.inference_mode()
@@ -131,10 +152,10 @@ def _widths(donor: Donor) -> tuple[int, ...]:
 
 def _is_whole(file: Path, shape: tuple[int, int]) -> bool:
     try:
-        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        values = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError):
         return False
-    return bool(found.shape == shape and found.dtype == np.float16)
+    return bool(values.shape == shape and values.dtype == np.float16)
 
 
 def _write(
@@ -143,14 +164,14 @@ def _write(
     view: int,
     shape: tuple[int, int],
     file: Path,
-    report: Report,
+    progress: Progress,
 ) -> None:
     with replaced_file(file) as partial:
         file.parent.mkdir(parents=True, exist_ok=True)
         values = open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
         for start in range(0, len(rows), BATCH):
             values[start : start + BATCH] = pooled_outputs(donor, rows[start : start + BATCH], view)
-            report(f"view {view}: images", min(start + BATCH, len(rows)), len(rows))
+            progress(f"view {view}: images", min(start + BATCH, len(rows)), len(rows))
         values.flush()
 
 
@@ -158,30 +179,9 @@ def _write(
 def pooled_outputs(donor: Donor, rows: NDArray[np.uint8], view: int = 0) -> NDArray[np.float16]:
     """Pooled features of every layer, side by side: (n, sum of widths)."""
     images = turned(torch.from_numpy(np.array(rows)).float(), view)
-    # Convolutions of small images are half as dear with channels last (docs/benchmarks.md).
+    # Convolutions of small images take half the time with channels last (docs/benchmarks.md).
     outputs = donor.eval()(images.contiguous(memory_format=torch.channels_last))
     pooled = torch.cat([pool(output, POOLINGS) for output in outputs], dim=1)
     # Activations of a network without batch normalization can pass what float16 holds.
     limit = torch.finfo(torch.float16).max
     return pooled.clamp(-limit, limit).half().numpy()
-
-
-def scion_of(
-    table: FeatureTable, columns: NDArray[Any], poolings: Sequence[str] = POOLINGS
-) -> Scion:
-    """The scion that reads these columns of a table."""
-    starts = [0, *accumulate(table.widths)]
-    layers = np.searchsorted(starts, columns, side="right") - 1
-    channels = {
-        int(layer): tuple(int(column - starts[layer]) for _, column in members)
-        for layer, members in groupby(zip(layers, np.sort(columns), strict=True), lambda m: m[0])
-    }
-    return Scion(max(channels) + 1, channels, tuple(poolings))
-
-
-def columns_of(table: FeatureTable, scion: Scion) -> NDArray[Any]:
-    """The columns of a table that a scion reads, in its order."""
-    starts = [0, *accumulate(table.widths)]
-    return np.concatenate(
-        [starts[layer] + np.array(kept) for layer, kept in scion.channels.items()]
-    )

@@ -1,275 +1,82 @@
-"""What a scion is chosen from, and the choice under a budget.
+"""Graft: a donor, images and a budget become a rootstock in ONNX, and a report.
 
-Graft: donor + images + budget -> a rootstock in ONNX, what it was compared with, and a report.
+    prepare   read the images, open the donor, measure the accuracy and cost of every cut
+    choose    the scion: the layers and features within the budget that validate best
+    train     the rootstock, and with `baselines` the networks that it is compared with
+    measure   every network, on the ONNX file that would be deployed
+    report    graft.json and report.html
 
-Every step leaves a file in the cache and is found there again: decoded images, features of every
-layer, the cost of every cut, checkpoints of every fine-tuning.
+Each phase caches what it computes: decoded images, features and costs of every cut, and a
+checkpoint for every epoch of a fine-tuning. A run that was killed continues from there.
 """
 
-import copy
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
-from graftkit.errors import BudgetError, ConfigError, OutputError
+from graftkit.config import Settings
+from graftkit.errors import ConfigError, OutputError
 from graftkit.outputs import own_folder
-from graftkit.parallel import bfloat16_pays, kept_memory
+from graftkit.parallel import kept_memory
+from graftkit.progress import Progress, silent
 from graftkit.vision.baselines import (
     DRAWS,
-    LAST_LAYER,
-    PAPER_HIDDEN,
-    PAPER_SCION,
     ROOTSTOCK,
-    frozen_baselines,
-    frozen_network,
-    hidden_network,
-    layer_scion,
-    tune_baselines,
-    tune_donor,
+    fitted_baselines,
+    fitted_network,
+    fitted_paper_network,
+    trained_baselines,
+    trained_donor,
 )
-from graftkit.vision.budget import Budget
 from graftkit.vision.choose import (
-    Choice,
-    Limit,
+    CostBudget,
+    DonorCuts,
+    ScionChoice,
     assemble,
     choose_scion,
-    paper_scion,
-    probe_columns,
-    probe_curve,
-    rank,
-    reads_of_one_stage,
+    paper_head,
 )
-from graftkit.vision.costs import Point, measure_points
-from graftkit.vision.donor import Donor
 from graftkit.vision.donors import open_donor
-from graftkit.vision.evaluate import Measured, lead, measure
-from graftkit.vision.features import (
-    ALL_VIEWS,
-    UPRIGHT_VIEWS,
-    FeatureTable,
-    cache_key,
-    columns_of,
-    read_features,
-    scion_of,
-)
-from graftkit.vision.images import SPLITS, ImageSet, Report, open_images
-from graftkit.vision.probe import Probe, fit_probe, read_probes, write_probes
+from graftkit.vision.evaluate import Measurement, measure
+from graftkit.vision.features import ALL_VIEWS, UPRIGHT_VIEWS
+from graftkit.vision.images import ImageSet, open_images
 from graftkit.vision.report import write_report
-from graftkit.vision.results import (
-    deployed,
-    doubts_of_int8,
-    mistakes,
-    scion_rows,
-    versions,
-    write_json,
+from graftkit.vision.results import cuts_record, networks_record, warnings_of, write_json
+from graftkit.vision.rootstock import Rootstock
+from graftkit.vision.training import (
+    SoftLabels,
+    TrainedNetwork,
+    Trainer,
+    TrainingSettings,
+    file_stem,
+    seeded,
 )
-from graftkit.vision.rootstock import Rootstock, Scion, fold_rootstock, grow, hidden_head, logits_of
-from graftkit.vision.thinning import Thinner, Unit
-from graftkit.vision.training import Network, SoftLabels, Trainer, TrainingSettings, file_stem
-
-MEASURED_IMAGES = 512
-"""Training images that the worth of hidden channels is measured on."""
-THINNED = "all, thinned"
-SINGLE_VIEW = (0,)
-
-
-@dataclass(frozen=True)
-class Ground:
-    """What every choice is made from: images, donor, features, and the curve of cuts."""
-
-    images: ImageSet
-    donor: Donor
-    table: FeatureTable
-    probes: list[Probe]
-    points: list[Point]
-
-
-def lay_ground(
-    images: ImageSet, donor: Donor, views: tuple[int, ...], cache: Path, report: Report
-) -> Ground:
-    """Features of every layer, and the curve; from the cache as far as it goes."""
-    table = read_features(donor, images, cache, views, report)
-    probes = _probes(donor, images, table, cache, report)
-    points = measure_points(donor, table, probes, images, cache, report)
-    return Ground(images, donor, table, probes, points)
-
-
-def tuned_ground(ground: Ground, tuned: Rootstock, cache: Path, report: Report) -> Ground:
-    """The same after the donor was fine-tuned: other features at the same cost.
-
-    Args:
-        tuned: all layers of the donor, and a head.
-    """
-    trunk = (fold_rootstock(tuned) if ground.donor.folded else tuned).trunk
-    donor = ground.donor.with_layers(list(trunk))
-    table = read_features(donor, ground.images, cache, SINGLE_VIEW, report)
-    probes = _probes(donor, ground.images, table, cache, report)
-    points = [
-        replace(point, val_accuracy=probe.val_accuracy, val_loss=probe.val_loss)
-        for point, probe in zip(ground.points, probes, strict=True)
-    ]
-    return Ground(ground.images, donor, table, probes, points)
-
-
-def _probes(
-    donor: Donor, images: ImageSet, table: FeatureTable, cache: Path, report: Report
-) -> list[Probe]:
-    """The probe of every cut, from the cache where it is there."""
-    file = cache / f"probes-{cache_key(donor, images)}.safetensors"
-    probes = read_probes(file, len(table.widths))
-    if probes is None:
-        probes = probe_curve(table, report)
-        write_probes(probes, file)
-    return probes
-
-
-def choose(
-    ground: Ground, budget: Budget, method: str, trained: bool, report: Report
-) -> tuple[Donor, Choice]:
-    """The scion within the budget, and the donor that it is cut from.
-
-    Args:
-        method: "auto" or "paper". trained: whether the trunk will be fine-tuned. Only then may its
-            layers be thinned: training makes up for what they lose.
-    Raises: BudgetError where nothing fits.
-    """
-    head = paper_head if method == "paper" else nn.Linear
-    limit = Limit(budget, ground.donor, ground.images.classes, ground.points, head)
-    if method == "paper":
-        found = _paper(ground, limit)
-    else:
-        found = choose_scion(ground.table, ground.probes, limit.fits)
-    choices = [(ground.donor, found)] if found else []
-    if trained and method == "auto":
-        choices += thinned_choices(ground, limit, report)
-    if not choices:
-        raise BudgetError(
-            f"no rootstock of {ground.donor.name} by method {method} keeps {budget.text}; "
-            f"the smallest needs {budget.show(_smallest(ground, limit, method))}: allow that much"
-        )
-    return max(choices, key=lambda choice: rank(choice[1]))
-
-
-def paper_head(features: int, classes: int) -> nn.Module:
-    """The hidden layer of the paper."""
-    return hidden_head(features, PAPER_HIDDEN, classes)
-
-
-def paper_of_equal_size(ground: Ground, rootstock: Rootstock) -> Scion | None:
-    """What the paper would read with a trunk of at most the rootstock's parameters.
-
-    At its best: a stage need not be whole, and validation picks the layer that the trunk ends with.
-    """
-    parameters = sum(weights.numel() for weights in fold_rootstock(rootstock).trunk.parameters())
-    scions = [
-        layer_scion(ground.table, layers)
-        for layers, point in zip(reads_of_one_stage(ground.donor), ground.points, strict=True)
-        if point.trunk_parameters <= parameters
-    ]
-
-    def accuracy(scion: Scion) -> float:
-        return probe_columns(ground.table, columns_of(ground.table, scion)).val_accuracy
-
-    return max(scions, key=accuracy, default=None)
-
-
-def _paper(ground: Ground, limit: Limit) -> Choice | None:
-    """The deepest of the paper's choices that fits."""
-    for scion in reversed(_paper_scions(ground)):
-        if limit.fits(scion):
-            probe = probe_columns(ground.table, columns_of(ground.table, scion))
-            return Choice(scion, "paper", probe)
-    return None
-
-
-def _paper_scions(ground: Ground) -> list[Scion]:
-    """Three layers of one stage, read by their global averages; by the trunk that is allowed."""
-    found = []
-    for point in ground.points:
-        with suppress(BudgetError):
-            _, layers = paper_scion(ground.donor, point.trunk_parameters)
-            found.append(layer_scion(ground.table, layers))
-    return found
-
-
-def _smallest(ground: Ground, limit: Limit, method: str) -> float:
-    """What the cheapest rootstock costs: by method auto, one that reads one feature."""
-    table = ground.table
-    if method == "paper":
-        return min(map(limit.cost, _paper_scions(ground)))
-    cuts = range(1, len(table.widths) + 1)
-    return min(limit.cost(scion_of(table, table.columns(range(cut))[-1:])) for cut in cuts)
-
-
-def thinned_choices(ground: Ground, limit: Limit, report: Report) -> list[tuple[Donor, Choice]]:
-    """Every cut that does not fit whole, with layers so thin that it does; all depths are read."""
-    train = ground.images.part("train").pixels
-    rows = np.linspace(0, len(train) - 1, min(MEASURED_IMAGES, len(train))).astype(int)
-    unit: Unit = "macs" if limit.budget.kind == "macs" else "parameters"
-    thinner = Thinner(ground.donor, train[rows], unit)
-    layers, found = len(ground.table.widths), []
-    for cut in range(1, layers + 1):
-        report("thinned layers", cut - 1, layers)
-        scion = scion_of(ground.table, ground.table.columns(range(cut)))
-        if limit.fits(scion):
-            continue
-        donor = thinner.thinned(cut, partial(_fits, limit, scion))
-        if donor is None:
-            break  # deeper cuts only cost more
-        found.append((donor, Choice(scion, THINNED, _probe(donor, scion, ground.images))))
-    report("thinned layers", layers, layers)
-    return found
-
-
-def _fits(limit: Limit, scion: Scion, donor: Donor) -> bool:
-    return replace(limit, donor=donor).fits(scion)
-
-
-def _probe(donor: Donor, scion: Scion, images: ImageSet) -> Probe:
-    """The probe of a scion on images as they are."""
-    reader = grow(donor, scion, images.classes, nn.Identity())
-    train, val = (
-        (logits_of(reader, part.pixels, bfloat16=bfloat16_pays()), torch.from_numpy(part.labels))
-        for part in map(images.part, ("train", "val"))
-    )
-    return fit_probe(train, val, len(images.classes))
-
 
 BASELINES = "baselines"
-NO_PAPER_SCION = (
-    "No whole layer is as small as the rootstock: there is no scion of the paper's to compare with."
-)
+"""The folder of their ONNX files."""
 
 
-class GraftSettings(BaseModel):
-    """What `graft` was asked for."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class GraftSettings(Settings):
+    """Settings of `graft`: the budget, and how the rootstock is chosen and trained."""
 
     budget: str
     """Most that the rootstock may cost: 0.6MB (its float32 file), 2ms or 20MMAC."""
     method: Literal["auto", "paper"] = "auto"
     """auto (all depths up to the best cut) or paper (three layers of one stage, 256 hidden)."""
     freeze: bool = False
-    """Whether the donor's layers stay as they are: minutes in place of an hour."""
+    """Whether the donor's layers keep their weights: minutes in place of an hour."""
     size: int = Field(default=128, ge=16, le=1024)
     """Pixels of a side that images are scaled to."""
     upright: bool = False
     """Whether up matters in the images: mirrored only, not turned by 90 degrees."""
     epochs: int = Field(default=12, ge=1)
     """Passes over the training images, of the rootstock and of every baseline."""
-    baselines: bool = True
-    """Whether to train what the rootstock is compared with; the fine-tuned donor always is."""
+    baselines: bool = False
+    """Whether to train the baselines of research too, which takes as long again."""
     seed: int = Field(default=0, ge=0)
     """Draws splits where there are none, views, and random weights."""
 
@@ -279,9 +86,9 @@ class GraftSettings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            wrong = error.errors()[0]
-            reason = wrong["msg"][0].lower() + wrong["msg"][1:]
-            raise ConfigError(f"{wrong['loc'][0]} is {wrong['input']!r}: {reason}") from error
+            fault = error.errors()[0]
+            reason = fault["msg"][0].lower() + fault["msg"][1:]
+            raise ConfigError(f"{fault['loc'][0]} is {fault['input']!r}: {reason}") from error
 
 
 @kept_memory()
@@ -291,227 +98,162 @@ def graft(
     output: str | Path,
     settings: GraftSettings,
     cache: str | Path | None = None,
-    report: Report = lambda *_: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Graft features of a donor into a rootstock that keeps a budget, and compare it.
+    """Graft features of a donor into a rootstock that keeps a budget, and measure it.
 
     Writes rootstock.onnx, rootstock.int8.onnx, baselines/*.onnx, graft.json and report.html.
 
     Args:
-        donor: as `open_donor` takes it. data: as `open_images` takes it.
+        donor: an .npz of MobileNetV2, a directory or Hub id, `timm:NAME`, or a torch module.
+        data: a folder or zip with one folder per class, or a CSV of files and classes.
         output: a new or empty folder, or one that an earlier call made.
-        cache: of everything that another run can use again; default `output`/cache.
+        cache: folder of everything that another run can use again; default `output`/cache.
+        progress: called with the step, how much of it is done, and of how much.
     Returns: what graft.json holds.
-    Raises: ImagesError, DonorError, BudgetError, OutputError.
+    Raises: ImagesError for data, and DonorError for a donor, that cannot be used; BudgetError when
+        no rootstock keeps the budget; OutputError when a file cannot be written.
     """
-    budget = Budget.parse(settings.budget)
     inputs = [data, *([donor] if isinstance(donor, str | Path) else [])]
+    CostBudget.parse(settings.budget)
     with own_folder(output, "vision graft", inputs) as folder:
-        return _graft(donor, data, folder, settings, budget, cache, report)
+        run = GraftRun(settings, Path(cache or folder / "cache"), progress)
+        return run.run(donor, Path(data), folder)
 
 
-def _graft(
-    donor: str | Path | nn.Module,
-    data: str | Path,
-    output: Path,
-    settings: GraftSettings,
-    budget: Budget,
-    cache: str | Path | None,
-    report: Report,
-) -> dict[str, Any]:
-    """As `graft`, into a folder that is ours."""
-    started = time.monotonic()
-    cache = Path(cache or output / "cache")
-    _make_folders(cache, output / BASELINES)
-    ground = prepare(donor, Path(data), settings, cache, report)
-    # In any case, so that a budget nothing keeps is told before an hour of training.
-    chosen = choose(ground, budget, settings.method, False, report)
-    if settings.freeze:
-        made = _frozen(ground, chosen, settings, report)
-    else:
-        trainer = trainer_of(ground, settings, cache, report)
-        tuned = tune_donor(trainer, ground.donor, ground.images)
-        last = _last_layer(ground)
-        ground = tuned_ground(ground, tuned.rootstock, cache, report)
-        chosen = choose(ground, budget, settings.method, True, report)
-        made = chain([tuned, last], _trained(ground, chosen, settings, trainer, tuned))
-    measured: dict[str, Measured] = {}
-    networks: dict[str, Network] = {}
-    notes: list[str] = []
-    for found in made:
-        if isinstance(found, str):
-            notes.append(found)
+class GraftRun:
+    """The phases of one `graft`, each a method.
+
+    Args:
+        cache: folder of everything that another run can use again.
+    """
+
+    def __init__(self, settings: GraftSettings, cache: Path, progress: Progress = silent) -> None:
+        self.settings, self.cache, self.progress = settings, cache, progress
+        self.budget = CostBudget.parse(settings.budget)
+
+    def run(self, donor: str | Path | nn.Module, data: Path, output: Path) -> dict[str, Any]:
+        """All phases, into the folder `output`. Returns: what graft.json holds."""
+        started = time.monotonic()
+        _make_folders(self.cache, output / BASELINES)
+        cuts = self.prepare(donor, data)
+        # An impossible budget is refused here, before an hour of training.
+        choice = self.choose(cuts)
+        if self.settings.freeze:
+            networks = self.fit(cuts, choice)
         else:
-            networks[found.name] = found
-            measured[found.name] = _measure(found, ground, output)
-    result = _asked(ground, budget, settings) | _found(ground, chosen, networks, measured, output)
-    result["warnings"] = [
-        *ground.images.warnings,
-        *ground.donor.notes,
-        *notes,
-        *_doubts_of_budget(budget, measured[ROOTSTOCK]),
-        *doubts_of_int8(result),
-    ]
-    result["seconds"] = round(time.monotonic() - started, 1)
-    write_json(result, output / "graft.json")
-    write_report(result, output / "report.html")
-    return result
+            tuned = trained_donor(self.trainer(cuts), cuts.donor, cuts.images)
+            pretrained, cuts = (
+                cuts,
+                cuts.after_fine_tuning(tuned.rootstock, self.cache, self.progress),
+            )
+            choice = self.choose(cuts, thin=True)
+            networks = self.train(cuts, choice, tuned, pretrained)
+        measured: dict[str, tuple[TrainedNetwork, Measurement]] = {}
+        notes: list[str] = []
+        for network in networks:
+            if isinstance(network, str):
+                notes.append(network)
+            else:
+                measured[network.name] = network, self.measure(network, cuts, output)
+        return self.report(cuts, choice, measured, notes, started, output)
 
+    def prepare(self, donor: str | Path | nn.Module, data: Path) -> DonorCuts:
+        """Read the images, open the donor, and measure the accuracy and cost of every cut."""
+        settings = self.settings
+        images = open_images(data, settings.size, self.cache, settings.seed, self.progress)
+        opened = open_donor(donor, settings.size)
+        views = UPRIGHT_VIEWS if settings.upright else ALL_VIEWS
+        return DonorCuts.measure(images, opened, views, self.cache, self.progress)
 
-def prepare(
-    reference: str | Path | nn.Module,
-    data: Path,
-    settings: GraftSettings,
-    cache: Path,
-    report: Report,
-) -> Ground:
-    """Images, donor, features of every layer, and the curve; from the cache as far as it goes."""
-    images = open_images(data, settings.size, cache, settings.seed, report)
-    donor = open_donor(reference, settings.size)
-    views = UPRIGHT_VIEWS if settings.upright else ALL_VIEWS
-    return lay_ground(images, donor, views, cache, report)
+    def choose(self, cuts: DonorCuts, thin: bool = False) -> ScionChoice:
+        """The scion within the budget. Raises: BudgetError where no rootstock keeps it."""
+        return choose_scion(cuts, self.budget, self.settings.method, thin, self.progress)
 
+    def fit(self, cuts: DonorCuts, choice: ScionChoice) -> Iterator[TrainedNetwork | str]:
+        """Train heads on frozen features: the rootstock's, then those of the baselines."""
+        settings = self.settings
+        if settings.method == "paper":
+            rootstock = fitted_paper_network(ROOTSTOCK, cuts, choice.scion, settings.seed)
+        else:
+            draws = DRAWS if settings.baselines else 0
+            rootstock = fitted_network(ROOTSTOCK, cuts, choice.scion, draws)
+        yield rootstock
+        if settings.baselines:
+            yield from fitted_baselines(cuts, rootstock.rootstock, settings.seed, self.progress)
 
-def _frozen(
-    ground: Ground, chosen: tuple[Donor, Choice], settings: GraftSettings, report: Report
-) -> Iterator[Network | str]:
-    """The rootstock first, then what it is compared with."""
-    table, classes = ground.table, ground.images.classes
-    donor, choice = chosen
-    if settings.method == "paper":
-        made = hidden_network(ROOTSTOCK, donor, table, choice.scion, classes, settings.seed)
-    else:
-        made = frozen_network(ROOTSTOCK, donor, table, choice.scion, classes, DRAWS)
-    yield made
-    if settings.baselines:
-        paper = paper_of_equal_size(ground, made.rootstock)
-        if paper is None:
-            yield NO_PAPER_SCION
-        yield from frozen_baselines(
-            donor, table, made.rootstock, paper, ground.images, settings.seed, report
+    def train(
+        self, cuts: DonorCuts, choice: ScionChoice, tuned: TrainedNetwork, pretrained: DonorCuts
+    ) -> Iterator[TrainedNetwork | str]:
+        """Fine-tune the rootstock, then the baselines; all learn from the fine-tuned donor.
+
+        Args:
+            cuts: of the fine-tuned donor `tuned`. pretrained: of the donor before that.
+        """
+        yield tuned
+        trainer, soft_labels = self.trainer(cuts), SoftLabels(tuned.rootstock)
+        yield trainer.tune(ROOTSTOCK, self.assemble(cuts, choice), soft_labels)
+        if self.settings.baselines:
+            untrained = self.assemble(cuts, choice)
+            yield from trained_baselines(
+                trainer, cuts, pretrained, untrained, tuned.rootstock, soft_labels
+            )
+
+    def trainer(self, cuts: DonorCuts) -> Trainer:
+        """Fine-tunes all networks of this run in the same way."""
+        settings = self.settings
+        training = TrainingSettings(
+            epochs=settings.epochs, upright=settings.upright, seed=settings.seed
         )
+        folder = self.cache / "training"
+        return Trainer(cuts.images, cuts.donor.folded, training, folder, self.progress)
 
+    def assemble(self, cuts: DonorCuts, choice: ScionChoice) -> Rootstock:
+        """The chosen rootstock before its training, with the head that the method gives it."""
+        classes = cuts.images.classes
+        if self.settings.method == "paper":
+            with seeded(self.settings.seed):
+                head = paper_head(choice.scion.features, len(classes))
+        else:
+            head = choice.probe.trainable_head()
+        return assemble(choice.donor, choice.scion, classes, head)
 
-def trainer_of(ground: Ground, settings: GraftSettings, cache: Path, report: Report) -> Trainer:
-    """What fine-tunes all networks of a run alike."""
-    training = TrainingSettings(
-        epochs=settings.epochs, upright=settings.upright, seed=settings.seed
-    )
-    return Trainer(ground.images, ground.donor.folded, training, cache / "training", report)
+    def measure(self, network: TrainedNetwork, cuts: DonorCuts, output: Path) -> Measurement:
+        """Export a network, and measure its ONNX file on validation and test images."""
+        if network.name == ROOTSTOCK:
+            file = output / "rootstock.onnx"
+        else:
+            file = output / BASELINES / f"{file_stem(network.name)}.onnx"
+        return measure(network.rootstock, cuts.images, file, cuts.donor.name)
 
-
-def _last_layer(ground: Ground) -> Network:
-    """The usual transfer: a head on what the donor's last layer says, which stays as it is."""
-    scion = layer_scion(ground.table, [len(ground.donor.layers) - 1])
-    return frozen_network(
-        LAST_LAYER, ground.donor, ground.table, scion, ground.images.classes, DRAWS
-    )
-
-
-def untrained(
-    ground: Ground, chosen: tuple[Donor, Choice], method: str
-) -> tuple[Rootstock, Rootstock | None]:
-    """The rootstock, and the paper's scion of equal size where there is one; both to be trained.
-
-    Args:
-        ground: of the fine-tuned donor. method: "auto" or "paper", which says what head it gets.
-    """
-    classes, (donor, choice) = ground.images.classes, chosen
-    if method == "paper":
-        head = paper_head(choice.scion.features, len(classes))
-    else:
-        head = choice.probe.trainable_head()
-    rootstock = assemble(donor, choice.scion, classes, head)
-    scion = paper_of_equal_size(ground, rootstock)
-    if scion is None:
-        return rootstock, None
-    probe = probe_columns(ground.table, columns_of(ground.table, scion))
-    return rootstock, assemble(ground.donor, scion, classes, probe.trainable_head())
-
-
-def _trained(
-    ground: Ground,
-    chosen: tuple[Donor, Choice],
-    settings: GraftSettings,
-    trainer: Trainer,
-    tuned: Network,
-) -> Iterator[Network | str]:
-    """The rootstock, then networks of its size; all learn from the fine-tuned donor.
-
-    Args:
-        ground: of the fine-tuned donor.
-    """
-    rootstock, paper = untrained(ground, chosen, settings.method)
-    before = copy.deepcopy(rootstock)
-    soft_labels = SoftLabels(tuned.rootstock)
-    yield trainer.tune(ROOTSTOCK, rootstock, soft_labels)
-    if settings.baselines:
-        yield trainer.tune(PAPER_SCION, paper, soft_labels) if paper else NO_PAPER_SCION
-        yield from tune_baselines(trainer, tuned.rootstock, before, soft_labels)
-
-
-def _measure(network: Network, ground: Ground, output: Path) -> Measured:
-    if network.name == ROOTSTOCK:
-        file = output / "rootstock.onnx"
-    else:
-        file = output / BASELINES / f"{file_stem(network.name)}.onnx"
-    return measure(network.rootstock, ground.images, file, ground.donor.name)
-
-
-def _asked(ground: Ground, budget: Budget, settings: GraftSettings) -> dict[str, Any]:
-    images = ground.images
-    return {
-        "donor": ground.donor.name,
-        "method": settings.method,
-        "frozen": settings.freeze,
-        "classes": list(images.classes),
-        "images": dict(
-            zip(SPLITS, np.bincount(images.splits, minlength=len(SPLITS)).tolist(), strict=True)
-        ),
-        "size": settings.size,
-        "budget": asdict(budget),
-        "epochs": 0 if settings.freeze else settings.epochs,
-        "seed": settings.seed,
-        "versions": versions(),
-        "skipped": [asdict(skipped) for skipped in images.skipped],
-    }
-
-
-def _found(
-    ground: Ground,
-    chosen: tuple[Donor, Choice],
-    networks: dict[str, Network],
-    measured: dict[str, Measured],
-    output: Path,
-) -> dict[str, Any]:
-    images, main, (donor, choice) = ground.images, measured[ROOTSTOCK], chosen
-    numbers = {
-        name: one.numbers(images.classes) | {"draws": list(networks[name].draws)}
-        for name, one in measured.items()
-    }
-    own = numbers.pop(ROOTSTOCK)
-    for name, found in numbers.items():
-        ahead, interval = lead(main.test.right, measured[name].test.right)
-        found |= {"lead": ahead, "lead_interval": list(interval)}
-    return {
-        **own,
-        **deployed(main, images, output / "rootstock.int8.onnx"),
-        "confusion": [list(row) for row in main.test.confusion],
-        "rule": choice.rule,
-        "scion": scion_rows(choice.scion, donor, ground.donor),
-        "curve": [asdict(point) for point in ground.points],
-        "baselines": numbers,
-        "mistakes": mistakes(main, images),
-        "history": [asdict(epoch) for epoch in networks[ROOTSTOCK].history],
-    }
-
-
-def _doubts_of_budget(budget: Budget, main: Measured) -> list[str]:
-    """Milliseconds are measured once for the choice and once in the end."""
-    cost = {"bytes": main.bytes, "ms": main.p50_ms, "macs": main.macs}[budget.kind]
-    if cost <= budget.amount:
-        return []
-    return [f"The rootstock came out at {budget.show(cost)}, over the budget of {budget.text}."]
+    def report(
+        self,
+        cuts: DonorCuts,
+        choice: ScionChoice,
+        measured: dict[str, tuple[TrainedNetwork, Measurement]],
+        notes: list[str],
+        started: float,
+        output: Path,
+    ) -> dict[str, Any]:
+        """Write rootstock.int8.onnx, graft.json and report.html. Returns: what graft.json holds."""
+        settings, (_, rootstock) = self.settings, measured[ROOTSTOCK]
+        result = {
+            "method": settings.method,
+            "frozen": settings.freeze,
+            "size": settings.size,
+            "epochs": 0 if settings.freeze else settings.epochs,
+            "seed": settings.seed,
+            "baselines_trained": settings.baselines,
+            **cuts_record(cuts, choice, self.budget),
+            **networks_record(measured, cuts.images, output / "rootstock.int8.onnx"),
+        }
+        images: ImageSet = cuts.images
+        warnings = warnings_of(result, self.budget, rootstock)
+        result["warnings"] = [*images.warnings, *cuts.donor.notes, *notes, *warnings]
+        result["seconds"] = round(time.monotonic() - started, 1)
+        write_json(result, output / "graft.json")
+        write_report(result, output / "report.html")
+        return result
 
 
 def _make_folders(*folders: Path) -> None:

@@ -1,15 +1,15 @@
-"""Ranges of int8 weights on which no processor's kernels overflow.
-
-x86 processors without VNNI multiply uint8 by int8 in pairs and add the two products in 16 bits,
-which saturate: 255 (a + b) must stay below 2¹⁵, so that two codes that meet may add up to 128. A
-file that does not keep to it answers otherwise there than on all other processors.
-
-ROOTSTOCK in int8: static quantization, measured against the float32 file.
+"""Quantize a rootstock to int8: static quantization, measured against the float32 file.
 
 The trunk computes in integers (QDQ: uint8 activations, int8 weights per channel, float32 biases).
-The head computes in float32 with weights stored in int8: features differ in range by orders of
-magnitude, and one scale for all of them names most images wrongly. In the end every bias takes back
-the mean error of its layer's output, the first layer first, which halves the error of the logits.
+The head computes in float32 with weights stored in int8: pooled features differ in range by orders
+of magnitude, and with one scale for all of them most images are misclassified. At the end every
+bias is corrected by the mean error of its layer's output, from the first layer to the last, which
+halves the error of the logits.
+
+The weights are scaled so that no processor's kernels overflow. x86 processors without VNNI multiply
+uint8 by int8 in pairs and add the two products in 16 bits, which saturate: 255 (a + b) must stay
+below 2¹⁵, so two neighbouring codes may add up to 128. A file that exceeds this gives other logits
+there than on all other processors.
 """
 
 import copy
@@ -36,56 +36,13 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from graftkit.errors import OutputError
 from graftkit.vision.export import strip, write_model
 
-LEVELS = 127  # of a symmetric int8 weight
-_PAIR = 127.5  # sum of two neighbouring codes before they are rounded, at most
-
-
-def safe_ranges(*orders: np.ndarray) -> np.ndarray:
-    """The least r of each row for which codes round(127 w / r) add up to 128 in no pair.
-
-        r = max(max |w_k|, 127 / 127.5 max |w_k + w_k+1|, both of one sign)
-
-    Args:
-        orders: the same rows (n, k), in every order in which a kernel may read them.
-    Returns: (n,).
-    """
-    ranges: np.ndarray = np.abs(orders[0]).max(1)
-    for rows in orders:
-        for part in (rows.clip(min=0), (-rows).clip(min=0)):
-            pairs = (part[:, :-1] + part[:, 1:]).max(1, initial=0)
-            ranges = np.maximum(ranges, LEVELS / _PAIR * pairs)
-    return ranges
-
-
-def weight_overrides(model: ModelProto) -> dict[str, list[dict[str, Any]]]:
-    """What onnxruntime's quantizer takes as TensorQuantOverrides: of every channel, its range."""
-    values = {value.name: value for value in model.graph.initializer}
-    found = {}
-    for node in model.graph.node:
-        if node.op_type not in ("Conv", "MatMul") or node.input[1] not in values:
-            continue
-        weight = numpy_helper.to_array(values[node.input[1]])
-        if node.op_type == "MatMul":
-            axis, orders = 1, [weight.T]
-        elif _is_depthwise(node, weight):
-            continue  # its kernels widen before they multiply
-        else:
-            axis, orders = 0, [weight, np.moveaxis(weight, 1, -1)]
-        ranges = safe_ranges(*(rows.reshape(len(rows), -1) for rows in orders))
-        found[node.input[1]] = [{"axis": axis, "rmin": -r, "rmax": r} for r in ranges]
-    return found
-
-
-def _is_depthwise(node: NodeProto, weight: np.ndarray) -> bool:
-    groups = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "group"), 1)
-    return bool(groups == len(weight) and weight.shape[1] == 1)
-
-
 BATCH = 16
-FEW_IMAGES = 64  # at most, where maps are watched: the histograms of every activation cost seconds
-PERCENTILE = 99.99  # of an activation's values, kept; what is beyond saturates
+FEW_IMAGES = 64  # at most, for histograms of every activation, which take seconds
+PERCENTILE = 99.99  # of an activation's values; what is beyond saturates
 METHODS = (CalibrationMethod.MinMax, CalibrationMethod.Percentile)
 INTEGER_OPERATORS = ["Conv", "MatMul", "Add", "Clip", "Relu", "MaxPool", "AveragePool"]
+LEVELS = 127  # of a symmetric int8 weight
+_PAIR = 127.5  # sum of two neighbouring codes before they are rounded, at most
 
 
 def quantize_onnx(fp32: Path, int8: Path, calibration: np.ndarray) -> int:
@@ -101,7 +58,7 @@ def quantize_onnx(fp32: Path, int8: Path, calibration: np.ndarray) -> int:
     """
     try:
         metadata = {entry.key: entry.value for entry in onnx.load(fp32).metadata_props}
-        with _quiet(), TemporaryDirectory() as folder:
+        with _without_output(), TemporaryDirectory() as folder:
             prepared = _prepare(fp32, Path(folder))
             expected = run(prepared, calibration)
             candidates = [
@@ -126,7 +83,7 @@ def run(model: ModelProto, pixels: np.ndarray) -> np.ndarray:
 
 
 def _means(model: ModelProto, pixels: np.ndarray, names: Sequence[str]) -> list[np.ndarray]:
-    """Of values (n, channels, ...) inside a graph, every channel's mean over images and places."""
+    """For values (n, channels, ...) of a graph: every channel's mean over images and positions."""
     sums: list[Any] = [0.0] * len(names)
     for values in _batches(model, pixels, names):
         for index, value in enumerate(values):
@@ -139,15 +96,15 @@ def _batches(
     model: ModelProto, pixels: np.ndarray, names: Sequence[str]
 ) -> Iterator[list[np.ndarray]]:
     """Values of a graph, batch by batch; they need not be its outputs."""
-    known = {value.name for value in model.graph.output}
+    outputs = {value.name for value in model.graph.output}
     model = copy.deepcopy(model)
     model.graph.output.extend(
         helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
         for name in names
-        if name not in known
+        if name not in outputs
     )
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # weights that int8 has replaced are taken out at the end
+    options.log_severity_level = 3  # weights that int8 has replaced are removed at the end
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
@@ -156,9 +113,9 @@ def _batches(
 
 
 class _Images:
-    """Batches of images, in the form in which onnxruntime's quantizer asks for them.
+    """Batches of images, in the interface of onnxruntime's CalibrationDataReader.
 
-    It counts batches, and takes a range of them at a time: one bounds the memory of histograms.
+    Its quantizer takes a range of batches at a time; a range of one bounds the histograms' memory.
     """
 
     def __init__(self, pixels: np.ndarray):
@@ -253,7 +210,7 @@ def _quantize_dense(model: ModelProto, node: NodeProto) -> None:
     values = {value.name: value for value in model.graph.initializer}
     if node.input[1] not in values:
         return  # not a dense layer with constants
-    transposed = any(given.name == "transB" and given.i for given in node.attribute)
+    transposed = any(each.name == "transB" and each.i for each in node.attribute)
     inputs = 1 if transposed else 0
     codes, scale = dense_codes(numpy_helper.to_array(values[node.input[1]]), inputs)
     name = f"{node.name}_weight"
@@ -268,12 +225,12 @@ def _quantize_dense(model: ModelProto, node: NodeProto) -> None:
 
 
 def _correct_biases(model: ModelProto, prepared: ModelProto, calibration: np.ndarray) -> None:
-    """Move every bias by the mean error of its layer's output, in the order of the layers.
+    """Correct every bias by the mean error of its layer's output, in the order of the layers.
 
         b ← b + E[W x + b − (Ŵ x̂ + b)]
 
-    over calibration images, x̂ being what the layers before leave of x: bias correction, Nagel et
-    al. (arXiv 1906.04721) 4.2, with images in place of statistics.
+    over calibration images, where x̂ is the quantized layers' input: bias correction of Nagel et al.
+    (arXiv 1906.04721, section 4.2), with images in place of statistics.
     """
     constants = {value.name: value for value in model.graph.initializer}
     layers = [
@@ -284,8 +241,8 @@ def _correct_biases(model: ModelProto, prepared: ModelProto, calibration: np.nda
     outputs = {node.name: node.output[0] for node in prepared.graph.node}
     few, places = _few(calibration), [outputs[node.name] for node in layers]
     for node, expected in zip(layers, _means(prepared, few, places), strict=True):
-        (found,) = _means(model, few, [node.output[0]])
-        bias = numpy_helper.to_array(constants[node.input[2]]) + (expected - found)
+        (actual,) = _means(model, few, [node.output[0]])
+        bias = numpy_helper.to_array(constants[node.input[2]]) + (expected - actual)
         name = f"{node.name}_bias"
         model.graph.initializer.append(numpy_helper.from_array(bias.astype(np.float32), name))
         node.input[2] = name
@@ -302,8 +259,8 @@ def dense_codes(weight: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxruntime's quantizer prints its progress and logs advice; a command prints JSON."""
+def _without_output() -> Iterator[None]:
+    """Silence onnxruntime's quantizer, which prints progress where a command prints JSON."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -311,3 +268,44 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def safe_ranges(*orders: np.ndarray) -> np.ndarray:
+    """The smallest r of each row for which no two neighbouring codes round(127 w / r) exceed 128.
+
+        r = max(max |w_k|, 127 / 127.5 max |w_k + w_k+1|, both of one sign)
+
+    Args:
+        orders: the same rows (n, k), in every order in which a kernel may read them.
+    Returns: (n,).
+    """
+    ranges: np.ndarray = np.abs(orders[0]).max(1)
+    for rows in orders:
+        for part in (rows.clip(min=0), (-rows).clip(min=0)):
+            pairs = (part[:, :-1] + part[:, 1:]).max(1, initial=0)
+            ranges = np.maximum(ranges, LEVELS / _PAIR * pairs)
+    return ranges
+
+
+def weight_overrides(model: ModelProto) -> dict[str, list[dict[str, Any]]]:
+    """The range of every channel, as onnxruntime's quantizer takes it (TensorQuantOverrides)."""
+    values = {value.name: value for value in model.graph.initializer}
+    overrides = {}
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "MatMul") or node.input[1] not in values:
+            continue
+        weight = numpy_helper.to_array(values[node.input[1]])
+        if node.op_type == "MatMul":
+            axis, orders = 1, [weight.T]
+        elif _is_depthwise(node, weight):
+            continue  # its kernels widen before they multiply
+        else:
+            axis, orders = 0, [weight, np.moveaxis(weight, 1, -1)]
+        ranges = safe_ranges(*(rows.reshape(len(rows), -1) for rows in orders))
+        overrides[node.input[1]] = [{"axis": axis, "rmin": -r, "rmax": r} for r in ranges]
+    return overrides
+
+
+def _is_depthwise(node: NodeProto, weight: np.ndarray) -> bool:
+    groups = next((helper.get_attribute_value(a) for a in node.attribute if a.name == "group"), 1)
+    return bool(groups == len(weight) and weight.shape[1] == 1)

@@ -1,8 +1,8 @@
-"""What is looked at in an ONNX file of others before onnxruntime reads it, and what it may use.
+"""Check a foreign ONNX file before onnxruntime reads it, and limit the memory that it may use.
 
-A file of a kilobyte can describe tensors of gigabytes. Those that it declares are held against the
-bytes that it has for them; those that its operators make come out of a limited arena, and nothing
-is computed while the file is opened. Field numbers are those of onnx.proto.
+A file of a kilobyte can describe tensors of gigabytes. A declared tensor must not be larger than
+its bytes in the file; results of operators come out of a limited arena; and nothing is computed
+while the file is opened. Field numbers are those of onnx.proto.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,11 +27,11 @@ _SMALLEST_BYTES = 0.5  # of an element, int4
 
 
 def check_model(content: bytes) -> None:
-    """See that a model declares no more than its bytes hold, and that its metadata is text.
+    """Check that a model declares no more than its bytes hold, and that its metadata is text.
 
-    Raises: ValueError, its message the reason alone.
+    Raises: ValueError; its message is the reason alone.
     """
-    reader = _Reader()
+    reader = _MessageReader()
     for number, value in reader.fields(memoryview(content)):
         if number == _FUNCTIONS:
             raise ValueError("functions of its own, which no rootstock has")
@@ -45,15 +45,15 @@ def session_options(threads: int | None) -> Any:
     """Options of a session whose values come out of a limited arena."""
     _register_arena()
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # What is wrong is said by our own error.
+    options.log_severity_level = 4  # Our own error says what is wrong.
     options.intra_op_num_threads = threads or 0
     options.add_session_config_entry("session.use_env_allocators", "1")
     return options
 
 
 def open_session(content: bytes, threads: int | None) -> Any:
-    """A session of a checked model. Raises: what onnxruntime raises, which has no common base."""
-    # Folding computes constants while the file is opened, in memory that nothing limits.
+    """A session of a checked model. Raises: errors of onnxruntime, which have no common base."""
+    # Constant folding computes while the file is opened, in unlimited memory.
     return onnxruntime.InferenceSession(
         content,
         session_options(threads),
@@ -79,7 +79,7 @@ def _register_arena() -> None:
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg(limits))
 
 
-def _check_graph(reader: "_Reader", graph: Any) -> None:
+def _check_graph(reader: "_MessageReader", graph: Any) -> None:
     for number, value in reader.fields(graph):
         if number == _SPARSE_INITIALIZER:
             raise ValueError("sparse tensors, which no rootstock has")
@@ -91,7 +91,7 @@ def _check_graph(reader: "_Reader", graph: Any) -> None:
                     _check_attribute(reader, attribute)
 
 
-def _check_attribute(reader: "_Reader", attribute: Any) -> None:
+def _check_attribute(reader: "_MessageReader", attribute: Any) -> None:
     for number, value in reader.fields(attribute):
         if number in _REFUSED_VALUES:
             raise ValueError("graphs or sparse tensors inside nodes, which no rootstock has")
@@ -99,7 +99,7 @@ def _check_attribute(reader: "_Reader", attribute: Any) -> None:
             _check_tensor(reader, value)
 
 
-def _check_tensor(reader: "_Reader", tensor: Any) -> None:
+def _check_tensor(reader: "_MessageReader", tensor: Any) -> None:
     elements, size = 1, 0
     for number, value in reader.fields(tensor):
         if number in (_EXTERNAL_DATA, _DATA_LOCATION) and value:
@@ -115,7 +115,7 @@ def _check_tensor(reader: "_Reader", tensor: Any) -> None:
         raise ValueError(f"a tensor of {elements:,} elements in {size:,} bytes")
 
 
-def _check_text(reader: "_Reader", entry: Any) -> None:
+def _check_text(reader: "_MessageReader", entry: Any) -> None:
     for _, value in reader.fields(entry):
         if isinstance(value, memoryview):
             try:
@@ -124,8 +124,8 @@ def _check_text(reader: "_Reader", entry: Any) -> None:
                 raise ValueError(f"metadata that is not UTF-8 ({error.reason})") from error
 
 
-class _Reader:
-    """Fields of protobuf messages; all that are read of one file are counted."""
+class _MessageReader:
+    """Reads fields of protobuf messages, at most FIELD_LIMIT of one file."""
 
     def __init__(self) -> None:
         self._count = 0

@@ -1,4 +1,4 @@
-"""Classify images with a rootstock: onnxruntime, Pillow and NumPy, never torch."""
+"""Classify images with a rootstock, in onnxruntime, Pillow and NumPy; torch is never imported."""
 
 import json
 import time
@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from graftkit.errors import ConfigError, ImagesError, RootstockError
-from graftkit.vision.images.files import Folder, Skipped, decode_image, is_image_name, read_file
+from graftkit.vision.images.files import (
+    ImageFolder,
+    Skipped,
+    decode_image,
+    is_image_name,
+    read_file,
+)
 
 try:
     import onnxruntime
@@ -24,7 +30,7 @@ except ImportError as error:
 BATCH = 32
 """Images that are classified at once."""
 SIDE_OF_WHOLE_BATCHES, LONGEST_SIDE = 512, 2048
-"""Pixels: images up to the first come in batches of BATCH, beyond the second is no rootstock."""
+"""Pixels of a side: images up to the first are batched by BATCH; none is larger than the second."""
 
 
 Signature = tuple[str, str, tuple[int | str | None, ...]]
@@ -33,12 +39,12 @@ Signature = tuple[str, str, tuple[int | str | None, ...]]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a rootstock says of one image.
+    """The class of one image.
 
     Attributes:
         name: of the file.
         label: the most likely class.
-        confidence: its probability, as the softmax of the logits has it.
+        confidence: its probability, from the softmax of the logits.
         scores: probabilities of all classes.
     """
 
@@ -83,7 +89,7 @@ class Predictor:
         """Read a file that graftkit exported, float32 or int8.
 
         Args:
-            threads: of one inference, default as onnxruntime chooses: one for each core.
+            threads: of one inference; by default onnxruntime takes one for each core.
 
         Raises: RootstockError when the file is missing, no ONNX, not a rootstock, or would need
             more memory than a rootstock.
@@ -111,7 +117,7 @@ class Predictor:
 
         Raises: RootstockError when the network cannot run, or gives numbers that are not finite.
         """
-        # Fewer at once where they are large, so that memory stays bounded.
+        # Large images are batched by fewer, so that memory stays bounded.
         batch = max(1, min(BATCH, BATCH * SIDE_OF_WHOLE_BATCHES**2 // self.size**2))
         parts = [
             self._run(pixels[start : start + batch].astype(np.float32))
@@ -141,10 +147,10 @@ class Predictor:
     def _predict_batch(self, files: Sequence[Path]) -> list[Prediction | Skipped]:
         decoded = [self._decode_or_skip(file) for file in files]
         images = [pixels for pixels in decoded if isinstance(pixels, np.ndarray)]
-        answers = iter(softmax(self.logits(np.stack(images))) if images else ())
+        probabilities = iter(softmax(self.logits(np.stack(images))) if images else ())
         return [
-            self._prediction(file, next(answers)) if isinstance(found, np.ndarray) else found
-            for file, found in zip(files, decoded, strict=True)
+            self._prediction(file, next(probabilities)) if isinstance(image, np.ndarray) else image
+            for file, image in zip(files, decoded, strict=True)
         ]
 
     def _prediction(self, file: Path, scores: np.ndarray) -> Prediction:
@@ -177,26 +183,26 @@ class Predictor:
 
 def find_images(places: Sequence[Path]) -> list[Path]:
     """Files as they are, and for each folder the images under it, sorted."""
-    found: list[Path] = []
+    images: list[Path] = []
     for place in places:
         if place.is_dir():
-            found += [place / name for name in Folder(place).names() if is_image_name(name)]
+            images += [place / name for name in ImageFolder(place).names() if is_image_name(name)]
         else:
-            found.append(place)
-    return found
+            images.append(place)
+    return images
 
 
 class Arrivals:
     """Images that appear in a folder, or change, once they are complete.
 
-    A file counts as complete when its size and time stay the same between two polls, so that one
-    that is still being written is not read half. What is there at first does not count.
+    A file is complete when its size and time stay the same between two polls, so that half-written
+    files are not read. Files that are in the folder at first are left out.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._last = self._stamps()
-        self._known = dict(self._last)
+        self._reported = dict(self._last)
 
     def poll(self) -> list[Path]:
         """Files that have become complete since the last poll, sorted."""
@@ -204,10 +210,10 @@ class Arrivals:
         fresh = [
             file
             for file, stamp in now.items()
-            if stamp != self._known.get(file) and stamp == self._last.get(file) and stamp[0] > 0
+            if stamp != self._reported.get(file) and stamp == self._last.get(file) and stamp[0] > 0
         ]
-        self._known = {file: stamp for file, stamp in self._known.items() if file in now}
-        self._known |= {file: now[file] for file in fresh}
+        self._reported = {file: stamp for file, stamp in self._reported.items() if file in now}
+        self._reported |= {file: now[file] for file in fresh}
         self._last = now
         return fresh
 
@@ -217,7 +223,7 @@ class Arrivals:
         for file in find_images([self._folder]):
             try:
                 status = file.stat()
-            except OSError:  # Gone since it was found.
+            except OSError:  # Removed since it was listed.
                 continue
             stamps[file] = (status.st_size, status.st_mtime_ns)
         return stamps
@@ -251,7 +257,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[tuple[str, ...
 
 
 def _read_model(path: Path) -> bytes:
-    """The bytes of a file that onnxruntime may be given. Raises: RootstockError."""
+    """The bytes of a file, checked for onnxruntime. Raises: RootstockError."""
     try:
         if (size := path.stat().st_size) > FILE_LIMIT_BYTES:
             raise RootstockError(
@@ -271,12 +277,12 @@ def _read_model(path: Path) -> bytes:
 
 def _check_shapes(path: Path, signatures: list[list[Signature]], classes: int, size: int) -> None:
     inputs, outputs = signatures
-    found = [(name, kind, *shape[1:]) for name, kind, shape in (*inputs, *outputs)]
+    actual = [(name, kind, *shape[1:]) for name, kind, shape in (*inputs, *outputs)]
     expected = [
         ("image", "tensor(float)", 3, size, size),
         ("logits", "tensor(float)", classes),
     ]
-    if found != expected or isinstance(inputs[0][2][0], int):
+    if actual != expected or isinstance(inputs[0][2][0], int):
         raise RootstockError(
             f"{path}: reads and writes {_shown(inputs)} -> {_shown(outputs)}; expected "
             f"image (batch, 3, {size}, {size}) -> logits (batch, {classes}), both float32"

@@ -1,6 +1,6 @@
-"""How well pooled features tell the classes: logistic regression on frozen features.
+"""Linear probes: logistic regression on frozen features, with the relevance of every feature.
 
-Probes on disk, so that another budget does not fit those of every cut again.
+Probes are cached on disk, so that a run with another budget does not fit them again.
 """
 
 import json
@@ -28,18 +28,19 @@ ITERATIONS = 100
 PENALTIES, EPOCHS = (1e-3, 1e-1, 1.0), 60
 """Of the hidden head: alpha of scikit-learn, and passes over the training images."""
 LEAST_STD = 1e-3
-NEVER = -30.0
-"""Logit of a class without training images."""
+"""A feature that varies less counts as constant."""
+UNSEEN_LOGIT = -30.0
+"""Of a class without training images."""
 
 
 @dataclass(frozen=True)
-class Probe:
+class LinearProbe:
     """A logistic regression on standardised features.
 
     Attributes:
         weight (classes, features), bias (classes,): on standardised features.
-        mean, std (features,): of the training images; std 1 where it hardly varies.
-        val_accuracy, val_loss: share of validation images named rightly; mean cross-entropy.
+        mean, std (features,): of the training images; std is 1 for a feature that hardly varies.
+        val_accuracy, val_loss: share of validation images named rightly, and mean cross-entropy.
         decay: λ, chosen on the validation images.
     """
 
@@ -73,26 +74,26 @@ def fit_probe(
     val: tuple[Tensor, Tensor],
     classes: int,
     decays: Sequence[float] = DECAYS,
-) -> Probe:
-    """The probe whose λ gives the most validation images right; the stronger λ where two tie.
+) -> LinearProbe:
+    """The probe whose λ names most validation images rightly; of equals, the stronger λ.
 
         min over W, b of mean cross-entropy + λ/2 ‖W‖²
 
     Args:
-        train, val: features (n, f) float32 and labels (n,). A class may lack training images; it
-            is then never named.
+        train, val: features (n, f) float32 and labels (n,). A class without training images is
+            never predicted.
         classes: how many there are.
     """
     features, labels = train
     mean, std = _moments(features)
     scaled = ((features - mean) / std).numpy()
-    best: Probe | None = None
+    best: LinearProbe | None = None
     solver = LogisticRegression(max_iter=ITERATIONS, warm_start=True)
     for decay in decays:
         # scikit-learn weighs the sum of the losses by C and has 1/2 ‖W‖² beside it.
         solver.C = 1 / (decay * len(labels))
         weight, bias = _fitted(solver, scaled, labels.numpy(), classes)
-        probe = Probe(weight, bias, mean, std, 0.0, 0.0, decay)
+        probe = LinearProbe(weight, bias, mean, std, 0.0, 0.0, decay)
         accuracy, loss = _scores(probe.logits(val[0]), val[1])
         if best is None or accuracy > best.val_accuracy:
             best = replace(probe, val_accuracy=accuracy, val_loss=loss)
@@ -140,9 +141,9 @@ def _hidden_layers(solver: MLPClassifier, mean: Tensor, std: Tensor, classes: in
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every feature, and 1 for one that hardly varies.
+    """Mean and standard deviation of every feature; the latter is 1 where a feature hardly varies.
 
-    A weight divided by such a deviation would make noise of a rounded feature loud.
+    Division by a tiny deviation would amplify the rounding of such a feature.
     """
     mean, std = features.mean(dim=0), features.std(dim=0, unbiased=False)
     return mean, torch.where(std > LEAST_STD, std, torch.ones_like(std))
@@ -155,16 +156,18 @@ def _fitted(
         # A probe that has not wholly converged is scored on validation images like any other.
         warnings.simplefilter("ignore", ConvergenceWarning)
         solver.fit(scaled, labels)
-    rows, shift = (torch.from_numpy(found).float() for found in (solver.coef_, solver.intercept_))
-    return _by_class(solver.classes_, rows, shift, classes)
+    weight, bias = (torch.from_numpy(part).float() for part in (solver.coef_, solver.intercept_))
+    return _by_class(solver.classes_, weight, bias, classes)
 
 
-def _by_class(seen: np.ndarray, rows: Tensor, shift: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Weights (classes, f) and bias (classes,) from those of the classes that were seen."""
-    if len(seen) == 2 and len(rows) == 1:  # scikit-learn keeps one row for two classes
+def _by_class(
+    labels: np.ndarray, rows: Tensor, shift: Tensor, classes: int
+) -> tuple[Tensor, Tensor]:
+    """Weights (classes, f) and bias (classes,) from those of the classes in the training images."""
+    if len(labels) == 2 and len(rows) == 1:  # scikit-learn keeps one row for two classes
         rows, shift = torch.cat([-rows / 2, rows / 2]), torch.cat([-shift / 2, shift / 2])
-    weight, bias = torch.zeros(classes, rows.shape[1]), torch.full((classes,), NEVER)
-    weight[torch.from_numpy(seen)], bias[torch.from_numpy(seen)] = rows, shift
+    weight, bias = torch.zeros(classes, rows.shape[1]), torch.full((classes,), UNSEEN_LOGIT)
+    weight[torch.from_numpy(labels)], bias[torch.from_numpy(labels)] = rows, shift
     return weight, bias
 
 
@@ -173,16 +176,16 @@ def _scores(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     return float(right), float(nn.functional.cross_entropy(logits, labels))
 
 
-def l2_relevance(probe: Probe) -> Tensor:
+def l2_relevance(probe: LinearProbe) -> Tensor:
     """Norm of each standardised feature's weights over the classes, (features,): Head2Toe
     (Evci et al. 2022, arXiv 2201.03529), eq. 4 with one feature in a group."""
     relevance: Tensor = probe.weight.norm(dim=0)
     return relevance
 
 
-def taylor_relevance(probe: Probe, train: tuple[Tensor, Tensor]) -> Tensor:
+def taylor_relevance(probe: LinearProbe, train: tuple[Tensor, Tensor]) -> Tensor:
     """Mean |x ∂L/∂x| of each standardised feature over training images, (features,): the first
-    order of the loss's change when the feature is taken away (Molchanov et al. 2017, 1611.06440).
+    order of the loss's change when the feature is removed (Molchanov et al. 2017, 1611.06440).
     """
     features, labels = train
     scaled = probe.standardized(features)
@@ -192,11 +195,11 @@ def taylor_relevance(probe: Probe, train: tuple[Tensor, Tensor]) -> Tensor:
     return relevance
 
 
-_FIELDS = tuple(field.name for field in fields(Probe))
-_FITTED = {"fitted": json.dumps([DECAYS, ITERATIONS])}
+_FIELDS = tuple(field.name for field in fields(LinearProbe))
+_CACHE_METADATA = {"fitted": json.dumps([DECAYS, ITERATIONS])}
 
 
-def write_probes(probes: Sequence[Probe], file: Path) -> None:
+def write_probes(probes: Sequence[LinearProbe], file: Path) -> None:
     """Write probes, in their order, whole or not at all. Raises: OutputError."""
     values = {
         f"{index}.{name}": _as_tensor(getattr(probe, name))
@@ -204,24 +207,24 @@ def write_probes(probes: Sequence[Probe], file: Path) -> None:
         for name in _FIELDS
     }
     with replaced_file(file) as partial:
-        partial.write_bytes(save(values, metadata=_FITTED))
+        partial.write_bytes(save(values, metadata=_CACHE_METADATA))
 
 
-def read_probes(file: Path, count: int) -> list[Probe] | None:
-    """The first `count` probes; None where they are not there, damaged, or fitted otherwise."""
+def read_probes(file: Path, count: int) -> list[LinearProbe] | None:
+    """The first `count` probes; None if the file is missing, damaged, or of other settings."""
     try:
-        with safe_open(file, framework="pt") as found:
-            if found.metadata() != _FITTED:
+        with safe_open(file, framework="pt") as stored:
+            if stored.metadata() != _CACHE_METADATA:
                 return None
-            values = [
-                {name: found.get_tensor(f"{index}.{name}") for name in _FIELDS}
+            probes = [
+                {name: stored.get_tensor(f"{index}.{name}") for name in _FIELDS}
                 for index in range(count)
             ]
     except (OSError, SafetensorError):
         return None
     return [
-        Probe(**{name: value if value.ndim else value.item() for name, value in of.items()})
-        for of in values
+        LinearProbe(**{name: value if value.ndim else value.item() for name, value in each.items()})
+        for each in probes
     ]
 
 

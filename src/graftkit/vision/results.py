@@ -1,13 +1,13 @@
-"""What a run found, as the one dictionary that graft.json, the page and the command line read.
+"""The result of a run: the dictionary in graft.json, which the page and the command line show.
 
-What a result says, in sentences: is the rootstock worth it?
+`judge` decides whether grafting paid off, and says so in sentences.
 """
 
 import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,77 +18,105 @@ from PIL import Image
 
 from graftkit.config import VERSION
 from graftkit.files import replaced_file
-from graftkit.vision.costs import file_latency
-from graftkit.vision.donor import Donor
-from graftkit.vision.evaluate import Measured, file_scores, inference_rss_bytes, parity
+from graftkit.vision.baselines import DONOR, LAST_LAYER, ROOTSTOCK
+from graftkit.vision.choose import CostBudget, DonorCuts, ScionChoice
+from graftkit.vision.evaluate import Measurement, accuracy_lead, measure_int8
 from graftkit.vision.features import POOLINGS
-from graftkit.vision.images import ImageSet
-from graftkit.vision.int8 import quantize_onnx
-from graftkit.vision.predict import Predictor
-from graftkit.vision.rootstock import Scion
+from graftkit.vision.images import SPLITS, ImageSet
 from graftkit.vision.thinning import hidden_channels
+from graftkit.vision.training import TrainedNetwork
 
-CALIBRATION_IMAGES = 256  # of training, for the ranges of int8
+Result = Mapping[str, Any]
 SHOWN_MISTAKES = 24
-DROP = 0.01  # of validation accuracy by int8, above which the report warns
+INT8_DROP = 0.01  # of validation accuracy, above which the report warns
+SAME_SIZE = 1.02  # of the rootstock's bytes: equal parameters in a few more nodes count as equal
+REFERENCE_DONORS = (DONOR, LAST_LAYER)
 
 
-def deployed(main: Measured, images: ImageSet, int8: Path) -> dict[str, Any]:
-    """Quantize the rootstock, and measure both files as they would run on a device."""
-    train = images.part("train").pixels
-    chosen = np.linspace(0, len(train) - 1, min(CALIBRATION_IMAGES, len(train))).astype(int)
-    int8_bytes = quantize_onnx(main.file, int8, train[chosen])
-    val = images.part("val")
-    same = parity(main.file, int8, val.pixels, val.labels)
-    test = file_scores(Predictor.open(int8), images.part("test"))
-    p50, p95 = file_latency(int8, images.pixels[:1])
+def cuts_record(cuts: DonorCuts, choice: ScionChoice, budget: CostBudget) -> dict[str, Any]:
+    """The donor, the images, the budget and the scion that was chosen."""
+    images = cuts.images
+    counts = np.bincount(images.splits, minlength=len(SPLITS)).tolist()
     return {
-        "int8_bytes": int8_bytes,
-        "int8": {
-            "val_accuracy": same.accuracy_int8,
-            "test_accuracy": test.accuracy,
-            "test_interval": list(test.interval),
-            "p50_ms": p50,
-            "p95_ms": p95,
-            "agreement": same.agreement,
-        },
-        "peak_rss_bytes": inference_rss_bytes(main.file),
+        "donor": cuts.donor.name,
+        "classes": list(images.classes),
+        "images": dict(zip(SPLITS, counts, strict=True)),
+        "skipped": [asdict(skipped) for skipped in images.skipped],
+        "budget": asdict(budget),
+        "rule": choice.rule,
+        "scion": _scion_record(choice, cuts),
+        "curve": [asdict(point) for point in cuts.curve],
+        "versions": {"graftkit": VERSION}
+        | {name: version(name) for name in ("torch", "onnxruntime")},
     }
 
 
-def doubts_of_int8(result: dict[str, Any]) -> list[str]:
-    """What a reader should know of the int8 file."""
+def networks_record(
+    measured: Mapping[str, tuple[TrainedNetwork, Measurement]], images: ImageSet, int8_file: Path
+) -> dict[str, Any]:
+    """The rootstock's numbers, and under `baselines` those of the others with its lead over them.
+
+    Writes the rootstock's int8 form to `int8_file`, and measures it.
+    """
+    network, rootstock = measured[ROOTSTOCK]
+    records = {
+        name: one.to_record(images.classes) | {"draws": list(trained.draws)}
+        for name, (trained, one) in measured.items()
+    }
+    own = records.pop(ROOTSTOCK)
+    for name, record in records.items():
+        lead, interval = accuracy_lead(rootstock.test.right, measured[name][1].test.right)
+        record |= {"lead": lead, "lead_interval": list(interval)}
+    return {
+        **own,
+        **measure_int8(rootstock.file, images, int8_file),
+        "confusion": [list(row) for row in rootstock.test.confusion],
+        "baselines": records,
+        "mistakes": _mistakes(rootstock, images),
+        "history": [asdict(epoch) for epoch in network.history],
+    }
+
+
+def warnings_of(result: Result, budget: CostBudget, rootstock: Measurement) -> list[str]:
+    """Sentences about a missed budget and about what int8 costs."""
+    warnings = []
+    # Milliseconds are measured once for the choice and once at the end.
+    cost = {"bytes": rootstock.bytes, "ms": rootstock.p50_ms, "macs": rootstock.macs}[budget.kind]
+    if cost > budget.amount:
+        warnings.append(
+            f"The rootstock came out at {budget.format(cost)}, over the budget of {budget.text}."
+        )
     drop = result["val_accuracy"] - result["int8"]["val_accuracy"]
-    if drop <= DROP:
-        return []
-    return [f"int8 names {100 * drop:.1f} % fewer validation images rightly than float32."]
+    if drop > INT8_DROP:
+        warnings.append(
+            f"int8 names {100 * drop:.1f} % fewer validation images rightly than float32."
+        )
+    return warnings
 
 
-def scion_rows(scion: Scion, taken: Donor, donor: Donor) -> list[Any]:
-    """Of every layer that is kept: its pooled features, and which of them the head reads.
+def _scion_record(choice: ScionChoice, cuts: DonorCuts) -> list[dict[str, Any]]:
+    """For every layer of the trunk: its pooled features, and which of them the head reads.
 
     `read` holds runs [first, behind the last] of features; all channels of the first pooling come
-    before those of the next. Hidden channels are those inside the layer that could be taken out.
-
-    Args:
-        taken: whose layers the rootstock has, thinned perhaps. donor: before that.
+    before those of the next. Hidden channels are those inside the layer that could be removed.
     """
-    hidden, left = hidden_channels(donor), hidden_channels(taken)
+    donor, scion = cuts.donor, choice.scion
+    before, after = hidden_channels(donor), hidden_channels(choice.donor)
     return [
         {
             "layer": donor.layer_names[index],
             "index": index,
             "channels": donor.channels[index] * len(POOLINGS),
             "kept": len(scion.channels.get(index, ())),
-            "read": runs(scion.channels.get(index, ())),
-            "hidden": hidden[index],
-            "hidden_kept": left[index],
+            "read": _runs(scion.channels.get(index, ())),
+            "hidden": before[index],
+            "hidden_kept": after[index],
         }
         for index in range(scion.cut)
     ]
 
 
-def runs(numbers: Sequence[int]) -> list[list[int]]:
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
     """Ascending numbers as runs [first, behind the last]."""
     if not numbers:
         return []
@@ -96,31 +124,26 @@ def runs(numbers: Sequence[int]) -> list[list[int]]:
     return [[int(part[0]), int(part[-1]) + 1] for part in parts]
 
 
-def mistakes(main: Measured, images: ImageSet) -> list[dict[str, Any]]:
+def _mistakes(rootstock: Measurement, images: ImageSet) -> list[dict[str, Any]]:
     """Test images that are named wrongly, the most confident first."""
-    part = images.part("test")
-    shares = torch.softmax(main.test.logits, dim=1)
-    confidence, answers = shares.max(dim=1)
-    wrong = np.flatnonzero(answers.numpy() != part.labels)
+    test = images.subset("test")
+    probabilities = torch.softmax(rootstock.test.logits, dim=1)
+    confidence, predicted = probabilities.max(dim=1)
+    wrong = np.flatnonzero(predicted.numpy() != test.labels)
     order = wrong[np.argsort(-confidence.numpy()[wrong], kind="stable")][:SHOWN_MISTAKES]
     return [
         {
-            "name": part.names[index],
-            "label": images.classes[part.labels[index]],
-            "predicted": images.classes[int(answers[index])],
+            "name": test.names[index],
+            "label": images.classes[test.labels[index]],
+            "predicted": images.classes[int(predicted[index])],
             "confidence": float(confidence[index]),
-            "thumbnail": _thumbnail(part.pixels[index]),
+            "thumbnail": _thumbnail(test.pixels[index]),
         }
         for index in order
     ]
 
 
-def versions() -> dict[str, str]:
-    """Of graftkit and of what it computes with."""
-    return {"graftkit": VERSION} | {name: version(name) for name in ("torch", "onnxruntime")}
-
-
-def write_json(result: dict[str, Any], file: Path) -> None:
+def write_json(result: Result, file: Path) -> None:
     """Write a result, whole or not at all. Raises: OutputError."""
     with replaced_file(file) as partial:
         partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -133,32 +156,32 @@ def _thumbnail(pixels: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-Result = Mapping[str, Any]
-SAME_SIZE = 1.02  # of the rootstock's bytes: equal parameters in a few more nodes count as equal
-DONORS = ("fine-tuned donor", "donor, last layer")
-
-
 @dataclass(frozen=True)
-class Verdict:
-    """Attributes: pays: every baseline of its size is clearly worse. sentences: for a reader."""
+class GraftVerdict:
+    """Whether grafting pays here: every baseline of the rootstock's size is clearly worse.
+
+    Attributes:
+        sentences: for a reader.
+    """
 
     pays: bool
     sentences: tuple[str, ...]
 
 
-def judge(result: Result) -> Verdict:
+def judge(result: Result) -> GraftVerdict:
     """Compare the rootstock with the donor, and with every baseline whose file is no larger.
 
-    The best of these decides, by the rootstock's lead in test accuracy: where the lead's 95 %
-    interval is above 0 grafting pays, below 0 it does not, and otherwise the question is open.
+    The best of these baselines decides, by the rootstock's lead in test accuracy: grafting pays
+    where the lead's 95 % interval is above 0, does not pay where it is below 0, and otherwise the
+    question is open.
     """
-    own, size = result.get("test_accuracy"), result.get("bytes")
-    if own is None or size is None:
-        return Verdict(False, ("The rootstock was not measured on test images.",))
-    low, high = result.get("test_interval") or (own, own)
+    accuracy, size = result.get("test_accuracy"), result.get("bytes")
+    if accuracy is None or size is None:
+        return GraftVerdict(False, ("The rootstock was not measured on test images.",))
+    low, high = result.get("test_interval") or (accuracy, accuracy)
     first = (
-        f"The rootstock has {megabytes(size)} MB and reaches {percent(own)} % "
-        f"[{percent(low)}, {percent(high)}] on the test images{_against_donor(result)}."
+        f"The rootstock has {megabytes(size)} MB and reaches {percent(accuracy)} % "
+        f"[{percent(low)}, {percent(high)}] on the test images{_donor_clause(result)}."
     )
     rivals = {
         name: numbers
@@ -167,9 +190,10 @@ def judge(result: Result) -> Verdict:
         and numbers.get("bytes", float("inf")) <= SAME_SIZE * size
     }
     if not rivals:
-        return Verdict(
-            False, (first, "No baseline of its size was run: whether grafting pays is open.")
-        )
+        reason = "No baseline of its size was trained"
+        if not result.get("baselines_trained", True):
+            reason += " (--baselines trains them)"
+        return GraftVerdict(False, (first, f"{reason}: whether grafting pays is open."))
     name, best = min(rivals.items(), key=lambda rival: rival[1]["lead"])
     low, high = best["lead_interval"]
     if low > 0:
@@ -178,18 +202,18 @@ def judge(result: Result) -> Verdict:
         word = "does not pay here"
     else:
         word = "may or may not pay here"
-    told = (
+    second = (
         f"Grafting {word}: of the baselines of its size, {name} ({megabytes(best['bytes'])} MB) "
         f"comes nearest with {percent(best['test_accuracy'])} %; the rootstock's lead is "
         f"{100 * best['lead']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]."
     )
-    return Verdict(low > 0, (first, told))
+    return GraftVerdict(low > 0, (first, second))
 
 
 def reference_donor(result: Result) -> tuple[str, Result]:
     """Name and numbers of the whole donor's classifier: fine-tuned where it was. Or "" and {}."""
     baselines = result.get("baselines", {})
-    name = next((name for name in DONORS if name in baselines), "")
+    name = next((name for name in REFERENCE_DONORS if name in baselines), "")
     return name, baselines.get(name, {})
 
 
@@ -203,7 +227,7 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.2f}"
 
 
-def _against_donor(result: Result) -> str:
+def _donor_clause(result: Result) -> str:
     name, donor = reference_donor(result)
     if donor.get("test_accuracy") is None or donor.get("bytes") is None:
         return ""

@@ -1,14 +1,11 @@
-"""Heads of a rootstock: from pooled features (n, features) to logits (n, classes).
-
-Rootstock: the first layers of a donor, and a small head on the pooled outputs of some of them.
+"""Rootstock: the first layers of a donor, and a small head on the pooled outputs of some of them.
 
 Knowledge Grafting (arXiv 2507.19261): feature maps of the donor, averaged over the image,
-concatenated, classified by a few dense layers. Which maps are read is the scion.
+concatenated, classified by a few dense layers. Which features are read is the scion.
 
-Batch normalization into a network that has none, and out of one that has it.
-
-A donor whose normalization is folded into its convolutions trains badly. Here every convolution
-gets one that leaves the function as it is, and gives it back before the network is exported.
+A donor whose batch normalization is folded into its convolutions trains badly. So every
+convolution gets one that leaves the function unchanged (`insert_norms`), and before the export
+all of them are folded away again (`fold_rootstock`).
 """
 
 import copy
@@ -25,7 +22,7 @@ from graftkit.errors import DonorError, ImagesError
 from graftkit.vision.donor import Donor, Normalization, pool
 
 DROPOUT = 0.2
-HeadMaker = Callable[[int, int], nn.Module]
+HeadFactory = Callable[[int, int], nn.Module]
 """A head from the numbers of features and of classes."""
 
 
@@ -77,17 +74,17 @@ def fold_head(head: nn.Module) -> nn.Module:
     """
     if not isinstance(head, nn.Sequential):
         return copy.deepcopy(head).eval()
-    kept: list[nn.Module] = []
+    folded: list[nn.Module] = []
     norm: nn.BatchNorm1d | None = None
     for layer in head:
         if isinstance(layer, nn.BatchNorm1d):
             norm = layer
         elif norm is not None and isinstance(layer, nn.Linear):
-            kept.append(_absorbed(norm, layer))
+            folded.append(_absorbed(norm, layer))
             norm = None
         elif not isinstance(layer, nn.Dropout):
-            kept.append(copy.deepcopy(layer))
-    return nn.Sequential(*kept).eval()
+            folded.append(copy.deepcopy(layer))
+    return nn.Sequential(*folded).eval()
 
 
 def _absorbed(norm: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
@@ -112,10 +109,11 @@ def _rescaled(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> nn.
 class Scion:
     """Which features of a donor a rootstock reads.
 
-    cut: layers of the donor that are kept, 0 to cut - 1.
-    channels: by layer, the indices into `pool(output, poolings)` that the head reads; sorted
-        here, each once. A layer without an entry is computed and not read.
-    poolings: of every layer that is read.
+    Attributes:
+        cut: layers of the donor that stay, 0 to cut - 1.
+        channels: by layer, the indices into `pool(output, poolings)` that the head reads; sorted
+            here, each once. A layer without an entry is computed and not read.
+        poolings: of every layer that is read.
     """
 
     cut: int
@@ -124,7 +122,7 @@ class Scion:
 
     def __post_init__(self) -> None:
         ordered = {i: tuple(sorted(set(self.channels[i]))) for i in sorted(self.channels)}
-        object.__setattr__(self, "channels", {i: kept for i, kept in ordered.items() if kept})
+        object.__setattr__(self, "channels", {i: read for i, read in ordered.items() if read})
 
     @property
     def features(self) -> int:
@@ -135,8 +133,9 @@ class Scion:
 class Rootstock(nn.Module):
     """A donor's layers, cut, with a head. Made by `grow`.
 
-    trunk: layers 0 to scion.cut - 1, a chain. head: (n, features) -> (n, classes).
-    size: pixels of a side. Inputs are RGB 0..255; the normalization is inside.
+    Attributes:
+        trunk: layers 0 to scion.cut - 1, a chain. head: (n, features) -> (n, classes).
+        size: pixels of a side. Inputs are RGB 0..255; the normalization is inside.
     """
 
     def __init__(
@@ -175,8 +174,8 @@ class Rootstock(nn.Module):
         return logits
 
     def describe(self) -> dict[str, Any]:
-        """What weights alone do not say: scion, size, normalization and classes."""
-        channels = {str(i): list(kept) for i, kept in self.scion.channels.items()}
+        """What the weights do not hold: scion, size, normalization and classes."""
+        channels = {str(i): list(read) for i, read in self.scion.channels.items()}
         return {
             "cut": self.scion.cut,
             "channels": channels,
@@ -244,11 +243,11 @@ class NormedConv(nn.Sequential):
 
 @torch.no_grad()
 def insert_norms(module: nn.Module, pixels: np.ndarray) -> None:
-    """Put a BatchNorm2d behind every convolution, in place; the eval function stays.
+    """Put a BatchNorm2d behind every convolution, in place; in eval mode the function stays.
 
         γ = √(var + ε), β = mean:   γ (x − mean) / √(var + ε) + β = x
 
-    The function does not change, so one pass measures the channels of all convolutions.
+    As the function does not change, one pass measures the channels of all convolutions.
 
     Args:
         module: a network of images (n, 3, size, size), float, RGB 0..255.
@@ -258,34 +257,38 @@ def insert_norms(module: nn.Module, pixels: np.ndarray) -> None:
     if len(pixels) == 0:
         raise ImagesError("there is no image to measure batch normalization on; give at least one")
     module.eval()
-    convolutions = [part for part in module.modules() if isinstance(part, nn.Conv2d)]
-    moments = {conv: _Moments(conv) for conv in convolutions}
-    watched = [conv.register_forward_hook(moment.watch) for conv, moment in moments.items()]
+    moments: dict[nn.Module, ChannelMoments] = {}
+    hooks = []
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            moments[part] = ChannelMoments(part.out_channels, part.weight.device)
+            hooks.append(part.register_forward_hook(_add_to(moments[part])))
     try:
         for images in batches(pixels):
             module(images.to(_device(module)))
     finally:
-        for hook in watched:
+        for hook in hooks:
             hook.remove()
-    _exchange(module, {conv: NormedConv(conv, found.norm()) for conv, found in moments.items()})
+    normed = {conv: NormedConv(conv, _identity_norm(each)) for conv, each in moments.items()}
+    _replace_modules(module, normed)
     module.eval()
 
 
 @torch.no_grad()
 def fold_norms(module: nn.Module, size: int) -> None:
-    """Multiply every BatchNorm2d that reads a convolution's output into it, in place.
+    """Fold every BatchNorm2d that reads a convolution's output into the convolution, in place.
 
-    Which convolution a normalization reads is seen in a pass of one black image of `size` pixels
-    a side. The function in eval mode stays; a normalization that reads something else stays too.
+    A pass of one black image of `size` pixels a side shows which convolution a normalization
+    reads; one that reads something else stays. In eval mode the function is the same afterwards.
     """
     module.eval()
     readers = _readers(module, size)
     for norm, conv in readers.items():
         fused = fuse_conv_bn_eval(conv, norm)
         conv.weight, conv.bias = fused.weight, fused.bias
-    _exchange(module, {norm: nn.Identity() for norm in readers})
+    _replace_modules(module, {norm: nn.Identity() for norm in readers})
     inserted = [part for part in module.modules() if isinstance(part, NormedConv)]
-    _exchange(module, {part: part[0] for part in inserted})
+    _replace_modules(module, {part: part[0] for part in inserted})
 
 
 def fold_rootstock(rootstock: Rootstock) -> Rootstock:
@@ -297,47 +300,66 @@ def fold_rootstock(rootstock: Rootstock) -> Rootstock:
 
 
 def exported_parameters(rootstock: Rootstock) -> int:
-    """Parameters that are left when batch normalization is folded away, as in the exported file."""
+    """Parameters after batch normalization is folded away, as in the exported file."""
     return sum(weights.numel() for weights in fold_rootstock(rootstock).parameters())
 
 
-class _Moments:
+class ChannelMoments:
     """Mean and variance of every channel over images and positions, from batches."""
 
-    def __init__(self, conv: nn.Conv2d):
+    def __init__(self, channels: int, device: torch.device | None = None):
         self.count = 0
-        self.sum = conv.weight.new_zeros(conv.out_channels, dtype=torch.float64)
+        self.sum = torch.zeros(channels, dtype=torch.float64, device=device)
         self.squares = torch.zeros_like(self.sum)
 
-    def watch(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        """A forward hook: takes in an output (n, channels, height, width)."""
-        count = output.numel() // output.shape[1]
-        var, mean = torch.var_mean(output, dim=(0, 2, 3), correction=0)
+    def add(self, rows: Tensor, over: tuple[int, ...] = (0,)) -> None:
+        """Take in values whose dimensions are positions, `over`, and the channels."""
+        var, mean = torch.var_mean(rows, dim=over, correction=0)
         mean, var = mean.double(), var.double()
+        count = rows.numel() // len(self.sum)
         self.count += count
         self.sum += count * mean
         self.squares += count * (var + mean**2)
 
-    def norm(self) -> nn.BatchNorm2d:
-        """The normalization that leaves these channels as they are."""
-        norm = nn.BatchNorm2d(len(self.sum), device=self.sum.device)
-        mean = self.sum / self.count
-        var = (self.squares / self.count - mean**2).clamp_min(0)
-        for kept, value in (
-            (norm.running_mean, mean),
-            (norm.running_var, var),
-            (norm.weight, torch.sqrt(var + norm.eps)),
-            (norm.bias, mean),
-        ):
-            assert kept is not None
-            kept.copy_(value)
-        return norm
+    @property
+    def mean(self) -> Tensor:
+        """Mean of every channel, float64."""
+        return self.sum / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of every channel, float64."""
+        return (self.squares / self.count - self.mean**2).clamp_min(0)
+
+
+def _add_to(moments: ChannelMoments) -> Callable[..., None]:
+    """A forward hook that adds an output (n, channels, height, width) to the moments."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        moments.add(output, over=(0, 2, 3))
+
+    return hook
+
+
+def _identity_norm(moments: ChannelMoments) -> nn.BatchNorm2d:
+    """The normalization that leaves channels of these moments unchanged."""
+    mean, var = moments.mean, moments.variance
+    norm = nn.BatchNorm2d(len(mean), device=mean.device)
+    for parameter, value in (
+        (norm.running_mean, mean),
+        (norm.running_var, var),
+        (norm.weight, torch.sqrt(var + norm.eps)),
+        (norm.bias, mean),
+    ):
+        assert parameter is not None
+        parameter.copy_(value)
+    return norm
 
 
 def _readers(module: nn.Module, size: int) -> dict[nn.BatchNorm2d, nn.Conv2d]:
     """By normalization, the convolution whose output it reads."""
     outputs: list[tuple[nn.Conv2d, Tensor]] = []
-    found: dict[nn.BatchNorm2d, nn.Conv2d] = {}
+    readers: dict[nn.BatchNorm2d, nn.Conv2d] = {}
 
     def note_output(conv: Any, _inputs: Any, output: Tensor) -> None:
         outputs.append((conv, output))
@@ -345,7 +367,7 @@ def _readers(module: nn.Module, size: int) -> dict[nn.BatchNorm2d, nn.Conv2d]:
     def note_input(norm: Any, inputs: tuple[Tensor, ...]) -> None:
         for conv, output in outputs:
             if output is inputs[0]:
-                found[norm] = conv
+                readers[norm] = conv
 
     hooks = []
     for part in module.modules():
@@ -358,15 +380,15 @@ def _readers(module: nn.Module, size: int) -> dict[nn.BatchNorm2d, nn.Conv2d]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return readers
 
 
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _exchange(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules where the keys of `replacements` stand."""
+def _replace_modules(module: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace the parts of a module that are keys of `replacements` by their values."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if child in replacements:
@@ -390,9 +412,9 @@ def logits_of(
     training = module.training
     module.eval()
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bfloat16):
-        found = [module(images.to(device)).float().cpu() for images in batches(pixels, batch)]
+        logits = [module(images.to(device)).float().cpu() for images in batches(pixels, batch)]
     module.train(training)
-    return torch.cat(found) if found else torch.empty(0, 0)
+    return torch.cat(logits) if logits else torch.empty(0, 0)
 
 
 def batches(pixels: np.ndarray, batch: int = BATCH) -> Iterator[Tensor]:

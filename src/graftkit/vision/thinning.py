@@ -1,10 +1,8 @@
-"""Take channels out of modules; and out of the last layer of a cut trunk those nobody reads.
-
-Thin a donor's layers: hidden channels that carry little are taken out, outputs stay.
+"""Remove channels: unread ones of a trunk's last layer, and hidden ones inside a donor's layers.
 
 Hidden is a channel between two convolutions, or two dense layers, of one layer of the donor, with
-nothing but activations, normalization and depthwise convolutions on its way. Whoever reads the
-layer's output notices no other shape, so a thinned donor is cut, read and trained like any other.
+nothing but activations, normalization and depthwise convolutions in between. Without some of them
+the layer's output has the same shape, so a thinned donor is cut, read and trained like any other.
 """
 
 import copy
@@ -20,7 +18,15 @@ from torch import Tensor, nn
 
 from graftkit.vision.donor import Donor
 from graftkit.vision.donors.architectures import InvertedResidual
-from graftkit.vision.rootstock import batches
+from graftkit.vision.rootstock import ChannelMoments, batches
+
+LEAST_SHARE = 0.1
+"""Of the hidden channels, the share that stays wherever channels are removed."""
+BLOCK = 16
+"""Channels that go together where a module has a multiple of them: kernels of inference work on
+blocks of 8 or 16 channels, and are much slower where the last one is not full."""
+
+ConvOrLinear = nn.Conv2d | nn.Linear
 
 # Every output channel depends on the same input channel alone, and there are no weights.
 _PER_CHANNEL = (
@@ -40,8 +46,8 @@ _PER_CHANNEL = (
 
 
 @dataclass(frozen=True)
-class Pruned:
-    """Layers after pruning, how many channels the last one lost, and why none, if none."""
+class PruningResult:
+    """Layers after pruning, how many channels the last one lost, and the reason where none."""
 
     layers: tuple[nn.Module, ...]
     dropped: int
@@ -49,44 +55,43 @@ class Pruned:
 
 
 class PickChannels(nn.Module):
-    """Passes on some channels of a map."""
+    """Selects some channels of a map."""
 
     index: Tensor
 
-    def __init__(self, kept: Sequence[int]):
+    def __init__(self, keep: Sequence[int]):
         super().__init__()
-        self.register_buffer("index", torch.tensor(kept))
+        self.register_buffer("index", torch.tensor(keep))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of a map (n, C, H, W) the kept channels, in their order."""
+        """The selected channels of a map (n, C, H, W), in their order."""
         return x.index_select(1, self.index)
 
 
-def drop_dead_channels(layers: Sequence[nn.Module], kept: Sequence[int]) -> Pruned:
-    """Leave only the `kept` output channels of the last layer, where that is simple.
+def drop_unread_channels(layers: Sequence[nn.Module], keep: Sequence[int]) -> PruningResult:
+    """Remove the output channels of the last layer that are not in `keep`, where that is simple.
 
-    The last layer is copied, the others are passed on. Its outputs are those of the kept channels,
-    in their order, so whoever reads them must count anew: kept[i] becomes i. Simple are inverted
-    residuals of the .npz MobileNetV2, and an nn.Sequential that ends in an ordinary convolution
-    with batch normalization and activation.
+    It is simple for inverted residuals of the .npz MobileNetV2, and for an nn.Sequential that ends
+    in an ordinary convolution with batch normalization and activation. The last layer is copied;
+    output channel keep[i] becomes channel i.
 
     Args:
-        kept: output channels that are read, ascending, each once.
+        keep: output channels that are read, ascending, each once.
     """
     last = copy.deepcopy(layers[-1])
     body = last.body if isinstance(last, InvertedResidual) else last
     reason, conv, norms = _find_convolution(body)
     if conv is None:
-        return Pruned(tuple(layers), 0, reason)
-    dropped = conv.out_channels - len(kept)
-    if not kept or dropped == 0:
-        reason = "every channel is read" if kept else "no channel is read: cut before this layer"
-        return Pruned(tuple(layers), 0, reason)
+        return PruningResult(tuple(layers), 0, reason)
+    dropped = conv.out_channels - len(keep)
+    if not keep or dropped == 0:
+        reason = "every channel is read" if keep else "no channel is read: cut before this layer"
+        return PruningResult(tuple(layers), 0, reason)
     for module in (conv, *norms):
-        keep_outputs(module, kept)
+        keep_outputs(module, keep)
     if isinstance(last, InvertedResidual) and last.skip is not None:
-        last.skip = PickChannels(kept)
-    return Pruned((*layers[:-1], last), dropped)
+        last.skip = PickChannels(keep)
+    return PruningResult((*layers[:-1], last), dropped)
 
 
 def _find_convolution(
@@ -107,59 +112,49 @@ def _find_convolution(
 
 
 @torch.no_grad()
-def keep_outputs(module: nn.Module, kept: Sequence[int]) -> None:
-    """Leave these output channels of a convolution, a dense layer or what is behind them, in place.
+def keep_outputs(module: nn.Module, keep: Sequence[int]) -> None:
+    """Keep only these output channels of a convolution, dense layer or normalization, in place.
 
     A depthwise convolution and a normalization lose the same input channels.
     """
-    _slice(module, ("weight", "bias", "running_mean", "running_var"), 0, kept)
+    _slice(module, ("weight", "bias", "running_mean", "running_var"), 0, keep)
     if isinstance(module, nn.Conv2d):
         if module.groups > 1:
-            module.in_channels = module.groups = len(kept)
-        module.out_channels = len(kept)
+            module.in_channels = module.groups = len(keep)
+        module.out_channels = len(keep)
     elif isinstance(module, nn.Linear):
-        module.out_features = len(kept)
+        module.out_features = len(keep)
     elif isinstance(module, nn.BatchNorm2d):
-        module.num_features = len(kept)
+        module.num_features = len(keep)
 
 
 @torch.no_grad()
-def keep_inputs(module: nn.Conv2d | nn.Linear, kept: Sequence[int]) -> None:
-    """Leave these input channels of an ordinary convolution or a dense layer, in place."""
-    _slice(module, ("weight",), 1, kept)
+def keep_inputs(module: nn.Conv2d | nn.Linear, keep: Sequence[int]) -> None:
+    """Keep only these input channels of an ordinary convolution or a dense layer, in place."""
+    _slice(module, ("weight",), 1, keep)
     if isinstance(module, nn.Conv2d):
-        module.in_channels = len(kept)
+        module.in_channels = len(keep)
     else:
-        module.in_features = len(kept)
+        module.in_features = len(keep)
 
 
-def _slice(module: nn.Module, names: Sequence[str], dim: int, kept: Sequence[int]) -> None:
+def _slice(module: nn.Module, names: Sequence[str], dim: int, keep: Sequence[int]) -> None:
     for name in names:
         value = getattr(module, name, None)
         if value is not None:
-            part = value.detach().index_select(dim, torch.tensor(kept, device=value.device))
+            part = value.detach().index_select(dim, torch.tensor(keep, device=value.device))
             trained = isinstance(value, nn.Parameter)
             setattr(module, name, nn.Parameter(part, value.requires_grad) if trained else part)
 
 
-LEAST_KEPT = 0.1
-"""Share of the hidden channels that stays wherever channels are taken out."""
-BLOCK = 16
-"""Channels that go together where a module has a multiple of them: kernels of inference work on
-blocks of 8 or 16 channels, and are much slower where the last one is not full."""
-
-Dense = nn.Conv2d | nn.Linear
-Unit = Literal["parameters", "macs"]
-
-
 @dataclass(frozen=True)
-class Hidden:
-    """Channels inside a layer: those that one of its modules makes and another one reads.
+class HiddenChannels:
+    """Channels inside a layer, which one of its modules computes and another one reads.
 
     Attributes:
-        producer, between, consumer: names of modules of the layer, in the order of their work.
+        producer, between, consumer: names of modules of the layer, in the order in which they run.
         channels: how many there are.
-        parameters, macs: that one channel costs, with batch normalization folded away.
+        parameters, macs: cost of one channel, with batch normalization folded away.
     """
 
     producer: str
@@ -171,52 +166,52 @@ class Hidden:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _ModuleCall:
     name: str
     module: nn.Module
     output: Tensor
 
 
 @torch.no_grad()
-def find_hidden(layer: nn.Module, x: Tensor) -> list[Hidden]:
-    """All hidden channels of a layer that can be taken out, seen in one pass of its input `x`.
+def find_hidden(layer: nn.Module, x: Tensor) -> list[HiddenChannels]:
+    """All hidden channels of a layer that can be removed, observed in one pass of its input `x`.
 
-    Neither what runs between modules nor what an activation does is seen, so every finding is tried
-    on a copy of the layer.
+    Hooks observe modules only, not the code between them, so every candidate is tried on a copy
+    of the layer.
 
     Args:
-        x: one image's map or tokens: costs are counted for it.
+        x: the map or tokens of one image; costs are counted for it.
     """
     calls = _calls(layer, x)
     runs = Counter(call.name for call in calls)
-    found = [_follow(calls, index) for index, call in enumerate(calls) if runs[call.name] == 1]
-    return [hidden for hidden in found if hidden and _can_be_thinned(layer, hidden, x)]
+    candidates = [_follow(calls, index) for index, call in enumerate(calls) if runs[call.name] == 1]
+    return [hidden for hidden in candidates if hidden and _can_be_thinned(layer, hidden, x)]
 
 
 @torch.no_grad()
 def narrow(
-    layer: nn.Module, hidden: Hidden, kept: Sequence[int], means: Tensor | None = None
+    layer: nn.Module, hidden: HiddenChannels, keep: Sequence[int], means: Tensor | None = None
 ) -> None:
-    """Leave only these channels of `hidden`, in place.
+    """Keep only these channels of `hidden`, in place.
 
     Args:
-        kept: ascending, each once, at least one.
-        means: of all channels as the consumer reads them; those that go leave their mean in its
-            bias, if it has one.
+        keep: ascending, each once, at least one.
+        means: of all channels as the consumer reads them; the means of removed channels go into
+            the consumer's bias, if it has one.
     """
     consumer = layer.get_submodule(hidden.consumer)
-    assert isinstance(consumer, Dense)
+    assert isinstance(consumer, ConvOrLinear)
     if means is not None and consumer.bias is not None:
-        gone = sorted(set(range(hidden.channels)) - set(kept))
-        weight = consumer.weight[:, gone]
-        consumer.bias += (weight.flatten(2).sum(2) if weight.ndim > 2 else weight) @ means[gone]
+        removed = sorted(set(range(hidden.channels)) - set(keep))
+        weight = consumer.weight[:, removed]
+        consumer.bias += (weight.flatten(2).sum(2) if weight.ndim > 2 else weight) @ means[removed]
     for name in (hidden.producer, *hidden.between):
-        keep_outputs(layer.get_submodule(name), kept)
-    keep_inputs(consumer, kept)
+        keep_outputs(layer.get_submodule(name), keep)
+    keep_inputs(consumer, keep)
 
 
 def hidden_channels(donor: Donor) -> list[int]:
-    """Of every layer, how many hidden channels it has."""
+    """The number of hidden channels of every layer."""
     counts = [0] * len(donor.layers)
     for layer, hidden in _find_in_donor(donor):
         counts[layer] += hidden.channels
@@ -224,28 +219,30 @@ def hidden_channels(donor: Donor) -> list[int]:
 
 
 class Thinner:
-    """The hidden channels of a donor in the order in which they are taken out.
+    """The hidden channels of a donor in the order in which they are removed.
 
-    A channel's worth is the share of its consumer's variance that goes through it,
-    var(a) ‖W‖² / Σ var(a) ‖W‖², over what it costs. What is worth least goes first, by blocks.
+    The relevance of a channel is the share of its consumer's variance that goes through it, over
+    its cost: var(a) ‖W‖² / Σ var(a) ‖W‖². The least relevant ones go first, in blocks.
 
     Args:
         pixels: training images to measure on, uint8 (n, 3, size, size).
-        unit: what is short.
+        cost: what has to become less.
     """
 
-    def __init__(self, donor: Donor, pixels: np.ndarray, unit: Unit):
+    def __init__(
+        self, donor: Donor, pixels: np.ndarray, cost: Literal["parameters", "macs"]
+    ) -> None:
         self.donor = donor
         self.hidden = _find_in_donor(donor)
         self.moments = _measure(donor, self.hidden, pixels)
-        self.order = self._order(unit)
+        self.order = self._order(cost)
 
-    def thinned(self, cut: int, fits: Callable[[Donor], bool]) -> Donor | None:
-        """The first `cut` layers with as few channels taken out as `fits` asks for.
+    def thin(self, cut: int, fits: Callable[[Donor], bool]) -> Donor | None:
+        """The first `cut` layers with as few channels removed as it takes to fit.
 
         Args:
             fits: whether a donor is small enough; must not turn false when channels go.
-        Returns: None where that is not enough, or nothing is hidden there.
+        Returns: None where no removal is enough, or there are no hidden channels.
         """
         order = [item for item in self.order if item[0] < cut]
         low, high = 0, len(order)
@@ -259,84 +256,59 @@ class Thinner:
                 low = middle
         return self._without(cut, order[:high])
 
-    def _order(self, unit: str) -> list[tuple[int, Hidden, list[int]]]:
+    def _order(self, cost: str) -> list[tuple[int, HiddenChannels, list[int]]]:
         ranked = []
         for layer, hidden in self.hidden:
             weight = _weight(self.donor.layers[layer].get_submodule(hidden.consumer))
             norms = weight.transpose(0, 1).flatten(1).square().sum(1)
-            worth = self.moments[layer, hidden].variance * norms.double()
-            worth = worth / worth.sum().clamp_min(torch.finfo(torch.float64).tiny)
-            order = torch.argsort(worth, stable=True).tolist()
-            for block in _blocks(order):
-                cost = getattr(hidden, unit) * len(block)
-                ranked.append((float(worth[block].sum()) / cost, layer, hidden, block))
+            share = self.moments[layer, hidden].variance * norms.double()
+            share = share / share.sum().clamp_min(torch.finfo(torch.float64).tiny)
+            for block in _blocks(torch.argsort(share, stable=True).tolist()):
+                block_cost = getattr(hidden, cost) * len(block)
+                ranked.append((float(share[block].sum()) / block_cost, layer, hidden, block))
         ranked.sort(key=lambda item: item[0])
         return [item[1:] for item in ranked]
 
-    def _without(self, cut: int, gone: Sequence[tuple[int, Hidden, list[int]]]) -> Donor:
+    def _without(self, cut: int, blocks: Sequence[tuple[int, HiddenChannels, list[int]]]) -> Donor:
         layers = [copy.deepcopy(layer) for layer in self.donor.layers[:cut]]
-        dropped: dict[tuple[int, Hidden], set[int]] = {}
-        for layer, hidden, block in gone:
-            dropped.setdefault((layer, hidden), set()).update(block)
-        for (layer, hidden), channels in dropped.items():
-            kept = sorted(set(range(hidden.channels)) - channels)
+        removed: dict[tuple[int, HiddenChannels], set[int]] = {}
+        for layer, hidden, block in blocks:
+            removed.setdefault((layer, hidden), set()).update(block)
+        for (layer, hidden), channels in removed.items():
+            keep = sorted(set(range(hidden.channels)) - channels)
             means = self.moments[layer, hidden].mean.float()
-            narrow(layers[layer], hidden, kept, means)
+            narrow(layers[layer], hidden, keep, means)
         return self.donor.with_layers(layers)
 
 
 def _blocks(order: list[int]) -> list[list[int]]:
-    """The channels that may go, the first first, as they go together; the rest always stays."""
+    """The channels that may be removed, in the blocks and in the order in which they go."""
     size = BLOCK if len(order) % BLOCK == 0 else 1
-    least = max(1, math.ceil(LEAST_KEPT * len(order) / size)) * size
-    gone = order[: len(order) - least]
-    return [gone[start : start + size] for start in range(0, len(gone), size)]
-
-
-class _Moments:
-    """Mean and variance of every channel that a module reads, from batches."""
-
-    def __init__(self, channels: int):
-        self.count = 0
-        self.sum = torch.zeros(channels, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.sum)
-
-    def watch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """A forward pre-hook: takes in what the module reads."""
-        channels = _by_channel(module, inputs[0]).double()
-        self.count += len(channels)
-        self.sum += channels.sum(0)
-        self.squares += channels.square().sum(0)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.sum / self.count
-
-    @property
-    def variance(self) -> Tensor:
-        return (self.squares / self.count - self.mean**2).clamp_min(0)
+    least = max(1, math.ceil(LEAST_SHARE * len(order) / size)) * size
+    removable = order[: len(order) - least]
+    return [removable[start : start + size] for start in range(0, len(removable), size)]
 
 
 @torch.no_grad()
-def _find_in_donor(donor: Donor) -> list[tuple[int, Hidden]]:
-    # An image of noise: what is equal for a black one need not be equal.
+def _find_in_donor(donor: Donor) -> list[tuple[int, HiddenChannels]]:
+    # An image of noise, because different layers may agree on a black one.
     draws = np.random.default_rng(0).integers(0, 256, (1, 3, donor.size, donor.size))
     x = donor.normalization.apply(torch.from_numpy(draws).float())
-    found = []
+    places = []
     for index, layer in enumerate(donor.layers):
-        found += [(index, hidden) for hidden in find_hidden(layer, x)]
+        places += [(index, hidden) for hidden in find_hidden(layer, x)]
         x = layer(x)
-    return found
+    return places
 
 
 @torch.inference_mode()
 def _measure(
-    donor: Donor, places: Sequence[tuple[int, Hidden]], pixels: np.ndarray
-) -> dict[tuple[int, Hidden], _Moments]:
-    moments = {place: _Moments(place[1].channels) for place in places}
+    donor: Donor, places: Sequence[tuple[int, HiddenChannels]], pixels: np.ndarray
+) -> dict[tuple[int, HiddenChannels], ChannelMoments]:
+    moments = {place: ChannelMoments(place[1].channels) for place in places}
     hooks = [
-        donor.layers[layer].get_submodule(hidden.consumer).register_forward_pre_hook(found.watch)
-        for (layer, hidden), found in moments.items()
+        donor.layers[layer].get_submodule(hidden.consumer).register_forward_pre_hook(_add_to(each))
+        for (layer, hidden), each in moments.items()
     ]
     try:
         for images in batches(pixels):
@@ -347,19 +319,28 @@ def _measure(
     return moments
 
 
-def _calls(layer: nn.Module, x: Tensor) -> list[_Call]:
-    """The modules of a layer that have no parts, in the order in which they run."""
-    calls: list[_Call] = []
+def _add_to(moments: ChannelMoments) -> Callable[..., None]:
+    """A forward pre-hook that adds what a module reads to the moments."""
 
-    def note(name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        moments.add(_by_channel(module, inputs[0]))
+
+    return hook
+
+
+def _calls(layer: nn.Module, x: Tensor) -> list[_ModuleCall]:
+    """The calls of a layer's leaf modules, in the order in which they run."""
+    calls: list[_ModuleCall] = []
+
+    def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                calls.append(_Call(name, module, output))
+                calls.append(_ModuleCall(name, module, output))
 
         return hook
 
     hooks = [
-        part.register_forward_hook(note(name))
+        part.register_forward_hook(record(name))
         for name, part in layer.named_modules()
         if not any(part.children())
     ]
@@ -371,16 +352,16 @@ def _calls(layer: nn.Module, x: Tensor) -> list[_Call]:
     return calls
 
 
-def _follow(calls: Sequence[_Call], index: int) -> Hidden | None:
-    """The channels that a call makes, up to the next module that mixes channels."""
-    made = calls[index]
-    if not _mixes(made.module):
+def _follow(calls: Sequence[_ModuleCall], index: int) -> HiddenChannels | None:
+    """The channels that a call computes, if the next module that mixes channels reads just them."""
+    producer = calls[index]
+    if not _mixes(producer.module):
         return None
-    between: list[_Call] = []
+    between: list[_ModuleCall] = []
     for call in calls[index + 1 :]:
         if _mixes(call.module):
-            fits = _weight(call.module).shape[1] == len(_weight(made.module))
-            return _hidden(made, between, call) if fits else None
+            matches = _weight(call.module).shape[1] == len(_weight(producer.module))
+            return _hidden(producer, between, call) if matches else None
         if _is_depthwise(call.module) or isinstance(call.module, nn.BatchNorm2d):
             between.append(call)
         elif [*call.module.parameters(), *call.module.buffers()]:
@@ -388,48 +369,50 @@ def _follow(calls: Sequence[_Call], index: int) -> Hidden | None:
     return None
 
 
-def _hidden(made: _Call, between: Sequence[_Call], reader: _Call) -> Hidden:
-    making = [made, *(call for call in between if _is_depthwise(call.module))]
-    costs = [(_weight(call.module)[0].numel(), _positions(call)) for call in making]
-    read = (_weight(reader.module)[:, 0].numel(), _positions(reader))
-    return Hidden(
-        made.name,
+def _hidden(
+    producer: _ModuleCall, between: Sequence[_ModuleCall], consumer: _ModuleCall
+) -> HiddenChannels:
+    depthwise = [call for call in between if _is_depthwise(call.module)]
+    costs = [(_weight(call.module)[0].numel(), _positions(call)) for call in (producer, *depthwise)]
+    read = (_weight(consumer.module)[:, 0].numel(), _positions(consumer))
+    return HiddenChannels(
+        producer.name,
         tuple(call.name for call in between),
-        reader.name,
-        len(_weight(made.module)),
+        consumer.name,
+        len(_weight(producer.module)),
         sum(weights + 1 for weights, _ in costs) + read[0],
         sum(weights * positions for weights, positions in (*costs, read)),
     )
 
 
-def _positions(call: _Call) -> int:
+def _positions(call: _ModuleCall) -> int:
     return len(_by_channel(call.module, call.output))
 
 
-def _can_be_thinned(layer: nn.Module, hidden: Hidden, x: Tensor) -> bool:
-    """Whether a layer without half of these channels answers as one where they are zero."""
-    kept = list(range(0, hidden.channels, 2))
+def _can_be_thinned(layer: nn.Module, hidden: HiddenChannels, x: Tensor) -> bool:
+    """Whether a layer without half of these channels computes what it does when they are zero."""
+    keep = list(range(0, hidden.channels, 2))
     masked, thinned = copy.deepcopy(layer), copy.deepcopy(layer)
 
     def mask(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         channels = torch.zeros(hidden.channels, device=x.device)
-        channels[kept] = 1
+        channels[keep] = 1
         return (
             inputs[0] * (channels if isinstance(module, nn.Linear) else channels[:, None, None]),
         )
 
     masked.get_submodule(hidden.consumer).register_forward_pre_hook(mask)
     try:
-        narrow(thinned, hidden, kept)
-        found, expected = thinned(x), masked(x)
+        narrow(thinned, hidden, keep)
+        output, expected = thinned(x), masked(x)
     except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
         return False  # the layer does more with these channels than its modules show
     scale = float(expected.abs().max())
-    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-4 * scale)
+    return output.shape == expected.shape and torch.allclose(output, expected, atol=1e-4 * scale)
 
 
 def _weight(module: nn.Module) -> Tensor:
-    assert isinstance(module, Dense)
+    assert isinstance(module, ConvOrLinear)
     return module.weight.detach()
 
 
@@ -444,5 +427,5 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 
 def _by_channel(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module reads or makes, (n, C, H, W) or (..., C) for dense layers, as rows (m, C)."""
+    """An input or output, (n, C, H, W) or (..., C) for dense layers, as rows (m, C)."""
     return (x if isinstance(module, nn.Linear) else x.movedim(1, -1)).flatten(0, -2)

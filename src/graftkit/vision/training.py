@@ -1,18 +1,10 @@
-"""Random views of a batch of images: symmetries, crops, small rotations and light.
-
-Everything geometric is one affine map and is sampled once; everything of colour is one 3 x 3
-matrix and an offset. Draws depend on (seed, epoch, batch) only: training that is resumed sees what
-it would have seen.
-
-What the fine-tuned donor says of training images: the soft labels of all that learn from it.
-
-Fine-tuning of a rootstock on images, and scores of what it answers.
+"""Fine-tune a rootstock on random views of images, from their labels and from soft labels.
 
     loss = (1 − w) CE(smoothed labels) + w T² KL(softmax(soft / T) ‖ softmax(logits / T))
 
-AdamW, a warm-up and a cosine; the weights that are kept are a moving average. Every draw follows
-from (seed, epoch, batch) and every epoch ends with a checkpoint: a run that was killed goes on
-from its last whole epoch, to the same bits on the same machine.
+AdamW with a warm-up and a cosine schedule; the result is a moving average of the weights. Every
+draw follows from (seed, epoch, batch), and every epoch ends with a checkpoint: a run that was
+killed continues from its last whole epoch, to the same bits on the same machine.
 """
 
 import json
@@ -29,116 +21,32 @@ from typing import Any
 import numpy as np
 import torch
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel
 
+from graftkit.config import Settings
 from graftkit.errors import ConfigError, ImagesError
 from graftkit.files import replaced_file
 from graftkit.parallel import bfloat16_pays
+from graftkit.progress import Progress
 from graftkit.vision.evaluate import score
-from graftkit.vision.images import ImageSet, Part, Report
+from graftkit.vision.images import ImageSet, LabeledImages
 from graftkit.vision.rootstock import Rootstock, insert_norms, logits_of
 
+STEP = "fine-tuning"  # the step that `progress` is called with
+CHECKPOINT = "checkpoint.pt"
+NORM_IMAGES = 512  # training images that inserted batch normalization is measured on
+WARM_UP_SHARE = 0.1  # of all steps
 LEAST_AREA = 0.6  # share of the image that a crop shows, at least
 MOST_DEGREES = 10.0  # of a rotation to either side
 LIGHT = 0.2  # brightness, contrast and saturation are scaled by 1 - LIGHT to 1 + LIGHT
 GREY = (0.299, 0.587, 0.114)  # luma of R, G and B, ITU-R BT.601
 
 
-@contextmanager
-def seeded(*numbers: int) -> Iterator[None]:
-    """Inside, torch's random numbers follow from `numbers`; afterwards they go on as before."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    with torch.random.fork_rng():
-        torch.manual_seed(int(seed[0]))
-        yield
-
-
-def augment(pixels: Tensor, seed: int, epoch: int, batch: int, upright: bool = False) -> Tensor:
-    """A random view of every image.
-
-    Args:
-        pixels: (n, 3, size, size), uint8, RGB.
-        seed, epoch, batch: decide every draw.
-        upright: whether up matters; only mirrored then, otherwise also turned by 90 degrees.
-    Returns: the same shape, float32, 0..255.
-    """
-    with seeded(seed, epoch, batch):
-        maps = _geometry(len(pixels), upright).to(pixels.device)
-        matrix, contrast = (part.to(pixels.device) for part in _light(len(pixels)))
-    images = pixels.float()
-    grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
-    images = functional.grid_sample(
-        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
-    return _lit(images, matrix, contrast)
-
-
-def _geometry(count: int, upright: bool) -> Tensor:
-    """Affine maps (count, 2, 3) from the view's coordinates to the image's, both -1 to 1."""
-    angle = torch.deg2rad((2 * torch.rand(count) - 1) * MOST_DEGREES)
-    if not upright:
-        angle = angle + torch.randint(4, (count,)) * (math.pi / 2)
-    side = torch.sqrt(LEAST_AREA + (1 - LEAST_AREA) * torch.rand(count))
-    mirrored = 1 - 2 * torch.randint(2, (count,)).float()
-    center = (2 * torch.rand(count, 2) - 1) * (1 - side)[:, None]
-    cosine, sine = side * torch.cos(angle), side * torch.sin(angle)
-    rows = [cosine * mirrored, -sine, center[:, 0], sine * mirrored, cosine, center[:, 1]]
-    return torch.stack(rows, dim=1).view(count, 2, 3)
-
-
-def _light(count: int) -> tuple[Tensor, Tensor]:
-    """Colour matrices (count, 3, 3) and the contrasts that they hold, (count, 1, 1)."""
-    brightness, contrast, saturation = 1 + LIGHT * (2 * torch.rand(3, count, 1, 1) - 1)
-    grey = torch.tensor(GREY).expand(3, 3)
-    return brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * grey), contrast
-
-
-def _lit(images: Tensor, matrix: Tensor, contrast: Tensor) -> Tensor:
-    """matrix · x, with the mean grey of every image where brightness alone would put it.
-
-    Saturation leaves grey as it is, so the mean grey of matrix · x is brightness · contrast · g.
-    """
-    flat = images.flatten(2)
-    colored = matrix @ flat
-    grey = torch.tensor(GREY, device=images.device)
-    mean = torch.einsum("c,ncp->n", grey, colored)[:, None, None] / flat.shape[2]
-    return (colored + (1 / contrast - 1) * mean).clamp_(0, 255).view_as(images)
-
-
-class SoftLabels:
-    """A network's logits for batches of images, each batch computed once.
-
-    Networks that are trained with one seed see the same views in the same batches, so only the
-    first of them waits for the answers.
-    """
-
-    def __init__(self, network: nn.Module):
-        self.network = network.eval()
-        self._known: dict[bytes, Tensor] = {}
-
-    @torch.no_grad()
-    def of(self, images: Tensor) -> Tensor:
-        """Logits (n, classes), float32, of images (n, 3, size, size); as autocast computes them."""
-        rows = images.movedim(1, -1).contiguous().cpu()  # no copy where channels are last
-        key = blake3(rows.numpy().view(np.uint8).data).digest()
-        if key not in self._known:
-            self._known[key] = self.network(images).float()
-        return self._known[key]
-
-
-STEP = "fine-tuning"  # as `report` hears it
-CHECKPOINT = "checkpoint.pt"
-NORM_IMAGES = 512  # training images that inserted batch normalization is measured on
-WARM_UP_SHARE = 0.1  # of all steps
-
-
-class TrainingSettings(BaseModel):
+class TrainingSettings(Settings):
     """How a rootstock, or a baseline, is fine-tuned."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     epochs: int = Field(default=20, ge=1, le=10_000)
     """Passes over the training images."""
@@ -168,7 +76,7 @@ class TrainingSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass: the mean training loss, as minimised; cross-entropy and accuracy on validation."""
+    """One pass: the mean training loss, and cross-entropy and accuracy on validation images."""
 
     train_loss: float
     val_loss: float
@@ -177,49 +85,86 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Training:
-    """What `fine_tune` did. best: the epoch whose weights were kept, from 0."""
+class TrainingResult:
+    """The epochs of a fine-tuning; `best`, from 0, is the one whose weights are the result."""
 
     history: tuple[Epoch, ...]
     best: int
 
 
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A rootstock or a baseline, ready to be measured.
+
+    Attributes:
+        history: the epochs of its fine-tuning; empty where only the head was fitted.
+        draws: test accuracies of the head fitted on other draws of the training images; may be
+            empty.
+    """
+
+    name: str
+    rootstock: Rootstock
+    history: tuple[Epoch, ...] = ()
+    draws: tuple[float, ...] = ()
+
+
+class SoftLabels:
+    """The logits of the fine-tuned donor for batches of training images, each computed once.
+
+    Networks that are trained with one seed see the same views in the same batches, so only the
+    first of them has to wait.
+    """
+
+    def __init__(self, network: nn.Module):
+        self.network = network.eval()
+        self._logits: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, images: Tensor) -> Tensor:
+        """Logits (n, classes), float32, of images (n, 3, size, size); as autocast computes them."""
+        rows = images.movedim(1, -1).contiguous().cpu()  # no copy where channels are last
+        key = blake3(rows.numpy().view(np.uint8).data).digest()
+        if key not in self._logits:
+            self._logits[key] = self.network(images).float()
+        return self._logits[key]
+
+
 def fine_tune(
     module: Rootstock,
-    train: Part,
-    val: Part,
+    train: LabeledImages,
+    val: LabeledImages,
     settings: TrainingSettings,
     folder: Path,
     soft_labels: SoftLabels | None = None,
-    report: Report = lambda step, done, total: None,
-) -> Training:
+    progress: Progress = lambda step, done, total: None,
+) -> TrainingResult:
     """Train `module` in place; it ends in eval mode with the weights of its best epoch.
 
-    The best epoch has the lowest validation cross-entropy. It counts every image by degrees, where
-    accuracy moves in steps of one image: on a few hundred images it is less a matter of luck.
+    The best epoch has the lowest validation cross-entropy. Accuracy moves in steps of one image
+    and would be decided by chance on a few hundred images.
 
     Args:
         module: on the device that it is to be trained on.
-        folder: of the checkpoint. The same call goes on there; another one begins anew.
-        soft_labels: of the very views that `module` sees; None learns from the labels alone.
-        report: hears of every step.
+        folder: of the checkpoint. The same call continues from it; any other starts anew.
+        soft_labels: of the views that `module` sees; None learns from the labels alone.
+        progress: called at every step.
     Raises: ImagesError for too few images; ConfigError when the loss is not finite or the
         checkpoint cannot be read; OutputError when it cannot be written.
     """
     _check_parts(train, val)
     key = _digest(module, train, val, settings, soft_labels)
-    run = _Run(module, train, val, settings, soft_labels)
+    run = _TrainingRun(module, train, val, settings, soft_labels)
     file = Path(folder) / CHECKPOINT
     run.resume(file, key)
     for epoch in range(len(run.history), settings.epochs):
         started = time.monotonic()
         with seeded(settings.seed, epoch):
-            train_loss = run.train_epoch(epoch, report)
+            train_loss = run.train_epoch(epoch, progress)
         run.close_epoch(train_loss, started)
         run.write(file, key)
     module.load_state_dict(run.best_weights)
     module.eval()
-    return Training(tuple(run.history), run.best)
+    return TrainingResult(tuple(run.history), run.best)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -266,19 +211,20 @@ def parameter_groups(module: Rootstock, settings: TrainingSettings) -> list[dict
     return groups
 
 
-class _Run:
+class _TrainingRun:
     """Weights, their average, the optimizer's state, the history and the best weights so far."""
 
     def __init__(
         self,
         module: Rootstock,
-        train: Part,
-        val: Part,
+        train: LabeledImages,
+        val: LabeledImages,
         settings: TrainingSettings,
         soft_labels: SoftLabels | None,
     ):
         self.module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.train, self.val, self.settings, self.soft = train, val, settings, soft_labels
+        self.train, self.val = train, val
+        self.settings, self.soft_labels = settings, soft_labels
         self.device = next(module.parameters()).device
         self.steps = math.ceil(len(train.labels) / settings.batch)  # of an epoch
         self.average = AveragedModel(
@@ -289,7 +235,7 @@ class _Run:
         self.best = -1
         self.best_weights: dict[str, Tensor] = {}
 
-    def train_epoch(self, epoch: int, report: Report) -> float:
+    def train_epoch(self, epoch: int, progress: Progress) -> float:
         """One pass over the training images; their mean loss."""
         self.module.train()
         order = torch.randperm(len(self.train.labels)).numpy()
@@ -297,7 +243,7 @@ class _Run:
         for index, rows in enumerate(np.array_split(order, self.steps)):
             step = epoch * self.steps + index
             total += len(rows) * self._step(step, epoch, index, np.sort(rows))
-            report(STEP, step + 1, self.steps * self.settings.epochs)
+            progress(STEP, step + 1, self.steps * self.settings.epochs)
         return total / len(order)
 
     def _step(self, step: int, epoch: int, index: int, rows: np.ndarray) -> float:
@@ -309,7 +255,7 @@ class _Run:
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.bfloat16):
             logits = self.module(images).float()
-            soft = self.soft.of(images) if self.soft else None
+            soft = self.soft_labels.of(images) if self.soft_labels else None
         loss = loss_of(logits, labels, soft, settings)
         value = loss.item()
         if not math.isfinite(value):
@@ -326,14 +272,14 @@ class _Run:
         return value
 
     def close_epoch(self, train_loss: float, started: float) -> None:
-        """Measure the average on validation, and keep it when it is the best so far."""
+        """Score the average on validation images, and remember it when it is the best so far."""
         network = self.average.module
         settings = self.settings
         logits = logits_of(network, self.val.pixels, settings.batch, settings.bfloat16)
-        found = score(logits, self.val.labels)
+        scores = score(logits, self.val.labels)
         seconds = time.monotonic() - started
-        self.history.append(Epoch(train_loss, found.loss, found.accuracy, seconds))
-        if self.best < 0 or found.loss < self.history[self.best].val_loss:
+        self.history.append(Epoch(train_loss, scores.loss, scores.accuracy, seconds))
+        if self.best < 0 or scores.loss < self.history[self.best].val_loss:
             self.best = len(self.history) - 1
             self.best_weights = {k: v.clone() for k, v in network.state_dict().items()}
 
@@ -389,7 +335,7 @@ def _moving_average(settings: TrainingSettings, steps: int) -> Callable[..., Non
     return update
 
 
-def _check_parts(train: Part, val: Part) -> None:
+def _check_parts(train: LabeledImages, val: LabeledImages) -> None:
     if len(train.labels) < 2:
         raise ImagesError(
             f"{len(train.labels)} image is there to train on; batch normalization needs two"
@@ -402,16 +348,16 @@ def _check_parts(train: Part, val: Part) -> None:
 
 def _digest(
     module: Rootstock,
-    train: Part,
-    val: Part,
+    train: LabeledImages,
+    val: LabeledImages,
     settings: TrainingSettings,
     soft_labels: SoftLabels | None,
 ) -> str:
     """All that decides the result: settings, images, first weights, architecture, soft labels."""
     digest = blake3()
     unused = {"distillation", "temperature"} if soft_labels is None else None
-    told = settings.model_dump_json(exclude=unused)
-    for text in (told, json.dumps(module.describe()), repr(module)):
+    relevant = settings.model_dump_json(exclude=unused)
+    for text in (relevant, json.dumps(module.describe()), repr(module)):
         digest.update(text.encode())
     for part in (train, val):
         digest.update(part.labels.tobytes())
@@ -426,30 +372,17 @@ def _digest(
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Network:
-    """A rootstock or a baseline, ready to be measured.
-
-    Attributes:
-        history: of its fine-tuning, empty where its trunk is the donor's.
-        draws: test accuracies with other draws of the training images, where they were taken.
-    """
-
-    name: str
-    rootstock: Rootstock
-    history: tuple[Epoch, ...] = ()
-    draws: tuple[float, ...] = ()
-
-
 def file_stem(name: str) -> str:
     """Letters and digits of a name, other characters as hyphens: paper-s-scion."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 class Trainer:
-    """Fine-tunes one network after another in the same way; each resumes in a folder of its own.
+    """Fine-tunes one network after another in the same way; each has a folder for its checkpoint.
 
-    Networks without batch normalization get it where the donor has its own folded away.
+    Args:
+        folded: whether the donor's batch normalization is folded into its convolutions; networks
+            without batch normalization then get it for the training.
     """
 
     def __init__(
@@ -458,15 +391,15 @@ class Trainer:
         folded: bool,
         settings: TrainingSettings,
         folder: Path,
-        report: Report,
+        progress: Progress,
     ):
-        self.train, self.val = images.part("train"), images.part("val")
+        self.train, self.val = images.subset("train"), images.subset("val")
         self.folded, self.settings = folded, settings
-        self.folder, self.report = folder, report
+        self.folder, self.progress = folder, progress
 
     def tune(
         self, name: str, rootstock: Rootstock, soft_labels: SoftLabels | None, random: bool = False
-    ) -> Network:
+    ) -> TrainedNetwork:
         """Fine-tune `rootstock` in place.
 
         Args:
@@ -474,13 +407,79 @@ class Trainer:
         """
         has_norms = any(isinstance(part, nn.BatchNorm2d) for part in rootstock.trunk.modules())
         if self.folded and not has_norms:
-            chosen = np.random.default_rng(self.settings.seed).permutation(len(self.train.labels))
-            insert_norms(rootstock, self.train.pixels[np.sort(chosen[:NORM_IMAGES])])
+            order = np.random.default_rng(self.settings.seed).permutation(len(self.train.labels))
+            insert_norms(rootstock, self.train.pixels[np.sort(order[:NORM_IMAGES])])
         settings = self.settings.model_copy(update={"trunk_share": 1.0} if random else {})
         folder = self.folder / file_stem(name)
 
-        def report(_step: str, done: int, total: int) -> None:
-            self.report(f"fine-tuning: {name}", done, total)
+        def progress(_step: str, done: int, total: int) -> None:
+            self.progress(f"fine-tuning: {name}", done, total)
 
-        done = fine_tune(rootstock, self.train, self.val, settings, folder, soft_labels, report)
-        return Network(name, rootstock, done.history)
+        trained = fine_tune(
+            rootstock, self.train, self.val, settings, folder, soft_labels, progress
+        )
+        return TrainedNetwork(name, rootstock, trained.history)
+
+
+@contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """Seed torch's random numbers with `numbers` inside the block, and restore them afterwards."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    with torch.random.fork_rng():
+        torch.manual_seed(int(seed[0]))
+        yield
+
+
+def augment(pixels: Tensor, seed: int, epoch: int, batch: int, upright: bool = False) -> Tensor:
+    """A random view of every image: symmetry, crop, small rotation and light.
+
+    Everything geometric is one affine map and is sampled once; everything of colour is one 3 x 3
+    matrix and an offset.
+
+    Args:
+        pixels: (n, 3, size, size), uint8, RGB.
+        seed, epoch, batch: decide every draw.
+        upright: whether up matters: mirrored only, not turned by 90 degrees.
+    Returns: the same shape, float32, 0..255.
+    """
+    with seeded(seed, epoch, batch):
+        maps = _geometry(len(pixels), upright).to(pixels.device)
+        matrix, contrast = (part.to(pixels.device) for part in _light(len(pixels)))
+    images = pixels.float()
+    grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
+    images = functional.grid_sample(
+        images, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    return _apply_light(images, matrix, contrast)
+
+
+def _geometry(count: int, upright: bool) -> Tensor:
+    """Affine maps (count, 2, 3) from the view's coordinates to the image's, both -1 to 1."""
+    angle = torch.deg2rad((2 * torch.rand(count) - 1) * MOST_DEGREES)
+    if not upright:
+        angle = angle + torch.randint(4, (count,)) * (math.pi / 2)
+    side = torch.sqrt(LEAST_AREA + (1 - LEAST_AREA) * torch.rand(count))
+    mirrored = 1 - 2 * torch.randint(2, (count,)).float()
+    center = (2 * torch.rand(count, 2) - 1) * (1 - side)[:, None]
+    cosine, sine = side * torch.cos(angle), side * torch.sin(angle)
+    rows = [cosine * mirrored, -sine, center[:, 0], sine * mirrored, cosine, center[:, 1]]
+    return torch.stack(rows, dim=1).view(count, 2, 3)
+
+
+def _light(count: int) -> tuple[Tensor, Tensor]:
+    """Colour matrices (count, 3, 3), and the contrasts in them, (count, 1, 1)."""
+    brightness, contrast, saturation = 1 + LIGHT * (2 * torch.rand(3, count, 1, 1) - 1)
+    grey = torch.tensor(GREY).expand(3, 3)
+    return brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * grey), contrast
+
+
+def _apply_light(images: Tensor, matrix: Tensor, contrast: Tensor) -> Tensor:
+    """matrix · x + offset, the offset such that contrast leaves every image's mean grey unchanged.
+
+    Saturation leaves grey as it is, so the mean grey g of matrix · x is brightness · contrast · g.
+    """
+    flat = images.flatten(2)
+    colored = matrix @ flat
+    grey = torch.tensor(GREY, device=images.device)
+    mean = torch.einsum("c,ncp->n", grey, colored)[:, None, None] / flat.shape[2]
+    return (colored + (1 / contrast - 1) * mean).clamp_(0, 255).view_as(images)

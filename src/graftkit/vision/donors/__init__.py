@@ -1,11 +1,8 @@
-"""Donors by origin: each file turns one kind of network into a chain of layers.
+"""Donors by origin: each module turns one kind of network into a chain of layers.
 
-chain           the chain itself, and how a donor wants its images
-mobilenet_npz   MobileNetV2 with batch normalization folded away, from an .npz file
-vgg             VGG16, the donor of the paper
-hub             ResNet, MobileNetV2, ConvNeXt and ViT of transformers; timm
+architectures   MobileNetV2 from an .npz file, its batch normalization folded; VGG16
+hub             ResNet, MobileNetV2, ConvNeXt and ViT of transformers; models of timm
 modules         any torch module: an nn.Sequential, or whatever torch.fx can trace
-traced          the cutting of a traced module
 """
 
 from dataclasses import replace
@@ -29,11 +26,11 @@ def open_donor(
     Args:
         reference: an .npz file of MobileNetV2; a directory or Hub id[@revision] of a ResNet,
             MobileNetV2, ConvNeXt or ViT; `timm:NAME`; `vgg16`; or any torch module, which is
-            copied. Code that a model brings along is never run.
+            copied. Code that comes with a model is never run.
         size: pixels of a side that the donor will be used at.
-        pretrained: False takes the architecture only, with random values. A torch module is taken
-            as it is either way.
-        normalization: of the images, where the donor does not say it or says it wrongly.
+        pretrained: False takes the architecture only, with random values; of a torch module the
+            values are taken either way.
+        normalization: of the images, in place of the one that the donor states, if any.
     Raises: DonorError when the donor cannot be read, cannot be cut, or does not take this size;
         ConfigError for a size below one pixel, or for `timm:` without timm.
     """
@@ -51,7 +48,7 @@ def _read_chain(reference: str | Path | nn.Module, size: int, pretrained: bool) 
     if str(reference) == "vgg16":
         return architectures.vgg16_chain(pretrained)
     if str(reference).endswith(".npz"):
-        return architectures.read_chain(Path(str(reference)), size, pretrained)
+        return architectures.mobilenet_chain(Path(str(reference)), size, pretrained)
     from graftkit.vision.donors import hub  # transformers takes seconds to import
 
     if isinstance(reference, nn.Module):

@@ -1,9 +1,11 @@
-"""MobileNetV2 1.0 (arXiv 1801.04381, table 2) out of an .npz file, batch normalization folded.
+"""Architectures that graftkit builds itself: MobileNetV2 1.0 and VGG16.
 
+MobileNetV2 (arXiv 1801.04381, table 2) comes from an .npz file, its batch normalization folded.
 The file holds float16 arrays in torch's shapes: `f.0` is the stem, `f.1` to `f.17` are inverted
 residuals, `f.18` is the last 1x1 convolution; `fc`, the classifier, is checked and left out.
 
-VGG16 (arXiv 1409.1556, table 1, column D): the donor of the Knowledge Grafting paper.
+VGG16 (arXiv 1409.1556, table 1, column D) is the donor of the Knowledge Grafting paper; it comes
+without weights.
 """
 
 import zipfile
@@ -41,7 +43,9 @@ _UNREADABLE = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, No
 class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise 3x3, project 1x1, and add the input where the shapes allow it.
 
-    body: the convolutions with what belongs to them. skip: what is added; None: nothing.
+    Attributes:
+        body: the convolutions with their activations. skip: applied to what is added; None adds
+            nothing.
     """
 
     def __init__(self, body: nn.Sequential, skip: nn.Module | None):
@@ -54,7 +58,7 @@ class InvertedResidual(nn.Module):
         return out if self.skip is None else out + self.skip(x)
 
 
-def read_chain(path: Path, size: int, pretrained: bool) -> Chain:
+def mobilenet_chain(path: Path, size: int, pretrained: bool) -> Chain:
     """The 19 layers of the file, for images of `size` pixels a side.
 
     Args:
@@ -124,10 +128,10 @@ def _named_parameters(layers: list[nn.Module]) -> Iterator[tuple[str, nn.Paramet
 
 
 def _check_headers(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """See that the file holds these arrays in float16, before any of their bytes is read."""
+    """Check that the file holds these arrays in float16, before any of their bytes is read."""
     with zipfile.ZipFile(path) as archive:
-        found = {name.removesuffix(".npy") for name in archive.namelist()}
-        odd = sorted(found ^ expected.keys())
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        odd = sorted(names ^ expected.keys())
         if odd:
             state = "lacks" if odd[0] in expected else "also holds"
             raise DonorError(
@@ -160,7 +164,7 @@ BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 def vgg16_chain(pretrained: bool) -> Chain:
     """The 13 convolution layers. A block's pooling opens the first layer of the next block.
 
-    So the output of a layer is what its convolution and ReLU give, as the paper reads it.
+    So the output of a layer is that of its convolution and ReLU, as the paper reads it.
     Raises: DonorError when `pretrained`: no weights come with graftkit.
     """
     if pretrained:
@@ -182,7 +186,7 @@ def vgg16_chain(pretrained: bool) -> Chain:
 
 def _vgg_convolution(inputs: int, outputs: int) -> nn.Conv2d:
     conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-    # torch's own start is too small for thirteen layers without normalization (arXiv 1502.01852).
+    # torch's default is too small for thirteen layers without normalization (arXiv 1502.01852).
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
     return conv

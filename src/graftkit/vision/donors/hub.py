@@ -21,7 +21,7 @@ from graftkit.errors import ConfigError, DonorError
 from graftkit.vision.donor import Chain, Normalization, normalization_of, reason
 from graftkit.vision.donors.modules import module_chain
 
-Named = list[tuple[str, nn.Module]]
+NamedLayers = list[tuple[str, nn.Module]]
 
 # What from_pretrained raises for a configuration, a file or a tensor it cannot use.
 _LOAD_ERRORS = (
@@ -50,7 +50,7 @@ def hub_chain(reference: str, size: int, pretrained: bool) -> Chain:
         (reference, "", "") if Path(reference).exists() else reference.partition("@")
     )
     try:
-        with _quiet():
+        with _without_notices():
             model = _load(path, pretrained, revision or None)
             settings = _preprocessor(path, revision or None)
     except _LOAD_ERRORS as error:
@@ -64,13 +64,13 @@ def hub_chain(reference: str, size: int, pretrained: bool) -> Chain:
 
 
 def _load(path: str, pretrained: bool, revision: str | None) -> PreTrainedModel:
-    known: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     if not pretrained:
-        config = AutoConfig.from_pretrained(path, **known)
+        config = AutoConfig.from_pretrained(path, **options)
         empty: PreTrainedModel = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
         return empty
     model, loading = AutoModel.from_pretrained(
-        path, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **known
+        path, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **options
     )
     _mark(model, loading["missing_keys"])
     loaded: PreTrainedModel = model
@@ -120,7 +120,7 @@ def timm_chain(name: str, size: int, pretrained: bool) -> Chain:
     return Chain(f"timm:{name}", chain.normalization, chain.layers, chain.layer_names)
 
 
-def _resnet(model: Any, size: int) -> Named:
+def _resnet(model: Any, size: int) -> NamedLayers:
     layers = [
         (f"stage{i}.{j}", layer)
         for i, stage in enumerate(model.encoder.stages, start=1)
@@ -129,13 +129,13 @@ def _resnet(model: Any, size: int) -> Named:
     return [("embedder", model.embedder), *layers]
 
 
-def _mobilenet_v2(model: Any, size: int) -> Named:
+def _mobilenet_v2(model: Any, size: int) -> NamedLayers:
     blocks = [(f"block{i}", layer) for i, layer in enumerate(model.layer, start=1)]
     return [("stem", model.conv_stem), *blocks, ("conv_1x1", model.conv_1x1)]
 
 
-def _convnext(model: Any, size: int) -> Named:
-    layers: Named = [("embeddings", model.embeddings)]
+def _convnext(model: Any, size: int) -> NamedLayers:
+    layers: NamedLayers = [("embeddings", model.embeddings)]
     for i, stage in enumerate(model.encoder.stages, start=1):
         first, *others = stage.layers
         layers.append((f"stage{i}.0", nn.Sequential(*stage.downsampling_layer, first)))
@@ -144,7 +144,7 @@ def _convnext(model: Any, size: int) -> Named:
 
 
 @torch.no_grad()
-def _vit(model: Any, size: int) -> Named:
+def _vit(model: Any, size: int) -> NamedLayers:
     embeddings = model.embeddings
     if size < embeddings.patch_size:
         raise DonorError(
@@ -161,7 +161,7 @@ def _vit(model: Any, size: int) -> Named:
     return [("embeddings", embeddings), *blocks]
 
 
-FAMILIES: Mapping[str, Callable[[Any, int], Named]] = {
+FAMILIES: Mapping[str, Callable[[Any, int], NamedLayers]] = {
     "resnet": _resnet,
     "mobilenet_v2": _mobilenet_v2,
     "convnext": _convnext,
@@ -171,8 +171,8 @@ FAMILIES: Mapping[str, Callable[[Any, int], Named]] = {
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and notices: what matters of them is an error here."""
+def _without_notices() -> Iterator[None]:
+    """Without progress bars and notices of transformers."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(logging.ERROR)
     if bars:
@@ -187,14 +187,14 @@ def _quiet() -> Iterator[None]:
 
 def _preprocessor(path: str, revision: str | None) -> Mapping[str, Any]:
     """Settings of the image processor that lies beside a model; empty without one."""
-    found = cached_file(
+    file = cached_file(
         path,
         "preprocessor_config.json",
         revision=revision,
         _raise_exceptions_for_missing_entries=False,
     )
     try:
-        settings = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+        settings = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError, RecursionError) as error:
         raise DonorError(
             f"{path}: preprocessor_config.json cannot be read as JSON ({error}); fetch it again"
@@ -210,7 +210,7 @@ def _normalization(settings: Mapping[str, Any]) -> Normalization | None:
 
 
 def _mark(model: nn.Module, names: Iterable[str]) -> None:
-    """Fill the weights that a checkpoint lacks with NaN, so that they are found in a layer."""
+    """Fill the weights that a checkpoint lacks with NaN, so that `_refuse_marked` sees them."""
     state = model.state_dict()
     for name in names:
         if state[name].is_floating_point():

@@ -1,8 +1,7 @@
-"""Cut a traced module: at every value that alone carries the image on to what follows.
+"""Any torch module as a chain of layers: an nn.Sequential, or whatever torch.fx can trace.
 
-In the graph of the data flow these are the articulation points between image and output.
-
-Any torch module as a chain of layers: an nn.Sequential, or whatever torch.fx can cut.
+A traced module is cut at every value on which alone everything behind it depends: the articulation
+points of the data flow between image and output.
 """
 
 import copy
@@ -17,13 +16,13 @@ from graftkit.errors import DonorError
 from graftkit.vision.donor import Chain, Normalization, normalization_of, reason, run_layer
 
 
-def traced_pieces(module: nn.Module, image: Tensor) -> list[tuple[str, nn.Module]]:
-    """Names and modules between the cuts, in order; run one after the other they are `module`.
+def traced_segments(module: nn.Module, image: Tensor) -> list[tuple[str, nn.Module]]:
+    """Names and modules between the cuts; run one after the other they compute what `module` does.
 
     What follows the last cut is left out.
 
     Args:
-        image: one image (1, 3, size, size) to run, so that cuts are at tensors.
+        image: one image (1, 3, size, size); its run shows which values are tensors.
     Raises: DonorError when the module cannot be traced, or does not take the image.
     """
     traced = _trace(module)
@@ -31,21 +30,21 @@ def traced_pieces(module: nn.Module, image: Tensor) -> list[tuple[str, nn.Module
     carriers = _carriers(nodes)
     tensors = _tensors(traced, image)
     cuts = [index for index in _sole_carriers(nodes, carriers) if nodes[index] in tensors]
-    pieces = []
+    segments = []
     start = next(index for index, node in enumerate(nodes) if node.op == "placeholder")
     for cut in cuts:
         between = [node for node in nodes[start + 1 : cut + 1] if node in carriers]
-        pieces.append((_common_path(between), _graph_between(traced, nodes[start], between)))
+        segments.append((_common_path(between), _graph_between(traced, nodes[start], between)))
         start = cut
-    return pieces
+    return segments
 
 
 class _Tracer(fx.Tracer):
-    """Takes a part that cannot be traced as one piece, such as one that asks for its map's size."""
+    """Takes a part that cannot be traced as a leaf, such as one that branches on its map's size."""
 
     def __init__(self, opaque: dict[nn.Module, bool]):
         super().__init__()
-        self.opaque = opaque  # which parts cannot be traced, as far as they were tried
+        self.opaque = opaque  # by part that was tried: whether it cannot be traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if super().is_leaf_module(m, module_qualified_name):
@@ -53,7 +52,7 @@ class _Tracer(fx.Tracer):
         if m not in self.opaque:
             try:
                 _Tracer(self.opaque).trace(m)
-            # A module's own code runs with stand-ins for tensors, and that may raise anything.
+            # Foreign code runs with stand-ins for tensors, and may raise anything.
             except Exception:
                 self.opaque[m] = True
             else:
@@ -78,7 +77,7 @@ def _trace(module: nn.Module) -> fx.GraphModule:
 
 
 def _carriers(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Nodes whose value depends on the image; the others are constants of the network."""
+    """Nodes whose value depends on the image; all others are constants of the network."""
     carriers = {next(node for node in nodes if node.op == "placeholder")}
     for node in nodes:
         if carriers.intersection(node.all_input_nodes):
@@ -87,7 +86,7 @@ def _carriers(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _sole_carriers(nodes: list[fx.Node], carriers: set[fx.Node]) -> list[int]:
-    """Positions after which one value, that of the node there, is all that is still needed."""
+    """Positions after which the value of the node there is the only one that is still needed."""
     position = {node: index for index, node in enumerate(nodes)}
     last_use = {node: max((position[user] for user in node.users), default=0) for node in nodes}
     alive: set[fx.Node] = set()
@@ -100,8 +99,8 @@ def _sole_carriers(nodes: list[fx.Node], carriers: set[fx.Node]) -> list[int]:
     return sole
 
 
-class _Watch(fx.Interpreter):
-    """Runs a graph and remembers which nodes gave a tensor."""
+class _TensorRecorder(fx.Interpreter):
+    """Runs a graph and records which nodes compute a tensor."""
 
     def __init__(self, traced: fx.GraphModule):
         super().__init__(traced)
@@ -116,15 +115,15 @@ class _Watch(fx.Interpreter):
 
 @torch.no_grad()
 def _tensors(traced: fx.GraphModule, image: Tensor) -> set[fx.Node]:
-    watch = _Watch(traced)
+    recorder = _TensorRecorder(traced)
     try:
-        watch.run(image)
+        recorder.run(image)
     except Exception as error:
         raise DonorError(
             f"the donor does not take an image of {tuple(image.shape)} ({reason(error)}); "
             "use the size that it was made for, or a larger one"
         ) from error
-    return watch.tensors
+    return recorder.tensors
 
 
 def _common_path(nodes: list[fx.Node]) -> str:
@@ -135,7 +134,7 @@ def _common_path(nodes: list[fx.Node]) -> str:
 
 
 def _graph_between(traced: fx.GraphModule, start: fx.Node, nodes: list[fx.Node]) -> nn.Module:
-    """What leads from the value of `start` to that of the last of `nodes`."""
+    """The module that computes the value of the last of `nodes` from that of `start`."""
     only = nodes[0]
     if len(nodes) == 1 and only.op == "call_module" and only.args == (start,) and not only.kwargs:
         return traced.get_submodule(str(only.target))
@@ -157,8 +156,8 @@ LARGEST_STEP = 3
 """Pixels of a side that a convolution with a stride may still make one of."""
 
 
-class Piece(NamedTuple):
-    """A part of a network that comes before or behind a cut."""
+class Segment(NamedTuple):
+    """A part of a network between two cuts."""
 
     name: str
     module: nn.Module
@@ -166,17 +165,17 @@ class Piece(NamedTuple):
     """The output has another shape than the input."""
 
     @property
-    def weighs(self) -> bool:
-        """It has a weight matrix or kernel; normalization and PReLU have vectors only."""
+    def has_kernel(self) -> bool:
+        """Whether it has a weight matrix or kernel; normalization and PReLU have vectors only."""
         return any(parameter.ndim > 1 for parameter in self.module.parameters())
 
 
 def module_chain(module: nn.Module, size: int) -> Chain:
-    """Cut a copy of `module` wherever a single map, or a single set of tokens, passes on.
+    """Cut a copy of `module` wherever a single map, or a single set of tokens, is passed on.
 
-    What has no weight matrix joins a layer that has: activation, normalization and dropout the one
-    before; pooling, padding and whatever else changes the shape the one behind. The classifier,
-    from the global pooling or the flattening on, is left out.
+    A segment without a weight matrix joins a layer that has one: activation, normalization and
+    dropout the layer before; pooling, padding and whatever else changes the shape the layer
+    behind. The classifier, from the global pooling or the flattening on, is left out.
 
     Raises: DonorError when there are fewer than two layers, the module cannot be traced, or it
     does not take images of this size.
@@ -184,20 +183,20 @@ def module_chain(module: nn.Module, size: int) -> Chain:
     copied = copy.deepcopy(module).cpu().float().eval()
     for part in copied.modules():
         if hasattr(part, "inplace"):
-            part.inplace = False  # type: ignore[assignment]  # the layer before keeps its output
+            part.inplace = False  # type: ignore[assignment]  # must not overwrite another output
     image = torch.zeros(1, 3, size, size)
     if _is_sequential(copied):
-        pieces = _units(copied)
+        segments = _units(copied)
     else:
-        pieces = [Piece(name, part) for name, part in traced_pieces(copied, image)]
-    layers = _joined(_trunk(pieces, image))
+        segments = [Segment(name, part) for name, part in traced_segments(copied, image)]
+    layers = _joined(_trunk(segments, image))
     kind = type(module).__name__
     if len(layers) < 2:
         raise DonorError(
             f"{kind} has {len(layers)} layers to cut between, expected 2 or more; what it does "
             "must be a chain, such as an nn.Sequential of its stages without the classifier"
         )
-    names = _unique([_layer_name(pieces) for pieces in layers])
+    names = _unique([_layer_name(segments) for segments in layers])
     return Chain(kind, _normalization(module), tuple(map(_layer_module, layers)), names)
 
 
@@ -205,51 +204,51 @@ def _is_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def _units(module: nn.Module, prefix: str = "") -> list[Piece]:
+def _units(module: nn.Module, prefix: str = "") -> list[Segment]:
     """Children of nested Sequentials, in order."""
-    units: list[Piece] = []
+    units: list[Segment] = []
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        units += _units(child, f"{path}.") if _is_sequential(child) else [Piece(path, child)]
+        units += _units(child, f"{path}.") if _is_sequential(child) else [Segment(path, child)]
     return units
 
 
-def _trunk(pieces: list[Piece], image: Tensor) -> list[Piece]:
-    """The pieces before the classifier: it begins where a map becomes one value."""
+def _trunk(segments: list[Segment], image: Tensor) -> list[Segment]:
+    """The segments before the classifier: it begins where a map becomes one value."""
     trunk = []
     x = image
-    for piece in pieces:
-        output = run_layer(piece.module, piece.name, x)
+    for segment in segments:
+        output = run_layer(segment.module, segment.name, x)
         if not isinstance(output, Tensor) or output.ndim not in (3, 4):
             break
         to_one_value = output.shape[2:] == (1, 1) and x.shape[2:] != (1, 1)
         # Weights that do so are a dense layer over the whole map, or a last step of a tiny one.
-        if to_one_value and (not piece.weighs or max(x.shape[2:]) > LARGEST_STEP):
+        if to_one_value and (not segment.has_kernel or max(x.shape[2:]) > LARGEST_STEP):
             break
-        trunk.append(piece._replace(reshapes=output.shape[1:] != x.shape[1:]))
+        trunk.append(segment._replace(reshapes=output.shape[1:] != x.shape[1:]))
         x = output
     return trunk
 
 
-def _joined(pieces: list[Piece]) -> list[list[Piece]]:
-    """Layers: pieces with weights, each with those that belong to it."""
-    layers: list[list[Piece]] = []
+def _joined(segments: list[Segment]) -> list[list[Segment]]:
+    """Layers: segments with weights, each with those that belong to it."""
+    layers: list[list[Segment]] = []
     complete = True  # the last layer has weights, so that another may begin
-    for piece in pieces:
-        if complete and (piece.weighs or piece.reshapes or not layers):
+    for segment in segments:
+        if complete and (segment.has_kernel or segment.reshapes or not layers):
             layers.append([])
             complete = False
-        layers[-1].append(piece)
-        complete = complete or piece.weighs
+        layers[-1].append(segment)
+        complete = complete or segment.has_kernel
     return layers if complete else layers[:-1]  # pooling or padding that no layer reads
 
 
-def _layer_name(pieces: list[Piece]) -> str:
-    return next(piece.name for piece in pieces if piece.weighs)
+def _layer_name(segments: list[Segment]) -> str:
+    return next(segment.name for segment in segments if segment.has_kernel)
 
 
-def _layer_module(pieces: list[Piece]) -> nn.Module:
-    return nn.Sequential(*(p.module for p in pieces)) if len(pieces) > 1 else pieces[0].module
+def _layer_module(segments: list[Segment]) -> nn.Module:
+    return nn.Sequential(*(p.module for p in segments)) if len(segments) > 1 else segments[0].module
 
 
 def _unique(names: list[str]) -> tuple[str, ...]:

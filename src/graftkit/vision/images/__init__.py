@@ -1,22 +1,13 @@
-"""Decoded pixels in one .npy file, which later runs map instead of decoding again.
+"""A data set of images: files become pixels of one size, with classes and splits.
 
-Beside it a .json of the same name holds what decoding found, and the digest of the pixels: a cache
-that does not agree with it is made again.
-
-Which images are for training, validation and test, where the user did not say.
-
-A data set of images: files become pixels of one size, with classes and splits.
-
-sources    bytes of files, in a folder or a zip
-listing    which file is of which class and split
-decoding   one file as RGB pixels
-cache      the pixels of all files in one file on disk
-splitting  training, validation and test, where the user did not say
+Decoded pixels are cached in one .npy file, which later runs map instead of decoding again. A .json
+of the same name holds the digest of the pixels and what could not be read; a cache that does not
+agree with it is written again.
 """
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,171 +18,21 @@ from blake3 import blake3
 
 from graftkit.errors import ConfigError, ImagesError, OutputError
 from graftkit.files import replaced_file
-from graftkit.vision.images.files import Listing, Skipped, Source, decode_image, list_images
-
-Report = Callable[[str, int, int], None]
-"""What was done, how much of it, of how much."""
-
-PREPARATION = 1
-"""Raised when the same file would give other pixels than before, so that old caches go unused."""
-
-
-BROKEN_SHARE = 0.1
-"""More files than this that are no images: the data set is not what the user thinks it is."""
-
-
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """What decoding gave.
-
-    Attributes:
-        contents: digest of the bytes of every file that is an image, by name, ordered as pixels.
-        skipped: files that could not be read.
-        pixels: uint8 (n, 3, size, size), a read-only map of the file.
-        digest: blake3 of the pixels.
-    """
-
-    contents: dict[str, str]
-    skipped: tuple[Skipped, ...]
-    pixels: np.ndarray
-    digest: str
-
-
-def cache_key(source: Source, names: Sequence[str], size: int) -> str:
-    """A digest of everything that the pixels depend on, without reading the images."""
-    stamps = [[name, *source.stamp(name)] for name in names]
-    where = str(source.path.resolve())
-    return blake3(json.dumps([PREPARATION, where, size, stamps]).encode()).hexdigest(length=16)
-
-
-def open_cache(file: Path, size: int) -> Decoded | None:
-    """Map the pixels; None where they were never written, or are damaged."""
-    try:
-        found = json.loads(file.with_suffix(".json").read_bytes())
-        skipped = tuple(Skipped(*record) for record in found["skipped"])
-        pixels = np.load(file, mmap_mode="r", allow_pickle=False)
-        whole = pixels.shape == (len(found["contents"]), 3, size, size) and pixels.dtype == np.uint8
-        if whole and blake3(pixels.data).hexdigest() == found["digest"]:
-            return Decoded(found["contents"], skipped, pixels, found["digest"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        pass
-    return None
-
-
-def decode_to_cache(
-    file: Path, source: Source, names: Sequence[str], size: int, report: Report
-) -> Decoded:
-    """Decode every image, write the cache, and map it.
-
-    Raises: ImagesError when more than a tenth of the files are no images, OutputError when the
-    cache cannot be written. Nothing stays behind then.
-    """
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(file) as partial:
-            decoded = _write_pixels(partial, source, names, size, report)
-        record = {"contents": decoded.contents, "digest": decoded.digest}
-        skipped = [[skip.name, skip.reason] for skip in decoded.skipped]
-        with replaced_file(file.with_suffix(".json")) as partial:
-            partial.write_text(json.dumps(record | {"skipped": skipped}))
-    except (OSError, OutputError) as error:
-        raise OutputError(f"{file}: the cache of images cannot be written ({error})") from error
-    return decoded
-
-
-def _write_pixels(
-    file: Path, source: Source, names: Sequence[str], size: int, report: Report
-) -> Decoded:
-    contents: dict[str, str] = {}
-    skipped: list[Skipped] = []
-    pixel_digest = blake3()
-    with file.open("wb") as output:
-        _write_header(output, len(names), size)
-        for done, result in enumerate(_decode(source, names, size), start=1):
-            report("reading images", done, len(names))
-            if isinstance(result, Skipped):
-                skipped.append(result)
-                continue
-            contents[names[done - 1]], pixels = result
-            pixel_digest.update(pixels.data)
-            output.write(pixels.data)
-        # NumPy pads headers so that the number of rows can be written anew in place.
-        output.seek(0)
-        _write_header(output, len(contents), size)
-    _check_broken(skipped, len(names))
-    mapped = np.load(file, mmap_mode="r", allow_pickle=False)
-    return Decoded(contents, tuple(skipped), mapped, pixel_digest.hexdigest())
-
-
-def _write_header(output: BinaryIO, count: int, size: int) -> None:
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
-    np.lib.format.write_array_header_1_0(output, header)
-
-
-def _decode(
-    source: Source, names: Sequence[str], size: int
-) -> Iterator[tuple[str, np.ndarray] | Skipped]:
-    """Digest and pixels of every file, in order, decoded in as many threads as there are cores."""
-    with source.opened() as read, ThreadPoolExecutor(os.cpu_count()) as pool:
-
-        def decode(name: str) -> tuple[str, np.ndarray] | Skipped:
-            try:
-                content = read(name)
-                return blake3(content).hexdigest(length=16), decode_image(content, size)
-            except ImagesError as error:
-                return Skipped(name, str(error))
-
-        yield from pool.map(decode, names)
-
-
-def _check_broken(skipped: Sequence[Skipped], total: int) -> None:
-    if len(skipped) > BROKEN_SHARE * total:
-        raise ImagesError(
-            f"{len(skipped)} of {total} files cannot be read as images, more than a tenth; the "
-            f"first is {skipped[0].name!r} ({skipped[0].reason}): mend or remove them"
-        )
-
+from graftkit.progress import Progress, silent
+from graftkit.vision.images.files import ImageSource, Listing, Skipped, decode_image, list_images
 
 SPLITS = ("train", "val", "test")
 TRAIN, VAL, TEST = range(3)
-
-HELD_OUT = 0.15
+HOLDOUT_SHARE = 0.15
 """Share of each class for validation, and again for test."""
-
-
-def split_images(
-    labels: np.ndarray, contents: Sequence[str], classes: Sequence[str], seed: int
-) -> np.ndarray:
-    """A stratified random split, 70/15/15; int8 (n,), indices into SPLITS.
-
-    Files of equal bytes go together, so that no exact duplicate of a training image is in test;
-    files that are equal but labelled differently go with the first of them.
-
-    Args:
-        labels: (n,), indices into classes. contents: digest of every file's bytes.
-
-    Raises: ImagesError for a class of fewer than three different images.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, content in enumerate(contents):
-        groups.setdefault(content, []).append(index)
-    splits = np.full(len(labels), TRAIN, dtype=np.int8)
-    for label, name in enumerate(classes):
-        own = [members for members in groups.values() if labels[members[0]] == label]
-        if len(own) < len(SPLITS):
-            raise ImagesError(
-                f"class {name!r} has {len(own)} different image{'' if len(own) == 1 else 's'}; "
-                "train, validation and test need one each: add images or leave the class out"
-            )
-        held = max(1, round(HELD_OUT * len(own)))
-        order = np.random.default_rng([seed, label]).permutation(len(own))
-        for place, chosen in enumerate(order[: 2 * held]):
-            splits[own[chosen]] = TEST if place < held else VAL
-    return splits
+PREPARATION = 1
+"""Version of the decoding; a cache of another version is not used."""
+BROKEN_SHARE = 0.1
+"""Largest share of files that may be unreadable; beyond it the data set is refused."""
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class LabeledImages:
     """The images of one split, in memory: names, labels int64 (n,), pixels uint8 (n, 3, s, s)."""
 
     names: tuple[str, ...]
@@ -223,25 +64,38 @@ class ImageSet:
     warnings: tuple[str, ...]
     digest: str
 
-    def part(self, split: str) -> Part:
+    def subset(self, split: str) -> LabeledImages:
         """The images of "train", "val" or "test"."""
         chosen = np.flatnonzero(self.splits == SPLITS.index(split))
         names = tuple(self.names[index] for index in chosen)
-        return Part(names, self.labels[chosen], np.asarray(self.pixels[chosen]))
+        return LabeledImages(names, self.labels[chosen], np.asarray(self.pixels[chosen]))
 
 
-def _quiet(step: str, done: int, total: int) -> None:
-    pass
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """The images of a data set after decoding.
+
+    Attributes:
+        contents: digest of the bytes of every file that is an image, by name, ordered as pixels.
+        skipped: files that could not be read.
+        pixels: uint8 (n, 3, size, size), a read-only map of the file.
+        digest: blake3 of the pixels.
+    """
+
+    contents: dict[str, str]
+    skipped: tuple[Skipped, ...]
+    pixels: np.ndarray
+    digest: str
 
 
 def open_images(
-    path: Path, size: int, cache: Path, seed: int = 0, report: Report = _quiet
+    path: Path, size: int, cache: Path, seed: int = 0, progress: Progress = silent
 ) -> ImageSet:
     """Read a data set: a folder or zip of `Class/file` or `split/Class/file`, or a CSV.
 
     A CSV has the columns file, class (or label) and optionally split; its files are relative to its
     folder, or inside the only zip beside it. Where there are no splits, images are split 70/15/15
-    by `seed`, stratified, equal files together. Decoding happens once: pixels are kept under
+    by `seed`, stratified, equal files together. Decoding happens once: pixels are cached under
     `cache`, whatever the seed.
 
     Args:
@@ -252,9 +106,9 @@ def open_images(
     if size < 1 or seed < 0:
         raise ConfigError(f"image size {size}, seed {seed}; expected at least 1 and at least 0")
     listing = list_images(path)
-    names = [entry.name for entry in listing.entries]
-    file = cache / f"images-{cache_key(listing.source, names, size)}.npy"
-    decoded = open_cache(file, size) or decode_to_cache(file, listing.source, names, size, report)
+    files = [entry.name for entry in listing.entries]
+    file = cache / f"images-{cache_key(listing.source, files, size)}.npy"
+    decoded = open_cache(file, size) or decode_to_cache(file, listing.source, files, size, progress)
     classes = listing.classes
     entries = [entry for entry in listing.entries if entry.name in decoded.contents]
     labels = np.array([classes.index(entry.label) for entry in entries], dtype=np.int64)
@@ -264,17 +118,48 @@ def open_images(
         _check_splits(path, classes, labels, splits)
     else:
         splits = split_images(labels, contents, classes, seed)
-    kept = tuple(decoded.contents)
+    names = tuple(decoded.contents)
     return ImageSet(
         classes=classes,
-        names=kept,
+        names=names,
         labels=labels,
         splits=splits,
         pixels=decoded.pixels,
         skipped=listing.skipped + decoded.skipped,
         warnings=_warnings(listing, classes, labels, splits, contents),
-        digest=_digest(classes, kept, labels, splits, decoded),
+        digest=_digest(classes, names, labels, splits, decoded),
     )
+
+
+def split_images(
+    labels: np.ndarray, contents: Sequence[str], classes: Sequence[str], seed: int
+) -> np.ndarray:
+    """A stratified random split, 70/15/15; int8 (n,), indices into SPLITS.
+
+    Files of equal bytes go into one split, so that no exact duplicate of a training image is in
+    test; that split is the one of the first of them, even if their labels differ.
+
+    Args:
+        labels: (n,), indices into classes. contents: digest of every file's bytes.
+
+    Raises: ImagesError for a class of fewer than three different images.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, content in enumerate(contents):
+        groups.setdefault(content, []).append(index)
+    splits = np.full(len(labels), TRAIN, dtype=np.int8)
+    for label, name in enumerate(classes):
+        own = [members for members in groups.values() if labels[members[0]] == label]
+        if len(own) < len(SPLITS):
+            raise ImagesError(
+                f"class {name!r} has {len(own)} different image{'' if len(own) == 1 else 's'}; "
+                "train, validation and test need one each: add images or leave the class out"
+            )
+        count = max(1, round(HOLDOUT_SHARE * len(own)))
+        order = np.random.default_rng([seed, label]).permutation(len(own))
+        for position, group in enumerate(order[: 2 * count]):
+            splits[own[group]] = TEST if position < count else VAL
+    return splits
 
 
 def _check_splits(
@@ -301,27 +186,27 @@ def _warnings(
     contents: Sequence[str],
 ) -> tuple[str, ...]:
     """What a reader of the results should know."""
-    found = []
-    for split, told in ((1, "validation"), (2, "test")):
+    warnings = []
+    for split, name in ((1, "validation"), (2, "test")):
         present = set(labels[splits == split])
-        lacking = [name for label, name in enumerate(classes) if label not in present]
+        lacking = [label for index, label in enumerate(classes) if index not in present]
         if lacking:
-            found.append(f"No {told} images of {', '.join(lacking)}: {told} says nothing of it.")
+            warnings.append(f"No {name} images of {', '.join(lacking)}: {name} says nothing of it.")
     groups: dict[str, list[int]] = {}
     for index, content in enumerate(contents):
         groups.setdefault(content, []).append(index)
     crossing = sum(len(set(splits[members])) > 1 for members in groups.values())
     if crossing:
-        found.append(f"Images that are, byte for byte, in more than one split: {crossing}.")
-    doubtful = sum(len(set(labels[members])) > 1 for members in groups.values())
-    if doubtful:
-        found.append(f"Images that are, byte for byte, in more than one class: {doubtful}.")
+        warnings.append(f"Images that are, byte for byte, in more than one split: {crossing}.")
+    ambiguous = sum(len(set(labels[members])) > 1 for members in groups.values())
+    if ambiguous:
+        warnings.append(f"Images that are, byte for byte, in more than one class: {ambiguous}.")
     if listing.others:
-        found.append(
+        warnings.append(
             f"Files left out, as they are not named like images: {len(listing.others)}, such as "
             f"{listing.others[0]!r}."
         )
-    return tuple(found)
+    return tuple(warnings)
 
 
 def _digest(
@@ -333,3 +218,100 @@ def _digest(
 ) -> str:
     record = [list(classes), list(names), labels.tolist(), splits.tolist(), decoded.digest]
     return blake3(json.dumps(record).encode()).hexdigest()
+
+
+def cache_key(source: ImageSource, names: Sequence[str], size: int) -> str:
+    """A digest of everything that the pixels depend on, without reading the images."""
+    stamps = [[name, *source.stamp(name)] for name in names]
+    where = str(source.path.resolve())
+    return blake3(json.dumps([PREPARATION, where, size, stamps]).encode()).hexdigest(length=16)
+
+
+def open_cache(file: Path, size: int) -> Decoded | None:
+    """Map the pixels; None where they were never written, or are damaged."""
+    try:
+        record = json.loads(file.with_suffix(".json").read_bytes())
+        skipped = tuple(Skipped(*entry) for entry in record["skipped"])
+        pixels = np.load(file, mmap_mode="r", allow_pickle=False)
+        whole = (
+            pixels.shape == (len(record["contents"]), 3, size, size) and pixels.dtype == np.uint8
+        )
+        if whole and blake3(pixels.data).hexdigest() == record["digest"]:
+            return Decoded(record["contents"], skipped, pixels, record["digest"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        pass
+    return None
+
+
+def decode_to_cache(
+    file: Path, source: ImageSource, names: Sequence[str], size: int, progress: Progress
+) -> Decoded:
+    """Decode every image, write the cache, and map it.
+
+    Raises: ImagesError when more than a tenth of the files are no images, OutputError when the
+    cache cannot be written; no file is left then.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(file) as partial:
+            decoded = _write_pixels(partial, source, names, size, progress)
+        record = {"contents": decoded.contents, "digest": decoded.digest}
+        skipped = [[skip.name, skip.reason] for skip in decoded.skipped]
+        with replaced_file(file.with_suffix(".json")) as partial:
+            partial.write_text(json.dumps(record | {"skipped": skipped}))
+    except (OSError, OutputError) as error:
+        raise OutputError(f"{file}: the cache of images cannot be written ({error})") from error
+    return decoded
+
+
+def _write_pixels(
+    file: Path, source: ImageSource, names: Sequence[str], size: int, progress: Progress
+) -> Decoded:
+    contents: dict[str, str] = {}
+    skipped: list[Skipped] = []
+    pixel_digest = blake3()
+    with file.open("wb") as output:
+        _write_header(output, len(names), size)
+        for done, result in enumerate(_decode(source, names, size), start=1):
+            progress("reading images", done, len(names))
+            if isinstance(result, Skipped):
+                skipped.append(result)
+                continue
+            contents[names[done - 1]], pixels = result
+            pixel_digest.update(pixels.data)
+            output.write(pixels.data)
+        # NumPy pads headers, so the number of rows can be corrected in place.
+        output.seek(0)
+        _write_header(output, len(contents), size)
+    _check_broken(skipped, len(names))
+    mapped = np.load(file, mmap_mode="r", allow_pickle=False)
+    return Decoded(contents, tuple(skipped), mapped, pixel_digest.hexdigest())
+
+
+def _write_header(output: BinaryIO, count: int, size: int) -> None:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, size, size)}
+    np.lib.format.write_array_header_1_0(output, header)
+
+
+def _decode(
+    source: ImageSource, names: Sequence[str], size: int
+) -> Iterator[tuple[str, np.ndarray] | Skipped]:
+    """Digest and pixels of every file, in order, decoded in as many threads as there are cores."""
+    with source.opened() as read, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def decode(name: str) -> tuple[str, np.ndarray] | Skipped:
+            try:
+                content = read(name)
+                return blake3(content).hexdigest(length=16), decode_image(content, size)
+            except ImagesError as error:
+                return Skipped(name, str(error))
+
+        yield from pool.map(decode, names)
+
+
+def _check_broken(skipped: Sequence[Skipped], total: int) -> None:
+    if len(skipped) > BROKEN_SHARE * total:
+        raise ImagesError(
+            f"{len(skipped)} of {total} files cannot be read as images, more than a tenth; the "
+            f"first is {skipped[0].name!r} ({skipped[0].reason}): mend or remove them"
+        )

@@ -1,8 +1,7 @@
-"""One image file as RGB pixels of one size. Hostile bytes become an error with a reason.
+"""Image files: their pixels, the folder or zip that holds them, and their classes and splits.
 
-Where the bytes of images are: a folder or a zip archive. Nothing is extracted to disk.
-
-Which files are images of which class and split: by their folders, or by a CSV.
+Hostile bytes become an error with a reason. Nothing is extracted to disk. Classes and splits come
+from the folders of the files, or from a CSV.
 """
 
 import csv
@@ -29,8 +28,14 @@ except ImportError as error:
         "images are read with Pillow, which is missing; pip install 'graftkit[vision]'"
     ) from error
 
+FILE_LIMIT_BYTES = 2**28
+"""Larger files are not read: a member of a small archive may fill the memory."""
+
+DIRECTORY_LIMIT_BYTES = 2**26
+"""Larger lists of an archive's files are not read: each entry takes ten times its bytes."""
+
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
-"""What is tried on a file. Never all that Pillow knows: its reader of EPS starts a program."""
+"""The only decoders that are tried: Pillow's reader of EPS, for one, starts a program."""
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """How the names of image files end, in lower case."""
@@ -44,6 +49,10 @@ time, however many threads there are.
 LARGE_PIXELS, STRIP_PIXELS = 2**23, 2**20
 """Of images that wait for each other, and of what is converted to RGB at once."""
 _ONE_LARGE_IMAGE = threading.Lock()
+
+_SPLIT_NAMES = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+_LAYOUTS = "expected Class/file or train/Class/file, val/Class/file, test/Class/file"
+_SPLITS_EXPECTED = "the splits are train, val (also valid, validation) and test"
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ def decode_image(content: bytes, size: int) -> np.ndarray:
     square is scaled with a bilinear filter as wide as the step (antialiased); one of the right size
     stays as it is. Of an animation, the first frame.
 
-    Raises: ImagesError, its message the reason alone.
+    Raises: ImagesError; its message is the reason alone.
     """
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as picture:
@@ -118,17 +127,11 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-FILE_LIMIT_BYTES = 2**28
-"""Larger files are not read: a small archive may hold a member that fills the memory."""
-
-DIRECTORY_LIMIT_BYTES = 2**26
-"""Larger lists of an archive's files are not read: each entry takes ten times its bytes."""
-
-Read = Callable[[str], bytes]
-"""The bytes of one file. Raises: ImagesError, its message the reason alone."""
+ReadFile = Callable[[str], bytes]
+"""The bytes of one file. Raises: ImagesError; its message is the reason alone."""
 
 
-class Folder:
+class ImageFolder:
     """Files under a folder, named relative to it."""
 
     def __init__(self, path: Path):
@@ -136,21 +139,21 @@ class Folder:
 
     def names(self) -> list[str]:
         """Ordinary files that are not hidden, sorted; links to folders are followed, once each."""
-        found: list[str] = []
-        seen: set[str] = set()
+        names: list[str] = []
+        visited: set[str] = set()
         for base, folders, files in os.walk(self.path, followlinks=True):
             real = os.path.realpath(base)
-            if real in seen:
+            if real in visited:
                 folders.clear()
                 continue
-            seen.add(real)
+            visited.add(real)
             folders[:] = [name for name in folders if not _is_hidden(name)]
             inside = Path(base).relative_to(self.path)
-            found += [(inside / name).as_posix() for name in files if not _is_hidden(name)]
-        return sorted(name for name in found if name in self)
+            names += [(inside / name).as_posix() for name in files if not _is_hidden(name)]
+        return sorted(name for name in names if name in self)
 
     def __contains__(self, name: str) -> bool:
-        # Not a pipe or a device: reading one would wait for ever.
+        # No pipe and no device, whose reading would never end.
         return os.path.isfile(self.path / name)  # False also for a name that no file can have
 
     def stamp(self, name: str) -> tuple[int, int]:
@@ -159,12 +162,12 @@ class Folder:
         return status.st_size, status.st_mtime_ns
 
     @contextmanager
-    def opened(self) -> Iterator[Read]:
+    def opened(self) -> Iterator[ReadFile]:
         """A function that reads files."""
         yield lambda name: read_file(self.path / name)
 
 
-class Archive:
+class ImageArchive:
     """Members of a zip, named as in it but for empty, `.` and `..` steps: names lead nowhere."""
 
     def __init__(self, path: Path):
@@ -195,7 +198,7 @@ class Archive:
         return member.file_size, member.CRC
 
     @contextmanager
-    def opened(self) -> Iterator[Read]:
+    def opened(self) -> Iterator[ReadFile]:
         """A function that reads members; threads may share it."""
         with zipfile.ZipFile(self.path) as archive:
 
@@ -210,7 +213,7 @@ class Archive:
             yield read
 
 
-Source = Folder | Archive
+ImageSource = ImageFolder | ImageArchive
 _LONGEST_TAIL = 2**16 + 22 + 20 + 56 + 2**10  # records at the end of a zip, and their comment
 
 
@@ -270,14 +273,9 @@ def _check_size(count: int) -> None:
         raise ImagesError(f"{count:,} bytes, more than {FILE_LIMIT_BYTES:,}")
 
 
-_SPLIT_NAMES = {"train": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
-_LAYOUTS = "expected Class/file or train/Class/file, val/Class/file, test/Class/file"
-_SPLITS_WANTED = "the splits are train, val (also valid, validation) and test"
-
-
 @dataclass(frozen=True)
-class Entry:
-    """A file that should be an image. split: index into SPLITS, None where the user gave none."""
+class ListedImage:
+    """A file that should be an image. split: index into SPLITS, None in a data set without."""
 
     name: str
     label: str
@@ -286,16 +284,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data set says of itself, before any image is read.
+    """The files of a data set with their classes and splits, before any image is read.
 
     Attributes:
-        entries: by name.
+        entries: sorted by name.
         skipped: images that belong to no class.
-        others: files that are not named like images, and are left alone.
+        others: files without the name of an image, which are ignored.
     """
 
-    source: Source
-    entries: tuple[Entry, ...]
+    source: ImageSource
+    entries: tuple[ListedImage, ...]
     skipped: tuple[Skipped, ...] = ()
     others: tuple[str, ...] = ()
 
@@ -306,18 +304,18 @@ class Listing:
 
     @property
     def is_split(self) -> bool:
-        """Whether the user said what is for training, validation and test."""
+        """Whether the data set names its training, validation and test images."""
         return self.entries[0].split is not None
 
 
 def list_images(path: Path) -> Listing:
     """Files, classes and splits of a folder, a zip or a CSV.
 
-    Raises: ImagesError for what is none of these, an empty one, one class only, an unknown split, a
-    CSV that lacks a column or names files that are missing.
+    Raises: ImagesError for anything else, for no images or one class only, for an unknown split,
+        for a CSV that lacks a column or names missing files.
     """
     if path.is_dir():
-        listing = _by_folders(Folder(path))
+        listing = _by_folders(ImageFolder(path))
     elif not path.exists():
         raise ImagesError(f"{path}: no such folder or file; give a folder, a .zip or a .csv")
     elif not path.is_file():
@@ -325,11 +323,13 @@ def list_images(path: Path) -> Listing:
     elif path.suffix.lower() == ".csv":
         listing = _by_csv(path)
     elif zipfile.is_zipfile(path):
-        listing = _by_folders(Archive(path))
+        listing = _by_folders(ImageArchive(path))
     else:
         raise ImagesError(f"{path}: neither a folder, nor a zip that can be read, nor a .csv")
     if not listing.entries:
-        raise ImagesError(f"{path}: no images in class folders ({_found(listing)}); {_LAYOUTS}")
+        raise ImagesError(
+            f"{path}: no images in class folders ({_ignored_files(listing)}); {_LAYOUTS}"
+        )
     if len(listing.classes) == 1:
         raise ImagesError(
             f"{path}: one class only, {listing.classes[0]!r}; a classifier needs two or more"
@@ -337,13 +337,13 @@ def list_images(path: Path) -> Listing:
     return listing
 
 
-def _found(listing: Listing) -> str:
+def _ignored_files(listing: Listing) -> str:
     outside, others = len(listing.skipped), listing.others
-    told = f"{outside} outside of them, {len(others)} other file{'' if len(others) == 1 else 's'}"
-    return told + (f" such as {others[0]!r}" if others else "")
+    counts = f"{outside} outside of them, {len(others)} other file{'' if len(others) == 1 else 's'}"
+    return counts + (f" such as {others[0]!r}" if others else "")
 
 
-def _by_folders(source: Source) -> Listing:
+def _by_folders(source: ImageSource) -> Listing:
     names = source.names()
     images = [name for name in names if is_image_name(name)]
     others = tuple(name for name in names if not is_image_name(name))
@@ -355,9 +355,9 @@ def _by_folders(source: Source) -> Listing:
         if len(parts) <= depth:
             skipped.append(Skipped(name, "lies in no class folder"))
         elif splits:
-            entries.append(Entry(name, parts[1], splits[parts[0]]))
+            entries.append(ListedImage(name, parts[1], splits[parts[0]]))
         else:
-            entries.append(Entry(name, parts[0], None))
+            entries.append(ListedImage(name, parts[0], None))
     return Listing(source, tuple(entries), tuple(skipped), others)
 
 
@@ -380,7 +380,7 @@ def _split_folders(path: Path, steps: Sequence[tuple[str, ...]]) -> dict[str, in
         return {}
     unknown = [top for top in tops if top.lower() not in _SPLIT_NAMES]
     if unknown:
-        raise ImagesError(f"{path}: folder {unknown[0]!r} is no split; {_SPLITS_WANTED}")
+        raise ImagesError(f"{path}: folder {unknown[0]!r} is no split; {_SPLITS_EXPECTED}")
     return {top: _SPLIT_NAMES[top.lower()] for top in tops}
 
 
@@ -388,18 +388,18 @@ def _by_csv(path: Path) -> Listing:
     rows = _read_rows(path)
     columns = rows[0].keys() if rows else set()
     label = "class" if "class" in columns else "label"
-    missing = [column for column in ("file", label) if column not in columns]
+    missing = [name for name in ("file", label) if name not in columns]
     if missing:
-        wanted = "'class' (or 'label')" if missing[0] == "label" else "'file'"
+        column = "'class' (or 'label')" if missing[0] == "label" else "'file'"
         raise ImagesError(
-            f"{path}: no column {wanted} in a line below a header; expected the columns file, "
+            f"{path}: no column {column} in a line below a header; expected the columns file, "
             "class and, if you like, split"
         )
     entries = [_entry(path, number, row, label) for number, row in enumerate(rows, start=2)]
     twice = [name for name, count in Counter(e.name for e in entries).items() if count > 1]
     if twice:
         raise ImagesError(f"{path}: {twice[0]!r} is listed more than once; list each file once")
-    return Listing(_beside(path, entries), tuple(sorted(entries, key=lambda e: e.name)))
+    return Listing(_source_of(path, entries), tuple(sorted(entries, key=lambda e: e.name)))
 
 
 def _read_rows(path: Path) -> list[dict[str, str]]:
@@ -413,24 +413,24 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         raise ImagesError(f"{path}: cannot be read as a CSV in UTF-8 ({error})") from error
 
 
-def _entry(path: Path, number: int, row: dict[str, str], label: str) -> Entry:
-    name, given = row["file"].strip(), row[label].strip()
-    if not name or not given:
+def _entry(path: Path, number: int, row: dict[str, str], label: str) -> ListedImage:
+    name, label_text = row["file"].strip(), row[label].strip()
+    if not name or not label_text:
         raise ImagesError(f"{path}: row {number} lacks {label if name else 'a file'}; fill it in")
     if "split" not in row:
-        return Entry(name, given, None)
+        return ListedImage(name, label_text, None)
     split = row["split"].strip()
     if split.lower() not in _SPLIT_NAMES:
-        raise ImagesError(f"{path}: row {number}: split {split!r} is unknown; {_SPLITS_WANTED}")
-    return Entry(name, given, _SPLIT_NAMES[split.lower()])
+        raise ImagesError(f"{path}: row {number}: split {split!r} is unknown; {_SPLITS_EXPECTED}")
+    return ListedImage(name, label_text, _SPLIT_NAMES[split.lower()])
 
 
-def _beside(path: Path, entries: Sequence[Entry]) -> Source:
+def _source_of(path: Path, entries: Sequence[ListedImage]) -> ImageSource:
     """The CSV's folder, or the only zip in it, whichever holds the files."""
-    source: Source = Folder(path.parent)
+    source: ImageSource = ImageFolder(path.parent)
     archives = sorted(path.parent.glob("*.zip"))
     if len(archives) == 1 and entries[0].name not in source:
-        source = Archive(archives[0])
+        source = ImageArchive(archives[0])
     missing = [entry.name for entry in entries if entry.name not in source]
     if missing:
         raise ImagesError(

@@ -3,12 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftkit.compress.codes import LARGEST_CODE, decode_codes, encode_codes
+from graftkit.compress.entropy import LARGEST_CODE, decode_codes, encode_codes
 from graftkit.errors import CorruptPackError
 
 MATRICES = st.builds(
-    lambda rows, columns, loudness, seed: np.rint(
-        np.random.default_rng(seed).laplace(size=(rows, columns)) * 2.0**loudness
+    lambda rows, columns, scale, seed: np.rint(
+        np.random.default_rng(seed).laplace(size=(rows, columns)) * 2.0**scale
     ).astype(np.int32),
     st.integers(1, 40),
     st.integers(1, 60),
@@ -31,10 +31,10 @@ def test_the_largest_codes_come_back():
     assert np.array_equal(round_trip(codes), codes)
 
 
-def test_many_rows_of_every_loudness_take_little_more_than_their_entropy():
+def test_many_rows_of_every_scale_take_little_more_than_their_entropy():
     generator = np.random.default_rng(0)
-    loudness = 2.0 ** np.linspace(-4, 4, 64)[:, None]
-    codes = np.rint(generator.laplace(size=(64, 1000)) * loudness).astype(np.int32)
+    scale = 2.0 ** np.linspace(-4, 4, 64)[:, None]
+    codes = np.rint(generator.laplace(size=(64, 1000)) * scale).astype(np.int32)
     bits = 0.0
     for row in codes:
         counts = np.unique(row, return_counts=True)[1]
@@ -42,7 +42,7 @@ def test_many_rows_of_every_loudness_take_little_more_than_their_entropy():
     assert 8 * len(encode_codes(codes)) < 1.05 * bits
 
 
-def test_quiet_columns_are_cheaper_where_columns_differ():
+def test_columns_of_small_codes_take_fewer_bits_where_columns_differ():
     generator = np.random.default_rng(0)
     codes = np.rint(generator.laplace(size=(50, 400)) * 2).astype(np.int32)
     codes[:, ::2] = 0

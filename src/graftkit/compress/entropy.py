@@ -1,8 +1,8 @@
-"""Entropy coding of a matrix of small integers, row by row, with `constriction`.
+"""Entropy coding of a matrix of small integers, row by row, with adaptive models and an rANS coder.
 
-The chance of a code follows from how loud its row and its column are: both have a scale in half
-octaves of the mean |code|, their sum is the context of a code. What the codes of a context have
-been so far sharpens its model, so that no table of probabilities is stored.
+The probability of a code depends on the mean |code| of its row and of its column: both have a scale
+in half octaves, and the sum of the two scales is the context of a code. Each context has a model
+that adapts to the codes seen so far, so no table of probabilities is stored.
 
 Payload: byte 0 is 1 where columns have scales, else 0; then the ANS stream to the end, without
 the zero bytes at its end. Alphabet, priors, models, chunks and stream are those of
@@ -29,11 +29,11 @@ import numpy.typing as npt
 from graftkit.compress.exact import END_MARK, END_MODEL, pop_differences, push_raw
 from graftkit.compress.exact_model import (
     FIRST_WITH_RAW,
-    QUIET,
+    ONE_ULP,
     SCALES,
     Counts,
     Ints,
-    Layout,
+    WordLayout,
     chunk_slices,
     counted_model,
     group_contexts,
@@ -46,7 +46,7 @@ from graftkit.errors import CorruptPackError
 Codes = npt.NDArray[np.int32]
 LARGEST_CODE = 2**15 - 1
 
-_LAYOUT = Layout(width=16, exponent_bits=8, block_log=0, top=0)
+_LAYOUT = WordLayout(width=16, exponent_bits=8, block_log=0, top=0)
 _MOST = SCALES - 1  # largest row scale
 _HALF = SCALES // 2
 _MOST_PER_BYTE = 2**19
@@ -148,22 +148,22 @@ def _encode(
 
 
 def _row_scales(codes: Codes) -> Ints:
-    """Twice the log2 of the mean |code| of each row, plus QUIET."""
+    """Twice the log2 of the mean |code| of each row, plus ONE_ULP."""
     mean = np.abs(codes).sum(axis=1, dtype=np.int64) / codes.shape[1] + 0.5 / codes.shape[1]
-    scales: Ints = np.clip(np.rint(2 * np.log2(mean) + QUIET), 0, _MOST).astype(np.int64)
+    scales: Ints = np.clip(np.rint(2 * np.log2(mean) + ONE_ULP), 0, _MOST).astype(np.int64)
     return scales
 
 
 def _both_scales(codes: Codes) -> _Scales:
-    """Columns relative to what their rows let expect, then rows relative to the columns."""
+    """Scales of columns relative to the mean over their rows, then of rows relative to columns."""
     size = np.abs(codes)
     of_rows, of_columns = (size.sum(axis=axis, dtype=np.int64) for axis in (1, 0))
     expected = (of_rows / codes.shape[1] + 0.5 / codes.shape[1]).sum()
     ratio = (of_columns + 1.0) / (expected + 1.0)
     columns = np.clip(np.rint(2 * np.log2(ratio)), -_HALF, _HALF - 1)
-    loudness = 2 ** (columns / 2)
-    level = (of_rows + 0.5) / loudness.sum()
-    scales = np.clip(np.rint(2 * np.log2(level) + QUIET), 0, _MOST)
+    factors = 2 ** (columns / 2)
+    level = (of_rows + 0.5) / factors.sum()
+    scales = np.clip(np.rint(2 * np.log2(level) + ONE_ULP), 0, _MOST)
     return _Scales(scales.astype(np.int64), columns.astype(np.int64))
 
 

@@ -1,17 +1,26 @@
-"""Sparse codec: the largest entries of δ by magnitude, quantized; for embeddings and heads.
+"""Fixed-length codecs of the entries of δ: every one (dense), or the largest by magnitude (sparse).
 
-GraftLLM section 3.2 (magnitude pruning). Positions are a bitmap or row-sparse lists, whichever
-is smaller; values share a scale per group in reading order.
+Dense: group-wise integers (GPTQ, arXiv 2210.17323) for a flat spectrum, or for a matrix so small
+that its factors would cost more, such as the k and v projections of grouped-query attention.
+
+Sparse: magnitude pruning (GraftLLM, section 3.2) for embeddings and heads. Positions are a bitmap
+or lists of columns by row, whichever is smaller; values share a scale per group in reading order.
+
+The payloads are laid out in docs/skillpack-format.md, sections 3.3 and 3.5.
 """
 
 import struct
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from graftkit.compress.quantize import (
+    BLOCK_ELEMENTS,
     GROUP_SIZE,
+    QuantizedRows,
+    inverse_factor,
     pack_bits,
     pack_rows,
     packed_bytes,
@@ -23,29 +32,57 @@ from graftkit.compress.quantize import (
 from graftkit.errors import CorruptPackError
 
 VALUE_BITS = 4
-"""Width of a kept value: the group scale follows the magnitude, 4 bits keep it within 4 %."""
+"""Width of a sparse value: the group scale follows the magnitude, 4 bits keep it within 4 %."""
 
-_HEAD = struct.Struct("<BBHQ")
-_BITMAP, _ROWS = 0, 1
+_DENSE_HEAD = struct.Struct("<BH")  # bits, group size
+_SPARSE_HEAD = struct.Struct("<BBHQ")  # how positions are stored, bits, group size, entries kept
+_BITMAP, _ROW_LISTS = 0, 1
 
 
-def payload_bytes(shape: tuple[int, int], kept: int) -> int:
-    """Exact bytes of `encode` when `kept` entries stay."""
+def dense_bytes(shape: tuple[int, int], bits: int, group_size: int = GROUP_SIZE) -> int:
+    """Exact bytes of `encode_dense` for a matrix of this shape."""
+    return _DENSE_HEAD.size + rows_bytes(*shape, bits, group_size)
+
+
+def encode_dense(delta: Tensor, covariance: Tensor | None, bits: int) -> bytes:
+    """Quantize δ, (m, n) float32, with GPTQ on H (n, n), or to nearest where H is None."""
+    feedback = None if covariance is None else inverse_factor(covariance)
+    rows, columns = delta.shape
+    step = max(1, BLOCK_ELEMENTS // columns)
+    edges = [*range(0, rows, step), rows]
+    blocks = [quantize_rows(delta[start:stop], bits, feedback) for start, stop in pairwise(edges)]
+    return _DENSE_HEAD.pack(bits, GROUP_SIZE) + pack_rows(_concatenate(blocks))
+
+
+def decode_dense(payload: memoryview, shape: tuple[int, int]) -> Tensor:
+    """δ̂, (m, n) float32. Raises: CorruptPackError for anything but a whole, sane payload."""
+    bits, group = _read_dense_head(payload)
+    return unpack_rows(payload[_DENSE_HEAD.size :], *shape, bits, group).dequantize()
+
+
+def describe_dense(payload: memoryview, shape: tuple[int, int]) -> dict[str, object]:
+    """Bits of a code, for `inspect`. Raises: CorruptPackError."""
+    return {"bits": _read_dense_head(payload)[0]}
+
+
+def sparse_bytes(shape: tuple[int, int], kept: int) -> int:
+    """Exact bytes of `encode_sparse` when `kept` entries stay."""
     positions = min(_bitmap_bytes(shape), _row_list_bytes(shape, kept))
-    return _HEAD.size + positions + rows_bytes(1, kept, VALUE_BITS, GROUP_SIZE)
+    return _SPARSE_HEAD.size + positions + rows_bytes(1, kept, VALUE_BITS, GROUP_SIZE)
 
 
-def encode(delta: Tensor, kept: int) -> bytes:
+def encode_sparse(delta: Tensor, kept: int) -> bytes:
     """Keep exactly `kept` entries, 1 <= kept <= δ.numel(), of δ (m, n) float32."""
     shape = (delta.shape[0], delta.shape[1])
     mask = largest_entries(delta, kept)
     values = delta.reshape(-1)[torch.from_numpy(mask)]
     if _row_list_bytes(shape, kept) < _bitmap_bytes(shape):
-        mode, positions = _ROWS, _pack_row_lists(mask.reshape(shape))
+        mode, positions = _ROW_LISTS, _pack_row_lists(mask.reshape(shape))
     else:
         mode, positions = _BITMAP, np.packbits(mask, bitorder="little").tobytes()
     quantized = quantize_rows(values[None, :], VALUE_BITS, None)
-    return _HEAD.pack(mode, VALUE_BITS, GROUP_SIZE, kept) + positions + pack_rows(quantized)
+    head = _SPARSE_HEAD.pack(mode, VALUE_BITS, GROUP_SIZE, kept)
+    return head + positions + pack_rows(quantized)
 
 
 def largest_entries(delta: Tensor, kept: int) -> np.ndarray:
@@ -60,13 +97,13 @@ def largest_entries(delta: Tensor, kept: int) -> np.ndarray:
     return mask
 
 
-def decode(payload: memoryview, shape: tuple[int, int]) -> Tensor:
+def decode_sparse(payload: memoryview, shape: tuple[int, int]) -> Tensor:
     """δ̂, (m, n) float32. Raises: CorruptPackError for anything but a whole, sane payload."""
-    mode, bits, group, kept = _read_head(payload, shape)
+    mode, bits, group, kept = _read_sparse_head(payload, shape)
     size = _bitmap_bytes(shape) if mode == _BITMAP else _row_list_bytes(shape, kept)
-    if len(payload) != _HEAD.size + size + rows_bytes(1, kept, bits, group):
+    if len(payload) != _SPARSE_HEAD.size + size + rows_bytes(1, kept, bits, group):
         raise CorruptPackError(f"sparse payload of {kept} entries has {len(payload)} bytes")
-    positions = np.frombuffer(payload[_HEAD.size : _HEAD.size + size], np.uint8)
+    positions = np.frombuffer(payload[_SPARSE_HEAD.size : _SPARSE_HEAD.size + size], np.uint8)
     if mode == _BITMAP:
         mask = np.unpackbits(positions, bitorder="little")
         if mask[shape[0] * shape[1] :].any():
@@ -76,24 +113,43 @@ def decode(payload: memoryview, shape: tuple[int, int]) -> Tensor:
         index = _unpack_row_lists(positions, shape, kept)
     if index.size != kept:
         raise CorruptPackError(f"sparse positions mark {index.size} entries, header says {kept}")
-    values = unpack_rows(payload[_HEAD.size + size :], 1, kept, bits, group).dequantize()
+    values = unpack_rows(payload[_SPARSE_HEAD.size + size :], 1, kept, bits, group).dequantize()
     delta = torch.zeros(shape[0] * shape[1])
     delta[torch.from_numpy(index)] = values[0]
     return delta.reshape(shape)
 
 
-def describe(payload: memoryview, shape: tuple[int, int]) -> dict[str, object]:
-    """Entries kept and their layout, for `inspect`."""
-    mode, bits, _, kept = _read_head(payload, shape)
-    layout = "bitmap" if mode == _BITMAP else "row lists"
-    return {"kept": kept, "bits": bits, "positions": layout}
+def describe_sparse(payload: memoryview, shape: tuple[int, int]) -> dict[str, object]:
+    """Entries kept and how their positions are stored, for `inspect`. Raises: CorruptPackError."""
+    mode, bits, _, kept = _read_sparse_head(payload, shape)
+    positions = "bitmap" if mode == _BITMAP else "row lists"
+    return {"kept": kept, "bits": bits, "positions": positions}
 
 
-def _read_head(payload: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    if len(payload) < _HEAD.size:
+def _read_dense_head(payload: memoryview) -> tuple[int, int]:
+    if len(payload) < _DENSE_HEAD.size:
+        raise CorruptPackError("dense payload ends inside its header")
+    bits, group = _DENSE_HEAD.unpack_from(payload, 0)
+    if not 1 <= bits <= 8 or group == 0:
+        raise CorruptPackError(f"dense header names {bits} bits and group size {group}")
+    return bits, group
+
+
+def _concatenate(blocks: list[QuantizedRows]) -> QuantizedRows:
+    if len(blocks) == 1:
+        return blocks[0]
+    codes, scale, zero = (
+        np.concatenate([getattr(block, field) for block in blocks])
+        for field in ("codes", "scale", "zero_point")
+    )
+    return QuantizedRows(codes, scale, zero, blocks[0].bits, blocks[0].group_size)
+
+
+def _read_sparse_head(payload: memoryview, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    if len(payload) < _SPARSE_HEAD.size:
         raise CorruptPackError("sparse payload ends inside its header")
-    mode, bits, group, kept = _HEAD.unpack_from(payload, 0)
-    sane = mode in (_BITMAP, _ROWS) and 1 <= bits <= 8 and group > 0
+    mode, bits, group, kept = _SPARSE_HEAD.unpack_from(payload, 0)
+    sane = mode in (_BITMAP, _ROW_LISTS) and 1 <= bits <= 8 and group > 0
     if not sane or not 1 <= kept <= shape[0] * shape[1]:
         raise CorruptPackError(
             f"sparse header names mode {mode}, {bits} bits, group {group}, {kept} entries"

@@ -1,0 +1,61 @@
+"""Greedy generation: the one place where this package continues prompts.
+
+What a model generates depends on more than its weights: sampling settings and penalties in
+generation_config.json, the tokens that end a text, the padding of a batch. They are all set here.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftkit.models.encoding import pad_id
+from graftkit.rows import pad_batch
+
+
+def generate_greedy(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    eos_token_id: int | list[int] | None,
+    settings: Any = None,
+    **hooks: Any,
+) -> Tensor:
+    """Continue prompts by the most likely token at each step, all of them in one batch.
+
+    Args:
+        prompts: token ids of every prompt, at least one each.
+        max_new_tokens: longest continuation; prompt and continuation must fit into the context.
+        eos_token_id: the token, or tokens, that end a continuation; None for no end.
+        settings: a GenerationConfig whose penalties and the like apply, in place of the model's.
+        hooks: `logits_processor` and `stopping_criteria` of transformers.
+    Returns: the new tokens, (rows, longest continuation) int64, with padding behind the end.
+    """
+    ids, mask = pad_batch(prompts, pad_id(tokenizer), left=True)
+    # A model that is streamed from disk is on no device, and takes its inputs from the CPU.
+    device = "cpu" if model.device.type == "meta" else model.device
+    own = model.generation_config
+    config = copy.deepcopy(own if settings is None else settings)
+    config.update(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=eos_token_id,
+    )
+    # `generate` fills what `config` leaves open from the model's settings, so they are replaced.
+    model.generation_config = config
+    try:
+        with torch.no_grad():
+            output: Tensor = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+                **hooks,
+            )
+    finally:
+        model.generation_config = own
+    return output[:, ids.shape[1] :]

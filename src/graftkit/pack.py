@@ -1,0 +1,102 @@
+"""Pack: two states of one model become a SkillPack.
+
+Here are the public function and what it reads. The steps over all tensors are in graftkit.packing,
+which knows no router: the function that fits a router key is handed to it.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from graftkit.checkpoint import Checkpoint
+from graftkit.config import TRAIN_STEPS, PackConfig
+from graftkit.files import WorkFolder
+from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.loading import stream_model
+from graftkit.packing.job import PackingJob, RouterPrompts
+from graftkit.packing.measure import CalibrationRows
+from graftkit.progress import Progress, silent
+from graftkit.route.centroid import fit_key
+from graftkit.rows import read_prompts, read_rows, rows_digest
+from graftkit.skillpack import SkillPack
+from graftkit.skillpack.manifest import RouterInfo
+
+
+def pack_delta(
+    target: str | Path,
+    tuned: str | Path,
+    *,
+    budget: str | None = None,
+    recipe: str = "auto",
+    calibration: str | Path | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    servable: bool = False,
+    train_steps: int | None = None,
+    licence: str | None = None,
+    provenance: Mapping[str, str] | None = None,
+    work_dir: str | Path | None = None,
+    progress: Progress | None = None,
+) -> SkillPack:
+    """Compress what `tuned` learned beyond `target`.
+
+    Args:
+        target, tuned: Hugging Face directories or Hub ids of the two states of one model.
+        budget: largest file: 5%, 12MB or 1.0bpp; default 5% (lossless: none).
+        recipe: auto, graftllm or lossless.
+        calibration: rows.jsonl on which activations are measured; None compresses data-free.
+        prompts: 20 or more prompts of the skill, or a rows.jsonl with them: the pack then carries
+            a key by which a router finds it, counted in the budget.
+        seed: picks the calibration rows and the prompts where there are more than are used.
+        workers: tensors in work at the same time, default one per core; the bytes are the same.
+        servable: keep to factors whose side path adds at most a quarter of a matrix's
+            multiply-accumulates (recipe auto).
+        train_steps: steps of code training after coding (recipe auto with calibration); 0: none.
+        licence, provenance: where the skill comes from, for the manifest; counted in the budget.
+        work_dir: folder for finished steps; a later call with the same inputs goes on from
+            there. It is left behind on success and removed when the inputs are refused.
+        progress: called with (step, done, total).
+    Returns: the pack; `save` writes it.
+    Raises: CheckpointError, CheckpointMismatchError, RowsError, ConfigError, BudgetError,
+        OutputError.
+    """
+    config = PackConfig.checked(
+        recipe,
+        budget,
+        seed,
+        (os.cpu_count() or 1) if workers is None else workers,
+        servable,
+        TRAIN_STEPS if train_steps is None else train_steps,
+    ).model_copy(update={"licence": licence, "provenance": dict(provenance or {})})
+    rows = None if calibration is None else _read_calibration(Path(calibration))
+    router = RouterPrompts(_read_prompts(prompts), _fit_router_key)
+    report = progress or silent
+    job = PackingJob(Checkpoint.open(target), Checkpoint.open(tuned), config, rows, router, report)
+    if work_dir is not None:
+        return job.run(WorkFolder(Path(work_dir)))
+    with TemporaryDirectory(prefix="graftkit-") as folder:
+        return job.run(WorkFolder(Path(folder) / "work"))
+
+
+def _read_calibration(file: Path) -> CalibrationRows:
+    return CalibrationRows(read_rows(file), file.name, rows_digest(file))
+
+
+def _read_prompts(prompts: str | Path | Sequence[str] | None) -> tuple[str, ...]:
+    if isinstance(prompts, str | Path):
+        return read_prompts(prompts)
+    return tuple(prompts or ())
+
+
+def _fit_router_key(
+    target: Checkpoint, prompts: Sequence[str], seed: int, offload: Path
+) -> tuple[RouterInfo, bytes]:
+    """Description and payload of the router key of the prompts; the target streams from disk.
+
+    Raises: RowsError, CheckpointError.
+    """
+    model, tokenizer = stream_model(target, offload), usable_tokenizer(target)
+    key = fit_key(model, tokenizer, prompts, seed=seed)
+    return key.info, key.to_bytes()
