@@ -347,13 +347,16 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_nothing_on_the_way_to_a_prediction_loads_torch(model: Path, folder: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--latency",)])
+def test_nothing_on_the_way_to_a_prediction_loads_torch(
+    options: tuple[str, ...], model: Path, folder: Path
+) -> None:
     code = (
         "import sys\nfrom graftkit.cli.vision import app\n"
         "try:\n    app()\nfinally:\n"
         "    print([m for m in ('torch', 'transformers', 'onnx', 'sklearn') if m in sys.modules])"
     )
-    done = run_python(code, "predict", model, folder / "fern", "--json")
+    done = run_python(code, "predict", model, folder / "fern", "--json", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 
