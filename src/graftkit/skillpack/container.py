@@ -208,9 +208,9 @@ def _manifest_text(metadata: object) -> str:
             PackFault.NOT_A_SKILLPACK,
         )
     version = metadata.get("version")
-    if version == "1":
+    if version in map(str, range(1, FORMAT_VERSION)):
         raise UnsupportedVersionError(
-            f"format version 1; this graftkit reads version {FORMAT_VERSION}, "
+            f"format version {version}; this graftkit reads version {FORMAT_VERSION}, "
             "pack the models again",
             PackFault.OLDER_VERSION,
         )
