@@ -42,7 +42,7 @@ from graftkit.fuse.search import measure_importances
 from graftkit.outputs import Claim, claimed
 from graftkit.progress import Progress
 from graftkit.rows import Row
-from graftkit.side_files import written_files
+from graftkit.side_files import files_beside_weights
 from graftkit.skillpack import SkillPack
 
 RULES: dict[str, type[RunningMerge]] = {rule.method: rule for rule in (Opcm, Kif)}
@@ -200,7 +200,7 @@ class SequentialMerge:
     def side_files(self) -> Mapping[str, bytes]:
         """The target's files, and the side files that all packs change alike."""
         note = merge_note(self.target, [taken.name for taken in self.taken])
-        return written_files(self.target.path, self._contents, note, self.code)
+        return files_beside_weights(self.target.path, self._contents, note, self.code)
 
     def provenance(self) -> dict[str, str]:
         """The method and every pack in its turn, for a manifest."""
