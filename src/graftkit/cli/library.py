@@ -302,10 +302,10 @@ def _print_proof(proof: dict[str, Any]) -> None:
     equal = [part for part in parts if proof[part]]
     different = [part for part in parts if not proof[part]]
     show.line(
-        f"removed in a copy, compared on {show.count(proof['prompts'], 'prompt')} with a library "
-        f"that never had the pack: {', '.join(equal) or 'nothing'} equal, bit for bit"
+        f"after removal, on {show.count(proof['prompts'], 'prompt')} (the pack changed the logits "
+        f"of {proof['changed_by_pack']}): {', '.join(equal) or 'nothing'} equal to those of a "
+        "library that never had it, bit for bit"
         + (f"; NOT equal: {', '.join(different)}" if different else "")
-        + f" (the pack changed the logits of {proof['changed_by_pack']} of them)"
     )
 
 
