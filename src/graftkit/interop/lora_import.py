@@ -150,16 +150,16 @@ class _Import:
     def _find_edits(self) -> dict[str, _Edit]:
         """Every change, by the name of its tensor; all shapes are checked."""
         weights = {module: f"{module}.weight" for module in self.adapter.modules}
-        found = self.places.find([*weights.values(), *self.adapter.whole])
+        places = self.places.find([*weights.values(), *self.adapter.whole])
         edits: dict[str, _Edit] = {}
         for module, parameter in weights.items():
-            pieces = [] if found[parameter] else self._expert_edits(module)
+            pieces = [] if places[parameter] else self._expert_edits(module)
             if not pieces:
-                pieces = [self._module_edit(self._existing(found[parameter], module), module)]
+                pieces = [self._module_edit(self._existing(places[parameter], module), module)]
             for edit in pieces:
                 self._add(edits, edit)
         for parameter, key in self.adapter.whole.items():
-            place = self._existing(found[parameter], parameter)
+            place = self._existing(places[parameter], parameter)
             if not self._is_target(place, key):
                 self._add(edits, _Edit(place, key, whole=key))
         return edits
@@ -167,16 +167,16 @@ class _Import:
     def _module_edit(self, place: TensorPlace, module: str) -> _Edit:
         """Factors of one matrix."""
         left, right = self.adapter.matrices(module)
-        pair, found = self.places.pair(place), (left.shape[0], right.shape[1])
+        pair, shape = self.places.pair(place), (left.shape[0], right.shape[1])
         _, expected = matrix_shape(pair.target.shape, pair.layout)
-        if pair.gathered and found[0] != expected[0] and found[1] == expected[1]:
+        if pair.gathered and shape[0] != expected[0] and shape[1] == expected[1]:
             raise CheckpointMismatchError(
-                f"{self.adapter.path}: {module} has factors for a vocabulary of {found[0]} tokens, "
+                f"{self.adapter.path}: {module} has factors for a vocabulary of {shape[0]} tokens, "
                 f"the target {self.target.path} has {expected[0]} (it was resized); {INSTEAD}"
             )
-        if len(pair.target.shape) != 2 or found != expected:
+        if len(pair.target.shape) != 2 or shape != expected:
             raise CheckpointMismatchError(
-                f"{self.adapter.path}: {module} is (out, in) = {list(found)}, in the target "
+                f"{self.adapter.path}: {module} is (out, in) = {list(shape)}, in the target "
                 f"{self.target.path} it is {list(expected)}; use the model that the adapter was "
                 "trained on"
             )

@@ -215,7 +215,7 @@ class LibraryIndex(_StrictSettings):
 
     def _validate(self, where: str) -> None:
         """Check paths, names and duplicates. Raises: LibraryError."""
-        seen: set[str] = set()
+        listed: set[str] = set()
         for entry in self.pack:
             expected = file_of(entry.name, entry.version, entry.digest)
             if entry.file != expected:
@@ -226,9 +226,9 @@ class LibraryIndex(_StrictSettings):
             if entry.name == TARGET:
                 raise LibraryError(f"{where}: damaged, a pack is called {TARGET}; {_REMEDY}")
             for key in (entry.label, entry.digest):
-                if key in seen:
+                if key in listed:
                     raise LibraryError(f"{where}: damaged, {key} is listed twice; {_REMEDY}")
-                seen.add(key)
+                listed.add(key)
 
 
 def file_of(name: str, version: int, digest: str) -> str:

@@ -116,24 +116,25 @@ class PackMemory:
         """Attach these packs if they fit together; others may be detached for them."""
         if self._is_over(sum(self._sizes.get(entry.digest, 0) for entry in needed)):
             return False
-        kept = {entry.digest for entry in needed}
+        digests = {entry.digest for entry in needed}
         for entry in sorted(needed, key=lambda entry: entry.label):
             if entry.digest in self._indices:
                 self._indices.move_to_end(entry.digest)
                 continue
-            self._make_room(kept, self._sizes.get(entry.digest, 0))
+            self._make_room(digests, self._sizes.get(entry.digest, 0))
             index = self._attachment.add(self._read(entry))
             self._indices[entry.digest] = index
             self._sizes[entry.digest] = self._attachment.nbytes(index)
-            self._make_room(kept, 0)
+            self._make_room(digests, 0)
             if self._is_over(self.nbytes):
                 self._drop(entry.digest)
                 return False
         return True
 
-    def _make_room(self, kept: set[str], coming: int) -> None:
-        for digest in [digest for digest in self._indices if digest not in kept]:
-            if not self._is_over(self.nbytes + coming):
+    def _make_room(self, needed: set[str], nbytes: int) -> None:
+        """Detach packs that are not needed until so many more bytes fit."""
+        for digest in [digest for digest in self._indices if digest not in needed]:
+            if not self._is_over(self.nbytes + nbytes):
                 return
             self._drop(digest)
 
