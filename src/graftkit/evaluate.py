@@ -333,10 +333,10 @@ def _match_rows(
     answers = _Answers(tokenizer, [row.completion for row, _, _ in batch], width, bool(stops))
     generated = generate_greedy(
         model,
-        tokenizer,
         prompts,
         min(longest + SLACK_TOKENS, room),
         eos_token_id=stops or None,
+        pad_token_id=pad_id(tokenizer),
         # Without the model's own penalties, so that every model is measured alike.
         settings=_plain_settings(),
         stopping_criteria=[answers],
