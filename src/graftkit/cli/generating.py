@@ -160,12 +160,17 @@ def _generate_texts(
     """One answer for each pack, or that of the target, in one batch."""
     from graftkit.attachment import attached
     from graftkit.generate import generate_greedy
+    from graftkit.models.encoding import pad_id
 
     ids = tokenizer.encode(prompt)
 
     def answer(rows: int) -> list[str]:
         output = generate_greedy(
-            model, tokenizer, [ids] * rows, max_new_tokens, eos_token_id=tokenizer.eos_token_id
+            model,
+            [ids] * rows,
+            max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad_id(tokenizer),
         )
         texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)
         return texts

@@ -29,7 +29,7 @@ from graftkit.outputs import Claim, claimed
 from graftkit.pack import pack_delta
 from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress, silent
-from graftkit.side_files import code_names, is_tokenizer_file, written_files
+from graftkit.side_files import code_names, files_beside_weights, is_tokenizer_file
 from graftkit.skillpack import SkillPack
 
 Packs = str | Path | SkillPack | Sequence[str | Path | SkillPack]
@@ -253,7 +253,7 @@ class PackMerge:
         changed = packs[0].side_files(self.target) if packs else {}
         alike = {name: changed[name] for name in _changed_alike(packs)}
         names = [pack.manifest.tuned.name for pack in packs]
-        return written_files(
+        return files_beside_weights(
             self.target.path, alike, merge_note(self.target, names), self.copy_code
         )
 

@@ -38,7 +38,7 @@ from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, write_checkpoi
 from graftkit.errors import CheckpointError
 from graftkit.files import WorkFolder, writing
 from graftkit.models.loading import silence_transformers
-from graftkit.side_files import written_files
+from graftkit.side_files import files_beside_weights
 
 
 def backbone_name(model: PreTrainedModel, live: str) -> str:
@@ -388,7 +388,7 @@ class CheckpointWriter:
         names = sorted(self.origin.tensors)
         called = self.origin.name
         note = f"Trained by graftkit from {called}. What follows is the card of {called}."
-        files = written_files(self.origin.path, {}, note)
+        files = files_beside_weights(self.origin.path, {}, note)
         work.open_empty()
         result = work.path / "result"
         try:
