@@ -5,7 +5,8 @@ which knows no router: the function that fits a router key is handed to it.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -72,12 +73,19 @@ def pack_delta(
     ).model_copy(update={"licence": licence, "provenance": dict(provenance or {})})
     rows = None if calibration is None else _read_calibration(Path(calibration))
     router = RouterPrompts(_read_prompts(prompts), _fit_router_key)
-    report = progress or silent
-    job = PackingJob(Checkpoint.open(target), Checkpoint.open(tuned), config, rows, router, report)
-    if work_dir is not None:
-        return job.run(WorkFolder(Path(work_dir)))
-    with TemporaryDirectory(prefix="graftkit-") as folder:
-        return job.run(WorkFolder(Path(folder) / "work"))
+    with _work_folder(work_dir) as work:
+        states = Checkpoint.open(target), Checkpoint.open(tuned)
+        return PackingJob(*states, config, rows, router, work, progress or silent).run()
+
+
+@contextmanager
+def _work_folder(folder: str | Path | None) -> Iterator[WorkFolder]:
+    """The work folder of a call: a temporary one where none is named."""
+    if folder is not None:
+        yield WorkFolder(Path(folder))
+        return
+    with TemporaryDirectory(prefix="graftkit-") as temporary:
+        yield WorkFolder(Path(temporary) / "work")
 
 
 def _read_calibration(file: Path) -> CalibrationRows:

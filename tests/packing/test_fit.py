@@ -64,8 +64,8 @@ def test_no_room_stores_nothing():
 
 
 def test_a_delta_of_zeros_stores_nothing():
-    silent = {0: MatrixFacts((4, 4), 1, np.zeros(4), np.zeros(4), 1.0, (), 1.0, np.ones(1))}
-    assert fit_budget(silent, 1000, False, Coder(silent, 1.0)) == {0: Zero()}
+    unchanged = {0: MatrixFacts((4, 4), 1, np.zeros(4), np.zeros(4), 1.0, (), 1.0, np.ones(1))}
+    assert fit_budget(unchanged, 1000, False, Coder(unchanged, 1.0)) == {0: Zero()}
 
 
 def test_servable_packs_hold_factors_of_a_bounded_rank():
@@ -91,7 +91,7 @@ def test_a_flat_delta_is_coded_entry_by_entry_and_a_steep_one_by_factors():
     assert best[1].codec == "lowrank"
 
 
-def test_one_loud_component_does_not_keep_the_rest_from_its_bytes(tmp_path):
+def test_one_large_component_does_not_keep_the_rest_from_its_bytes(tmp_path):
     options = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 128}
     torch.manual_seed(0)

@@ -44,8 +44,8 @@ def make_case(folder: Path, architecture: str) -> Case:
             left = 0.5 * torch.randn(rows, RANK, generator=generator)
             delta = left @ torch.randn(RANK, columns, generator=generator) * columns**-0.5
             weight += delta.T if role.transposed else delta
-            loud = leading_rows(delta, eigenbasis(delta, None)[1], RANK, None)
-            factors[role.module] = encode_factors(delta, loud, None, 0.35)
+            leading = leading_rows(delta, eigenbasis(delta, None)[1], RANK, None)
+            factors[role.module] = encode_factors(delta, leading, None, 0.35)
     model.save_pretrained(folder / "tuned")
     save_tokenizer(folder / "tuned")
     return target, Checkpoint.open(folder / "tuned"), factors
@@ -105,7 +105,7 @@ def test_a_tied_embedding_is_trained_as_a_lookup_and_as_a_head(tmp_path: Path) -
     assert len(only) == 1
     (name,) = only
     model = train._load(target, tmp_path / "unused")
-    pupil = Student(model, only, target)
+    student_model = Student(model, only, target)
     left, right = only[name].factors()
     weight = model.get_submodule(name).weight
     ids = torch.tensor([[3, 5, 7]])
@@ -113,7 +113,7 @@ def test_a_tied_embedding_is_trained_as_a_lookup_and_as_a_head(tmp_path: Path) -
         state = model.base_model(ids).last_hidden_state
         added = model(ids).logits
         weight += left @ right
-        for latent in pupil.latents.values():
+        for latent in student_model.latents.values():
             latent.component.fill_(-1e9)  # nothing is added any more
         assert torch.allclose(model.base_model(ids).last_hidden_state, state, atol=1e-5)
         assert torch.allclose(model(ids).logits, added, atol=1e-5)
@@ -134,12 +134,12 @@ def test_what_cannot_fit_stays_as_it_was(llama: Case) -> None:
 
 
 def test_a_delta_that_coding_left_nothing_of_is_left_out(llama: Case) -> None:
-    (quiet, coded), *_ = llama[2].items()
+    (empty, coded), *_ = llama[2].items()
     none = replace(
         coded, left=coded.left[:, :0], component=coded.component[:0], right=coded.right[:0]
     )
-    found = trained(llama, {**llama[2], quiet: none}, steps=12)
-    assert found.payloads.keys() == llama[2].keys() - {quiet}
+    found = trained(llama, {**llama[2], empty: none}, steps=12)
+    assert found.payloads.keys() == llama[2].keys() - {empty}
 
 
 def test_the_same_seed_gives_the_same_codes_on_any_number_of_threads(llama: Case) -> None:
@@ -167,18 +167,18 @@ def test_too_many_codes_are_left_alone_and_their_scales_trained(
     llama: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(student, "most_codes", lambda checkpoint: 0)
-    loud = {name: replace(f, component=1.3 * f.component) for name, f in llama[2].items()}
-    found = trained(llama, loud)
+    scaled = {name: replace(f, component=1.3 * f.component) for name, f in llama[2].items()}
+    found = trained(llama, scaled)
     assert found.kl_after < found.kl_before
-    for name, value in loaded(found, loud).items():
-        assert torch.equal(value.left, loud[name].left)
-        assert not torch.equal(value.component, loud[name].component)
+    for name, value in loaded(found, scaled).items():
+        assert torch.equal(value.left, scaled[name].left)
+        assert not torch.equal(value.component, scaled[name].component)
 
 
-def test_only_words_of_prompts_are_exchanged_and_never_their_template() -> None:
+def test_only_words_of_prompts_are_replaced_and_never_their_template() -> None:
     rows = [EncodedRow([1, 10 + i, 20 + i, 2, 90 + i], 4, False) for i in range(8)]
-    exchange = TokenReplacement(rows, random.Random(0))
-    seen = [exchange(row) for row in rows for _ in range(50)]
+    replace_tokens = TokenReplacement(rows, random.Random(0))
+    seen = [replace_tokens(row) for row in rows for _ in range(50)]
     assert {(row.ids[0], row.ids[3]) for row in seen} == {(1, 2)}
     assert all(new.ids[4] == rows[i // 50].ids[4] for i, new in enumerate(seen))
     words = [word for row in seen for word in row.ids[1:3]]
@@ -192,14 +192,18 @@ def test_the_divergence_of_a_vocabulary_cut_to_its_likeliest_tokens_has_the_righ
 ):
     generator = torch.Generator().manual_seed(0)
     p = (2 * torch.randn(5, 30, generator=generator)).softmax(dim=1)
-    chances, tokens = p.topk(6)
+    top, tokens = p.topk(6)
     logits = torch.randn(5, 30, generator=generator, requires_grad=True)
     q = logits.softmax(dim=1)
-    likely, rest, rest_p = q.gather(1, tokens), q.scatter(1, tokens, 0.0).sum(1), 1 - chances.sum(1)
-    wanted = (chances * (chances / likely).log()).sum() + (rest_p * (rest_p / rest).log()).sum()
-    wanted.backward()
-    found, gradient = train._divergence(logits.detach(), tokens, chances)
-    assert found == pytest.approx(wanted.item(), rel=1e-5)
+    likely, rest, rest_p = (
+        q.gather(1, tokens),
+        q.scatter(1, tokens, 0.0).sum(1),
+        1 - top.sum(1),
+    )
+    expected = (top * (top / likely).log()).sum() + (rest_p * (rest_p / rest).log()).sum()
+    expected.backward()
+    found, gradient = train._divergence(logits.detach(), tokens, top)
+    assert found == pytest.approx(expected.item(), rel=1e-5)
     assert logits.grad is not None
     assert torch.allclose(gradient, logits.grad, atol=1e-6)
 
@@ -262,9 +266,9 @@ def test_training_that_is_killed_goes_on_to_the_same_payloads(llama, tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_token_without_a_chance_counts_nothing_in_the_divergence():
+def test_a_token_of_probability_zero_counts_nothing_in_the_divergence():
     logits = torch.tensor([[1.0, 2.0, float("-inf")]])
-    chances, tokens = logits.softmax(dim=1).topk(3)
-    divergence, gradient = train._divergence(logits, tokens, chances)
+    probabilities, tokens = logits.softmax(dim=1).topk(3)
+    divergence, gradient = train._divergence(logits, tokens, probabilities)
     assert divergence == pytest.approx(0.0, abs=1e-6)
     assert gradient.isfinite().all()

@@ -1,11 +1,11 @@
-"""Fuse: packs added up for good.
+"""Fuse: several packs of one target become one checkpoint or one pack.
 
-methods       what several deltas of one tensor become: pure maths, by name, with settings
-merge         target + packs as a checkpoint, tensor by tensor, or as one pack
-search        weights of least loss on rows, and how much each tensor matters there
-sequential    one pack after another, with a memory in a file
-continual     the methods for that: OPCM and KIF
-interference  how packs get in each other's way, and its picture
+methods       merge rules on the deltas of one tensor, by name, with their settings
+merge         target + packs as a checkpoint, or as one pack
+search        weights of least loss on rows; importances of tensors on rows
+continual     rules that take one pack after another: OPCM and KIF
+sequential    merges by these rules, with a state file between calls
+interference  how similar and how contrary packs are, as numbers and as a picture
 """
 
 from graftkit.fuse.merge import merge_packs

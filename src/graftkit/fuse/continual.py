@@ -1,39 +1,39 @@
-"""Merges that take one pack after another and never look back: what they need and what they keep.
+"""Merge rules that take one pack after another: OPCM and KIF.
 
-Memory is bounded: one delta in float32, whatever the number of packs. The order of packs matters
-by definition, so nothing here sorts them.
+A rule keeps a running merge and a few numbers, whatever the number of packs: one delta in float32.
+The result depends on the order of packs by definition, so nothing here sorts them.
 
-OPCM: merge models one after another, each without the directions that are taken already.
-
-Orthogonal projection-based continual merging (arXiv 2501.09522; fusion_bench has its code):
+OPCM, orthogonal projection-based continual merging (arXiv 2501.09522; code: fusion_bench):
 
     Δ'_t = Δ_t without what it shares with R_{t−1}             (`project_out`)
     R_t = R_{t−1} + Δ'_t,   R_1 = Δ_1
     Δ_merged = R_t · mean_i ‖Δ_i‖ / ‖R_t‖                      (norms over the whole delta)
 
-The paper writes (λ_{t−1} Δ_merged,t−1 + Δ'_t) / λ_t; as λ_{t−1} Δ_merged,t−1 = R_{t−1}, the sum R
-is all there is to keep.
+The paper writes (λ_{t−1} Δ_merged,t−1 + Δ'_t) / λ_t. As λ_{t−1} Δ_merged,t−1 = R_{t−1}, only the
+sum R has to be kept.
 
-KIF: merge skills one after another, unit by unit, weighted by how much each unit matters.
-
-Knowledge identification and fusion (arXiv 2408.05200; code: WoodScene/TaSL). A skill unit is one
-tensor of the target, its importance I(u) a number:
+KIF, knowledge identification and fusion (arXiv 2408.05200; code: WoodScene/TaSL). A skill unit is
+one tensor of the target; its importance I(u) is a number:
 
     Î_t = min-max of I_t over the units, vectors apart         (`normalized`)
     Δ_merged ← (1 − a) Δ_merged + a Δ_t,   a = e^{Î_t/τ} / (e^{Ī_{t−1}/τ} + e^{Î_t/τ})
     Ī_t = min-max of β Ī_{t−1} + (1 − β) Î_t,   Ī_1 = Î_1
 
-What matters to one side only is nearly kept or nearly taken, what matters to both or to nobody is
-averaged: the adaptive form of the paper's fusion, with the constants of its code.
+A unit that matters to one side only is mostly taken from that side. A unit that matters to both or
+to neither is averaged. This is the adaptive form of the paper's fusion, with the constants of its
+code.
 
-Differences from the paper. Its units are the matrices A and B of a LoRA, merged apart, which puts
-products of different skills into ΔW; ours are whole deltas. They include norms and biases, whose
-entries move much more than those of matrices and would set the scale of all importances; so the two
-have scales of their own. The paper's importance is the running mean of |w g| over the steps of
-training, times that of its deviation; we have the trained delta, and take the mean of |Δ g| over
-rows of the task (`fuse/search.py`), or, without rows, of Δ², to which |Δ g| is proportional
-where the gradient points along the delta. The paper trains each task from the merged model; a pack
-may be trained from there or from the target, Δ_t is its distance from the target in both cases.
+Differences of KIF from the paper:
+
+- Its units are the matrices A and B of a LoRA, merged separately, which puts products of different
+  skills into ΔW. Ours are whole deltas. They include norms and biases, whose entries move much more
+  than those of matrices, so vectors and matrices are normalized separately.
+- Its importance is the running mean of |w g| over the steps of training, times that of its
+  deviation. We have only the trained delta. Our importance is the mean of |Δ g| over rows of the
+  task (`fuse/search.py`), or without rows the mean of Δ², to which |Δ g| is proportional where the
+  gradient is parallel to the delta.
+- It trains each task from the merged model. A pack may be trained from the merged model or from the
+  target; Δ_t is the distance from the target in both cases.
 """
 
 import math
@@ -51,13 +51,13 @@ from graftkit.errors import ConfigError
 
 @dataclass(frozen=True)
 class TaskDelta:
-    """One pack, as a running merge takes it.
+    """The delta of one pack.
 
     Attributes:
-        deltas: Δ of every tensor that the pack changes, float32; it may be decoded when asked for.
-        layouts: how the weights of linear maps become (out, in) matrices. Embeddings, norms and
-            biases are not among them.
-        importances: how much each tensor matters for the task; None where nobody measured it.
+        deltas: Δ of every tensor that the pack changes, float32; the mapping may decode on access.
+        layouts: how the weights of linear layers become (out, in) matrices; none for embeddings,
+            norms and biases.
+        importances: how much each tensor matters for the task; None if that was not measured.
     """
 
     deltas: Mapping[str, Tensor]
@@ -67,11 +67,11 @@ class TaskDelta:
 
 @dataclass
 class RunningMerge(ABC):
-    """A merged delta and the numbers that the next pack will need.
+    """A merged delta, and the numbers that the next pack needs.
 
     Attributes:
-        total: running tensors by name, float32, shape of the target's; absent ones are zero.
-        statistics: numbers by name.
+        total: merged tensors by name, float32, in the target's shapes; absent ones are zero.
+        statistics: the numbers, by name.
     """
 
     method: ClassVar[str]
@@ -81,38 +81,38 @@ class RunningMerge(ABC):
     statistics: dict[str, float] = field(default_factory=dict)
 
     @abstractmethod
-    def add(self, skill: TaskDelta) -> None:
-        """Take one more pack."""
+    def add(self, task: TaskDelta) -> None:
+        """Merge one more pack. Raises: ConfigError for values beyond what float32 holds."""
 
     @abstractmethod
     def delta(self, name: str) -> Tensor:
-        """What the packs so far add to a tensor of the target; `name` is in `total`."""
+        """The merged delta of a tensor of the target; `name` is in `total`."""
 
     @abstractmethod
     def is_sound(self) -> bool:
-        """Whether `statistics` are such that this class could have left behind."""
+        """Whether `statistics` are valid for this rule."""
 
 
-_SMALLEST, _LARGEST = 1e-15, 1e15  # entries whose squares float32 adds up
+_SMALLEST, _LARGEST = 1e-15, 1e15  # peaks of matrices whose squares float32 adds up
 TAKEN_SHARE = 0.5
-"""α: the share of Σσ whose directions are closed to later packs; 0.5 in paper and code."""
+"""α: the share of Σσ whose directions later packs may not use; 0.5 in paper and code."""
 
 
 def project_out(delta: Tensor, merged: Tensor, share: float = TAKEN_SHARE) -> Tensor:
-    """What a delta adds to a merged one.
+    """The part of a delta that is orthogonal to a merged one.
 
         merged = U diag(σ) Vᵀ,   P = Uᵀ Δ V
         Δ' = Δ − U (M ⊙ P) Vᵀ,   M_ij = 1 where i = j, and where i, j ≤ s
 
-    with s the number of largest σ that together stay within `share` of Σσ. So Δ' is orthogonal to
-    `merged` and to each of its σ_i u_i v_iᵀ, and has nothing in the span of the first s.
+    where s is the number of largest σ whose sum stays within `share` of Σσ. So Δ' is orthogonal to
+    `merged` and to each of its σ_i u_i v_iᵀ, and has no part in the span of the first s.
 
-    Differences from the code: it takes U and V of full size, (m, m) and (n, n), for the same
-    result; and it also clears the diagonal where σ is 0, whose vectors are any. Here M ends at the
-    rank of `merged`.
+    Differences from the authors' code: it uses U and V of full size, (m, m) and (n, n), for the
+    same result. It also clears the diagonal where σ is 0, for which U and V are arbitrary. Here M
+    ends at the rank of `merged`.
 
     Args:
-        delta, merged: (out, in), float32; in float64 where squares vanish or overflow.
+        delta, merged: (out, in), float32; computed in float64 where squares vanish or overflow.
     """
     try:
         if merged.dtype == torch.float32 and not _computable(merged, delta):
@@ -128,13 +128,13 @@ def project_out(delta: Tensor, merged: Tensor, share: float = TAKEN_SHARE) -> Te
     U, S, Vh = U[:, :rank], S[:rank].double(), Vh[:rank]
     taken = int((S.cumsum(0) <= share * S.sum()).sum())
     shared = U.T @ delta @ Vh.T
-    kept = shared.diagonal().clone()
-    kept[:taken] = 0
+    diagonal = shared.diagonal().clone()
+    diagonal[:taken] = 0
     shared[taken:] = 0
     shared[:, taken:] = 0
-    shared.diagonal().add_(kept)
-    left: Tensor = delta - U @ shared @ Vh
-    return left
+    shared.diagonal().add_(diagonal)
+    rest: Tensor = delta - U @ shared @ Vh
+    return rest
 
 
 def _computable(*matrices: Tensor) -> bool:
@@ -145,19 +145,19 @@ def _computable(*matrices: Tensor) -> bool:
 
 @dataclass
 class Opcm(RunningMerge):
-    """`total` is R; `statistics` are how many packs it took and the two norms."""
+    """`total` is R; `statistics` are the number of packs, mean ‖Δ‖ and ‖R‖."""
 
     method: ClassVar[str] = "opcm"
 
-    def add(self, skill: TaskDelta) -> None:
-        """R ← R + Δ': projected for linear maps, the plain sum for everything else."""
+    def add(self, task: TaskDelta) -> None:
+        """R ← R + Δ' for linear layers, R ← R + Δ for every other tensor."""
         squares = 0.0
-        for name in sorted(skill.deltas):
-            delta = skill.deltas[name]
+        for name in sorted(task.deltas):
+            delta = task.deltas[name]
             squares += _square(delta)
             before = self.total.get(name)
             if before is not None:
-                layout = skill.layouts.get(name)
+                layout = task.layouts.get(name)
                 added = delta if layout is None else _projected(delta, before, layout)
                 delta = before + added
             if not bool(delta.isfinite().all()):
@@ -175,9 +175,9 @@ class Opcm(RunningMerge):
         return self.total[name] * (self.statistics["mean_norm"] / norm if norm else 0.0)
 
     def is_sound(self) -> bool:
-        """The three numbers, none negative."""
-        known = self.statistics.keys() == {"packs", "mean_norm", "norm"}
-        return known and all(value >= 0 for value in self.statistics.values())
+        """Three numbers, none negative."""
+        complete = self.statistics.keys() == {"packs", "mean_norm", "norm"}
+        return complete and all(value >= 0 for value in self.statistics.values())
 
 
 def _projected(delta: Tensor, merged: Tensor, layout: TensorLayout) -> Tensor:
@@ -190,28 +190,28 @@ def _square(tensor: Tensor) -> float:
 
 
 RETENTION = 0.7
-"""β: weight of earlier tasks in the accumulated importance; code of the paper."""
+"""β: weight of earlier tasks in the accumulated importance, as in the paper's code."""
 TEMPERATURE = 0.25
-"""τ: how sharply importances decide; code of the paper."""
+"""τ: temperature of the softmax of importances, as in the paper's code."""
 
 
 def normalized(importances: Mapping[str, float], vectors: Collection[str]) -> dict[str, float]:
-    """Stretched to 0..1, vectors among themselves and all other units among themselves.
+    """Importances scaled to 0..1, vectors and other units separately.
 
-    Importances that are all equal become 1 where positive, else 0.
+    Importances that are all equal become 1 if they are positive, else 0.
     """
-    among = {name: value for name, value in importances.items() if name in vectors}
-    others = {name: value for name, value in importances.items() if name not in vectors}
-    return _stretched(among) | _stretched(others)
+    of_vectors = {name: value for name, value in importances.items() if name in vectors}
+    of_others = {name: value for name, value in importances.items() if name not in vectors}
+    return _min_max(of_vectors) | _min_max(of_others)
 
 
 def new_share(before: float, new: float) -> float:
-    """a above, of importances 0..1."""
+    """a of the module's docstring: the share of the new pack. before, new: importances, 0..1."""
     return 1 / (1 + math.exp((before - new) / TEMPERATURE))
 
 
 def energy(delta: Tensor) -> float:
-    """Importance of a unit without rows: mean of Δ²."""
+    """Importance of a unit without rows: the mean of Δ²."""
     return float(delta.double().square().mean()) if delta.numel() else 0.0
 
 
@@ -221,18 +221,18 @@ class Kif(RunningMerge):
 
     method: ClassVar[str] = "kif"
 
-    def add(self, skill: TaskDelta) -> None:
+    def add(self, task: TaskDelta) -> None:
         """Fuse every unit; the first pack is taken as it is."""
         if not self.total:
-            self.total = {name: skill.deltas[name] for name in sorted(skill.deltas)}
-            self.statistics = _importances(skill)
+            self.total = {name: task.deltas[name] for name in sorted(task.deltas)}
+            self.statistics = _importances(task)
             return
-        new = _importances(skill)
-        names = sorted(self.total.keys() | skill.deltas.keys())
+        new = _importances(task)
+        names = sorted(self.total.keys() | task.deltas.keys())
         mixed = {}
         for name in names:
             before, now = self.statistics.get(name, 0.0), new.get(name, 0.0)
-            fused = self._fused(name, skill, new_share(before, now))
+            fused = self._fused(name, task, new_share(before, now))
             if not bool(fused.isfinite().all()):
                 raise ConfigError(f"{name}: the mean of the packs is beyond what float32 holds")
             self.total[name] = fused
@@ -245,28 +245,30 @@ class Kif(RunningMerge):
         return self.total[name]
 
     def is_sound(self) -> bool:
-        """One importance for every unit, 0 to 1."""
-        known = self.statistics.keys() == self.total.keys()
-        return known and all(0 <= value <= 1 for value in self.statistics.values())
+        """One importance for every unit, from 0 to 1."""
+        complete = self.statistics.keys() == self.total.keys()
+        return complete and all(0 <= value <= 1 for value in self.statistics.values())
 
-    def _fused(self, name: str, skill: TaskDelta, share: float) -> Tensor:
+    def _fused(self, name: str, task: TaskDelta, share: float) -> Tensor:
+        """(1 − share) · total + share · Δ of one unit, either of which may be absent."""
         if name not in self.total:
-            return skill.deltas[name] * share
-        kept = self.total[name] * (1 - share)
-        return kept.add_(skill.deltas[name], alpha=share) if name in skill.deltas else kept
+            return task.deltas[name] * share
+        fused = self.total[name] * (1 - share)
+        return fused.add_(task.deltas[name], alpha=share) if name in task.deltas else fused
 
 
-def _importances(skill: TaskDelta) -> dict[str, float]:
-    given, found, vectors = skill.importances, {}, set()
-    for name in sorted(skill.deltas):
-        delta = skill.deltas[name]
-        found[name] = energy(delta) if given is None else given.get(name, 0.0)
+def _importances(task: TaskDelta) -> dict[str, float]:
+    """Î of every unit of a pack, measured or by energy."""
+    measured, importances, vectors = task.importances, {}, set()
+    for name in sorted(task.deltas):
+        delta = task.deltas[name]
+        importances[name] = energy(delta) if measured is None else measured.get(name, 0.0)
         if delta.dim() < 2:
             vectors.add(name)
-    return normalized(found, vectors)
+    return normalized(importances, vectors)
 
 
-def _stretched(importances: Mapping[str, float]) -> dict[str, float]:
+def _min_max(importances: Mapping[str, float]) -> dict[str, float]:
     if not importances:
         return {}
     low, high = min(importances.values()), max(importances.values())

@@ -1,8 +1,7 @@
-"""Do packs get in each other's way? Every pair of packs, tensor by tensor.
+"""Interference between packs: how similar and how contrary two deltas are, tensor by tensor.
 
-Numbers are kept as sums, so that tensors add up to kinds and to whole packs.
-
-The picture of `interference`: packs against packs, and modules against pairs.
+The measures are ratios of sums over entries. The sums are stored, so that tensors add up to module
+kinds and to whole packs. `draw_interference` makes a picture of every pair and every tensor.
 """
 
 import math
@@ -25,12 +24,12 @@ from graftkit.skillpack import SkillPack
 from graftkit.text import printable
 
 TOP_SHARE = 0.1
-"""Share of a tensor's entries that count as its largest; unrelated packs share as much of them."""
+"""Share of a tensor's entries that count as its largest. Unrelated packs share a tenth of them."""
 
 
 @dataclass(frozen=True)
 class Interference:
-    """Sums over the entries a, b of two deltas; `x + y` are those of both tensors together."""
+    """Sums over the entries a, b of two deltas; x + y are the sums over two tensors together."""
 
     dot: float = 0.0
     """Σ a b."""
@@ -41,13 +40,13 @@ class Interference:
     both: int = 0
     """Entries that both packs change."""
     conflicts: int = 0
-    """Of these, entries that they change in opposite directions."""
+    """Entries that the packs change in opposite directions."""
     magnitude: float = 0.0
     """Σ |a b|."""
     top: int = 0
-    """Entries in the smaller of both sets of largest entries."""
+    """Largest entries, in the pack that has fewer of them."""
     shared_top: int = 0
-    """Entries in both sets."""
+    """Entries that are among the largest of both packs."""
 
     def __add__(self, other: "Interference") -> "Interference":
         names = [field.name for field in fields(self)]
@@ -60,17 +59,17 @@ class Interference:
 
     @property
     def sign_conflicts(self) -> float | None:
-        """Share of the entries that both change which they change in opposite directions."""
+        """conflicts / both: of the entries that both packs change, those of opposite signs."""
         return _ratio(self.conflicts, self.both)
 
     @property
     def weighted_conflicts(self) -> float | None:
-        """The same with each entry counted |a b| times; 1/2 is what unrelated packs have."""
+        """The same share, with each entry weighted by |a b|; 1/2 for unrelated packs."""
         return _ratio((self.magnitude - self.dot) / 2, self.magnitude)
 
     @property
     def top_overlap(self) -> float | None:
-        """Share of the largest entries that both have; 0.1 is what unrelated packs have."""
+        """Share of the largest entries that both packs have; 0.1 for unrelated packs."""
         return _ratio(self.shared_top, self.top)
 
     def numbers(self) -> dict[str, float | None]:
@@ -85,11 +84,11 @@ class Interference:
 
 @dataclass(frozen=True)
 class PackPair:
-    """Two packs and how they get along, by tensor.
+    """The interference of two packs.
 
     Attributes:
-        first, second: the packs' indices. tensors: by name, only those that either changes.
-        kinds: module kind of each of these.
+        first, second: indices of the packs.
+        tensors: by name, only those that a pack changes. kinds: their module kinds.
     """
 
     first: int
@@ -105,9 +104,9 @@ class PackPair:
     def by_kind(self) -> dict[str, Interference]:
         """Over the tensors of each module kind."""
         sums: dict[str, Interference] = {}
-        for name, found in self.tensors.items():
+        for name, interference in self.tensors.items():
             kind = self.kinds[name]
-            sums[kind] = sums.get(kind, Interference()) + found
+            sums[kind] = sums.get(kind, Interference()) + interference
         return dict(sorted(sums.items()))
 
 
@@ -132,23 +131,25 @@ def measure_interference(
     packs: Sequence[str | Path | SkillPack],
     progress: Progress | None = None,
 ) -> list[PackPair]:
-    """Every pair of packs of one target; one tensor of every pack is in memory at a time.
+    """The interference of every pair of packs of one target.
+
+    In memory is one tensor of every pack.
 
     Raises: PackMismatchError for a pack of another target, or one that changes shapes, adds
         tensors or changes the tokenizer; ConfigError for fewer than two packs.
     """
     if len(packs) < 2:
         raise ConfigError(f"{len(packs)} pack has nobody to compare with; name at least two")
-    mixture = open_merge(target, list(packs), None, "task_arithmetic", None)
-    mixture.check_addable()
-    opened = mixture.packs
+    merge = open_merge(target, list(packs), None, "task_arithmetic", None)
+    merge.check_addable()
+    opened = merge.packs
     kinds = {record.name: record.kind for record in opened[0].manifest.tensors}
     pairs = [PackPair(i, j, {}, kinds) for i, j in combinations(range(len(opened)), 2)]
-    names = list(filter(mixture.changes, mixture.names))
+    names = list(filter(merge.changes, merge.names))
     for done, name in enumerate(names):
         if progress is not None:
             progress("comparing packs", done, len(names))
-        before = mixture.target.read(name)
+        before = merge.target.read(name)
         deltas = [pack.delta(name, before) for pack in opened]
         for pair in pairs:
             pair.tensors[name] = compare_deltas(deltas[pair.first], deltas[pair.second])
@@ -156,7 +157,7 @@ def measure_interference(
 
 
 def _top(delta: Tensor) -> Tensor:
-    """Flat mask of the largest entries; those that are zero do not count."""
+    """Flat mask of the largest entries that are not zero."""
     mask = largest_entries(delta, max(1, int(TOP_SHARE * delta.numel())))
     return torch.from_numpy(mask) & (delta.reshape(-1) != 0)
 
@@ -174,7 +175,7 @@ _ROW_INCHES, _LABELLED_ROWS = 0.16, 80  # more modules than this are drawn witho
 
 
 def draw_interference(pairs: Sequence[PackPair], names: Sequence[str], file: Path) -> None:
-    """Write a PNG: one square per measure, packs by packs, and the cosine of every tensor.
+    """Write a PNG: for each measure a matrix of packs by packs, and the cosine of every tensor.
 
     Args:
         names: of the packs, in the order of their indices.
@@ -203,7 +204,7 @@ def draw_interference(pairs: Sequence[PackPair], names: Sequence[str], file: Pat
 
 def _draw_square(axes: Any, pairs: Sequence[PackPair], names: Sequence[str], measure: str) -> None:
     title, low, high = _MEASURES[measure]
-    # What a pack has in common with itself says nothing and stays blank.
+    # The diagonal, a pack with itself, stays blank.
     values = [[math.nan] * len(names) for _ in names]
     for pair in pairs:
         values[pair.first][pair.second] = values[pair.second][pair.first] = _value(
@@ -232,7 +233,7 @@ def _draw_modules(axes: Any, pairs: Sequence[PackPair], names: Sequence[str]) ->
     axes.set_yticks(range(len(tensors)) if shown else [], titles if shown else [], fontsize=6)
 
 
-def _value(found: Interference, measure: str) -> float:
-    """NaN, which stays blank, where a pack changes nothing."""
-    value = getattr(found, measure)
+def _value(interference: Interference, measure: str) -> float:
+    """The measure; NaN, which is drawn blank, where a pack changes nothing."""
+    value = getattr(interference, measure)
     return math.nan if value is None else value

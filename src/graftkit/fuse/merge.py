@@ -1,16 +1,16 @@
-"""Packs added to a target for good: an ordinary checkpoint comes out.
+"""Packs added to a target for good: as an ordinary checkpoint, or as one new pack.
 
     θ = θ_target + λ · rule(δ_1 … δ_T; w_1 … w_T)        (GraftLLM eq. 10 and 11: the rule is a sum)
 
-One pack that the rule leaves as it is is decoded, so that a lossless pack gives the tuned bytes
-back.
+`merge_packs` writes the checkpoint. `fuse_packs` merges in a temporary folder, and packs the result
+for the same target.
 
-Several packs as one: merged in a temporary folder, and packed again for the same target.
+A single pack that the rule leaves unchanged is decoded and not added. So a lossless pack gives the
+bytes of the tuned model.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from graftkit.attachment.configuration import changed_computation, parse_settings
+from graftkit.attachment.configuration import effective_config_keys, parse_settings
 from graftkit.checkpoint import Checkpoint, write_checkpoint
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
@@ -29,7 +29,7 @@ from graftkit.outputs import Claim, claimed
 from graftkit.pack import pack_delta
 from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress, silent
-from graftkit.side_files import code_names, is_tokenizer_file, written_files
+from graftkit.side_files import code_names, files_beside_weights, is_tokenizer_file
 from graftkit.skillpack import SkillPack
 
 Packs = str | Path | SkillPack | Sequence[str | Path | SkillPack]
@@ -47,11 +47,12 @@ def merge_packs(
 ) -> Path:
     """Write target + λ · merged deltas as a Hugging Face directory.
 
-    Every file of the target that is no weight comes along (graftkit.side_files); config.json says
-    the dtype that is written.
+    The target's files other than weights are copied (graftkit.side_files); config.json names the
+    dtype that is written.
 
-    Tensor by tensor: the peak of memory is a shard of the result, and the largest tensor's delta in
-    float32 for every pack (ties and dare: with a copy). The packs' order does not matter.
+    Tensors are merged one by one. Peak memory is a shard of the result, and the largest tensor's
+    delta in float32 for every pack (ties and dare: with a copy). The result does not depend on the
+    order of packs.
 
     Args:
         target: the target of all packs. packs: one or more.
@@ -59,29 +60,73 @@ def merge_packs(
         weights: one per pack, default 1 each; a pack of weight 0 takes no part.
         method: a name of `graftkit.fuse.methods.METHODS`. settings: values of its fields, such as
             {"density": 0.2, "scaling": 0.5}.
-        trust_remote_code: files of code come along, too.
+        trust_remote_code: copy files of code too.
     Returns: output_dir.
-    Raises: PackMismatchError when a pack is of another target, or the packs cannot be merged, such
-        as one whose config.json changes the computation and that is weighted or not alone;
-        ConfigError for wrong weights or settings; OutputError; nothing is written in any of these
-        cases.
+    Raises: PackMismatchError for a pack of another target, or packs that cannot be merged: a pack
+        whose config.json changes the computation must be alone and have weight 1. ConfigError for
+        wrong weights or settings; OutputError. Nothing is written in any of these cases.
     """
     inputs = named_inputs(target, packs)
     job = ["merge", *inputs, weights, method, settings, trust_remote_code]
     with claimed(output_dir, job, folder=True, inputs=inputs) as claim:
-        mixture = open_merge(target, packs, weights, method, settings)
-        mixture.check_configurations()
-        mixture.carry_code(trust_remote_code)
+        merge = open_merge(target, packs, weights, method, settings, trust_remote_code)
+        merge.check_configurations()
         claim.open_work()
-        write_merged(mixture, claim.result, progress)
+        write_merged(merge, claim.result, progress)
     return Path(output_dir)
 
 
+def fuse_packs(
+    target: str | Path,
+    packs: Packs,
+    file: str | Path,
+    weights: Sequence[float] | None = None,
+    progress: Progress | None = None,
+    method: str = "task_arithmetic",
+    settings: Mapping[str, Any] | None = None,
+    force: bool = False,
+    **packing: Any,
+) -> SkillPack:
+    """Merge packs and write the result as one pack of the same target.
+
+    The merged checkpoint is on disk meanwhile and takes the target's size. The manifest's
+    provenance names the method, its settings, and every pack with its weight. The licence joins
+    those of the packs by AND; there is none if a pack has none.
+
+    Args:
+        target: the target of all packs. packs: one or more. weights: one per pack, default 1 each.
+        file: the .skillpack file to write. force: replace it if it exists.
+        method: a name of `graftkit.fuse.methods.METHODS`. settings: values of its fields.
+        packing: further arguments of `pack_delta`, such as `budget="5%"`, `recipe="auto"` or
+            `calibration="rows.jsonl"`.
+    Returns: the pack.
+    Raises: PackMismatchError for packs of another target or that cannot be merged; ConfigError for
+        wrong weights, settings or arguments; CheckpointError, RowsError, BudgetError of packing;
+        OutputError. Nothing is written in any of these cases.
+    """
+    inputs = named_inputs(target, packs)
+    job = ["fuse", *inputs, weights, method, settings, packing]
+    read = [*inputs, *packing_inputs(packing)]
+    with claimed(file, job, inputs=read, force=force) as claim:
+        merge = open_merge(target, packs, weights, method, settings)
+        merge.check_configurations()
+        name = f"{method}-of-{len(merge.packs)}-packs"
+        licences = [pack.manifest.licence for pack in merge.packs]
+        provenance = _provenance(merge, method)
+        return pack_merged(target, merge, claim, name, licences, provenance, progress, **packing)
+
+
 def named_inputs(target: str | Path | Checkpoint, packs: Packs) -> list[str | Path]:
-    """Where target and packs lie; a pack in memory is named by its digest."""
+    """Paths of target and packs; a pack in memory is named by its digest."""
     several: Any = packs if isinstance(packs, (list, tuple)) else [packs]
     named = [pack.digest if isinstance(pack, SkillPack) else pack for pack in several]
     return [target.path if isinstance(target, Checkpoint) else target, *named]
+
+
+def packing_inputs(packing: Mapping[str, Any]) -> list[str | Path]:
+    """The files among the arguments of `pack_delta`."""
+    named = [packing.get("calibration"), packing.get("prompts")]
+    return [value for value in named if isinstance(value, str | Path)]
 
 
 def open_merge(
@@ -90,21 +135,31 @@ def open_merge(
     weights: Sequence[float] | None,
     method: str,
     settings: Mapping[str, Any] | None,
+    copy_code: bool = False,
 ) -> "PackMerge":
-    """Everything that a merge needs, checked. Raises: as `merge_packs`."""
+    """Open the target and packs of a merge, and check all arguments.
+
+    Raises: PackMismatchError for packs of another target or that cannot be merged; ConfigError for
+        wrong weights or settings.
+    """
     rule = find_method(method, settings or {})
-    several = packs if isinstance(packs, (list, tuple)) else [packs]
+    several: Any = packs if isinstance(packs, (list, tuple)) else [packs]
     checked = check_weights(rule, weights, len(several))
     checkpoint = target if isinstance(target, Checkpoint) else Checkpoint.open(target)
-    opened = [p if isinstance(p, SkillPack) else SkillPack.load(p) for p in several]  # type: ignore[arg-type]
-    mixture = PackMerge(checkpoint, opened, checked, rule)
+    opened = load_packs(several)
+    merge = PackMerge(checkpoint, opened, checked, rule, copy_code)
     for pack in opened:
         pack.check_target(checkpoint.read, set(checkpoint.tensors), str(checkpoint.path))
-    return mixture
+    return merge
+
+
+def load_packs(packs: Sequence[str | Path | SkillPack]) -> list[SkillPack]:
+    """The packs, those named by a file read from it. Raises: PackFormatError, CorruptPackError."""
+    return [pack if isinstance(pack, SkillPack) else SkillPack.load(pack) for pack in packs]
 
 
 class MergedCheckpoint(Protocol):
-    """A merged checkpoint that is written tensor by tensor."""
+    """A checkpoint that is merged while it is written, tensor by tensor."""
 
     target: Checkpoint
 
@@ -116,26 +171,37 @@ class MergedCheckpoint(Protocol):
         """One tensor of the result."""
 
     def side_files(self) -> Mapping[str, bytes]:
-        """Contents of all files beside its weights, by name."""
+        """Contents of all files other than weights, by name."""
 
 
 class PackMerge:
-    """Packs of one target with their weights and a method: the merged tensors, one at a time."""
+    """Packs of one target, merged with weights by a method.
+
+    Args:
+        weights: one per pack. copy_code: whether the target's files of code are copied.
+    Raises: PackMismatchError for packs whose deltas cannot be weighted or summed.
+    """
 
     def __init__(
-        self, target: Checkpoint, packs: list[SkillPack], weights: list[float], method: Method
+        self,
+        target: Checkpoint,
+        packs: list[SkillPack],
+        weights: list[float],
+        method: Method,
+        copy_code: bool = False,
     ):
         self.target, self.packs, self.weights, self.method = target, packs, weights, method
-        self._code = False
-        # Sums are rounded in this order, whatever the order in which packs were named.
-        takes_part = [
+        self.copy_code = copy_code
+        # Sums are rounded in this order, whatever the order of the arguments.
+        weighted = [
             (manifest_digest(pack), weight, pack)
             for pack, weight in zip(packs, weights, strict=True)
             if weight != 0 and method.scaling != 0
         ]
-        self._parts = sorted(takes_part, key=lambda part: part[:2])
-        self._kept = packs[0] if len(packs) == 1 and method.keeps(weights[0]) else None
-        if self._kept is None:
+        self._parts = sorted(weighted, key=lambda part: part[:2])
+        unchanged = len(packs) == 1 and method.keeps(weights[0])
+        self._unchanged = packs[0] if unchanged else None
+        if self._unchanged is None:
             self.check_addable()
 
     def reweighted(self, weights: Sequence[float], scaling: float) -> "PackMerge":
@@ -153,9 +219,12 @@ class PackMerge:
         return any(pack.record(name).codec != "zero" for pack in self.packs)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor of the result, in the dtype that the target (or a pack kept as it is) has."""
-        if self._kept is not None:
-            return self._kept.rebuild(name, self.target.read)
+        """One tensor of the result, in the target's dtype, or in that of a single unchanged pack.
+
+        Raises: ConfigError for values that the dtype does not hold.
+        """
+        if self._unchanged is not None:
+            return self._unchanged.rebuild(name, self.target.read)
         before = self.target.read(name)
         if not self._parts or not self.changes(name):
             return before
@@ -163,10 +232,8 @@ class PackMerge:
         weights = self._scaled([weight for _, weight, _ in self._parts])
         keys = [f"{digest}/{name}" for digest, _, _ in self._parts]
         merged = self.method.merge(deltas, weights, keys)
-        result = before.float().add_(merged, alpha=self.method.scaling).to(before.dtype)
-        if not result.isfinite().all():  # what the target has so is unchanged
-            result = torch.where(before.isfinite(), result, before)
-        if not (result.isfinite() | ~before.isfinite()).all():
+        result = add_to_target(before, merged, self.method.scaling)
+        if result is None:
             raise ConfigError(
                 f"{name}: weights {self.weights} and lambda {self.method.scaling:g} give values "
                 f"that {before.dtype} does not hold; use smaller ones"
@@ -174,45 +241,59 @@ class PackMerge:
         return result
 
     def _scaled(self, weights: list[float]) -> list[float]:
-        """Times a power of two where only proportions count: tiny weights vanish in float32."""
+        """Scale weights by a power of two if only proportions count: float32 loses tiny ones."""
         if not self.method.averages:
             return weights
         exponent = math.frexp(sum(weights))[1]
         return [math.ldexp(weight, -exponent) for weight in weights]
 
     def side_files(self) -> Mapping[str, bytes]:
-        """The target's files, and the side files that all packs that take part change alike."""
+        """The target's files, and the side files that all weighted packs change to one content."""
         packs = [pack for _, _, pack in self._parts]
         changed = packs[0].side_files(self.target) if packs else {}
         alike = {name: changed[name] for name in _changed_alike(packs)}
         names = [pack.manifest.tuned.name for pack in packs]
-        return written_files(self.target.path, alike, merge_note(self.target, names), self._code)
-
-    def carry_code(self, allowed: bool) -> None:
-        """Have the target's code come along. Raises: PackMismatchError where a pack's differs."""
-        self._code = allowed
-        for pack in self.packs if allowed else ():
-            check_code(pack, self.target)
+        return files_beside_weights(
+            self.target.path, alike, merge_note(self.target, names), self.copy_code
+        )
 
     def check_configurations(self) -> None:
-        """Raises: PackMismatchError for a change of the computation that is weighted, or that only
-        some packs make."""
+        """Refuse a change of the computation that is weighted, or that only some packs make.
+
+        If code is copied, refuse packs of other code too.
+
+        Raises: PackMismatchError.
+        """
         parts = [pack for _, _, pack in self._parts]
-        if self._kept is None:
+        if self._unchanged is None:
             alike = _changed_alike(parts) if len(parts) > 1 else set()
             for pack in parts:
                 check_computation(pack, self.target, alike)
+        for pack in self.packs if self.copy_code else ():
+            check_code(pack, self.target)
 
     def check_addable(self) -> None:
-        """Raises: PackMismatchError for packs whose deltas cannot be weighted or summed."""
+        """Refuse packs whose deltas cannot be weighted or summed. Raises: PackMismatchError."""
         alike = _changed_alike(self.packs)
         for pack in self.packs:
             check_shapes(pack)
             check_token_ids(pack, {file.name for file in pack.manifest.files} - alike)
 
 
+def add_to_target(before: Tensor, delta: Tensor, scaling: float) -> Tensor | None:
+    """before + scaling · delta, summed in float32 and rounded to the dtype of `before`.
+
+    Entries that are not finite in `before` stay. None where another entry leaves the dtype's range.
+    """
+    result = before.float().add_(delta, alpha=scaling).to(before.dtype)
+    if result.isfinite().all():
+        return result
+    result = torch.where(before.isfinite(), result, before)
+    return result if bool((result.isfinite() | ~before.isfinite()).all()) else None
+
+
 def check_shapes(pack: SkillPack) -> None:
-    """Raises: PackMismatchError for a pack that changes shapes or adds tensors."""
+    """Refuse a pack that changes shapes or adds tensors. Raises: PackMismatchError."""
     for record in pack.manifest.tensors:
         if record.tuned_shape is not None or record.base is not None:
             raise PackMismatchError(
@@ -222,8 +303,12 @@ def check_shapes(pack: SkillPack) -> None:
 
 
 def check_token_ids(pack: SkillPack, unlike: Iterable[str]) -> None:
-    """Raises: PackMismatchError where one of the files that packs change differently, or not at
-    all, is the tokenizer's."""
+    """Refuse packs of different tokenizers.
+
+    Args:
+        unlike: names of the files that not all packs change to one content.
+    Raises: PackMismatchError.
+    """
     for name in sorted(filter(is_tokenizer_file, unlike)):
         raise PackMismatchError(
             f"{name}: the pack of {pack.manifest.tuned.name} changes the tokenizer otherwise than "
@@ -232,8 +317,12 @@ def check_token_ids(pack: SkillPack, unlike: Iterable[str]) -> None:
 
 
 def check_computation(pack: SkillPack, target: Checkpoint, alike: Iterable[str]) -> None:
-    """Raises: PackMismatchError where the pack's config.json, not among the files that all packs
-    change `alike`, changes what the model computes."""
+    """Refuse a pack whose config.json changes what the model computes.
+
+    Args:
+        alike: names of the files that all packs change to one content; these are accepted.
+    Raises: PackMismatchError.
+    """
     if "config.json" in alike:
         return
     keys = config_changes(pack, target)
@@ -245,7 +334,10 @@ def check_computation(pack: SkillPack, target: Checkpoint, alike: Iterable[str])
 
 
 def config_changes(pack: SkillPack, target: Checkpoint) -> list[str]:
-    """Keys of the pack's config.json that change, or may change, what the model computes."""
+    """Keys of the pack's config.json that change, or may change, what the model computes.
+
+    Raises: CorruptPackError.
+    """
     if all(file.name != "config.json" for file in pack.manifest.files):
         return []
     try:
@@ -253,11 +345,11 @@ def config_changes(pack: SkillPack, target: Checkpoint) -> list[str]:
     except CheckpointError:  # an architecture that this transformers cannot build
         content = pack.side_file("config.json", lambda: target.side_file("config.json"))
         return differing_settings(target.config, parse_settings("config.json", content))
-    return changed_computation(model, pack, target.side_file)
+    return effective_config_keys(model, pack, target.side_file)
 
 
 def check_code(pack: SkillPack, target: Checkpoint) -> None:
-    """Raises: PackMismatchError where the tuned model had other code than the target."""
+    """Refuse a pack whose tuned model has other code than the target. Raises: PackMismatchError."""
     own = {part.name for part in pack.manifest.omitted} & set(code_names(target.path))
     if own:
         raise PackMismatchError(
@@ -267,7 +359,7 @@ def check_code(pack: SkillPack, target: Checkpoint) -> None:
 
 
 def merge_note(target: Checkpoint, names: Sequence[str]) -> str:
-    """What a merged model's card begins with."""
+    """First paragraph of a merged model's card."""
     packs = ", ".join(names) or "no pack"
     return (
         f"Merged by graftkit from {target.name} and {packs}. What follows is the card of "
@@ -282,75 +374,30 @@ def _changed_alike(packs: Sequence[SkillPack]) -> set[str]:
 
 
 def manifest_digest(pack: SkillPack) -> str:
-    """One digest of the whole pack: the manifest holds the digests of everything else."""
+    """Digest of the manifest, which holds the digests of everything else in the pack."""
     return blake3(pack.manifest.to_json().encode()).hexdigest()
 
 
-def write_merged(mixture: MergedCheckpoint, folder: Path, progress: Progress | None) -> None:
+def write_merged(merged: MergedCheckpoint, folder: Path, progress: Progress | None) -> None:
     """Write a new folder: tensors in shards, then the index and the side files.
 
     Raises: OutputError.
     """
-    names, report = mixture.names, progress or silent
-    gate = MemoryGate(max(info.numel for info in mixture.target.tensors.values()))
+    names, report = merged.names, progress or silent
+    gate = MemoryGate(max(info.numel for info in merged.target.tensors.values()))
 
-    def merged(name: str) -> Tensor:
-        info = mixture.target.tensors.get(name)
+    def merge(name: str) -> Tensor:
+        info = merged.target.tensors.get(name)
         with gate.hold(info.numel if info else 0):
-            return mixture.tensor(name)
+            return merged.tensor(name)
 
-    results = in_threads(merged, names)
-    step_done = partial(_report, report, len(names))
-    files = mixture.side_files()
+    def tensor_done(done: int) -> None:
+        report("merging", done, len(names))
+
+    results = in_threads(merge, names)
+    files = merged.side_files()
     with writing(folder):
-        write_checkpoint(folder, names, lambda name: next(results), files, step_done)
-
-
-def _report(progress: Progress, total: int, done: int) -> None:
-    progress("merging", done, total)
-
-
-def fuse_packs(
-    target: str | Path,
-    packs: Packs,
-    file: str | Path,
-    weights: Sequence[float] | None = None,
-    progress: Progress | None = None,
-    method: str = "task_arithmetic",
-    settings: Mapping[str, Any] | None = None,
-    force: bool = False,
-    **packing: Any,
-) -> SkillPack:
-    """Merge packs and write what comes out as one pack of the same target.
-
-    The merged checkpoint takes the target's size on disk while this runs. The manifest's
-    provenance names method, settings and every pack with its weight; its licence is that of the
-    packs, or all of theirs joined by AND, and none where a pack names none.
-
-    Args:
-        target, packs, weights, progress, method, settings: as in `merge_packs`.
-        file: the .skillpack file to write. force: it may be there, and is replaced.
-        packing: further arguments of `pack_delta`, such as `budget="5%"`, `recipe="auto"` or
-            `calibration="rows.jsonl"`.
-    Returns: the pack.
-    Raises: as `merge_packs` and `pack_delta`; nothing is written in any of these cases.
-    """
-    inputs = named_inputs(target, packs)
-    job = ["fuse", *inputs, weights, method, settings, packing]
-    read = [*inputs, *packing_inputs(packing)]
-    with claimed(file, job, inputs=read, force=force) as claim:
-        mixture = open_merge(target, packs, weights, method, settings)
-        mixture.check_configurations()
-        name = f"{method}-of-{len(mixture.packs)}-packs"
-        licences = [pack.manifest.licence for pack in mixture.packs]
-        provenance = _provenance(mixture, method)
-        return pack_merged(target, mixture, claim, name, licences, provenance, progress, **packing)
-
-
-def packing_inputs(packing: Mapping[str, Any]) -> list[str | Path]:
-    """The files among the arguments of `pack_delta`."""
-    named = [packing.get("calibration"), packing.get("prompts")]
-    return [value for value in named if isinstance(value, str | Path)]
+        write_checkpoint(folder, names, lambda name: next(results), files, tensor_done)
 
 
 def pack_merged(
@@ -366,9 +413,9 @@ def pack_merged(
     """Write a merged checkpoint as the pack of a claim; the checkpoint is on disk meanwhile.
 
     Args:
-        name: of the tuned model in the manifest. licences: of everything that went in.
+        name: of the tuned model in the manifest. licences: of all packs.
         packing: further arguments of `pack_delta`.
-    Raises: as `pack_delta`.
+    Raises: CheckpointError, RowsError, ConfigError, BudgetError, OutputError.
     """
     folder = claim.open_work()
     write_merged(merged, folder / name, progress)
@@ -385,17 +432,18 @@ def pack_merged(
     return fused
 
 
-def _provenance(mixture: PackMerge, method: str) -> dict[str, str]:
-    settings = sorted(mixture.method.model_dump().items())
-    told = {"method": " ".join([method, *(f"{name}={value:g}" for name, value in settings)])}
-    for index, (pack, weight) in enumerate(zip(mixture.packs, mixture.weights, strict=True)):
+def _provenance(merge: PackMerge, method: str) -> dict[str, str]:
+    """The method with its settings, and every pack with its weight."""
+    settings = sorted(merge.method.model_dump().items())
+    entries = {"method": " ".join([method, *(f"{name}={value:g}" for name, value in settings)])}
+    for index, (pack, weight) in enumerate(zip(merge.packs, merge.weights, strict=True), start=1):
         tuned, digest = pack.manifest.tuned.name, manifest_digest(pack)[:16]
-        told[f"pack {index + 1}"] = f"{weight:g} x {tuned} ({digest})"
-    return told
+        entries[f"pack {index}"] = f"{weight:g} x {tuned} ({digest})"
+    return entries
 
 
 def joined_licences(licences: Sequence[str | None]) -> str | None:
-    """All licences together hold for what was made of all packs (SPDX: AND)."""
+    """All licences, joined by AND (SPDX); None if a pack has none."""
     names = sorted({licence or "" for licence in licences})
     if not all(names):
         return None

@@ -1,29 +1,27 @@
-"""Merge rules: the deltas of several packs become one, tensor by tensor. Pure maths.
+"""Merge methods: a rule that makes one delta of several, and its settings. Pure maths.
 
-Every rule takes the deltas Δ_i of one tensor (one shape, float32) and one weight w_i > 0 for each
-(task arithmetic also takes negative ones), and acts on deltas, never on factors. A rule may depend
-on the order of its packs only by rounding; `merging` hands them over in one order. sgn 0 = 0
-agrees with nobody.
+    θ = θ_target + λ · rule(Δ_1 … Δ_T; w_1 … w_T)
 
-The merge methods by name, each with its settings.
-
-θ = θ_target + λ · rule(Δ_1 … Δ_T; w_1 … w_T)
+A rule takes the deltas Δ_i of one tensor, all of one shape and float32, and a weight w_i > 0 for
+each; task arithmetic also takes negative weights. It works on deltas, never on factors. Only its
+rounding depends on the order of packs, and `fuse.merge` sorts them. sgn 0 = 0 agrees with no sign.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from graftkit.compress.entries import largest_entries
+from graftkit.config import Settings
 from graftkit.errors import ConfigError
 from graftkit.text import nearest_name
 
-PCB_TAIL = 1e-4  # share of entries clamped at both ends before PCB's min-max; code of the paper
+PCB_TAIL = 1e-4  # share of entries clamped at both ends before PCB's min-max; the paper's code
 
 
 def linear(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -63,15 +61,15 @@ def dare_ties(
 
 
 def sce(deltas: Sequence[Tensor], weights: Sequence[float], select: float) -> Tensor:
-    """Select, calculate, erase, as FuseChat's own code does (arXiv 2408.07990).
+    """Select, calculate, erase, as in FuseChat's code (arXiv 2408.07990).
 
-        M = the share `select` of the entries that vary between packs, those that vary most
+        M = mask of the entries of largest variance, the share `select` of those that vary
         e_i = mean((M Δ_i)²) / Σ_j mean((M Δ_j)²)
         E_i = [sgn Δ_i = sgn Σ_j w_j Δ_j]
         Δ = Σ w_i e_i E_i Δ_i / Σ w_i e_i E_i
 
-    M decides the energies e_i only; all entries are merged. Where the packs do not differ at all,
-    M is everything, so that equal packs give themselves.
+    M decides only the energies e_i; all entries are merged. If the packs do not differ, M is all
+    ones, so that equal packs give the same delta.
     """
     mask = _varying(deltas, select)
     energies = [float((delta * mask).double().square().sum()) for delta in deltas]
@@ -92,8 +90,8 @@ def pcb(deltas: Sequence[Tensor], weights: Sequence[float], ratio: float) -> Ten
         c_i = m(max(S_i, the entry at the share `ratio` from the top))
         Δ = Σ w_i c_i sgn(Δ_i) a_i / Σ c_i
 
-    The paper's min-max runs over the whole model, so that one outlier sets every tensor's scale;
-    here it runs over the tensor.
+    Difference from the paper: its min-max runs over the whole model, where one outlier sets the
+    scale of every tensor. Here it runs over the tensor.
     """
     together = task_arithmetic(deltas, [1.0] * len(deltas))
     merged, total = torch.zeros_like(together), torch.zeros_like(together)
@@ -114,7 +112,7 @@ def pcb(deltas: Sequence[Tensor], weights: Sequence[float], ratio: float) -> Ten
 def agreeing_mean(
     deltas: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float] | None = None
 ) -> Tensor:
-    """Mean over the packs whose sign is the elected one, entry by entry.
+    """Mean over the packs of the elected sign, entry by entry.
 
         γ = sgn Σ v_i Δ_i,   Δ = Σ w_i [sgn Δ_i = γ] Δ_i / Σ w_i [sgn Δ_i = γ]
 
@@ -143,17 +141,17 @@ def trim(delta: Tensor, density: float) -> Tensor:
 
 
 def drop(delta: Tensor, density: float, key: str) -> Tensor:
-    """Each entry stays with probability `density` and is divided by it, so that E = Δ.
+    """Each entry stays with probability `density` and is divided by it, so that the mean is Δ.
 
     Args:
-        key: names the draw (seed, pack and tensor): it depends on no other pack or tensor.
+        key: seeds the draw; it names seed, pack and tensor.
     """
     if density >= 1:
         return delta
     seed = int.from_bytes(blake3(key.encode()).digest(length=8), "little", signed=True)
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(delta.shape, generator=generator) < density
-    return torch.where(kept, delta / density, 0.0)
+    stays = torch.rand(delta.shape, generator=generator) < density
+    return torch.where(stays, delta / density, 0.0)
 
 
 def _dropped(deltas: Sequence[Tensor], density: float, keys: Sequence[str]) -> list[Tensor]:
@@ -162,14 +160,14 @@ def _dropped(deltas: Sequence[Tensor], density: float, keys: Sequence[str]) -> l
 
 def _varying(deltas: Sequence[Tensor], select: float) -> Tensor:
     """True at the share `select` of the entries that vary, those of the largest variance."""
-    # float64, so that squares of small deltas do not vanish; distances from the first pack are
-    # exactly zero where packs agree, those from a mean are not.
+    # In float64, so that squares of small deltas do not vanish. Distances are from the first pack:
+    # they are exactly zero where packs agree, and those from a mean are not.
     sums = torch.zeros_like(deltas[0], dtype=torch.float64)
     squares = torch.zeros_like(sums)
     for delta in deltas[1:]:
-        apart = (delta - deltas[0]).double()
-        sums += apart
-        squares += apart.square_()
+        distance = (delta - deltas[0]).double()
+        sums += distance
+        squares += distance.square_()
     variance = squares / len(deltas) - (sums / len(deltas)).square_()
     varying = int(variance.count_nonzero())
     if varying == 0:
@@ -182,12 +180,12 @@ def _share(count: int, share: float) -> int:
 
 
 def _smallest(tensor: Tensor, rank: int) -> Tensor:
-    """The entry with `rank` smaller ones."""
+    """The entry of this rank, 0 for the smallest."""
     return tensor.reshape(-1).kthvalue(rank + 1).values
 
 
 def _min_max(tensor: Tensor) -> Tensor:
-    """Stretched to 0..1; a tensor of one value becomes 1 where that is positive, else 0."""
+    """Scaled to 0..1; a tensor of one value becomes 1 if it is positive, else 0."""
     low, high = tensor.aminmax()
     if low == high:
         return (tensor > 0).float()
@@ -195,36 +193,37 @@ def _min_max(tensor: Tensor) -> Tensor:
 
 
 def _divided(merged: Tensor, total: Tensor) -> Tensor:
-    """merged / total, and 0 where nobody takes part."""
+    """merged / total, and 0 where no pack takes part."""
     return merged / torch.where(total == 0, torch.ones_like(total), total)
 
 
 LARGEST = 1e6
-"""Weights and λ beyond this, on either side, are mistakes: float32 would overflow soon after."""
+"""Largest magnitude of weights and of λ: float32 would overflow soon beyond it."""
 
 Share = Annotated[float, Field(gt=0, le=1)]
-_Settings = TypeVar("_Settings", bound=BaseModel)
 
 
-class Method(BaseModel, ABC):
-    """A merge rule and its settings; weights are those of the packs that take part."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class Method(Settings, ABC):
+    """A merge rule and its settings."""
 
     averages: ClassVar[bool] = False
     """The result divides by the weights, so that only their proportions count."""
 
     scaling: Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)] = 1.0
-    """λ: the merged delta is multiplied by it; 0 gives the target."""
+    """λ, which multiplies the merged delta; 0 gives the target."""
 
     @abstractmethod
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
-        """The rule itself, without λ, for one tensor; `keys` name each pack's tensor."""
+        """The rule for one tensor, without λ.
+
+        Args:
+            keys: name the tensor of each pack, and seed the draws of rules that draw at random.
+        """
 
     def keeps(self, weight: float) -> bool:
-        """Whether one pack of this weight is merged as it is."""
+        """Whether a single pack of this weight stays as it is."""
         return self.scaling == 1
 
 
@@ -236,7 +235,7 @@ class Linear(Method):
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
-        """Σ w Δ / Σ w."""
+        """Merge with `linear`."""
         return linear(deltas, weights)
 
 
@@ -246,16 +245,16 @@ class TaskArithmetic(Method):
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
-        """Σ w Δ."""
+        """Merge with `task_arithmetic`."""
         return task_arithmetic(deltas, weights)
 
     def keeps(self, weight: float) -> bool:
-        """Weight 1 and λ 1."""
+        """For weight 1 and λ 1."""
         return super().keeps(weight) and weight == 1
 
 
 class Ties(Method):
-    """Trim, elect signs, mean of those that agree."""
+    """Trim, elect signs, take the mean of the entries that agree."""
 
     averages: ClassVar[bool] = True
 
@@ -265,16 +264,16 @@ class Ties(Method):
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
-        """`rules.ties`."""
+        """Merge with `ties`."""
         return ties(deltas, weights, self.density)
 
     def keeps(self, weight: float) -> bool:
-        """Density 1 and λ 1."""
+        """For density 1 and λ 1."""
         return super().keeps(weight) and self.density == 1
 
 
 class Dare(Method):
-    """Drop at random and rescale, then the weighted sum."""
+    """Drop entries at random and rescale, then the weighted sum."""
 
     density: Share = 0.5
     """Probability that an entry stays."""
@@ -284,11 +283,11 @@ class Dare(Method):
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
-        """`rules.dare`."""
+        """Merge with `dare`."""
         return dare(deltas, weights, self.density, self._draws(keys))
 
     def keeps(self, weight: float) -> bool:
-        """Density 1, weight 1 and λ 1."""
+        """For density 1, weight 1 and λ 1."""
         return super().keeps(weight) and self.density == 1 and weight == 1
 
     def _draws(self, keys: Sequence[str]) -> list[str]:
@@ -296,38 +295,38 @@ class Dare(Method):
 
 
 class DareTies(Dare):
-    """Drop at random and rescale, then elect signs, mean of those that agree."""
+    """Drop entries at random and rescale, elect signs, take the mean of the entries that agree."""
 
     averages: ClassVar[bool] = True
 
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
-        """`rules.dare_ties`."""
+        """Merge with `dare_ties`."""
         return dare_ties(deltas, weights, self.density, self._draws(keys))
 
     def keeps(self, weight: float) -> bool:
-        """Density 1 and λ 1."""
+        """For density 1 and λ 1."""
         return self.scaling == 1 and self.density == 1
 
 
 class Sce(Method):
-    """Weights from where the packs differ, mean of those that agree in sign."""
+    """Weigh packs by their energy where they differ, take the mean of the entries that agree."""
 
     averages: ClassVar[bool] = True
 
     select: Share = 0.1
-    """Share of the entries that vary which decides the weights; 0.1 as FuseChat ships it."""
+    """Share of the varying entries that decides the weights; 0.1 as in FuseChat's code."""
 
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
-        """`rules.sce`."""
+        """Merge with `sce`."""
         return sce(deltas, weights, self.select)
 
 
 class Pcb(Method):
-    """Entries compete by size and by agreement with the others."""
+    """Parameter competition: entries compete by size and by agreement between packs."""
 
     ratio: Share = 0.1
     """Share of every tensor's entries that wins; 0.05 to 0.1 in the paper."""
@@ -335,11 +334,11 @@ class Pcb(Method):
     def merge(
         self, deltas: Sequence[Tensor], weights: Sequence[float], keys: Sequence[str]
     ) -> Tensor:
-        """`rules.pcb`."""
+        """Merge with `pcb`."""
         return pcb(deltas, weights, self.ratio)
 
     def keeps(self, weight: float) -> bool:
-        """Never: a lone pack loses most of its entries too."""
+        """Never: a single pack loses most of its entries too."""
         return False
 
 
@@ -354,13 +353,14 @@ METHODS: dict[str, type[Method]] = {
 }
 """Every merge method by its name."""
 IN_TURN = ("opcm", "kif")
-"""Methods that take packs one after another and keep a memory (`graftkit.fuse.sequential`)."""
+"""Methods that take one pack after another and keep a state (`graftkit.fuse.sequential`)."""
 
 
 def find_method(name: str, settings: Mapping[str, Any]) -> Method:
     """The method of this name with these settings.
 
-    Raises: ConfigError for an unknown name or setting, with the nearest, or a value out of range.
+    Raises: ConfigError for an unknown name or setting, with the nearest known one, or for a value
+        out of range.
     """
     if name in IN_TURN:
         raise ConfigError(
@@ -368,23 +368,15 @@ def find_method(name: str, settings: Mapping[str, Any]) -> Method:
             "fuse_in_turn"
         )
     if name not in METHODS:
-        known = [*METHODS, *IN_TURN]
-        hint = nearest_name(name, known)
-        raise ConfigError(f"method {name!r} is unknown{hint}; choose one of {', '.join(known)}")
-    return checked_settings(name, METHODS[name], settings)
-
-
-def checked_settings(name: str, kind: type[_Settings], settings: Mapping[str, Any]) -> _Settings:
-    """The settings of the method `name`, as a `kind`.
-
-    Raises: ConfigError for an unknown setting, with the nearest, or a value out of range.
-    """
-    known = list(kind.model_fields)
+        methods = [*METHODS, *IN_TURN]
+        hint = nearest_name(name, methods)
+        raise ConfigError(f"method {name!r} is unknown{hint}; choose one of {', '.join(methods)}")
+    kind, names = METHODS[name], list(METHODS[name].model_fields)
     for key in settings:
-        if key not in known:
-            told = ", ".join(known) or "none"
+        if key not in names:
+            known = ", ".join(names) or "none"
             raise ConfigError(
-                f"{name} has no setting {key!r}{nearest_name(key, known)}; its settings: {told}"
+                f"{name} has no setting {key!r}{nearest_name(key, names)}; its settings: {known}"
             )
     try:
         return kind(**settings)

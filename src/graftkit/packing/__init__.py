@@ -1,9 +1,10 @@
-"""The steps from two checkpoints to a SkillPack; `graftkit.pack` is the door.
+"""The steps from two checkpoints to a SkillPack. The public function is in `graftkit.pack`.
 
 job      the steps in order: scan, calibrate, measure, plan, encode, train
-pairs    tensors of the target and the tuned model, two by two
-measure  what every way to code a tensor costs and loses
-budget   the bits of every tensor under a limit of bytes
-encode   planned tensors as payloads, and the file around them
-train    codes trained on rows, with a model that holds them
+pairs    tensors of the target and of the tuned model in pairs
+measure  digests, calibration statistics, and the energies of deltas
+budget   a precision for every tensor within the budget
+encode   records and payloads of tensors, and the pack around them
+train    code training against the tuned model
+student  the packed model during code training
 """

@@ -1,14 +1,17 @@
-"""How the paper's recipe spends the bytes: one precision per tensor under the budget.
+"""How packing spends its bytes: one precision for every lossy tensor, within the budget.
 
-One water level for all tensors, such that the pack meets its budget from below.
+`plan_graftllm` is the paper's recipe. It searches a few hyperparameters that all layers share. The
+bytes of every combination are known without encoding.
 
-Bytes and errors of entropy-coded tensors are known only when they are coded. The level is found
-on expectations, the tensors are coded, the expectations are corrected by what came out, and again.
+`fit_budget` is recipe auto: one water level for all tensors. Bytes and errors of entropy-coded
+tensors are known only after encoding. So the level is found on expectations, the tensors are
+encoded, the results correct the expectations, and the search repeats. The file fills its budget
+from below.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,9 +32,12 @@ from graftkit.compress.lowrank import MAX_RANK, TIER_SHARES, Tier, split_tiers
 from graftkit.models.architecture import ModuleKind
 
 ENERGY_SHARES = tuple(1 - np.geomspace(0.7, 1e-5, 160))
-"""β: share of an MLP delta's energy that its rank must keep."""
+"""β: shares of an MLP delta's energy that its rank keeps."""
 RANK_SHARES = tuple(np.geomspace(0.002, 1.0, 160))
-"""r of attention as a share of the largest full rank; a smaller matrix keeps at most its own."""
+"""r of attention, as shares of the largest full rank."""
+
+Ladder = list[dict[int, RatePoint]]
+"""Points of all tensors of one operator, by index, for each value of its hyperparameter."""
 
 _OPERATORS = {
     ModuleKind.EMBEDDING: "pruned",
@@ -52,12 +58,14 @@ class BudgetPlan:
 def plan_graftllm(
     kinds: Mapping[int, ModuleKind], facts: Mapping[int, MatrixFacts], budget_bytes: int
 ) -> BudgetPlan:
-    """The paper's operators, their hyperparameters found under the budget.
+    """The paper's operators, with hyperparameters that fit the budget (GraftLLM section 3.2).
 
-    α (share of entries kept) for embeddings and head, β (share of energy kept) for MLP, r (rank)
-    for attention, each the same in every layer (GraftLLM section 3.2). All combinations on a grid
-    are costed; the one with the least expected error that fits wins. The proportions of the
-    8/4/2-bit tiers are searched too.
+    All layers share α (share of entries kept) for embeddings and head, β (share of energy kept) for
+    MLP, and r (rank) for attention. Of all combinations on a grid that fit, the one with the least
+    expected error is taken. The proportions of the 8/4/2-bit tiers are searched too.
+
+    Args:
+        kinds, facts: of the lossy tensors, by index.
     """
     groups: dict[str, dict[int, MatrixFacts]] = {"pruned": {}, "attention": {}, "mlp": {}}
     for name, fact in facts.items():
@@ -80,7 +88,7 @@ def _cheapest_error(
         [{i: _by_rank(f, share * full, shares) for i, f in attention} for share in RANK_SHARES],
         [{i: _by_energy(f, energy, shares) for i, f in mlp} for energy in ENERGY_SHARES],
     ]
-    # Nothing at all must stay possible, or a small budget could not be met.
+    # A first step that stores nothing: the smallest budgets allow no more.
     ladders[1].insert(0, {i: zero_point_of(fact) for i, fact in attention})
     ladders[2].insert(0, {i: zero_point_of(fact) for i, fact in mlp})
     best = _best_combination(ladders, budget_bytes)
@@ -99,8 +107,8 @@ def _plan(facts: Mapping[int, MatrixFacts], points: Mapping[int, RatePoint]) -> 
     )
 
 
-def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, RatePoint]]:
-    """One step per share kept, and a first one that keeps nothing."""
+def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> Ladder:
+    """One step for each share of entries kept, after a first one that keeps nothing."""
     steps = [{name: zero_point_of(fact) for name, fact in facts.items()}]
     pruned = {name: sparse_points(fact) for name, fact in facts.items()}
     depth = min((len(points) for points in pruned.values()), default=0)
@@ -109,26 +117,26 @@ def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> list[dict[int, RatePoint
 
 
 def _by_rank(facts: MatrixFacts, rank: float, tiers: tuple[float, float, float]) -> RatePoint:
-    """Attention: the same rank in every matrix that has it."""
-    kept = min(max(1, round(rank)), MAX_RANK, *facts.shape)
-    return _never_dearer_than_direct(facts, split_tiers(kept, tiers))
+    """Attention: the same rank in every matrix, or a smaller matrix's full rank."""
+    whole = min(max(1, round(rank)), MAX_RANK, *facts.shape)
+    return _never_dearer_than_direct(facts, split_tiers(whole, tiers))
 
 
 def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> RatePoint:
     """MLP: the smallest rank that keeps `share` of the energy."""
-    kept = np.cumsum(facts.energies)
-    if kept[-1] <= 0:
+    energy = np.cumsum(facts.energies)
+    if energy[-1] <= 0:
         return zero_point_of(facts)
-    rank = int(np.searchsorted(kept, share * kept[-1])) + 1
+    rank = int(np.searchsorted(energy, share * energy[-1])) + 1
     rank = min(rank, MAX_RANK, *facts.shape)
     return _never_dearer_than_direct(facts, split_tiers(rank, tiers))
 
 
 def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> RatePoint:
-    """Factors in these tiers, or the direct form where that is cheaper and no worse.
+    """Factors in these tiers, or the dense form where that takes fewer bytes and no more error.
 
-    The k and v matrices of grouped-query attention are so flat that factors of a large rank cost
-    more bits than the matrix itself.
+    The k and v matrices of grouped-query attention have a flat spectrum: factors of a large rank
+    take more bits than the matrix itself.
     """
     factors = tiers_point(facts, tiers)
     direct = [point for point in dense_points(facts) if point.nbytes <= factors.nbytes]
@@ -139,10 +147,8 @@ def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> Ra
     return widest if factors.nbytes > widest.nbytes else factors
 
 
-def _best_combination(
-    ladders: list[list[dict[int, RatePoint]]], budget_bytes: int
-) -> tuple[int, ...]:
-    """Index into each ladder with the least summed error among the sums of bytes that fit."""
+def _best_combination(ladders: list[Ladder], budget_bytes: int) -> tuple[int, ...]:
+    """Step of each ladder such that the summed error is least and the summed bytes fit."""
     bytes_of = [
         np.array([sum(p.nbytes for p in step.values()) for step in ladder]) for ladder in ladders
     ]
@@ -151,7 +157,7 @@ def _best_combination(
     ]
     total = bytes_of[0][:, None, None] + bytes_of[1][None, :, None] + bytes_of[2][None, None, :]
     error = errors[0][:, None, None] + errors[1][None, :, None] + errors[2][None, None, :]
-    # Storing nothing always fits. Among equal errors the smallest file.
+    # The first steps store nothing, so something always fits. Of equal errors, the smallest file.
     score = np.where(total <= budget_bytes, error, np.inf)
     best = np.flatnonzero(score.reshape(-1) == score.min())
     smallest = best[np.argmin(total.reshape(-1)[best])]
@@ -159,50 +165,50 @@ def _best_combination(
 
 
 ROUNDS = 5
+"""Encodings of all tensors, at most."""
 GOOD_ENOUGH = 0.99
-"""Share of the room that must be used before no further round is made."""
+"""Share of the room that ends the search once it is filled."""
 CLOSE = 1.3
-"""Choices whose expected cost is within this factor of the best are tried in the first round."""
+"""Choices whose expected cost is within this factor of the best are encoded in the first round."""
 _AIM = 0.997
 _COARSEST = 1e5  # times the finest level of a tensor: all its codes are zero
-_CLOSE_LEVELS = 1e-7  # a level is not searched more precisely
+_LEVEL_PRECISION = 1e-7
 
 Encode = Callable[[Mapping[int, Precision]], Mapping[int, tuple[int, float]]]
-"""Codes tensors at these precisions; says bytes and relative squared error of each."""
+"""Encodes tensors at these precisions; returns bytes and relative squared error of each."""
 
 
-@dataclass
 class LevelSearch:
-    """The search for the level: what is known of every lossy tensor, by index."""
+    """Expectations for every lossy tensor, by index, corrected by what was encoded.
 
-    facts: Mapping[int, MatrixFacts]
-    servable: bool
-    found: dict[tuple[int, str], tuple[float, float]] = field(default_factory=dict)
-    """Bytes and error that came out over those expected, by tensor and codec."""
+    Attributes:
+        facts: of tensors whose delta is not zero.
+        corrections: bytes and error of the last encoding over those expected, by tensor and codec.
+    """
 
-    def of_tensor(self, index: int, level: float) -> float:
-        """The level, or the lowest of use to this tensor."""
-        return max(level, finest_level(self.facts[index]))
+    def __init__(self, facts: Mapping[int, MatrixFacts], servable: bool):
+        self.facts, self.servable = facts, servable
+        self.corrections: dict[tuple[int, str], tuple[float, float]] = {}
 
     def ranked(self, index: int, level: float) -> list[CodingOption]:
-        """Choices for one tensor, the best first, as far as is known."""
-        corrected, level = [], self.of_tensor(index, level)
+        """Choices for one tensor at a level, the least expected cost first."""
+        corrected, level = [], self._useful_level(index, level)
         for choice in coding_options(self.facts[index], level, self.servable):
-            nbytes, error = self.found.get((index, choice.precision.codec), (1.0, 1.0))
+            nbytes, error = self.corrections.get((index, choice.precision.codec), (1.0, 1.0))
             corrected.append(
                 replace(choice, nbytes=choice.nbytes * nbytes, error=choice.error * error)
             )
         return sorted(corrected, key=lambda choice: choice.cost(level))
 
-    def precisions(self, level: float) -> dict[int, Precision]:
-        """The best choice of every tensor."""
+    def best(self, level: float) -> dict[int, Precision]:
+        """The best choice for every tensor."""
         return {i: self.ranked(i, level)[0].precision for i in self.facts}
 
-    def level(self, goal: float) -> float:
-        """Smallest level whose expected bytes stay within `goal`."""
+    def smallest_level(self, goal: float) -> float:
+        """The smallest level whose expected bytes stay within `goal`."""
         ends = [finest_level(facts) for facts in self.facts.values()]
         low, high = min(ends), max(ends) * _COARSEST
-        while high > low * (1 + _CLOSE_LEVELS):
+        while high > low * (1 + _LEVEL_PRECISION):
             middle = math.sqrt(low * high)
             if sum(self.ranked(i, middle)[0].nbytes for i in self.facts) > goal:
                 low = middle
@@ -210,66 +216,75 @@ class LevelSearch:
                 high = middle
         return high
 
-    def explore(self, level: float, encode: Encode) -> None:
-        """Try every choice that may turn out to be the best."""
+    def close_choices(self, level: float) -> list[dict[int, Precision]]:
+        """All choices that may turn out to be the best, grouped by codec."""
         close: dict[str, dict[int, Precision]] = {}
         for i in self.facts:
-            ranked, own = self.ranked(i, level), self.of_tensor(i, level)
+            ranked, own = self.ranked(i, level), self._useful_level(i, level)
             limit = CLOSE * ranked[0].cost(own)
             near = [choice.precision for choice in ranked if choice.cost(own) <= limit]
             if len(near) > 1:
                 for precision in near:
                     close.setdefault(precision.codec, {})[i] = precision
         close.pop("zero", None)
-        for codec in sorted(close):
-            self.learn(level, close[codec], encode(close[codec]))
+        return [close[codec] for codec in sorted(close)]
 
-    def learn(
+    def correct(
         self,
         level: float,
-        tried: Mapping[int, Precision],
+        precisions: Mapping[int, Precision],
         results: Mapping[int, tuple[int, float]],
     ) -> None:
-        """Correct what is expected by what came out at this level."""
-        for i, precision in tried.items():
+        """Correct the expectations by what `precisions` encode to at this level."""
+        for i, precision in precisions.items():
             facts = self.facts[i]
-            own = self.of_tensor(i, level)
-            guess = {c.precision.codec: c for c in coding_options(facts, own, self.servable)}
-            choice = guess[precision.codec]
+            own = self._useful_level(i, level)
+            expected = {c.precision.codec: c for c in coding_options(facts, own, self.servable)}
+            choice = expected[precision.codec]
             if choice.nbytes > 0 and choice.error > 0:
                 nbytes, distortion = results[i]
                 error = distortion * facts.weight * float(facts.energies.sum())
                 ratios = nbytes / choice.nbytes, error / choice.error
-                self.found[i, precision.codec] = _within(ratios[0]), _within(ratios[1])
+                self.corrections[i, precision.codec] = _limited(ratios[0]), _limited(ratios[1])
+
+    def _useful_level(self, index: int, level: float) -> float:
+        """The level, or the finest that this tensor's codecs can use."""
+        return max(level, finest_level(self.facts[index]))
 
 
 def fit_budget(
     facts: Mapping[int, MatrixFacts], room: int, servable: bool, encode: Encode
 ) -> dict[int, Precision]:
-    """Precisions whose coded bytes fill `room` as far as they can from below.
+    """Precisions whose encoded bytes fill `room` from below, as far as possible.
 
-    The last call of `encode` is with exactly what is returned.
+    The last call of `encode` is with what is returned.
+
+    Args:
+        facts: of every lossy tensor, by index. room: bytes.
     """
     best: dict[int, Precision] = {i: Zero() for i in facts}
-    loud = {i: f for i, f in facts.items() if f.weight > 0 and f.energies.any()}
-    if loud:
-        fit, used, goal = LevelSearch(loud, servable), 0, _AIM * room
-        fit.explore(fit.level(goal), encode)
+    nonzero = {i: f for i, f in facts.items() if f.weight > 0 and f.energies.any()}
+    if nonzero:
+        search, used, goal = LevelSearch(nonzero, servable), 0, _AIM * room
+        level = search.smallest_level(goal)
+        for precisions in search.close_choices(level):
+            search.correct(level, precisions, encode(precisions))
         for _ in range(ROUNDS):
-            level = fit.level(goal)
-            wanted = fit.precisions(level)
-            results = encode(wanted)
+            level = search.smallest_level(goal)
+            precisions = search.best(level)
+            results = encode(precisions)
             total = sum(nbytes for nbytes, _ in results.values())
             if used < total <= room:
-                best, used = best | wanted, total
+                best, used = best | precisions, total
             if GOOD_ENOUGH * room <= total <= room:
                 break
-            fit.learn(level, wanted, results)
+            search.correct(level, precisions, results)
             if total > room:
                 goal *= 0.997
     encode(best)
     return best
 
 
-def _within(ratio: float) -> float:
+def _limited(ratio: float) -> float:
+    """A correction within a factor of 4."""
     return min(4.0, max(0.25, ratio))

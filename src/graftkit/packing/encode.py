@@ -1,13 +1,13 @@
-"""One pair of tensors becomes one record and its payload.
+"""One tensor becomes a record and a payload, and all of them become a pack.
 
-What surrounds the payloads: the manifest, its bytes, and the room that it leaves.
+A record says how the payload decodes, and its error: that of the weights that a reader gets.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from blake3 import blake3
@@ -30,10 +30,11 @@ from graftkit.compress.codecs import (
 from graftkit.compress.exact import encode_exact
 from graftkit.config import VERSION, PackConfig
 from graftkit.errors import BudgetError
-from graftkit.files import WorkFolder
+from graftkit.files import WorkFolder, mapped_file
 from graftkit.packing.measure import Scan
 from graftkit.packing.pairs import TensorPair
 from graftkit.side_files import changed_code
+from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import build_header, file_entry, payloads_digest
 from graftkit.skillpack.manifest import (
     ROUTER_ENTRY,
@@ -50,6 +51,26 @@ from graftkit.skillpack.manifest import (
 WORST_CASE_ERROR = 0.0001234
 """As many characters as any error takes with four significant digits."""
 
+GENERATOR = f"graftkit {VERSION}"
+"""What manifests name as their writer."""
+
+
+@dataclass(frozen=True)
+class TensorTask:
+    """One tensor of the result, after the scan.
+
+    Attributes:
+        appended: payload of the rows that a grown vocabulary has beyond the target's.
+        lossy: whether a lossy codec encodes it.
+        index: its place among all tensors of the pack, in the order of names.
+    """
+
+    pair: TensorPair
+    scan: Scan
+    appended: bytes = b""
+    lossy: bool = False
+    index: int = 0
+
 
 @dataclass(frozen=True)
 class EncodedTensor:
@@ -60,21 +81,66 @@ class EncodedTensor:
     distortion: float
 
 
-def draft_record(
-    pair: TensorPair, scan: Scan, codec: str, payload_bytes: int, appended_bytes: int
-) -> TensorRecord:
-    """The record without its error, with that field as long as it can get."""
-    grown = pair.resized and pair.tuned.shape[0] > pair.target.shape[0]
+@dataclass(frozen=True)
+class StoredTensor:
+    """A finished tensor whose payload, of `nbytes` bytes, is `file` of the work folder."""
+
+    record: TensorRecord
+    distortion: float
+    nbytes: int
+    file: str
+
+    @classmethod
+    def of(cls, encoded: EncodedTensor, file: str) -> Self:
+        """A tensor whose payload is in that file."""
+        return cls(encoded.record, encoded.distortion, len(encoded.payload), file)
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of the payload without appended rows."""
+        return self.nbytes - self.record.appended_bytes
+
+
+def store_tensor(work: WorkFolder, name: str, encoded: EncodedTensor) -> StoredTensor:
+    """Write a finished tensor: its payload, then its record. Raises: OutputError."""
+    stored = StoredTensor.of(encoded, f"{name}.bin")
+    if encoded.payload:
+        work.write(stored.file, encoded.payload)
+    content = {
+        "record": encoded.record.model_dump(mode="json"),
+        "distortion": stored.distortion,
+        "nbytes": stored.nbytes,
+    }
+    work.write_json(f"{name}.json", content)
+    return stored
+
+
+def load_stored(work: WorkFolder, name: str) -> StoredTensor | None:
+    """The tensor that `store_tensor` wrote under this name, or None."""
+    content = work.read_json(f"{name}.json")
+    if content is None:
+        return None
+    record = TensorRecord.model_validate(content["record"])
+    return StoredTensor(record, content["distortion"], content["nbytes"], f"{name}.bin")
+
+
+def draft_record(task: TensorTask, codec: str, payload_bytes: int) -> TensorRecord:
+    """The record without its error; that field is as long as it can get.
+
+    Args:
+        payload_bytes: of the payload with appended rows.
+    """
+    pair = task.pair
     fields: dict[str, Any] = {
         "name": pair.name,
         "kind": pair.role.kind.value,
         "dtype": pair.target.dtype,
         "shape": pair.target.shape,
-        "blake3": scan.target_digest[:TENSOR_DIGEST_HEX],
+        "blake3": task.scan.target_digest[:TENSOR_DIGEST_HEX],
         "codec": codec,
         "error": WORST_CASE_ERROR,
         "bytes": payload_bytes,
-        "appended_bytes": appended_bytes if grown else 0,
+        "appended_bytes": len(task.appended),
         "base": pair.base,
     }
     if pair.tuned.dtype != pair.target.dtype:
@@ -87,48 +153,48 @@ def draft_record(
 
 
 def encode_appended(pair: TensorPair, tuned: Checkpoint) -> bytes:
-    """Rows of a grown vocabulary that the target lacks, lossless."""
+    """Rows that a grown vocabulary has beyond the target's, lossless; empty without such rows."""
     if not pair.resized or pair.tuned.shape[0] <= pair.target.shape[0]:
         return b""
     return encode_added_rows(tuned.read(pair.tuned.name)[pair.target.shape[0] :])
 
 
 def encode_added_rows(rows: Tensor) -> bytes:
-    """Rows that have nothing to be compared with, lossless."""
+    """Rows of a grown vocabulary, lossless: the target has none to compare them with."""
     return encode_exact(rows.contiguous(), torch.zeros_like(rows))
 
 
-def encode_lossless(
-    pair: TensorPair, scan: Scan, states: tuple[Tensor, Tensor], appended: bytes
-) -> EncodedTensor:
-    """Lossless: `zero` where no bit differs, else `exact`."""
+def encode_lossless(task: TensorTask, states: tuple[Tensor, Tensor]) -> EncodedTensor:
+    """Encode exactly: `zero` if no bit differs, else `exact`.
+
+    Args:
+        states: common rows of the target (in the tuned dtype) and of the tuned model.
+    """
     before, after = states
     same = bytes(tensor_bytes(before)) == bytes(tensor_bytes(after))
     body = b"" if same else encode_exact(after.contiguous(), before.contiguous())
-    return _finish(pair, scan, "zero" if same else "exact", body, appended, (0.0, 0.0))
+    return _finish(task, "zero" if same else "exact", body, (0.0, 0.0))
 
 
 def encode_lossy(
-    pair: TensorPair,
-    scan: Scan,
+    task: TensorTask,
     states: tuple[Tensor, Tensor],
-    statistics: tuple[Tensor | None, Tensor | None],
+    covariance: Tensor | None,
+    bases: Tensor | None,
     precision: Precision,
-    appended: bytes,
     weighted: bool,
 ) -> EncodedTensor:
-    """Encode with a delta codec; `zero` where what comes out would not fit the tuned dtype.
+    """Encode with a delta codec; `zero` where the decoded weights exceed the tuned dtype.
 
     Args:
-        states: common rows of target (in the tuned dtype) and tuned.
-        statistics: covariance (n, n) or None; bases (matrices, side, k) or None.
+        states: common rows of the target (in the tuned dtype) and of the tuned model.
+        covariance: H of the inputs, (n, n), or None. bases: (matrices, side, k) or None.
         weighted: measure the bound's distortion under the covariance.
     """
     delta = difference(states[1], states[0])
-    covariance, bases = statistics
-    lost = (1.0, 1.0) if bool(delta.any()) else (0.0, 0.0)
-    nothing = _finish(pair, scan, "zero", b"", appended, lost)
-    if isinstance(precision, Zero) or lost == (0.0, 0.0):
+    changed = bool(delta.any())
+    nothing = _finish(task, "zero", b"", (1.0, 1.0) if changed else (0.0, 0.0))
+    if isinstance(precision, Zero) or not changed:
         return nothing
     parts = [
         encode_matrix(
@@ -136,48 +202,46 @@ def encode_lossy(
             Statistics(covariance, None if bases is None else bases[i]),
             precision,
         )
-        for i, part in enumerate(matrices(delta, pair.layout))
+        for i, part in enumerate(matrices(delta, task.pair.layout))
     ]
     body = join_payloads(parts)
     metric = covariance if weighted else None
-    measured = _measured(pair, scan, states, delta, metric, (precision.codec, body, appended))
-    return nothing if measured is None else measured
+    return _with_error(task, states[0], delta, metric, precision.codec, body) or nothing
 
 
-def remeasured(
-    pair: TensorPair,
-    scan: Scan,
+def reencoded(
+    task: TensorTask,
     states: tuple[Tensor, Tensor],
     covariance: Tensor | None,
     codec: str,
     body: bytes,
 ) -> EncodedTensor | None:
-    """A tensor whose payload was changed after it was coded; it has no appended rows.
+    """A tensor with another payload than it was encoded to; it has no appended rows.
 
-    None where it decodes to weights that the tuned dtype does not hold.
+    None where the decoded weights exceed the tuned dtype.
     """
     delta = difference(states[1], states[0])
-    return _measured(pair, scan, states, delta, covariance, (codec, body, b""))
+    return _with_error(task, states[0], delta, covariance, codec, body)
 
 
-def _measured(
-    pair: TensorPair,
-    scan: Scan,
-    states: tuple[Tensor, Tensor],
+def _with_error(
+    task: TensorTask,
+    before: Tensor,
     delta: Tensor,
     covariance: Tensor | None,
-    coded: tuple[str, bytes, bytes],
+    codec: str,
+    body: bytes,
 ) -> EncodedTensor | None:
-    """coded: codec, its payload, and the appended rows' payload. None: a reader would refuse it."""
-    codec, body, appended = coded
-    lost = _lost_energies(pair, states[0], delta, covariance, codec, memoryview(body))
+    """The tensor with the error that its payload decodes to; None if a reader would refuse it."""
+    pair = task.pair
+    lost = _lost_energies(pair, before, delta, covariance, codec, memoryview(body))
     if lost is None:
         return None
     distortion = lost[0] / _energy(delta, pair, None)
     error = math.sqrt(distortion)
     if covariance is not None:
         distortion = lost[1] / max(_energy(delta, pair, covariance), 1e-30)
-    return _finish(pair, scan, codec, body, appended, (error, distortion))
+    return _finish(task, codec, body, (error, distortion))
 
 
 def _lost_energies(
@@ -209,7 +273,7 @@ def _lost_energies(
 
 
 def _fits(decoded: Tensor, weight: Tensor) -> bool:
-    """Whether the sum is finite in the weight's dtype; peaks alone nearly always tell."""
+    """Whether the sum is finite in the weight's dtype; the peaks alone nearly always decide."""
     peaks = [float(end.abs()) for part in (decoded, weight) for end in torch.aminmax(part)]
     if sum(peaks) < torch.finfo(weight.dtype).max / 2:
         return True
@@ -218,63 +282,53 @@ def _fits(decoded: Tensor, weight: Tensor) -> bool:
 
 
 def _finish(
-    pair: TensorPair,
-    scan: Scan,
-    codec: str,
-    body: bytes,
-    appended: bytes,
-    lost: tuple[float, float],
+    task: TensorTask, codec: str, body: bytes, errors: tuple[float, float]
 ) -> EncodedTensor:
-    payload = body + appended
-    record = draft_record(pair, scan, codec, len(payload), len(appended))
-    error = float(f"{lost[0]:.4g}")
-    return EncodedTensor(record.model_copy(update={"error": error}), payload, lost[1])
+    """errors: relative error for the record, and distortion for the bound."""
+    payload = body + task.appended
+    record = draft_record(task, codec, len(payload))
+    error = float(f"{errors[0]:.4g}")
+    return EncodedTensor(record.model_copy(update={"error": error}), payload, errors[1])
 
 
 def _energy(delta: Tensor, pair: TensorPair, covariance: Tensor | None) -> float:
     return sum(output_energy(part, covariance) for part in matrices(delta, pair.layout))
 
 
-GENERATOR = f"graftkit {VERSION}"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A finished tensor whose payload lies in the work folder, in `file`."""
-
-    record: TensorRecord
-    distortion: float
-    nbytes: int
-    file: str
-
-
 @dataclass(frozen=True)
 class PackAssembly:
-    """One pack around its payloads. budget_bytes: largest file allowed. files: side files with
-    their payloads. router: description and bytes of the key
-    by which prompts find the pack."""
+    """A pack around its payloads.
+
+    Attributes:
+        budget_bytes: largest file allowed; None for any size.
+        files: records and payloads of the side files.
+        router: description and payload of the router key.
+        work: holds the payloads of tensors.
+    """
 
     target: Checkpoint
     tuned: Checkpoint
     config: PackConfig
     budget_bytes: int | None
-    pairs: Sequence[TensorPair]
-    scans: Sequence[Scan]
+    tasks: Sequence[TensorTask]
     files: Sequence[tuple[FileRecord, bytes]]
     calibration: CalibrationInfo | None
     router: tuple[RouterInfo, bytes] | None
     work: WorkFolder
 
-    def room_for_lossy(
-        self, stored: Mapping[int, StoredTensor], lossy: list[int], appended: Mapping[int, bytes]
-    ) -> int:
-        """Payload bytes left for lossy tensors. Raises: BudgetError when nothing is left."""
+    def room_for_lossy(self, stored: Mapping[int, StoredTensor]) -> int:
+        """Payload bytes left for lossy tensors, without appended rows.
+
+        Args:
+            stored: the exact tensors.
+        Raises: BudgetError when nothing is left.
+        """
         if self.budget_bytes is None:
             return 0
-        fixed = self._fixed_bytes(stored, lossy, appended, self.budget_bytes)
+        fixed = self._fixed_bytes(stored, self.budget_bytes)
         if fixed > self.budget_bytes:
             # The manifest repeats the budget, and a larger one may take a few more digits.
-            least = self._fixed_bytes(stored, lossy, appended, 2 * fixed) + 32
+            least = self._fixed_bytes(stored, 2 * fixed) + 32
             raise BudgetError(
                 f"budget {self.config.budget or '5%'} is {self.budget_bytes:,} bytes, but the "
                 f"manifest and what is stored exactly take {fixed:,}; ask for at least "
@@ -282,60 +336,68 @@ class PackAssembly:
             )
         return self.budget_bytes - fixed
 
-    def _fixed_bytes(
-        self,
-        stored: Mapping[int, StoredTensor],
-        lossy: list[int],
-        appended: Mapping[int, bytes],
-        longest: int,
-    ) -> int:
-        """Bytes of all but the lossy payloads, at most; none of these is over `longest` bytes."""
-        pairs = self.pairs
-        drafts = {
-            i: draft_record(pairs[i], self.scans[i], "lowrank", longest, len(appended[i]))
-            for i in lossy
+    def pack(self, stored: Mapping[int, StoredTensor], bound: float | None) -> SkillPack:
+        """The pack of all tensors as they are stored. bound: for the manifest."""
+        payloads = {
+            self.tasks[i].pair.name: mapped_file(self.work.path / stored[i].file)
+            for i in sorted(stored)
+            if stored[i].nbytes
         }
-        records = [drafts[i] if i in drafts else stored[i].record for i in range(len(pairs))]
-        sizes = {pairs[i].name: longest for i in lossy} | self._other_sizes()
-        sizes |= {pairs[i].name: part.nbytes for i, part in stored.items()}
+        payloads |= {name: memoryview(content) for name, content in self._others.items()}
+        digest = payloads_digest(payloads.values())
+        manifest = self._manifest([stored[i].record for i in sorted(stored)], bound, digest)
+        return SkillPack(manifest, {name: payloads[name] for name in manifest.payload_order})
+
+    def finish(self, stored: Mapping[int, StoredTensor], bound: float | None) -> SkillPack:
+        """The pack, within its budget.
+
+        Raises: BudgetError: a lossless pack may be larger than its budget.
+        """
+        pack = self.pack(stored, bound)
+        size = pack.pack_bytes
+        if self.budget_bytes is not None and size > self.budget_bytes:
+            raise BudgetError(
+                f"budget {self.config.budget} is {self.budget_bytes:,} bytes, but the lossless "
+                f"pack takes {size:,}; ask for at least {size + 32}B, or use --recipe auto"
+            )
+        return pack
+
+    def _fixed_bytes(self, stored: Mapping[int, StoredTensor], longest: int) -> int:
+        """Most bytes that everything but the lossy payloads takes.
+
+        Args:
+            longest: bytes that no lossy payload exceeds; its digits are in the header.
+        """
+        lossy = [task for task in self.tasks if task.lossy]
+        drafts = {task.index: draft_record(task, "lowrank", longest) for task in lossy}
+        records = [drafts.get(i) or stored[i].record for i in range(len(self.tasks))]
+        others = {name: len(content) for name, content in self._others.items()}
+        sizes = {task.pair.name: longest for task in lossy} | others
+        sizes |= {self.tasks[i].pair.name: part.nbytes for i, part in stored.items()}
         header = build_header(self._manifest(records, WORST_CASE_ERROR, "0" * 64), sizes)
-        fixed = len(header) + sum(part.nbytes for part in stored.values())
-        return fixed + sum(map(len, appended.values())) + sum(self._other_sizes().values())
+        exact = sum(part.nbytes for part in stored.values())
+        appended = sum(len(task.appended) for task in lossy)
+        return len(header) + exact + appended + sum(others.values())
 
-    def _payloads(self, stored: Mapping[int, StoredTensor]) -> Iterator[bytes]:
-        """What follows the header of the file."""
-        for i in sorted(stored):
-            if stored[i].nbytes:
-                yield self.work.read(stored[i].file) or b""
-        yield from self.others().values()
-
-    def finished(self, stored: Mapping[int, StoredTensor], bound: float | None) -> Manifest:
-        """The manifest of all tensors as they are stored."""
-        digest = payloads_digest(self._payloads(stored))
-        return self._manifest([stored[i].record for i in sorted(stored)], bound, digest)
-
-    def others(self) -> dict[str, bytes]:
-        """What is stored behind the tensors, by payload name, in the order of the file."""
+    @cached_property
+    def _others(self) -> dict[str, bytes]:
+        """The payloads behind those of the tensors, by name, in the order of the file."""
         others = {file_entry(record.name): payload for record, payload in self.files if payload}
         return others if self.router is None else others | {ROUTER_ENTRY: self.router[1]}
 
     @cached_property
-    def omitted(self) -> tuple[Omission, ...]:
-        """What the tuned model has otherwise and no pack holds: code, which would be executed."""
+    def _omitted(self) -> tuple[Omission, ...]:
+        """Code of the tuned model: a pack holds none, because it would be executed."""
         reason = "code of the tuned model, which differs from the target's"
         names = changed_code(self.target.path, self.tuned.path)
         return tuple(Omission(name=name, reason=reason) for name in names)
 
-    def _other_sizes(self) -> dict[str, int]:
-        return {name: len(payload) for name, payload in self.others().items()}
-
     def _manifest(
         self, records: Sequence[TensorRecord], bound: float | None, digest: str | None
     ) -> Manifest:
-        files: tuple[FileRecord, ...] = tuple(record for record, _ in self.files)
         return Manifest(
             generator=GENERATOR,
-            target=target_info(self.target, self.scans),
+            target=target_info(self.target, [task.scan for task in self.tasks]),
             tuned=TunedInfo(name=self.tuned.name, revision=self.tuned.revision),
             recipe=self.config.recipe,
             budget=self.config.budget,
@@ -345,22 +407,11 @@ class PackAssembly:
             provenance=self.config.provenance,
             bound_bits_per_parameter=bound,
             payload_blake3=digest,
-            omitted=self.omitted,
+            omitted=self._omitted,
             router=None if self.router is None else self.router[0],
-            files=files,
+            files=tuple(record for record, _ in self.files),
             tensors=tuple(records),
         )
-
-    def check_size(self, manifest: Manifest, stored: Mapping[int, StoredTensor]) -> None:
-        """A lossless pack may still be larger than a budget that was asked for."""
-        sizes = {self.pairs[i].name: part.nbytes for i, part in stored.items()}
-        sizes |= self._other_sizes()
-        total = len(build_header(manifest, sizes)) + sum(sizes.values())
-        if self.budget_bytes is not None and total > self.budget_bytes:
-            raise BudgetError(
-                f"budget {self.config.budget} is {self.budget_bytes:,} bytes, but the lossless "
-                f"pack takes {total:,}; ask for at least {total + 32}B, or use --recipe auto"
-            )
 
 
 def target_info(target: Checkpoint, scans: Sequence[Scan]) -> TargetInfo:

@@ -1,16 +1,23 @@
-"""One packing job: its inputs, its work folder and the steps over all tensors.
+"""One packing job: the steps over all tensors, in their order.
 
-From two checkpoints to a SkillPack: scan, calibrate, measure, plan, encode.
+    scan       digests of both states of every tensor             measure.scan_pair
+    calibrate  statistics of the tuned model on rows              measure.collect_statistics
+    measure    energies and bases of every delta that gets lossy  measure.measure_tensor
+    plan       a precision for every tensor within the budget     budget
+    encode     records and payloads                               encode
+    train      codes, against the tuned model                     train
 
-Every step leaves its result in a work folder, so that an interrupted run goes on where it
-stopped; tensors are read in pairs, and never more of them than fit beside the largest one.
+Every step writes its results to the work folder, so that an interrupted job continues there. The
+tensors in memory at one time have no more weights than the largest tensor.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from blake3 import blake3
@@ -21,64 +28,72 @@ from graftkit.compress.allocate import MatrixFacts, waterfilling_bits
 from graftkit.compress.codecs import Precision, matrix_shape
 from graftkit.config import PackConfig
 from graftkit.errors import CheckpointMismatchError, GraftError
-from graftkit.files import WorkFolder, mapped_file
+from graftkit.files import WorkFolder
 from graftkit.models.aligned import align
 from graftkit.models.architecture import ModuleKind, tied_names
 from graftkit.models.loading import class_name
 from graftkit.packing.budget import fit_budget, plan_graftllm
 from graftkit.packing.encode import (
     GENERATOR,
-    EncodedTensor,
     PackAssembly,
     StoredTensor,
+    TensorTask,
     encode_appended,
     encode_lossless,
     encode_lossy,
-    remeasured,
+    load_stored,
+    reencoded,
+    store_tensor,
 )
 from graftkit.packing.measure import (
     CalibrationRows,
     CalibrationStatistics,
     ErrorMetric,
-    Scan,
     TensorFlags,
-    basis_name,
     collect_statistics,
-    job_key,
-    known_facts,
-    measure_pair,
-    metric_of,
+    error_metric,
+    load_bases,
+    load_facts,
+    measure_tensor,
+    save_measured,
     scan_pair,
 )
 from graftkit.packing.pairs import TensorPair, match_tensors
 from graftkit.packing.train import TrainingPlan, train_packed_codes
 from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress
-from graftkit.side_files import check_carried
+from graftkit.side_files import check_side_files
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.manifest import (
-    FORMAT_VERSION,
-    CalibrationInfo,
-    Manifest,
-    RouterInfo,
-    TensorRecord,
-)
+from graftkit.skillpack.manifest import FORMAT_VERSION, RouterInfo
 from graftkit.skillpack.pack import changed_files
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+Facts = Mapping[int, MatrixFacts]
+"""What is measured of the lossy tensors, by their index among all tensors."""
+
 FitKey = Callable[[Checkpoint, Sequence[str], int, Path], tuple[RouterInfo, bytes]]
-"""Fits a router key from the target, prompts, a seed and a folder for the target's weights."""
+"""Fits a router key: takes the target, prompts, a seed and a folder for the target's weights;
+returns description and payload of the key."""
 
 
 @dataclass(frozen=True)
 class RouterPrompts:
-    """The prompts that a router shall send to the pack, and how a key is made of them."""
+    """Prompts that a router sends to the pack, and the function that fits their key."""
 
     prompts: tuple[str, ...]
-    fit: FitKey
+    fit_key: FitKey
 
 
 class PackingJob:
-    """Everything that one call of `pack_delta` knows; `run` does the steps in order."""
+    """One call of `pack_delta`: two checkpoints, settings, and a work folder.
+
+    Args:
+        calibration: None compresses without data.
+        work: not opened yet.
+    Raises: CheckpointError, CheckpointMismatchError, BudgetError.
+    """
 
     def __init__(
         self,
@@ -87,74 +102,94 @@ class PackingJob:
         config: PackConfig,
         calibration: CalibrationRows | None,
         router: RouterPrompts,
+        work: WorkFolder,
         progress: Progress,
     ):
         self.target, self.tuned, self.config = target, align(target, tuned), config
-        self.calibration, self.router, self.progress = calibration, router, progress
+        self.calibration, self.router = calibration, router
+        self.work, self.progress = work, progress
         self.pairs = match_tensors(target, self.tuned)
-        check_carried(target.path, tuned.path)
+        check_side_files(target.path, tuned.path)
         self.files = changed_files(target, tuned)
         self.tied_owners = set(tied_names(self.tuned).values())
-        largest = max(pair.target.numel for pair in self.pairs)
-        self.gate = MemoryGate(largest)
+        self.gate = MemoryGate(max(pair.target.numel for pair in self.pairs))
         budget = config.parsed_budget
         self.budget_bytes = budget.to_bytes(target.nbytes, target.parameters) if budget else None
 
-    def run(self, work: WorkFolder) -> SkillPack:
-        """Do all steps; finished ones are in the work folder.
+    def run(self) -> SkillPack:
+        """Do all steps.
 
-        Raises: BudgetError and every other GraftError of the steps.
+        Raises: CheckpointError, CheckpointMismatchError, RowsError, BudgetError, OutputError.
         """
-        self.scans = self._map("reading", self._scan_one, self.pairs)
+        tasks = self._map("reading", self._scan, range(len(self.pairs)))
+        lossy, exact = ([t for t in tasks if t.lossy is kind] for kind in (True, False))
+        with self._open_work(tasks):
+            statistics = self._calibrate(tasks)
+            info = None if statistics is None else statistics.info
+            assembly = PackAssembly(
+                self.target,
+                self.tuned,
+                self.config,
+                self.budget_bytes,
+                tasks,
+                self.files,
+                info,
+                self._fit_router_key(),
+                self.work,
+            )
+            encoded = self._map("exact tensors", self._encode_exact, exact)
+            stored = {task.index: part for task, part in zip(exact, encoded, strict=True)}
+            room = assembly.room_for_lossy(stored)
+            measured = self._map("measuring", partial(self._measure, statistics), lossy)
+            facts = {task.index: part for task, part in zip(lossy, measured, strict=True)}
+            stored |= self._encode_within(room, facts, tasks, statistics)
+            stored |= self._train_codes(room, facts, stored, assembly, statistics)
+            return assembly.finish(stored, self._bound(stored, facts))
+
+    def _map(
+        self, step: str, work: Callable[[_Item], _Result], items: Sequence[_Item]
+    ) -> list[_Result]:
+        """`work` of every item, in threads, with progress."""
+        results: list[_Result] = []
+        self.progress(step, 0, len(items))
+        for result in in_threads(work, items, self.config.workers):
+            results.append(result)
+            self.progress(step, len(results), len(items))
+        return results
+
+    @contextmanager
+    def _states(self, pair: TensorPair) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both states of a tensor, in memory as soon as there is room for them."""
+        with self.gate.hold(pair.target.numel):
+            yield pair.read(self.target, self.tuned)
+
+    def _scan(self, index: int) -> TensorTask:
+        """Digest one tensor of both states; refuse weights that are not finite."""
+        pair = self.pairs[index]
+        with self.gate.hold(pair.target.numel):
+            scan = scan_pair(pair, self.target, self.tuned)
+            appended = encode_appended(pair, self.tuned)
+        codable = scan.changed and pair.lossy and not scan.extreme
+        lossy = codable and self.config.recipe != "lossless"
+        return TensorTask(pair, scan, appended, lossy, index)
+
+    @contextmanager
+    def _open_work(self, tasks: Sequence[TensorTask]) -> Iterator[None]:
+        """The work folder, ready for this job.
+
+        A refused input leaves nothing behind; an interruption leaves the finished steps.
+        """
         try:
-            work.open(self.key(self.scans))
-            manifest, files = self._fill(work)
-            payloads = {name: mapped_file(work.path / file) for name, file in files.items()}
-            payloads |= {n: memoryview(part) for n, part in self.assembly.others().items()}
+            self.work.open(self._key(tasks))
+            yield
         except GraftError:
-            # Refused inputs leave nothing behind; an interruption leaves what was finished.
-            work.remove()
+            self.work.remove()
             raise
         finally:
-            work.close()
-        return SkillPack(manifest, {name: payloads[name] for name in manifest.payload_order})
+            self.work.close()
 
-    def _fill(self, work: WorkFolder) -> tuple[Manifest, dict[str, str]]:
-        """Fill the work folder with payloads.
-
-        Returns: the manifest, and the file of every tensor that has a payload, by name.
-        """
-        self.work = work
-        self.activity, info = self._calibrate()
-        self.assembly = PackAssembly(
-            self.target,
-            self.tuned,
-            self.config,
-            self.budget_bytes,
-            self.pairs,
-            self.scans,
-            self.files,
-            info,
-            self._router_key(),
-            work,
-        )
-        indices = range(len(self.pairs))
-        lossy = [i for i in indices if self._is_lossy(i)]
-        rest = [i for i in indices if not self._is_lossy(i)]
-        stored = dict(
-            zip(rest, self._map("exact tensors", self._encode_lossless, rest), strict=True)
-        )
-        self.appended = {i: encode_appended(self.pairs[i], self.tuned) for i in lossy}
-        room = self.assembly.room_for_lossy(stored, lossy, self.appended)
-        facts = dict(zip(lossy, self._map("measuring", self._measure, lossy), strict=True))
-        stored |= self._spend(facts, room)
-        stored |= self._correct(stored, facts, room)
-        manifest = self.assembly.finished(stored, self._bound(stored, facts))
-        self.assembly.check_size(manifest, stored)
-        return manifest, {self.pairs[i].name: stored[i].file for i in indices if stored[i].nbytes}
-
-    def key(self, scans: list[Scan]) -> str:
-        """What decides every byte of the result."""
+    def _key(self, tasks: Sequence[TensorTask]) -> str:
+        """Everything that decides the bytes of the pack."""
         settings = {
             "versions": [GENERATOR, FORMAT_VERSION, torch.__version__],
             "recipe": self.config.recipe,
@@ -167,142 +202,120 @@ class PackingJob:
             "origin": [self.config.licence, self.config.provenance],
             "files": [record.blake3 for record, _ in self.files],
         }
-        return job_key(scans, settings)
+        tensors = [(t.pair.name, t.scan.target_digest, t.scan.tuned_digest) for t in tasks]
+        return json.dumps({"settings": settings, "tensors": tensors}, sort_keys=True)
 
-    def _map(self, step: str, work: Callable, items: Sequence) -> list:  # type: ignore[type-arg]
-        results = []
-        self.progress(step, 0, len(items))
-        for result in in_threads(work, items, self.config.workers):
-            results.append(result)
-            self.progress(step, len(results), len(items))
-        return results
+    def _calibrate(self, tasks: Sequence[TensorTask]) -> CalibrationStatistics | None:
+        """Run the tuned model on the rows; None without rows.
 
-    def _scan_one(self, pair: TensorPair) -> Scan:
-        with self.gate.hold(pair.target.numel):
-            return scan_pair(pair, self.target, self.tuned)
-
-    def _is_lossy(self, index: int) -> bool:
-        scan, pair = self.scans[index], self.pairs[index]
-        codable = scan.changed and pair.lossy and not scan.extreme
-        return codable and self.config.recipe != "lossless"
-
-    def _calibrate(self) -> tuple[CalibrationStatistics | None, CalibrationInfo | None]:
-        if self.calibration is None or self.config.recipe == "lossless":
-            return None, None
-        self._check_same_class()
-        modules = sorted(
-            {
-                pair.role.module
-                for pair, scan in zip(self.pairs, self.scans, strict=True)
-                if pair.role.linear and pair.lossy and scan.changed
-            }
-        )
-        weighing = self.config.recipe == "auto"
-        seed, folder = self.config.seed, self.work.path
-        return collect_statistics(
-            self.tuned, self.calibration, modules, seed, folder, weighing, self.progress
-        )
-
-    def _check_same_class(self) -> None:
-        """Rows run through the tuned model by the target's module names.
-
-        Raises: CheckpointMismatchError for two classes.
+        Raises: CheckpointMismatchError for two classes: rows run through the tuned model by the
+            target's module names.
         """
+        if self.calibration is None or self.config.recipe == "lossless":
+            return None
         target, tuned = (class_name(checkpoint) for checkpoint in (self.target, self.tuned))
         if target != tuned:
             raise CheckpointMismatchError(
                 f"{self.tuned.path}: a {tuned}, and the target is a {target}; rows need two models "
                 "of one class, so pack without calibration"
             )
+        measured = [t.pair for t in tasks if t.scan.changed and t.pair.lossy]
+        modules = sorted({pair.role.module for pair in measured if pair.role.linear})
+        weighing = self.config.recipe == "auto"
+        seed, folder = self.config.seed, self.work.path
+        return collect_statistics(
+            self.tuned, self.calibration, modules, seed, folder, weighing, self.progress
+        )
 
-    def _router_key(self) -> tuple[RouterInfo, bytes] | None:
-        """The key of the prompts, fitted on the target; None where there are no prompts."""
+    def _fit_router_key(self) -> tuple[RouterInfo, bytes] | None:
+        """Description and payload of the key of the prompts; None without prompts."""
         if not self.router.prompts:
             return None
         self.progress("router key", 0, 1)
         offload = self.work.path / "offload"
-        key = self.router.fit(self.target, self.router.prompts, self.config.seed, offload)
+        key = self.router.fit_key(self.target, self.router.prompts, self.config.seed, offload)
         self.work.remove_folder("offload")
         self.progress("router key", 1, 1)
         return key
 
-    @contextmanager
-    def _states(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        pair = self.pairs[index]
-        with self.gate.hold(pair.target.numel):
-            yield pair.read(self.target, self.tuned)
+    def _encode_exact(self, task: TensorTask) -> StoredTensor:
+        name = _step_name(task, "exact")
+        stored = load_stored(self.work, name)
+        if stored is None:
+            with self._states(task.pair) as states:
+                encoded = encode_lossless(task, states)
+            stored = store_tensor(self.work, name, encoded)
+        return stored
 
-    def _metric(self, pair: TensorPair) -> ErrorMetric:
-        return metric_of(pair, self.activity, pair.tuned.name in self.tied_owners)
-
-    def _makes_logits(self, pair: TensorPair) -> bool:
-        """The output head, or the embedding that serves as one."""
-        return pair.role.kind is ModuleKind.HEAD or pair.tuned.name in self.tied_owners
-
-    def _measure(self, index: int) -> MatrixFacts:
-        pair, known = self.pairs[index], known_facts(self.work, index)
-        if known is not None:
-            return known
-        with self._states(index) as states:
-            # The paper's energies are those of the delta, ours of what a layer's inputs see.
+    def _measure(self, statistics: CalibrationStatistics | None, task: TensorTask) -> MatrixFacts:
+        facts, pair = load_facts(self.work, task.index), task.pair
+        if facts is None:
+            # The paper's energies are those of the delta, ours those of a layer's outputs.
             auto = self.config.recipe == "auto"
-            metric = self._metric(pair) if auto else ErrorMetric()
-            calibrated = auto and self.activity is not None
-            flags = TensorFlags(self._makes_logits(pair), calibrated, self._is_trained(pair))
-            measure_pair(pair, states, metric, flags, self.work, index)
-        return self._measure(index)
+            calibrated = auto and statistics is not None
+            trainable = calibrated and self.config.train_steps > 0 and pair.trainable
+            logits = pair.role.kind is ModuleKind.HEAD or pair.tuned.name in self.tied_owners
+            flags = TensorFlags(logits, calibrated, trainable)
+            with self._states(pair) as states:
+                metric = self._metric(pair, statistics) if auto else ErrorMetric()
+                facts, bases = measure_tensor(pair, states, metric, flags)
+                save_measured(self.work, task.index, facts, bases)
+        return facts
 
-    def _is_trained(self, pair: TensorPair) -> bool:
-        """Code training may follow if this tensor is factored."""
-        trained = self.config.recipe == "auto" and self.config.train_steps > 0
-        return trained and self.activity is not None and pair.trainable
+    def _metric(self, pair: TensorPair, statistics: CalibrationStatistics | None) -> ErrorMetric:
+        return error_metric(pair, statistics, pair.tuned.name in self.tied_owners)
 
-    def _encode_lossless(self, index: int) -> StoredTensor:
-        def encode() -> EncodedTensor:
-            pair, scan = self.pairs[index], self.scans[index]
-            with self._states(index) as states:
-                return encode_lossless(pair, scan, states, encode_appended(pair, self.tuned))
-
-        return self._stored(index, encode)
-
-    def _spend(self, facts: dict[int, MatrixFacts], room: int) -> dict[int, StoredTensor]:
-        """Lossy tensors, coded as the recipe spends `room` bytes of payload."""
+    def _encode_within(
+        self,
+        room: int,
+        facts: Facts,
+        tasks: Sequence[TensorTask],
+        statistics: CalibrationStatistics | None,
+    ) -> dict[int, StoredTensor]:
+        """Plan and encode the lossy tensors. room: bytes of their payloads, without added rows."""
         stored: dict[int, StoredTensor] = {}
 
         def encode(precisions: Mapping[int, Precision]) -> dict[int, tuple[int, float]]:
-            one = partial(self._encode_lossy, precisions)
-            done = self._map("compressing", one, list(precisions))
-            stored.update(zip(precisions, done, strict=True))
-            # Rows that the target lacks are stored anyway: room does not hold them.
-            return {
-                i: (stored[i].nbytes - len(self.appended[i]), stored[i].distortion)
-                for i in precisions
-            }
+            planned = [tasks[index] for index in precisions]
+            one = partial(self._encode_lossy, precisions, statistics)
+            stored.update(zip(precisions, self._map("compressing", one, planned), strict=True))
+            return {i: (stored[i].body_bytes, stored[i].distortion) for i in precisions}
 
         if self.config.recipe == "graftllm" and facts:
-            kinds = {i: self.pairs[i].role.kind for i in facts}
+            kinds = {i: tasks[i].pair.role.kind for i in facts}
             encode(plan_graftllm(kinds, facts, room).precisions)
         elif facts:
             fit_budget(facts, room, self.config.servable, encode)
         return stored
 
-    def _encode_lossy(self, precisions: Mapping[int, Precision], index: int) -> StoredTensor:
-        pair, scan, precision = self.pairs[index], self.scans[index], precisions[index]
+    def _encode_lossy(
+        self,
+        precisions: Mapping[int, Precision],
+        statistics: CalibrationStatistics | None,
+        task: TensorTask,
+    ) -> StoredTensor:
+        precision = precisions[task.index]
+        # One tensor is encoded at several precisions; each is a step of its own.
+        name = _step_name(task, repr(precision))
+        stored = load_stored(self.work, name)
+        if stored is None:
+            with self._states(task.pair) as states:
+                covariance = self._metric(task.pair, statistics).covariance
+                bases = load_bases(self.work, task.index)
+                weighted = self.config.recipe == "auto"
+                encoded = encode_lossy(task, states, covariance, bases, precision, weighted)
+            stored = store_tensor(self.work, name, encoded)
+        return stored
 
-        def encode() -> EncodedTensor:
-            weighted = self.config.recipe == "auto"
-            with self._states(index) as states:
-                statistics = (self._metric(pair).covariance, self._bases(index))
-                return encode_lossy(
-                    pair, scan, states, statistics, precision, self.appended[index], weighted
-                )
-
-        return self._stored(index, encode, repr(precision))
-
-    def _correct(
-        self, stored: dict[int, StoredTensor], facts: dict[int, MatrixFacts], room: int
+    def _train_codes(
+        self,
+        room: int,
+        facts: Facts,
+        stored: Mapping[int, StoredTensor],
+        assembly: PackAssembly,
+        statistics: CalibrationStatistics | None,
     ) -> dict[int, StoredTensor]:
-        """Tensors whose codes were trained; all lossy payloads together still fit `room`."""
+        """The tensors whose codes are better after training; all payloads still fit `room`."""
         trained = {
             self.pairs[i].name: i
             for i in facts
@@ -310,80 +323,49 @@ class PackingJob:
         }
         if not trained or self.calibration is None:
             return {}
-        lossy = sum(stored[i].nbytes - len(self.appended[i]) for i in facts)
+        free = room - sum(stored[i].body_bytes for i in facts)
         freed = sum(stored[i].nbytes for i in trained.values())
-        plan = TrainingPlan(self.config.seed, self.config.train_steps, room - lossy + freed)
         files = train_packed_codes(
-            SkillPack(self.assembly.finished(stored, None), self._views(stored)),
+            assembly.pack(stored, None),
             {name: self.pairs[i].role.module for name, i in trained.items()},
             (self.target, self.tuned),
             self.calibration.rows,
-            plan,
+            TrainingPlan(self.config.seed, self.config.train_steps, free + freed),
             self.work,
             partial(self.progress, "training codes"),
         )
-        items = [(trained[name], file) for name, file in files.items()]
-        measured = self._map("measuring again", self._retrained, items)
-        pairs = zip([i for i, _ in items], measured, strict=True)
-        return {i: part for i, part in pairs if part is not None}
+        tasks = [(assembly.tasks[trained[name]], file) for name, file in files.items()]
+        results = self._map("measuring again", partial(self._remeasure, statistics), tasks)
+        pairs = zip(tasks, results, strict=True)
+        return {task.index: result for (task, _), result in pairs if result is not None}
 
-    def _retrained(self, item: tuple[int, str]) -> StoredTensor | None:
-        """None where the tensor is better kept as it was coded first."""
-        index, file = item
-        pair, scan, payload = self.pairs[index], self.scans[index], self.work.read(file) or b""
-        with self._states(index) as states:
-            covariance = self._metric(pair).covariance
-            encoded = remeasured(pair, scan, states, covariance, "lowrank", payload)
-        if encoded is None:
-            return None
-        return StoredTensor(encoded.record, encoded.distortion, len(payload), file)
+    def _remeasure(
+        self, statistics: CalibrationStatistics | None, trained: tuple[TensorTask, str]
+    ) -> StoredTensor | None:
+        """A tensor with its trained payload; None where it then exceeds the tuned dtype."""
+        task, file = trained
+        payload = self.work.read(file) or b""
+        with self._states(task.pair) as states:
+            covariance = self._metric(task.pair, statistics).covariance
+            encoded = reencoded(task, states, covariance, "lowrank", payload)
+        return None if encoded is None else StoredTensor.of(encoded, file)
 
-    def _bases(self, index: int) -> Tensor | None:
-        bases = self.work.read_array(basis_name(index))
-        return None if bases is None else torch.from_numpy(bases)
-
-    def _stored(
-        self, index: int, encode: Callable[[], EncodedTensor], precision: str = "exact"
-    ) -> StoredTensor:
-        """A tensor finished earlier, or encoded now; its payload goes to the work folder."""
-        # Rounds try one tensor at several precisions; each is a step of its own.
-        name = f"tensor-{index}-{blake3(precision.encode()).hexdigest(length=8)}"
-        known = self.work.read_json(f"{name}.json")
-        if known is None:
-            encoded = encode()
-            if encoded.payload:
-                self.work.write(f"{name}.bin", encoded.payload)
-            known = {
-                "record": encoded.record.model_dump(mode="json"),
-                "distortion": encoded.distortion,
-                "nbytes": len(encoded.payload),
-            }
-            self.work.write_json(f"{name}.json", known)
-        record = TensorRecord.model_validate(known["record"])
-        return StoredTensor(record, known["distortion"], known["nbytes"], f"{name}.bin")
-
-    def _bound(
-        self, stored: dict[int, StoredTensor], facts: dict[int, MatrixFacts]
-    ) -> float | None:
+    def _bound(self, stored: Mapping[int, StoredTensor], facts: Facts) -> float | None:
         """Least bits per parameter at the distortion reached; exact tensors count as stored."""
         if self.config.recipe == "lossless":
             return None
         bits = 0.0
         for i, part in stored.items():
-            shape = self.pairs[i].common_shape
             if i not in facts:
                 bits += 8 * part.nbytes
                 continue
-            count, (rows, columns) = matrix_shape(shape, self.pairs[i].layout)
-            energies, side = facts[i].energies, min(rows, columns)
-            rate = waterfilling_bits(energies, side, part.distortion)
+            pair = self.pairs[i]
+            count, (rows, columns) = matrix_shape(pair.common_shape, pair.layout)
+            rate = waterfilling_bits(facts[i].energies, min(rows, columns), part.distortion)
             bits += rate * count * rows * columns + 8 * part.record.appended_bytes
         return float(f"{bits / self.target.parameters:.4g}")
 
-    def _views(self, stored: dict[int, StoredTensor]) -> dict[str, memoryview]:
-        """Payloads by tensor name."""
-        return {
-            self.pairs[i].name: mapped_file(self.work.path / part.file)
-            for i, part in stored.items()
-            if part.nbytes
-        }
+
+def _step_name(task: TensorTask, precision: str) -> str:
+    """Files of one encoded tensor in the work folder, without their ending."""
+    return f"tensor-{task.index}-{blake3(precision.encode()).hexdigest(length=8)}"

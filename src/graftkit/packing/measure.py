@@ -1,9 +1,13 @@
-"""What packing learns about the weights before it decides anything: digests, energies, bases."""
+"""What packing measures before it decides anything.
 
-import json
+scan         digests of both states; weights that are not finite
+calibration  what the tuned model does on rows, and the error metric of every tensor that follows
+facts        energies of a delta's components, and the basis that encoding uses
+"""
+
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -39,24 +43,25 @@ PRUNE_SHARES = (
 """Shares of entries that pruning may keep."""
 
 SHRINKAGE = 0.01
-"""Share of the mean eigenvalue mixed into a covariance, so that directions which the calibration
-rows never took are not free; GPTQ's damping."""
+"""Share of the mean eigenvalue mixed into a covariance (GPTQ's damping). Without it, errors along
+directions that no calibration row takes would cost nothing."""
 
 DATA_FREE_LOGIT_SENSITIVITY = 100.0
-"""Weight of a relative error in the logits against one inside a layer, which the residual stream
-dilutes, where no calibration tells. Chosen on training rows of the nursery (docs/lab-log.md,
+"""Weight of a relative error in the logits, without calibration. An error inside a layer has weight
+1: the residual stream dilutes it. Chosen on training rows of the nursery (docs/lab-log.md,
 2026-11-22)."""
 
 SENSITIVITY_POWER = 0.7
-"""What a sensitivity is raised to before it weighs an error. It is the curvature at the tuned
-model, where many answers are certain; larger errors leave that plateau, and differences shrink.
-Chosen on training rows of the nursery (docs/lab-log.md, 2026-11-22)."""
+"""Exponent of a sensitivity before it weighs an error. A sensitivity is the curvature at the tuned
+model, where many answers are certain. Larger errors leave that plateau, and the differences between
+modules shrink. Chosen on training rows of the nursery (docs/lab-log.md, 2026-11-22)."""
 
 UNKNOWN_SENSITIVITY = 0.1
-"""Divergence for a relative error of 1 in a module that no gradient reached, such as an expert."""
+"""Divergence, in nats, for a relative error of 1 in a module that no gradient reaches, such as an
+expert."""
 
 SMALLEST_DELTA, LARGEST_DELTA = 2.0**-40, 2.0**16
-"""Peak of a delta that lossy codecs take; others are stored exactly."""
+"""Least and largest peak of a delta that lossy codecs encode; any other is stored exactly."""
 
 
 _SAMPLE = 2**22
@@ -68,7 +73,9 @@ _QUANTILES = 16
 class Scan:
     """Digests and finiteness of one pair.
 
-    changed: any bit differs between the two states. extreme: lossy codecs cannot hold the delta.
+    Attributes:
+        target_digest, tuned_digest: BLAKE3 of both states.
+        changed: any bit differs between them. extreme: lossy codecs cannot hold the delta.
     """
 
     name: str
@@ -81,8 +88,8 @@ class Scan:
 def scan_pair(pair: TensorPair, target: Checkpoint, tuned: Checkpoint) -> Scan:
     """Read both states once.
 
-    Raises: CheckpointError when a weight is NaN or infinite in one state, and not alike in the
-        other.
+    Raises: CheckpointError for a weight that is NaN or infinite and not the same in both states, or
+        for integers that differ.
     """
     before, after = pair.read_target(target), tuned.read(pair.tuned.name)
     if before.is_floating_point() and after.is_floating_point():
@@ -99,31 +106,36 @@ def scan_pair(pair: TensorPair, target: Checkpoint, tuned: Checkpoint) -> Scan:
 
 
 def is_extreme(before: Tensor, after: Tensor) -> bool:
-    """Whether lossy codecs cannot hold after − before, or its error could leave after's dtype.
+    """Whether lossy codecs cannot hold after − before, or an error could leave after's dtype.
 
-    Codecs keep steps in float16 and square deltas in float32. Only rows that both states have are
-    looked at.
+    Codecs store steps in float16 and square deltas in float32. Only rows that both states have
+    count.
     """
-    most = torch.finfo(after.dtype).max
+    dtype_max = torch.finfo(after.dtype).max
     rows = min(len(before), len(after))
-    old, new = (torch.split(part[:rows].reshape(-1), _SAMPLE) for part in (before, after))
-    delta = result = 0.0
-    for first, second in zip(old, new, strict=True):
-        second = second.float()
-        peaks = [(second - first.to(after.dtype)).abs().max(), second.abs().max()]
-        delta, result = max(delta, float(peaks[0])), max(result, float(peaks[1]))
-        if not peaks[0].isfinite():  # max() above would lose a NaN
+    blocks = (torch.split(part[:rows].reshape(-1), _SAMPLE) for part in (before, after))
+    delta_peak = result_peak = 0.0
+    for old, new in zip(*blocks, strict=True):
+        new = new.float()
+        delta = (new - old.to(after.dtype)).abs().max()
+        if not delta.isfinite():  # max() below would lose a NaN
             return True
-    largest = min(LARGEST_DELTA, most / 8)
-    return not (SMALLEST_DELTA <= delta <= largest or delta == 0) or result > most / 2
+        delta_peak = max(delta_peak, float(delta))
+        result_peak = max(result_peak, float(new.abs().max()))
+    largest = min(LARGEST_DELTA, dtype_max / 8)
+    codable = delta_peak == 0 or SMALLEST_DELTA <= delta_peak <= largest
+    return not codable or result_peak > dtype_max / 2
 
 
 def _check_finite(
     pair: TensorPair, target: tuple[Checkpoint, Tensor], tuned: tuple[Checkpoint, Tensor]
 ) -> None:
-    """Weights that are NaN or infinite must be the same in both states: they are unchanged."""
-    odd = [not all_finite(target[1]), not all_finite(tuned[1])]
-    if not any(odd):
+    """Weights that are NaN or infinite must have the same bits in both states.
+
+    Raises: CheckpointError.
+    """
+    damaged = [not all_finite(target[1]), not all_finite(tuned[1])]
+    if not any(damaged):
         return
     before, after, added = target[1].to(tuned[1].dtype), tuned[1], tuned[1].new_zeros(0)
     if pair.resized:
@@ -133,7 +145,7 @@ def _check_finite(
     alike = tensor_digest(before[places]) == tensor_digest(after[places])
     if alike and all_finite(added):
         return
-    checkpoint = target[0] if odd[0] and not odd[1] else tuned[0]
+    checkpoint = target[0] if damaged[0] and not damaged[1] else tuned[0]
     raise CheckpointError(
         f"{checkpoint.path}: {pair.name} holds NaN or infinite weights that the other model has "
         "not; train or save the model again"
@@ -141,25 +153,28 @@ def _check_finite(
 
 
 @dataclass(frozen=True)
-class CalibrationStatistics:
-    """What the tuned model did on the calibration rows.
+class CalibrationRows:
+    """Rows to measure activations on, with the name and the digest of their file."""
 
-    covariances: Σ x xᵀ of inputs over `tokens` tokens. sensitivities: see models/backward.py;
-    None for a recipe that weighs no errors.
+    rows: Sequence[Row]
+    source: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class CalibrationStatistics:
+    """What the tuned model does on the calibration rows.
+
+    Attributes:
+        covariances: Σ x xᵀ of the inputs of modules, over `tokens` tokens.
+        sensitivities: those of models/backward.py; None for a recipe that does not weigh errors.
+        info: what the manifest says of the calibration.
     """
 
     covariances: CovarianceStore
     sensitivities: CovarianceStore | None
     tokens: int
-
-
-@dataclass(frozen=True)
-class CalibrationRows:
-    """Rows to measure activations on, and what the manifest says of their file."""
-
-    rows: Sequence[Row]
-    source: str
-    digest: str
+    info: CalibrationInfo
 
 
 def collect_statistics(
@@ -170,10 +185,14 @@ def collect_statistics(
     folder: Path,
     weighing: bool,
     progress: Progress,
-) -> tuple[CalibrationStatistics, CalibrationInfo]:
-    """Run the tuned model on the rows; its statistics go to `folder`.
+) -> CalibrationStatistics:
+    """Run the tuned model on the rows.
 
-    weighing: measure sensitivities too, which takes a backward pass.
+    Args:
+        modules: names of the linear modules whose inputs are measured.
+        folder: where the statistics are written; a later call with the same folder reads them.
+        weighing: measure sensitivities too, which takes a backward pass.
+    Raises: CheckpointError, RowsError, OutputError.
     """
     rows, covariances = calibration.rows, CovarianceStore(folder / "activations")
     step = partial(progress, "calibrating")
@@ -189,61 +208,54 @@ def collect_statistics(
         tokens=summary.tokens,
         seed=seed,
     )
-    return CalibrationStatistics(covariances, sensitivities, summary.tokens), info
+    return CalibrationStatistics(covariances, sensitivities, summary.tokens, info)
 
 
 @dataclass(frozen=True)
 class ErrorMetric:
     """How the error of one tensor is measured.
 
-    covariance: H of the inputs, (n, n), normalized to trace n and shrunk; None where unknown.
-    weight: divergence for a squared error of 1 under it, in nats; None where unknown.
+    Attributes:
+        covariance: H of the inputs, (n, n), normalized to trace n and shrunk; None if unknown.
+        weight: divergence for a squared error of 1 under H, in nats; None if unknown.
     """
 
     covariance: Tensor | None = None
     weight: float | None = None
 
 
-@dataclass(frozen=True)
-class TensorFlags:
-    """logits: the tensor makes the logits. calibrated: other tensors weigh in nats.
-    trainable: its factors can be trained."""
-
-    logits: bool
-    calibrated: bool
-    trainable: bool
-
-
-def metric_of(pair: TensorPair, activity: CalibrationStatistics | None, tied: bool) -> ErrorMetric:
+def error_metric(
+    pair: TensorPair, statistics: CalibrationStatistics | None, tied: bool
+) -> ErrorMetric:
     """The metric of one tensor; tied: an embedding that is the output head too."""
-    if activity is None or pair.layout.startswith("stack"):
+    if statistics is None or pair.layout.startswith("stack"):
         return ErrorMetric()
     head = pair.role.kind is ModuleKind.HEAD or tied
-    known = activity.sensitivities
-    if known is None or HEAD_COMPLETIONS not in known:
-        key = HEAD if head else pair.role.module
-        linear = head or pair.role.linear
-        found = linear and key in activity.covariances
-        return _metric(pair, activity.covariances.get(key) if found else None, None)
+    module, sensitivities = pair.role.module, statistics.sensitivities
+    if sensitivities is None or HEAD_COMPLETIONS not in sensitivities:
+        key = HEAD if head else module
+        measured = (head or pair.role.linear) and key in statistics.covariances
+        return _metric(pair, statistics.covariances.get(key) if measured else None, None)
     if head or pair.role.kind is ModuleKind.EMBEDDING:
-        return _vocabulary_metric(pair, known, head, tied or not head)
-    key, module = f"{GRADIENT}{pair.role.module}", pair.role.module
-    if key not in known or module not in activity.covariances or not pair.role.linear:
+        return _vocabulary_metric(pair, sensitivities, head, tied or not head)
+    key = f"{GRADIENT}{module}"
+    if key not in sensitivities or module not in statistics.covariances or not pair.role.linear:
         return ErrorMetric()
-    return _metric(pair, activity.covariances.get(module) / activity.tokens, known.get(key))
+    covariance = statistics.covariances.get(module) / statistics.tokens
+    return _metric(pair, covariance, sensitivities.get(key))
 
 
 def _vocabulary_metric(
-    pair: TensorPair, known: CovarianceStore, head: bool, lookup: bool
+    pair: TensorPair, sensitivities: CovarianceStore, head: bool, lookup: bool
 ) -> ErrorMetric:
-    """Errors of a row count where its token is read, and where it gets a logit."""
+    """Errors of a row count where its token is read (lookup), and where it gets a logit (head)."""
     covariance = torch.zeros(0)
     if head:
-        chances = known.get(HEAD_GRADIENT)
-        covariance = known.get(HEAD_COMPLETIONS) * float(chances.mean())
-    if lookup and EMBEDDING_GRADIENT in known:
+        probabilities = sensitivities.get(HEAD_GRADIENT)
+        covariance = sensitivities.get(HEAD_COMPLETIONS) * float(probabilities.mean())
+    if lookup and EMBEDDING_GRADIENT in sensitivities:
         columns = matrix_shape(pair.common_shape, pair.layout)[1][1]
-        read = torch.eye(columns) * float(known.get(EMBEDDING_GRADIENT).mean())
+        read = torch.eye(columns) * float(sensitivities.get(EMBEDDING_GRADIENT).mean())
         covariance = covariance + read if head else read
     return _metric(pair, covariance, torch.ones(1))
 
@@ -263,41 +275,29 @@ def _metric(pair: TensorPair, covariance: Tensor | None, sensitivity: Tensor | N
     return ErrorMetric(covariance, divergence**SENSITIVITY_POWER)
 
 
-def known_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
-    """What `measure_pair` left in the work folder, or None."""
-    known = work.read_json(_facts_name(index))
-    if known is None:
-        return None
-    return MatrixFacts(
-        shape=(known["shape"][0], known["shape"][1]),
-        count=known["count"],
-        energies=np.array(known["energies"]),
-        norms=np.array(known["norms"]),
-        gain=known["gain"],
-        kept_energy=tuple((share, kept) for share, kept in known["kept"]),
-        weight=known["weight"],
-        spread=np.array(known["spread"]),
-        trainable=known["trainable"],
-    )
+@dataclass(frozen=True)
+class TensorFlags:
+    """What decides the weight of a tensor without a measured one, and whether it is trained.
+
+    Attributes:
+        logits: the tensor makes the logits. calibrated: the weights of other tensors are in nats.
+        trainable: its factors can be trained.
+    """
+
+    logits: bool
+    calibrated: bool
+    trainable: bool
 
 
-def basis_name(index: int) -> str:
-    """File of a tensor's bases in the work folder, (matrices, side, k) float32."""
-    return f"basis-{index}.npy"
-
-
-def measure_pair(
-    pair: TensorPair,
-    states: tuple[Tensor, Tensor],
-    metric: ErrorMetric,
-    flags: TensorFlags,
-    work: WorkFolder,
-    index: int,
-) -> None:
-    """Energies of the delta's components, and the bases needed to encode it, to the work folder.
+def measure_tensor(
+    pair: TensorPair, states: tuple[Tensor, Tensor], metric: ErrorMetric, flags: TensorFlags
+) -> tuple[MatrixFacts, Tensor]:
+    """What allocation needs to know of a delta, and the bases that encode it.
 
     Args:
-        metric: how energies are taken; an empty one takes those of the delta itself.
+        states: common rows of the target (in the tuned dtype) and of the tuned model.
+        metric: of the energies; an empty one measures the delta itself.
+    Returns: the facts, and the bases, (matrices, side, k) float32.
     """
     before, after = states
     covariance = metric.covariance
@@ -311,38 +311,33 @@ def measure_pair(
         energies += values.numpy()
         norms += values.numpy() if covariance is None else _squared_norms(matrix, basis)
         bases.append(basis)
-    work.write_array(basis_name(index), torch.stack(bases).numpy())
     finite = after if all_finite(after) else after.nan_to_num(0.0, 0.0, 0.0)
     output = sum(output_energy(part, covariance) for part in matrices(finite, layout))
-    facts = {
-        "shape": shape,
-        "count": count,
-        "energies": energies.tolist(),
-        "norms": norms.tolist(),
-        "gain": feedback_gain(covariance),
-        "kept": _kept_energy(delta) if pair.gathered else [],
-        "weight": metric.weight or (_sensitivity(flags) / output if output else 1.0),
-        "trainable": flags.trainable,
-        "spread": _spread(matrices(delta, layout)[0], covariance),
-    }
-    work.write_json(_facts_name(index), facts)
+    facts = MatrixFacts(
+        shape=shape,
+        count=count,
+        energies=energies,
+        norms=norms,
+        gain=feedback_gain(covariance),
+        kept_energy=tuple(_kept_energy(delta)) if pair.gathered else (),
+        weight=metric.weight or (_default_weight(flags) / output if output else 1.0),
+        spread=_spread(matrices(delta, layout)[0], covariance),
+        trainable=flags.trainable,
+    )
+    return facts, torch.stack(bases)
 
 
-def _spread(delta: Tensor, covariance: Tensor | None) -> list[float]:
+def _spread(delta: Tensor, covariance: Tensor | None) -> np.ndarray:
     """Energies of entries over their mean, from quantiles of the energies of rows and columns."""
-    seen = delta if covariance is None else delta @ cholesky(covariance)
-    squares = seen.square()
+    weighted = delta if covariance is None else delta @ cholesky(covariance)
+    squares = weighted.square()
     quantiles = (torch.arange(_QUANTILES, dtype=torch.float32) + 0.5) / _QUANTILES
     sides = [squares.mean(dim=side).quantile(quantiles) for side in (0, 1)]
     grid = (sides[0][:, None] * sides[1]).reshape(-1).double()
-    return (grid / grid.mean().clamp(min=1e-300)).tolist()
+    return (grid / grid.mean().clamp(min=1e-300)).numpy()
 
 
-def _facts_name(index: int) -> str:
-    return f"measure-{index}.json"
-
-
-def _sensitivity(flags: TensorFlags) -> float:
+def _default_weight(flags: TensorFlags) -> float:
     if flags.calibrated:
         return float(UNKNOWN_SENSITIVITY**SENSITIVITY_POWER)
     return DATA_FREE_LOGIT_SENSITIVITY if flags.logits else 1.0
@@ -367,7 +362,38 @@ def _kept_energy(delta: Tensor) -> list[tuple[float, float]]:
     ]
 
 
-def job_key(scans: list[Scan], settings: Mapping[str, object]) -> str:
-    """What decides every byte of the result; a work folder of another key is not continued."""
-    tensors = [(scan.name, scan.target_digest, scan.tuned_digest) for scan in scans]
-    return json.dumps({"settings": settings, "tensors": tensors}, sort_keys=True)
+def save_measured(work: WorkFolder, index: int, facts: MatrixFacts, bases: Tensor) -> None:
+    """Write what `measure_tensor` returns; the facts last, so that they imply the bases.
+
+    Raises: OutputError.
+    """
+    work.write_array(_bases_name(index), bases.numpy())
+    content = asdict(facts) | {
+        name: getattr(facts, name).tolist() for name in ("energies", "norms", "spread")
+    }
+    work.write_json(_facts_name(index), content)
+
+
+def load_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
+    """The facts of a tensor that was measured earlier, or None."""
+    content = work.read_json(_facts_name(index))
+    if content is None:
+        return None
+    arrays = {name: np.array(content[name]) for name in ("energies", "norms", "spread")}
+    kept_energy = tuple((share, kept) for share, kept in content["kept_energy"])
+    fields = {"shape": tuple(content["shape"]), "kept_energy": kept_energy}
+    return MatrixFacts(**(content | arrays | fields))
+
+
+def load_bases(work: WorkFolder, index: int) -> Tensor | None:
+    """The bases of a tensor that was measured earlier, or None."""
+    bases = work.read_array(_bases_name(index))
+    return None if bases is None else torch.from_numpy(bases)
+
+
+def _facts_name(index: int) -> str:
+    return f"measure-{index}.json"
+
+
+def _bases_name(index: int) -> str:
+    return f"basis-{index}.npy"

@@ -1,4 +1,4 @@
-"""Which tensor of the tuned model belongs to which of the target, before a weight is read."""
+"""Tensors of the target and of the tuned model in pairs, by name and shape: no weight is read."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, t
 from graftkit.skillpack.manifest import largest_vocabulary
 
 SMALLEST_LOSSY = 4096
-"""Matrices of fewer weights are stored exactly: side information would eat the saving."""
+"""Matrices of fewer weights are stored exactly: side information would cost what codes save."""
 
 ZEROS = ""
-"""Base of a tensor for which the target's class has no place: it is compared with zeros."""
+"""Base of a tensor for which the target's class has no place: its delta is taken from zeros."""
 
 _LOSSY_KINDS = (
     ModuleKind.ATTENTION,
@@ -29,11 +29,13 @@ _LOSSY_KINDS = (
 
 @dataclass(frozen=True)
 class TensorPair:
-    """One tensor of the result and where its two states lie.
+    """One tensor of the result and its two states on disk.
 
-    name: tensor name in the result. role: its place in the model. target, tuned: where the two
-    states lie; `base` is None where the target has this tensor itself, else the name of the
-    target tensor it is compared with (a head that training untied from the embedding), or `ZEROS`.
+    Attributes:
+        name: of the tensor in the result. role: its place in the model.
+        target, tuned: the two states.
+        base: None if the target has this tensor; else the name of the target's tensor that the
+            delta is taken from (for a head that training untied from the embedding), or `ZEROS`.
     """
 
     name: str
@@ -44,15 +46,12 @@ class TensorPair:
 
     @property
     def resized(self) -> bool:
-        """The vocabulary grew or shrank."""
+        """Whether the vocabulary grew or shrank."""
         return self.target.shape != self.tuned.shape
 
     @property
     def resizes_vocabulary(self) -> bool:
-        """Whether only rows of a vocabulary came or went; a new extent elsewhere is another model.
-
-        A vocabulary grows to at most twice its size, or by 65,536 tokens.
-        """
+        """Whether the shapes differ only by rows of a vocabulary, within `largest_vocabulary`."""
         before, after = self.target.shape, self.tuned.shape
         biases = len(before) == 1 and self.role.kind is ModuleKind.BIAS
         rows = bool(before) and len(before) == len(after) and before[1:] == after[1:]
@@ -88,23 +87,23 @@ class TensorPair:
 
     @property
     def trainable(self) -> bool:
-        """A plain linear layer or embedding: training can hook it by name."""
-        known = self.role.linear or self.role.kind is ModuleKind.EMBEDDING
-        return known and not self.resized and self.base is None and len(self.target.shape) == 2
+        """Whether code training can hook the module: a plain linear layer or an embedding."""
+        hooked = self.role.linear or self.role.kind is ModuleKind.EMBEDDING
+        return hooked and not self.resized and self.base is None and len(self.target.shape) == 2
 
     @property
     def gathered(self) -> bool:
-        """Embedding or head: pruned rather than factored by the paper's recipe."""
+        """Embedding or head: the paper's recipe prunes it and does not factor it."""
         return self.role.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD)
 
     def read_target(self, target: Checkpoint) -> Tensor:
-        """What the target has, or zeros where it has nothing to compare with."""
+        """The state that the delta is taken from: the target's tensor, or zeros."""
         if self.base == ZEROS:
             return torch.zeros(self.target.shape, dtype=DTYPES[self.target.dtype])
         return target.read(self.target.name)
 
     def read(self, target: Checkpoint, tuned: Checkpoint) -> tuple[Tensor, Tensor]:
-        """The common rows of both states; the target's cast to the tuned dtype."""
+        """The common rows of both states; the target's are cast to the tuned dtype."""
         before = self.read_target(target).to(DTYPES[self.tuned.dtype])
         after = tuned.read(self.tuned.name)
         if self.resized:
@@ -115,7 +114,7 @@ class TensorPair:
 def match_tensors(target: Checkpoint, tuned: Checkpoint) -> tuple[TensorPair, ...]:
     """TensorPair every tensor, in the order of names.
 
-    Raises: CheckpointMismatchError naming the first thing in which the two models differ.
+    Raises: CheckpointMismatchError, which names the first difference between the two models.
     """
     tuned = align(target, tuned)
     roles = tensor_roles(target)
@@ -137,8 +136,9 @@ def match_tensors(target: Checkpoint, tuned: Checkpoint) -> tuple[TensorPair, ..
 def _added_pairs(target: Checkpoint, tuned: AlignedCheckpoint) -> list[TensorPair]:
     """Tensors that only the tuned model has.
 
-    A head that training untied from the embedding is compared with that; what the target's class
-    has no place for, such as the score head of a classifier, is compared with zeros.
+    The delta of a head that training untied from the embedding is taken from the embedding. The
+    delta of a tensor for which the target's class has no place, such as the score head of a
+    classifier, is taken from zeros.
     """
     added = [name for name in tuned.tensors if name not in target.tensors]
     if not added:

@@ -1,9 +1,8 @@
-"""A packed model whose codes can be trained: factors in real numbers, rounded in every pass.
+"""The packed model during code training: factors are real numbers, rounded in every pass.
 
     δ̂ = round(left) diag(component) round(right) diag(steps)
 
-Gradients go through the rounding as if it were not there (straight-through estimator,
-arXiv 1308.3432).
+Gradients pass the rounding unchanged (straight-through estimator, arXiv 1308.3432).
 """
 
 from bisect import bisect_left
@@ -23,27 +22,27 @@ from graftkit.models.loading import input_embeddings, output_embeddings
 
 _FREE_CODES, _CODES_PER_VALUE = 2**25, 0.35
 _SPREAD = 0.25
-"""Codes start this far from their integers at most: they then move one by one, not all at once."""
+"""Largest distance of a code from its integer at the start: then codes do not all move at once."""
 _ZONES = [0.5 + 0.01 * step for step in range(46)]  # least |value| of a code that is not 0
 
 
 def most_codes(checkpoint: Checkpoint) -> int:
-    """Above this many codes only the components' scales are trained.
+    """Most codes that are trained; with more of them, only the scales of components are.
 
-    A trained code takes 16 bytes, and packing may take 24 for each value of the largest tensor,
-    most of which the two models and their activations need.
+    A trained code takes 16 bytes of memory. Packing may use 24 bytes for each weight of the largest
+    tensor, and the two models and their activations need most of that.
     """
     largest = max(info.numel for info in checkpoint.tensors.values())
     return _FREE_CODES + int(_CODES_PER_VALUE * largest)
 
 
 class Student:
-    """The live packed model; what the hooks add to it is trained.
+    """The live packed model; hooks add the deltas that are trained.
 
     Args:
         model: the packed model without the deltas of `factors`, frozen.
         factors: by the name of a Linear, a Conv1D or an Embedding in the model. The delta of a
-            tied embedding is added to the output head too. Those of rank 0 are left out.
+            tied embedding is added to the output head too. Factors of rank 0 are left out.
         packed: the checkpoint of `model`.
     Raises: CheckpointError for a missing module.
     """
@@ -69,23 +68,23 @@ class Student:
 
     @property
     def codes(self) -> list[Tensor]:
-        """What is rounded, in units of a code; empty where there is too much of it to train."""
+        """The trained codes before rounding; empty if there are too many to train."""
         return [part for latent in self.latents.values() for part in latent.codes]
 
     @property
     def scales(self) -> list[Tensor]:
-        """Logarithms that components are scaled by."""
+        """Logarithms of the factors that scale components."""
         return [latent.component for latent in self.latents.values()]
 
     def add_rate(self, nats_per_bit: float) -> None:
         """Add the gradient of the bits that the codes take to their gradients."""
         for latent in self.codes:
             values = latent.detach()
-            price = bits_per_unit(_rounded(values)) * values.sign() * nats_per_bit
-            latent.grad = price if latent.grad is None else latent.grad + price
+            rate = bits_per_unit(_rounded(values)) * values.sign() * nats_per_bit
+            latent.grad = rate if latent.grad is None else latent.grad + rate
 
     def payloads(self) -> dict[str, bytes]:
-        """What the file would hold, by module."""
+        """Payloads as the file holds them, by module."""
         return {name: store_factors(latent.coded(0.5)) for name, latent in self.latents.items()}
 
     def nbytes(self, zone: float = 0.5) -> int:
@@ -93,9 +92,9 @@ class Student:
         return sum(len(store_factors(latent.coded(zone))) for latent in self.latents.values())
 
     def fit(self, room: int) -> bool:
-        """Round for good, with the smallest dead zone whose payloads take at most `room` bytes.
+        """Round the codes, with the smallest dead zone whose payloads fit `room` bytes.
 
-        Returns: whether there is one.
+        Returns: whether there is such a dead zone; if not, nothing is rounded.
         """
         place = bisect_left(_ZONES, True, key=lambda zone: self.nbytes(zone) <= room)
         if place == len(_ZONES):
@@ -106,7 +105,7 @@ class Student:
 
 
 class _Latent:
-    """One delta."""
+    """One trained delta."""
 
     def __init__(self, start: CodedFactors, trains_codes: bool, generator: torch.Generator):
         self.left, self.right = start.left.float().contiguous(), start.right.float()
@@ -120,7 +119,7 @@ class _Latent:
             latent.requires_grad_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """left (out, r) and right (r, in) of what is added now."""
+        """left (out, r) and right (r, in) of the delta, rounded."""
         left, right = _straight_through(self.left), _straight_through(self.right)
         return left * (self.start.component * self.component.exp()), right * self.start.steps
 
@@ -135,30 +134,30 @@ class _Latent:
                 latent.copy_(_rounded(latent, zone))
 
     def add_product(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """x -> + (x rightᵀ) leftᵀ."""
+        """Hook of a linear layer: y + (x rightᵀ) leftᵀ."""
         inputs: Tensor = args[0]
         left, right = (factor.to(inputs.dtype) for factor in self.factors())
         return output + (inputs @ right.T) @ left.T
 
     def add_rows(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        """Tokens -> + their rows of left right."""
+        """Hook of an embedding: y + rows of left right."""
         left, right = self.factors()
         return output + (nn.functional.embedding(args[0], left) @ right).to(output.dtype)
 
 
 def _serves_as_head(model: Any, module: nn.Module) -> bool:
-    """The tied input embedding; positions have embeddings too."""
+    """Whether this is the tied input embedding, and not one of positions."""
     tied = model.config.get_text_config().tie_word_embeddings
-    found = output_embeddings(model) is not None and module is input_embeddings(model)
-    return bool(tied and found)
+    has_head = output_embeddings(model) is not None
+    return bool(tied and has_head and module is input_embeddings(model))
 
 
 def _rounded(values: Tensor, zone: float = 0.5) -> Tensor:
-    """The nearest integers a code may be; 0 below `zone`."""
+    """The nearest valid codes; 0 where |value| is below `zone`."""
     codes = values.round().clamp_(-LARGEST_CODE, LARGEST_CODE)
     return codes if zone <= 0.5 else codes.masked_fill_(values.abs() < zone, 0.0)
 
 
 def _straight_through(values: Tensor) -> Tensor:
-    """Rounded forward, left alone backward."""
+    """Rounded in the forward pass, the identity in the backward pass."""
     return values + (_rounded(values.detach()) - values.detach())
