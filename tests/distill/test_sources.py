@@ -332,7 +332,8 @@ def test_what_passes_is_tried_again_and_changes_no_answer(fault):
     with CompletionServer() as server:
         expected = ask(endpoint_source(server.url))
     with CompletionServer(fault=lambda number, _: fault if number in (1, 2, 5) else None) as server:
-        assert ask(endpoint_source(server.url, timeout_seconds=0.4)) == expected
+        patience = 0.4 if fault.delay_seconds else 30.0
+        assert ask(endpoint_source(server.url, timeout_seconds=patience)) == expected
         assert len(server.requests) == 13
 
 
@@ -462,9 +463,11 @@ def test_requests_run_at_once_but_no_more_than_allowed():
 
 def test_requests_keep_to_their_number_a_minute():
     with CompletionServer() as server:
-        ask(endpoint_source(server.url, requests_per_minute=1200, samples=1))
-    times = [request.seconds for request in server.requests]
-    assert max(times) - min(times) >= 4 * 60 / 1200 - 0.02
+        source = endpoint_source(server.url, requests_per_minute=1200, samples=1)
+        begin = time.monotonic()
+        ask(source)
+    # Not from the first request on, which may come late on a machine that is busy.
+    assert max(request.seconds for request in server.requests) - begin >= 4 * 60 / 1200
 
 
 def test_requests_under_way_when_one_fails_still_come_back():
