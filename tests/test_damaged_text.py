@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from graftkit import Library
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import read_config
+from graftkit.distill.config import DistillConfig
 from graftkit.distill.records import Journal, read_lines
 from graftkit.distill.workspace import StageLog, exclusive_run
 from graftkit.errors import GraftError
@@ -39,7 +39,7 @@ def config(folder):
 
 READERS = {
     "rows.jsonl": read_rows,
-    "c.toml": read_config,
+    "c.toml": DistillConfig.read_toml,
     "samples.jsonl": lambda file: list(read_lines(file)),
     "journal.jsonl": lambda file: Journal(file).read(),
     "stages.json": lambda file: StageLog(file.parent).begun("sft"),

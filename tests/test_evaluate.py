@@ -89,12 +89,12 @@ def reference_divergences(tuned, packed, tokenizer, rows):
 def test_divergence_in_padded_batches_is_that_of_single_rows(architecture):
     tuned, packed = (tiny_models.build(architecture, seed=seed) for seed in (0, 1))
     tokenizer = make_tokenizer()
-    found = token_fidelity(tuned, packed, tokenizer, ROWS)
+    result = token_fidelity(tuned, packed, tokenizer, ROWS)
     expected = reference_divergences(tuned, packed, tokenizer, ROWS)
-    assert found.tokens == len(expected) == sum(len(row.completion) + 1 for row in ROWS)
-    assert found.kl_mean == pytest.approx(float(expected.mean()), rel=1e-4)
-    assert found.kl_p99 == pytest.approx(float(expected.quantile(0.99)), rel=1e-4)
-    assert 0 <= found.top1_agreement < 1
+    assert result.tokens == len(expected) == sum(len(row.completion) + 1 for row in ROWS)
+    assert result.kl_mean == pytest.approx(float(expected.mean()), rel=1e-4)
+    assert result.kl_p99 == pytest.approx(float(expected.quantile(0.99)), rel=1e-4)
+    assert 0 <= result.top1_agreement < 1
 
 
 def test_a_model_has_no_distance_from_itself():
@@ -242,17 +242,19 @@ def save_pair(folder, architecture):
 def test_an_exact_pack_has_no_distance_from_tuned(tmp_path):
     target, tuned = save_pair(tmp_path, "llama")
     lossless_pack(target, tuned).save(tmp_path / "own.skillpack")
-    found = compare(target, tuned, tmp_path / "own.skillpack", ROWS)
-    assert (found.kl_mean, found.kl_p99, found.top1_agreement) == (0, 0, 1)
-    assert found.rows == len(ROWS)
+    result = compare(target, tuned, tmp_path / "own.skillpack", ROWS)
+    assert (result.kl_mean, result.kl_p99, result.top1_agreement) == (0, 0, 1)
+    assert result.rows == len(ROWS)
 
 
 def test_an_encoder_has_no_exact_match(tmp_path):
     target, tuned = save_pair(tmp_path, "bert")
-    found = compare(target, tuned, lossless_pack(target, tuned), ROWS)
-    assert found.kl_mean == 0
-    assert found.exact_match_target is found.exact_match_tuned is found.exact_match_packed is None
-    assert found.recovered is None
+    result = compare(target, tuned, lossless_pack(target, tuned), ROWS)
+    assert result.kl_mean == 0
+    assert (
+        result.exact_match_target is result.exact_match_tuned is result.exact_match_packed is None
+    )
+    assert result.recovered is None
 
 
 def test_progress_counts_rows_over_all_stages(tmp_path):
@@ -273,18 +275,18 @@ def test_recovered_is_the_share_of_the_gain_that_the_pack_keeps():
 def test_a_lossless_pack_of_the_nursery_recovers_the_skill(shared, tmp_path):
     target, tuned = shared / "nursery" / "target", shared / "nursery" / "clinc150_intent"
     rows = read_rows(shared / "data" / "llm" / "clinc150_intent" / "test.jsonl")[:100]
-    found = compare(target, tuned, lossless_pack(target, tuned), rows)
-    assert found.exact_match_target == 0
-    assert found.exact_match_packed == found.exact_match_tuned > 0.7
-    assert (found.kl_mean, found.recovered) == (0, 1)
+    result = compare(target, tuned, lossless_pack(target, tuned), rows)
+    assert result.exact_match_target == 0
+    assert result.exact_match_packed == result.exact_match_tuned > 0.7
+    assert (result.kl_mean, result.recovered) == (0, 1)
 
 
 @pytest.mark.slow
 def test_the_nursery_answers_as_its_readme_says(shared):
     tuned = shared / "nursery" / "clinc150_intent"
     rows = read_rows(shared / "data" / "llm" / "clinc150_intent" / "test.jsonl")[:400]
-    found = exact_match(load_model(tuned, torch.float32), load_tokenizer(tuned), rows)
-    assert found == pytest.approx(0.795, abs=0.006)
+    result = exact_match(load_model(tuned, torch.float32), load_tokenizer(tuned), rows)
+    assert result == pytest.approx(0.795, abs=0.006)
 
 
 def test_tokens_that_neither_model_ever_gives_count_nothing():

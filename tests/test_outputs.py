@@ -82,10 +82,10 @@ def line(capsys):
     def refused(*arguments: object) -> str:
         capsys.readouterr()
         assert commands.run(*arguments) == 1
-        told = capsys.readouterr().err
-        assert told.startswith("graftkit: ")
-        assert told.count("\n") == 1
-        return told
+        message = capsys.readouterr().err
+        assert message.startswith("graftkit: ")
+        assert message.count("\n") == 1
+        return message
 
     return refused
 
@@ -97,10 +97,10 @@ def line(capsys):
 def test_a_file_that_is_there_is_replaced_with_force_only(name, models, tmp_path, line):
     output = tmp_path / "out"
     output.write_text("mine")
-    asked = COMMANDS[name](models, output)
-    assert "exists; choose another name, or replace it with --force" in line(*asked)
+    arguments = COMMANDS[name](models, output)
+    assert "exists; choose another name, or replace it with --force" in line(*arguments)
     assert tree(tmp_path) == {"out": b"mine"}
-    assert commands.run(*asked, "--force") == 0
+    assert commands.run(*arguments, "--force") == 0
     assert output.read_bytes() != b"mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -143,16 +143,16 @@ def test_an_input_is_no_output(how, models, tmp_path, monkeypatch, line):
         named = tmp_path / "other.skillpack"
         (named.symlink_to if how == "link" else named.hardlink_to)(mine)
     before = tree(tmp_path)
-    told = line("fuse", models / "target", mine, "-o", named, "--recipe", "lossless", "--force")
-    assert "is read by this command" in told
+    message = line("fuse", models / "target", mine, "-o", named, "--recipe", "lossless", "--force")
+    assert "is read by this command" in message
     assert tree(tmp_path) == before
 
 
 def test_weights_of_an_input_folder_are_no_output_even_with_force(models, tmp_path, line):
     weights = models / "target/model.safetensors"
     before = weights.read_bytes()
-    asked = COMMANDS["pack"](models, weights)
-    assert "is read by this command" in line(*asked, "--force")
+    arguments = COMMANDS["pack"](models, weights)
+    assert "is read by this command" in line(*arguments, "--force")
     assert weights.read_bytes() == before
 
 

@@ -151,9 +151,9 @@ def test_another_seed_chooses_other_rows():
 
 
 def test_rows_that_are_not_used_are_not_measured():
-    asked = []
-    sample_rows(list(range(1000)), 20, 0, lambda item: asked.append(item) or 1)
-    assert len(asked) == 21
+    measured = []
+    sample_rows(list(range(1000)), 20, 0, lambda item: measured.append(item) or 1)
+    assert len(measured) == 21
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))

@@ -181,8 +181,8 @@ def test_a_component_too_large_for_codes_leaves_the_steps_of_the_others_as_they_
     rows = (left.T.double() @ (large + small).double()).float()
     coded = encode_factors(delta, rows, None, 1e-3)
     assert max(int(coded.left.abs().max()), int(coded.right.abs().max())) <= LARGEST_CODE
-    found, wanted = (part.double() for part in (coded.factors()[0] @ coded.factors()[1], delta))
+    decoded, expected = (part.double() for part in (coded.factors()[0] @ coded.factors()[1], delta))
     beside = torch.eye(60).double() - left[:, :1].double() @ left[:, :1].T.double()
-    error = (beside @ (found - wanted)).norm() / small.norm()
-    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+    error = (beside @ (decoded - expected)).norm() / small.norm()
+    assert (decoded - expected).norm() < 1e-3 * expected.norm()
     assert error < 0.3  # clamped, the large one alone would leave a hundred times the small ones

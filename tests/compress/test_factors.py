@@ -31,9 +31,9 @@ def test_every_word_of_both_factors_and_the_scale_come_back(rows, columns, rank,
     assert torch.equal(read.left, made.left)
     assert torch.equal(read.right, made.right)
     assert (read.left.dtype, read.right.dtype, read.scale) == (*dtypes, scale)
-    wanted = scale * made.left.double() @ made.right.double()
-    found = decode_delta("factors", payload, (rows, columns), "matrix")
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+    expected = scale * made.left.double() @ made.right.double()
+    decoded = decode_delta("factors", payload, (rows, columns), "matrix")
+    torch.testing.assert_close(decoded.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_factors_that_are_views_are_stored_row_by_row():
@@ -62,8 +62,8 @@ def test_every_layout_is_out_by_in_and_rounded_once(layout, shape):
     delta = torch.stack(products) if layout.startswith("stack") else products[0]
     torch.testing.assert_close(decode_delta("factors", payload, shape, layout), delta)
     weight = gaussian(*shape, seed=7).bfloat16()
-    found = add_delta("factors", payload, weight, layout)
-    torch.testing.assert_close(found, (weight.float() + delta).bfloat16(), rtol=2**-7, atol=0)
+    decoded = add_delta("factors", payload, weight, layout)
+    torch.testing.assert_close(decoded, (weight.float() + delta).bfloat16(), rtol=2**-7, atol=0)
     assert describe_payload("factors", payload, shape, layout)["rank"] == 2
 
 

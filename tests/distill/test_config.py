@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from graftkit.distill import config as module
-from graftkit.distill.config import Settings, read_config
+from graftkit.distill.config import DistillConfig, Settings
 from graftkit.errors import ConfigError
 
 LEAST = """
@@ -21,7 +21,7 @@ kind = "agreement"
 def read(tmp_path, text):
     file = tmp_path / "run.toml"
     file.write_text(text, encoding="utf-8")
-    return read_config(file)
+    return DistillConfig.read_toml(file)
 
 
 def test_the_least_configuration_is_the_papers_pipeline(tmp_path):
@@ -67,7 +67,7 @@ def test_an_unknown_key_of_a_source_names_the_nearest(tmp_path):
 
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
-        read_config(tmp_path / "none.toml")
+        DistillConfig.read_toml(tmp_path / "none.toml")
 
 
 def test_false_leaves_preference_optimisation_out(tmp_path):
@@ -98,9 +98,9 @@ def test_bfloat16_is_the_default_only_where_the_device_multiplies_in_it(tmp_path
         ({"avx512_bf16": True}, "bfloat16"),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=instructions: found)
-        config = read_config(tmp_path / "run.toml")
+        config = DistillConfig.read_toml(tmp_path / "run.toml")
         assert (config.sft.precision, config.dpo.precision) == (expected, expected)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
-    assert read_config(tmp_path / "run.toml").sft.precision == "bfloat16"
+    assert DistillConfig.read_toml(tmp_path / "run.toml").sft.precision == "bfloat16"

@@ -13,7 +13,7 @@ from distill.tiny import tiny_llama, write_jsonl
 from killing import Forked, killed_at, tree
 
 from graftkit.__main__ import main
-from graftkit.distill.config import read_config
+from graftkit.distill.config import DistillConfig
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
 from graftkit.distill.workspace import StageLog, exclusive_run
 from graftkit.errors import ConfigError, OutputError, RowsError, SelectionError
@@ -264,7 +264,7 @@ def test_a_dry_run_counts_and_writes_nothing(place):
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda f: f.stem)
 def test_every_shipped_configuration_is_understood(file):
-    config = read_config(file)
+    config = DistillConfig.read_toml(file)
     assert stages_of(config)[0] == "sample"
     if file.stem == "nursery":
         return

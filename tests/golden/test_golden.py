@@ -38,13 +38,13 @@ FILES = {version: Golden(version) for version in VERSIONS}
 TENSORS = [(version, name) for version in VERSIONS for name in sorted(FILES[version].records)]
 
 
-def assert_same(record, found, expected):
+def assert_same(record, decoded, expected):
     """Bit for bit, but for factors: the order of a product's sums is the machine's affair."""
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    assert (decoded.dtype, decoded.shape) == (expected.dtype, expected.shape)
     if record.codec in ("lowrank", "hybrid"):
-        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-6)
+        torch.testing.assert_close(decoded, expected, rtol=2**-7, atol=1e-6)
     else:
-        assert torch.equal(found, expected)
+        assert torch.equal(decoded, expected)
 
 
 @pytest.mark.parametrize(("version", "name"), TENSORS)
@@ -62,9 +62,9 @@ def test_the_delta_is_the_decoded_tensor_less_the_target(version, name):
     rows = min(weight.shape[0], tuned.shape[0])
     expected = tuned.clone()
     expected[:rows] -= weight[:rows]
-    found = golden.pack.delta(name, before)
+    decoded = golden.pack.delta(name, before)
     bound = 2.0**-8 if after.dtype == torch.bfloat16 else 2.0**-11
-    torch.testing.assert_close(found, expected, rtol=0, atol=bound * float(tuned.abs().max()))
+    torch.testing.assert_close(decoded, expected, rtol=0, atol=bound * float(tuned.abs().max()))
 
 
 FACTORED = {
@@ -84,10 +84,10 @@ CODECS = {
 @both
 def test_factors_multiply_to_the_delta_in_out_by_in_orientation(version):
     golden = FILES[version]
-    found = {name: golden.pack.factors(name) for name in golden.records}
-    found = {name: factors for name, factors in found.items() if factors}
-    assert sorted(found) == FACTORED[version]
-    for name, (left, right) in found.items():
+    decoded = {name: golden.pack.factors(name) for name in golden.records}
+    decoded = {name: factors for name, factors in decoded.items() if factors}
+    assert sorted(decoded) == FACTORED[version]
+    for name, (left, right) in decoded.items():
         record = golden.records[name]
         [delta] = matrices(golden.pack.delta(name, golden.before(record)), record.layout)
         torch.testing.assert_close(left @ right, delta)

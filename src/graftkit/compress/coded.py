@@ -133,7 +133,7 @@ def load_factors(payload: memoryview, shape: tuple[int, int]) -> CodedFactors:
     marker, flags, rank, base, peak = reader.struct(_FACTORS)
     rows, columns = shape
     is_known = marker == CODED and flags <= _UNIFORM_STEPS
-    if rank > min(shape) or not is_known or not _sane(base, peak):
+    if rank > min(shape) or not is_known or not _are_positive(base, peak):
         raise CorruptPackError(f"coded factors of rank {rank} do not fit {list(shape)}")
     stored = np.frombuffer(reader.take(2 * rank), dtype="<f2").astype(np.float32)
     if not np.isfinite(stored).all():
@@ -197,7 +197,7 @@ def decode_entries(payload: memoryview, shape: tuple[int, int]) -> RowDecoder:
     """δ̂ (m, n), row by row. Raises: CorruptPackError."""
     reader = _PayloadReader(payload)
     marker, flags, base = reader.struct(_ENTRIES)
-    if marker != CODED or flags > 1 or not _sane(base):
+    if marker != CODED or flags > 1 or not _are_positive(base):
         raise CorruptPackError("coded entries have an unknown flag or a step that is no number")
     part = None if flags & _UNIFORM_STEPS else reader.part()
     codes = torch.from_numpy(decode_codes(reader.rest(), shape))
@@ -262,7 +262,7 @@ def _with_length(part: bytes) -> bytes:
     return _LENGTH.pack(len(part)) + part
 
 
-def _sane(*values: float) -> bool:
+def _are_positive(*values: float) -> bool:
     return all(math.isfinite(value) and value > 0 for value in values)
 
 

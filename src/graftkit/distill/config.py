@@ -4,15 +4,13 @@ One TOML file holds all of it. The sentence under a field is its documentation. 
 are relative to the folder of the file.
 """
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from graftkit.config import TRAIN_STEPS, Budget, Recipe, Settings
-from graftkit.errors import BudgetError, ConfigError
-from graftkit.text import nearest_name
+from graftkit.errors import BudgetError
 
 
 def resolve_model(reference: str, folder: Path) -> str:
@@ -320,6 +318,16 @@ class Pack(Settings):
     train_steps: int = Field(default=TRAIN_STEPS, ge=0)
     """Steps in which the codes of the pack are trained."""
 
+    @field_validator("budget")
+    @classmethod
+    def _check_budget(cls, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                Budget.parse(text)
+        except BudgetError as error:
+            raise ValueError(str(error)) from error
+        return text
+
 
 class DistillConfig(Settings):
     """All settings of a run from sources to a pack."""
@@ -373,62 +381,3 @@ class DistillConfig(Settings):
             if micro is not None and training.batch_size % micro:
                 raise ValueError(f"micro_batch_size {micro} does not divide {training.batch_size}")
         return self
-
-
-def read_config(path: str | Path) -> DistillConfig:
-    """Read a configuration file.
-
-    Raises: ConfigError for a file that cannot be read or is no TOML, and for unknown or wrong keys.
-    """
-    path = Path(path)
-    try:
-        config = DistillConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-        if config.pack.budget is not None:
-            Budget.parse(config.pack.budget)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except BudgetError as error:
-        raise ConfigError(f"{path}: pack.budget: {error}") from error
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from error
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
-        raise ConfigError(f"{path}: not TOML ({error})") from error
-    return config
-
-
-_TABLES: dict[str, tuple[type[Settings], ...]] = {
-    "": (DistillConfig,),
-    "prompts": (Prompts,),
-    "sources": (ModelSource, EndpointSource, AnswersSource),
-    "selection": (Selection,),
-    "sft": (Sft, Lora),
-    "dpo": (Dpo, Lora),
-    "transfer": (Transfer,),
-    "pack": (Pack,),
-    "scores": (
-        *(ExactRule, NumberRule, JsonRule, CodeRule),
-        *(RewardScore, JudgeScore, AgreementScore, LikelihoodScore),
-    ),
-}
-
-
-def _explain(error: ValidationError) -> str:
-    """All faults of a file in one line, unknown keys with the nearest known one."""
-    return "; ".join(map(_explain_one, error.errors()))
-
-
-def _explain_one(fault: Any) -> str:
-    place = ".".join(map(str, fault["loc"]))
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {place}{_nearest(fault['loc'])}"
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] in ("missing", "value_error"):
-        return f"{place}: {message}" if place else message
-    return f"{place}: {message} (found {fault['input']!r})"
-
-
-def _nearest(place: tuple[int | str, ...]) -> str:
-    tables = _TABLES.get(str(place[0]) if len(place) > 1 else "", ())
-    names = sorted({name for table in tables for name in table.model_fields})
-    prefix = "".join(f"{part}." for part in place[:-1] if not isinstance(part, int))
-    return nearest_name(str(place[-1]), names, prefix)

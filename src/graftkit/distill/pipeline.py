@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from graftkit.distill.config import DistillConfig, read_config
+from graftkit.distill.config import DistillConfig
 from graftkit.distill.estimate import estimate
 from graftkit.distill.steps import WORK
 from graftkit.distill.workspace import (
@@ -87,7 +87,7 @@ def stages_of(config: DistillConfig) -> tuple[str, ...]:
 
 
 def _open(file: Path, folder: Path, progress: Progress) -> Workspace:
-    return Workspace(read_config(file), folder, file.parent, progress)
+    return Workspace(DistillConfig.read_toml(file), folder, file.parent, progress)
 
 
 def _run_stage(stage: str, space: Workspace, book: StageLog) -> None:

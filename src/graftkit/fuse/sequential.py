@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graftkit.checkpoint import Checkpoint, save_tensors, tensor_bytes
 from graftkit.compress.codecs import TensorLayout
+from graftkit.config import Settings
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
 from graftkit.fuse.continual import Kif, Opcm, RunningMerge, TaskDelta
@@ -367,10 +368,10 @@ VERSION = 1
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class StateModel(BaseModel):
-    """Base of the state's parts: frozen, no unknown keys, no conversion of types."""
+class StateModel(Settings):
+    """Base of the state's parts, without conversion of types."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
 
 class MergedPack(StateModel):

@@ -14,7 +14,7 @@ from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overlo
 
 from graftkit.attachment.configuration import check_tokenizer
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import read_config, resolve_model
+from graftkit.distill.config import DistillConfig, resolve_model
 from graftkit.distill.pipeline import run_distill
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
@@ -290,7 +290,7 @@ class Library:
             name; LibraryError, OutputError; the errors of `run_distill`.
         """
         version = self.index.next_version(name, update)
-        target = resolve_model(read_config(config).target, Path(config).parent)
+        target = resolve_model(DistillConfig.read_toml(config).target, Path(config).parent)
         if describe_target(target).fingerprint != self.index.target.fingerprint:
             raise PackMismatchError(
                 f"{config}: target {target} is not the library's, {self.index.target.reference}; "

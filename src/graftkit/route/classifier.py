@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from graftkit.attachment import attached
 from graftkit.checkpoint import save_tensors
+from graftkit.config import Settings
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.files import replaced_file
 from graftkit.models.encoding import (
@@ -44,10 +45,10 @@ STEPS, LEARNING_RATE, WEIGHT_DECAY = 200, 0.01, 0.01
 _TENSORS = ("center", "scale", "weight_1", "bias_1", "weight_2", "bias_2")
 
 
-class _Description(BaseModel):
+class _Description(Settings):
     """What the file says beside its tensors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     format: Literal["graftkit classifier 1"] = "graftkit classifier 1"
     layer: int = Field(ge=1)

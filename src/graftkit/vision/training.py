@@ -30,7 +30,7 @@ from graftkit.config import Settings
 from graftkit.errors import ConfigError, ImagesError
 from graftkit.files import replaced_file
 from graftkit.parallel import bfloat16_pays
-from graftkit.progress import Progress
+from graftkit.progress import Progress, silent
 from graftkit.vision.evaluate import score
 from graftkit.vision.images import ImageSet, LabeledImages
 from graftkit.vision.rootstock import Rootstock, insert_norms, logits_of
@@ -136,7 +136,7 @@ def fine_tune(
     settings: TrainingSettings,
     folder: Path,
     soft_labels: SoftLabels | None = None,
-    progress: Progress = lambda step, done, total: None,
+    progress: Progress = silent,
 ) -> TrainingResult:
     """Train `module` in place; it ends in eval mode with the weights of its best epoch.
 
