@@ -1,4 +1,4 @@
-"""Activation statistics of the tuned model: which directions of an input its weights see.
+"""Activation statistics of the tuned model: the covariances of the inputs of its linear modules.
 
 For a linear module y = x Wᵀ the error E of a compressed weight costs tr(E H Eᵀ) with H = Σ x xᵀ
 over the calibration tokens, H (in, in). The model streams from disk and the matrices go to disk:
@@ -165,7 +165,7 @@ def collect_covariances(
     with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
         model = stream_model(checkpoint, Path(offload))
         encoded = encode_rows(tokenizer, rows, CALIBRATION_TOKENS, seed, model, checkpoint.name)
-        collector = _Collector(model, modules, store, checkpoint.name)
+        collector = _CovarianceCollector(model, modules, store, checkpoint.name)
         batches = pass_batches(model, list(map(len, encoded)))
         for done, batch in enumerate(batches):
             report(done, len(batches))
@@ -182,7 +182,7 @@ def collect_covariances(
     return summary
 
 
-class _Collector:
+class _CovarianceCollector:
     """Forward pre-hooks that add the inputs of modules to a store, one forward pass at a time."""
 
     def __init__(self, model: Any, modules: Sequence[str], store: CovarianceStore, where: str):
