@@ -35,7 +35,7 @@ def test_a_real_low_rank_pack_runs_by_its_factors(tmp_path):
         merged = logits(target)
     with attached(target, pack, mode="side") as attachment:
         torch.testing.assert_close(logits(target), merged, rtol=1e-4, atol=1e-5)
-        modules = attachment._effect._modules.values()
+        modules = attachment._backend._modules.values()
         updates = [
             update for deltas in modules for update in getattr(deltas, "weights", {}).values()
         ]
@@ -46,8 +46,8 @@ def test_a_side_pack_of_factors_takes_their_bytes_and_not_those_of_the_target(tm
     target, _ = make_pair(tmp_path, "llama", torch.float32)
     model, pack = load_model(target), low_rank_pack(target)
     with attached(model, pack, mode="side") as attachment:
-        assert isinstance(attachment._effect, SidePacks)
-        path = attachment._effect._modules["model.layers.0.mlp.up_proj"]
+        assert isinstance(attachment._backend, SidePacks)
+        path = attachment._backend._modules["model.layers.0.mlp.up_proj"]
         assert path.weights[0].nbytes == 4 * RANK * (64 + 32)
 
 

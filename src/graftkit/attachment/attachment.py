@@ -50,7 +50,7 @@ class Attachment(NotCopyable):
         with registered(model, self):
             self._target = LiveTarget(model)
             check_packs(self._target, packs)
-            self._effect: MergedPack | SidePacks = (
+            self._backend: MergedPack | SidePacks = (
                 MergedPack(self._target, packs[0]) if mode == "merged" else SidePacks(self._target)
             )
             self._apply(packs)
@@ -129,30 +129,30 @@ class Attachment(NotCopyable):
 
         What was trained in a merged pack's tensors meanwhile is undone too, with a warning.
         """
-        self._effect.undo()
+        self._backend.undo()
         release(self.model, self)
 
     def _apply(self, packs: Sequence[SkillPack]) -> None:
         try:
-            self._effect.apply()
-            if isinstance(self._effect, MergedPack):
+            self._backend.apply()
+            if isinstance(self._backend, MergedPack):
                 self.packs = dict(enumerate(packs))
                 return
             for pack in packs:
                 self.add(pack)
             if len(packs) < 2:
                 only = choose_rows(self.packs, [0 if packs else None])
-                self._effect.routing.set_default(only)
+                self._backend.routing.set_default(only)
         except BaseException:
-            self._effect.undo()
+            self._backend.undo()
             raise
 
     def _require_side(self, why: str = "the packs of a merged attachment are fixed") -> SidePacks:
-        if not isinstance(self._effect, SidePacks):
+        if not isinstance(self._backend, SidePacks):
             raise AttachError(f'{why}; attach with mode="side"')
         if attachment_of(self.model) is not self:
             raise AttachError("this attachment was detached; attach the packs again")
-        return self._effect
+        return self._backend
 
     def _check_index(self, index: int) -> None:
         if index not in self.packs:

@@ -56,7 +56,7 @@ class CalibrationSummary:
 
 
 class CovarianceStore:
-    """Matrices in a folder, one file each; only the one that is asked for is in memory.
+    """Matrices in a folder, one file each; `get` reads one, and none stays in memory.
 
     Several keys may share one file. `calibration.json` is written last and names the job: a store
     without it is unfinished and counts as empty.
@@ -150,7 +150,7 @@ def collect_covariances(
     Keys: each linear module of `modules` with inputs (.., in): H (in, in). Modules that are fed the
     same tensor share one file. A module that no token reaches, such as an unused expert, has no
     key. `head`: H (hidden, hidden) of the output head's input. `tokens`: counts (vocab,) int64.
-    A finished store of the same job is kept as it is; an unfinished one is filled anew.
+    A finished store of the same job is not filled again; an unfinished one is filled anew.
 
     Raises: CheckpointError when the tokenizer is missing or does not fit, a module is missing or
         an activation is not finite; RowsError for a row beyond the model's context; OutputError.

@@ -198,9 +198,11 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 def volatile_buffers(module: nn.Module) -> dict[str, Tensor]:
     """A module's own buffers that no checkpoint holds."""
-    kept = module._non_persistent_buffers_set
+    names = module._non_persistent_buffers_set
     return {
-        name: value for name, value in module._buffers.items() if name in kept and value is not None
+        name: value
+        for name, value in module._buffers.items()
+        if name in names and value is not None
     }
 
 

@@ -155,8 +155,8 @@ def checkpoint_views(model: PreTrainedModel) -> dict[str, TensorView]:
     }
     lost = reverted.keys() - places.keys()
     if lost:
-        found = {parameter for parameter, _ in places.values()}
-        places |= _trace_indices(model, state, state.keys() - found, lost)
+        placed = {parameter for parameter, _ in places.values()}
+        places |= _trace_indices(model, state, state.keys() - placed, lost)
     owners = _owners(state)
     return {
         name: _view(name, parameter, owners[parameter], tensor, state[parameter].shape)
@@ -186,16 +186,16 @@ def find_views(
         candidates = (name, prefix + name, name.removeprefix(prefix))
         return next((views[other] for other in candidates if other in views), None)
 
-    found = {name: saved(name) for name in names}
-    unknown = [name for name, view in found.items() if view is None]
+    by_name = {name: saved(name) for name in names}
+    unknown = [name for name, view in by_name.items() if view is None]
     if unknown:
         state = model.state_dict(keep_vars=True)
         owners = _owners(state)
         for name, (live, converted) in _resolve(model, state, unknown).items():
             if live is not None and not converted:
                 whole = _blank(state[live], "meta")
-                found[name] = _view(name, live, owners[live], whole, whole.shape)
-    return found
+                by_name[name] = _view(name, live, owners[live], whole, whole.shape)
+    return by_name
 
 
 def live_name(model: PreTrainedModel, name: str) -> str | None:
@@ -298,12 +298,12 @@ def _trace_indices(
         reverted = revert_weight_conversion(model, index)
     places = {}
     for name in names:
-        found = reverted[name]
-        if found.device.type == "meta" or found.dtype != torch.int64 or not found.numel():
+        index_of = reverted[name]
+        if index_of.is_meta or index_of.dtype != torch.int64 or not index_of.numel():
             continue
-        first = int(found.flatten()[0])
+        first = int(index_of.flatten()[0])
         parameter = max((start, owner) for owner, start in starts.items() if start <= first)[1]
-        view = _affine(found - starts[parameter], _blank(state[parameter], "meta"))
+        view = _affine(index_of - starts[parameter], _blank(state[parameter], "meta"))
         if view is not None:
             places[name] = (parameter, view)
     return places
