@@ -29,7 +29,7 @@ ROUTES = ([0, None, 0], [None, 0, None])
 
 
 class Wrong(Exception):
-    """The behaviour is not right; the message says what was seen."""
+    """A check failed; the message says what the model did."""
 
 
 class Pair:
@@ -95,7 +95,7 @@ class Pair:
 
 
 def _built(name: str) -> tuple[PreTrainedModel, Inputs]:
-    """The first class of a type that takes inputs which are known. Raises: NotBuilt."""
+    """The first class of a model type for which inputs can be made. Raises: NotBuilt."""
     reasons = []
     for class_name in class_names(name):
         try:

@@ -90,8 +90,8 @@ def _check_one(name: str, quick: bool, writer: Connection) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     folder = Path(tempfile.mkdtemp(prefix="architecture-"))
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1), os.dup2(quiet, 2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1), os.dup2(devnull, 2)
     try:
         writer.send(check_type(name, folder, quick))
     except NotBuilt as error:
@@ -135,7 +135,7 @@ def _line(name: str, record: Record) -> str:
     cells = record.get("cells")
     if cells is None:
         return f"{name}: {record.get('unbuilt') or record.get('ended')}"
-    words = " ".join(f"{cell}={found['verdict']}" for cell, found in cells.items())
+    words = " ".join(f"{cell}={result['verdict']}" for cell, result in cells.items())
     return f"{name} ({record['seconds']} s): {words}"
 
 

@@ -1,7 +1,7 @@
 """Tiny models of every architecture that transformers knows, made from their configuration classes.
 
 Sizes are recognized by the names of a configuration's fields; what that does not fit stands in
-`OVERRIDES`. Every parameter is random, norms and biases too, so that none can be lost unseen.
+`OVERRIDES`. Every parameter is random, norms and biases too, so that no loss of one goes unnoticed.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 VOCABULARY = 128
 HIDDEN, HEADS = 32, 4
 IMAGE = 32
-# Kinds of heads in the order in which one is chosen for a type; the bare model comes last.
+# Kinds of heads in the order in which one is chosen for a type; the model without a head is last.
 HEAD_KINDS = (
     *("SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM", "IMAGE_TEXT_TO_TEXT"),
     *("MULTIMODAL_LM", "CAUSAL_LM", "CTC", "RNNT", "TDT", "ZERO_SHOT_IMAGE_CLASSIFICATION"),
@@ -52,7 +52,7 @@ def class_names(name: str) -> list[str]:
     entries = [mapping[name] for kind in HEAD_KINDS if name in (mapping := _mapping(kind))]
     entries += [modeling_auto.MODEL_MAPPING_NAMES.get(name, [])]
     flat = [[entry] if isinstance(entry, str) else list(entry) for entry in entries]
-    return list(dict.fromkeys(found for entry in flat for found in entry))
+    return list(dict.fromkeys(item for entry in flat for item in entry))
 
 
 def _mapping(kind: str) -> Mapping[str, Any]:
@@ -191,8 +191,8 @@ def _layers(
     if features and "depths" not in defaults:
         count = max(2, len(features))
         stages = list(range(count - len(features) + 1, count + 1))
-        found: dict[str, Any] = {"num_hidden_layers": count, "out_indices": stages}
-        return found | {"out_features": [f"stage{stage}" for stage in stages]}
+        overrides: dict[str, Any] = {"num_hidden_layers": count, "out_indices": stages}
+        return overrides | {"out_features": [f"stage{stage}" for stage in stages]}
     try:
         whole = config_class(**{k: v for k, v in given.items() if not isinstance(v, dict)})
     except Exception:
@@ -209,13 +209,15 @@ def _layers(
         kinds.setdefault(tuple(words), index)
     picked = sorted(kinds.values())[:4]
     picked = picked if len(picked) > 1 else [0, 1]
-    found = {key: [value[index] for index in picked] for key, value in lists.items() if count > 1}
-    found = {
+    overrides = {
+        key: [value[index] for index in picked] for key, value in lists.items() if count > 1
+    }
+    overrides = {
         key: value
-        for key, value in found.items()
+        for key, value in overrides.items()
         if key in defaults and (defaults[key] is not None or isinstance(value[0], str))
     }
-    return {"num_hidden_layers": len(picked), **found}
+    return {"num_hidden_layers": len(picked), **overrides}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -28,7 +28,7 @@ def find_inputs(model: PreTrainedModel, given: Inputs | None = None) -> Inputs:
             return candidate
         except Exception as error:
             reasons.append(f"{sorted(candidate)}: {type(error).__name__}: {error}")
-    raise NotBuilt(f"no input fits; {reasons[0] if reasons else 'no kind of input is known'}")
+    raise NotBuilt(f"no input fits; {reasons[0] if reasons else 'no inputs can be made'}")
 
 
 def answers(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
@@ -36,8 +36,8 @@ def answers(model: PreTrainedModel, inputs: Inputs) -> dict[str, Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
         output = model(**{key: _copy(value) for key, value in inputs.items()})
-    found = {name: value.float() for name, value in _tensors("", output)}
-    return {name: torch.nan_to_num(value, 0.0, 1e4, -1e4) for name, value in found.items()}
+    tensors = {name: value.float() for name, value in _tensors("", output)}
+    return {name: torch.nan_to_num(value, 0.0, 1e4, -1e4) for name, value in tensors.items()}
 
 
 def _copy(value: Any) -> Any:
@@ -68,17 +68,17 @@ def _noise(*shape: int) -> Tensor:
 
 def _text(model: PreTrainedModel, names: set[str]) -> Inputs:
     ids = _ids(LENGTH, 5)
-    found: Inputs = {"input_ids": ids}
+    inputs: Inputs = {"input_ids": ids}
     if "attention_mask" in names:
-        found["attention_mask"] = torch.ones_like(ids)
+        inputs["attention_mask"] = torch.ones_like(ids)
     if "decoder_input_ids" in names and (
         model.config.is_encoder_decoder or "encoder_outputs" in names
     ):
-        found["decoder_input_ids"] = _ids(5, 6)
+        inputs["decoder_input_ids"] = _ids(5, 6)
     if "bbox" in names:
         corners = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH, 1)
-        found["bbox"] = corners + torch.tensor([0, 1, 5, 7])
-    return found
+        inputs["bbox"] = corners + torch.tensor([0, 1, 5, 7])
+    return inputs
 
 
 def _lookup(model: PreTrainedModel, *keys: str) -> Any:
@@ -132,8 +132,8 @@ def _candidates(model: PreTrainedModel, names: set[str]) -> Iterator[Inputs]:
     yield from _with_images(images, text, names)
     if text:
         for sound in audio:
-            kept = {k: v for k, v in sound.items() if k.startswith("input_")}
-            yield {**text, **kept}
+            tokens = {k: v for k, v in sound.items() if k.startswith("input_")}
+            yield {**text, **tokens}
         yield text
         yield {key: value for key, value in text.items() if key != "attention_mask"}
     for image in images:
@@ -175,11 +175,11 @@ def _grids(model: PreTrainedModel) -> list[Inputs]:
     patch = _lookup(model, "patch_size") or 8
     patch = patch if isinstance(patch, int) else patch[0]
     grid = torch.tensor([[1, 4, 4]] * ROWS)
-    found: list[Inputs] = []
+    inputs: list[Inputs] = []
     for times in {_lookup(model, "temporal_patch_size") or 1, 1}:
         pixels = _noise(16, 3 * times * patch * patch).flatten(0, 1)
-        found.append({"pixel_values": pixels, "image_grid_thw": grid})
-    return found
+        inputs.append({"pixel_values": pixels, "image_grid_thw": grid})
+    return inputs
 
 
 def _series(model: PreTrainedModel, names: set[str]) -> Iterator[Inputs]:

@@ -6,7 +6,7 @@ from attachment.test_attach import logits
 from tiny_models import inputs, make_pair
 
 from graftkit.attachment import attached
-from graftkit.attachment.rows import choose_rows, put, take
+from graftkit.attachment.rows import choose_rows, put_entries, take_entries
 from graftkit.attachment.side import SidePacks
 from graftkit.attachment.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.errors import AttachError
@@ -35,8 +35,10 @@ def test_a_real_low_rank_pack_runs_by_its_factors(tmp_path):
         merged = logits(target)
     with attached(target, pack, mode="side") as attachment:
         torch.testing.assert_close(logits(target), merged, rtol=1e-4, atol=1e-5)
-        paths = attachment._applied._paths.values()
-        updates = [update for path in paths for update in getattr(path, "weights", {}).values()]
+        modules = attachment._backend._modules.values()
+        updates = [
+            update for deltas in modules for update in getattr(deltas, "weights", {}).values()
+        ]
         assert sum(isinstance(update, LowRankUpdate) for update in updates) == len(ranked)
 
 
@@ -44,8 +46,8 @@ def test_a_side_pack_of_factors_takes_their_bytes_and_not_those_of_the_target(tm
     target, _ = make_pair(tmp_path, "llama", torch.float32)
     model, pack = load_model(target), low_rank_pack(target)
     with attached(model, pack, mode="side") as attachment:
-        assert isinstance(attachment._applied, SidePacks)
-        path = attachment._applied._paths["model.layers.0.mlp.up_proj"]
+        assert isinstance(attachment._backend, SidePacks)
+        path = attachment._backend._modules["model.layers.0.mlp.up_proj"]
         assert path.weights[0].nbytes == 4 * RANK * (64 + 32)
 
 
@@ -167,10 +169,12 @@ def test_rows_with_other_weights_of_one_pack_share_its_product():
 
 def test_only_tensors_of_the_batch_are_cut_and_filled():
     x, shared = torch.arange(8).view(4, 2), torch.ones(1, 2)
-    cut = take({"x": (x, shared), "cache_position": x[:, 0], "n": 3}, 4, slice(1, 3))
+    cut = take_entries({"x": (x, shared), "cache_position": x[:, 0], "n": 3}, 4, slice(1, 3))
     assert cut["x"][0].tolist() == [[2, 3], [4, 5]]
     assert cut["x"][1] is shared
     assert cut["cache_position"].shape == (4,)
-    filled = put((x, None), (torch.zeros(2, 2), None), lambda whole: (whole.clone(), slice(1, 3)))
+    filled = put_entries(
+        (x, None), (torch.zeros(2, 2), None), lambda whole: (whole.clone(), slice(1, 3))
+    )
     assert filled[0].tolist() == [[0, 1], [0, 0], [0, 0], [6, 7]]
     assert filled[1] is None

@@ -135,8 +135,8 @@ def test_a_lora_runs_unmerged_by_its_factors(tmp_path, dtype):
     pack = import_lora(target, adapter, tmp_path / "x.skillpack")
     model = load_model(target)
     with attached(model, pack, mode="side") as attachment:
-        paths = attachment._applied._paths
-        updates = {name: path.weights[0] for name, path in paths.items()}
+        modules = attachment._backend._modules
+        updates = {name: deltas.weights[0] for name, deltas in modules.items()}
         assert set(updates) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)} | {"lm_head"}
         assert all(isinstance(update, LowRankUpdate) for update in updates.values())
         assert updates["lm_head"].nbytes == 3 * (96 + 32) * dtype.itemsize

@@ -45,7 +45,7 @@ def take_fixed_answers(monkeypatch):
         wanted = torch.nn.functional.one_hot(fixed_answer(logits), logits.shape[1])
         return wanted - logits.softmax(dim=1)
 
-    monkeypatch.setattr(backward._Collector, "_sample", sample)
+    monkeypatch.setattr(backward._SensitivityCollector, "_sample", sample)
 
 
 def reference(checkpoint, modules):
@@ -142,14 +142,14 @@ def test_the_embedding_answers_for_the_tokens_that_were_read(measured):
 
 def test_the_head_is_measured_where_logits_count(measured):
     checkpoint, store, _ = measured
-    model, inputs, chances = load_model(checkpoint), [], []
+    model, inputs, probabilities = load_model(checkpoint), [], []
     model.lm_head.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
     for row in tokens_of(checkpoint, model, ROWS):
         span = slice(row.start - 1, len(row) - 1)
         with torch.no_grad():
-            chances.append(model(torch.tensor([row.ids])).logits[0, span].softmax(dim=1))
+            probabilities.append(model(torch.tensor([row.ids])).logits[0, span].softmax(dim=1))
         inputs[-1] = inputs[-1][span]
-    p, x = torch.cat(chances), torch.cat(inputs)
+    p, x = torch.cat(probabilities), torch.cat(inputs)
     assert torch.allclose(store.get("gradient:head"), (p * (1 - p)).mean(dim=0), atol=1e-6)
     assert torch.allclose(store.get("gradient:lm_head"), store.get("gradient:head"))
     assert torch.allclose(store.get("head:completions"), x.T @ x / len(x), rtol=1e-3, atol=1e-4)

@@ -4,10 +4,12 @@ import logging
 import pytest
 import torch
 from tiny_models import build, inputs, make_pair
+from transformers import MixtralForCausalLM
 
+from graftkit import merge_packs, pack_delta
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
-from graftkit.models import empty_model, load_model, load_tokenizer, stream_model
+from graftkit.models import empty_model, load_model, load_tokenizer, loading, stream_model
 
 
 def test_a_model_is_loaded_in_eval_mode_by_the_class_its_config_names(tmp_path):
@@ -46,6 +48,49 @@ def test_a_streamed_model_gives_the_same_logits_as_the_whole_one(tmp_path, archi
 def test_an_empty_model_holds_no_weights(tmp_path):
     target, _ = make_pair(tmp_path, "mixtral")
     assert all(parameter.is_meta for parameter in empty_model(target).parameters())
+
+
+@pytest.fixture
+def constructions(monkeypatch):
+    """Every configuration that a MixtralForCausalLM is built from."""
+    configs = []
+    construct = MixtralForCausalLM.__init__
+
+    def recorded(self, config, **options):
+        configs.append(config)
+        construct(self, config, **options)
+
+    monkeypatch.setattr(MixtralForCausalLM, "__init__", recorded)
+    loading._build_empty_model.cache_clear()
+    return configs
+
+
+def test_packing_and_merging_build_one_empty_model_where_the_configurations_are_equal(
+    tmp_path, constructions
+):
+    target, tuned = make_pair(tmp_path, "mixtral")
+    constructions.clear()
+    pack = pack_delta(target, tuned, budget="80%", workers=1)
+    merge_packs(target, [pack], tmp_path / "merged")
+    assert len(constructions) == 1
+
+
+def test_packing_builds_one_empty_model_for_each_of_two_configurations(tmp_path, constructions):
+    target, tuned = make_pair(tmp_path, "mixtral")
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps({**config, "router_aux_loss_coef": 0.5}))
+    constructions.clear()
+    pack_delta(target, tuned, budget="80%", workers=1)
+    assert len(constructions) == 2
+
+
+def test_a_changed_configuration_gives_another_empty_model(tmp_path):
+    target, _ = make_pair(tmp_path, "llama")
+    first = empty_model(target)
+    assert empty_model(target) is first
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    assert empty_model(target).get_input_embeddings().weight.shape[0] == 7
 
 
 def test_loading_is_silent_and_leaves_the_verbosity_of_transformers_alone(tmp_path, capfd):

@@ -1,13 +1,29 @@
 """Attach: reversible use of packs on a live model.
 
-attachment     attach, detach and route
-target         which models packs can be attached to, and whether one is the target of a pack
-configuration  a tuned config.json, undone with the weights, or refused
+A pack is either *merged*, its tuned tensors copied into the model's parameters, or it lies *beside*
+the model, and forward hooks add its weight delta for the rows of a batch that use it. How a row
+gets its pack beside the model:
+
+1. `attach` (attachment) checks that the model is the pack's target (target). `SidePacks` (side)
+   finds the modules that the pack changes, and gives each a `ModuleDeltas` with its hooks.
+2. `Attachment.route` turns the choice of every row into `RoutedRows` (rows), kept by `Routing` for
+   the batches of this thread. Rows of different packs pass only if a trial batch shows that the
+   model keeps the rows of a batch apart (separation).
+3. When the model runs, `BatchGuard` (calls) lets one batch through at a time. It also refuses a
+   pack of which the model reads a weight without calling the weight's module.
+4. In each module the hook of `ModuleDeltas` (modules) looks up the packs' shares in the rows and
+   adds x ΔWᵀ of each (updates), or runs the module again with tuned parameters.
+
+attachment     attach, detach, add, drop and route
+target         the live model as the target of packs
+configuration  what a pack changes beside the weights: config.json, generation settings, tokenizer
 merged         one pack in the model's own parameters, originals kept
-side           packs beside the model, chosen row by row of a batch
-modules        what packs do in one module: factors, rows or dense updates
-rows           what every row of a batch uses: the target, a pack, a weighted sum
-calls          whether the model reads a weight past its module, and whether it keeps rows apart
+side           packs beside the model
+modules        all packs' deltas in one module, and the hooks that apply them
+updates        one matrix of a delta at run time: low-rank, a few rows, or dense
+rows           which packs every row of a batch uses
+calls          one batch at a time, and no weight read without a call of its module
+separation     a trial batch shows whether rows may use different packs
 """
 
 from graftkit.attachment.attachment import Attachment, attach, attached, detach, without_packs

@@ -1,19 +1,8 @@
-"""Attach: reversible use of packs on a live model.
+"""Attach packs to a live model, choose among them row by row, and detach.
 
-live        which models packs can be attached to
-check       is this model the target, and where does each tensor belong
-configuration  a tuned config.json, undone with the weights, or refused
-tokenizers  the tokenizer of a tuned model, out of its pack
-merged      one pack in the model's own parameters, originals kept
-side        packs beside the model, chosen row by row of a batch
-modules     what packs do in one module
-updates     one matrix of a delta at run time: factors, rows or dense
-mixtures    what every row of a batch uses: the target, a pack, a weighted sum
-routing     the choice for the batch that runs
-batches     one batch at a time, each kind of call watched once
-coverage    whether the model reads a weight past its module
-separation  whether rows of one batch may use different packs
-probe       short random batches to find out
+`attach` returns an `Attachment`, which hands the work to one of two: `MergedPack` writes one pack
+into the model's parameters, `SidePacks` keeps any number beside the model. The package's docstring
+follows a row of a batch to its pack.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +21,7 @@ from graftkit.attachment.target import (
     attachment_of,
     check_model,
     check_packs,
-    claimed,
+    registered,
     release,
 )
 from graftkit.errors import AttachError
@@ -44,10 +33,11 @@ Mode = Literal["merged", "side"]
 
 
 class Attachment(NotCopyable):
-    """Packs in use on a model, until `detach`.
+    """Packs in use on a model, until `detach`. Made by `attach`.
 
     Attributes:
-        packs: by their index in `route`.
+        model: the live model.
+        packs: by the index that `route` takes.
         mode: "merged" or "side".
     """
 
@@ -56,17 +46,17 @@ class Attachment(NotCopyable):
         self.model = model
         self.packs: dict[int, SkillPack] = {}
         self.mode = mode
-        self._next = 0
-        with claimed(model, self):
+        self._next_index = 0
+        with registered(model, self):
             self._target = LiveTarget(model)
             check_packs(self._target, packs)
-            self._applied: MergedPack | SidePacks = (
+            self._backend: MergedPack | SidePacks = (
                 MergedPack(self._target, packs[0]) if mode == "merged" else SidePacks(self._target)
             )
             self._apply(packs)
 
     def __deepcopy__(self, memo: object) -> None:
-        """None for a merged pack: a copy of its model is one of its own, with the tuned weights.
+        """None for a merged pack: a copy of the model keeps the tuned weights as its own.
 
         Raises: AttachError for packs beside the model.
         """
@@ -74,40 +64,47 @@ class Attachment(NotCopyable):
             super().__deepcopy__(memo)
 
     def __reduce__(self) -> Any:
-        """As `__deepcopy__`, for pickle."""
+        """None for a merged pack, as in a copy. Raises: AttachError for packs beside the model."""
         self.__deepcopy__(None)
         return type(None), ()
 
     def add(self, pack: SkillPack) -> int:
         """Load one more pack beside the model; the rows routed so far stay as they are.
 
-        The target is not read again where an earlier pack was of the same one.
-        Returns: the pack's index, one that no pack had before.
-        Raises: AttachError in merged mode, or as `attach`; all is then as before.
+        Tensors of the target that an earlier pack verified are not read again.
+
+        Returns: the pack's index. An index is never used again.
+        Raises: AttachError in merged mode, or for a pack that cannot be attached beside the model;
+            PackMismatchError when the model is not its target; CorruptPackError. Nothing of the
+            pack is then attached.
         """
-        paths = self._side_paths()
+        side = self._require_side()
         check_packs(self._target, [pack])
         check_configuration(self.model, pack)
-        paths.add(self._next, pack)
-        self.packs[self._next] = pack
-        self._next += 1
-        return self._next - 1
+        index = self._next_index
+        side.add(index, pack)
+        self.packs[index] = pack
+        self._next_index += 1
+        return index
 
     def drop(self, index: int) -> None:
         """Forget a pack and free its memory. Rows that use it have to be routed again.
 
         Raises: AttachError in merged mode, or for an index without a pack.
         """
-        paths = self._side_paths()
+        side = self._require_side()
         self._check_index(index)
-        paths.drop(index)
+        side.drop(index)
         del self.packs[index]
 
     def nbytes(self, index: int) -> int:
-        """Bytes that a pack takes in memory. Raises: AttachError as `drop`."""
-        paths = self._side_paths()
+        """Bytes that a pack takes in memory.
+
+        Raises: AttachError in merged mode, or for an index without a pack.
+        """
+        side = self._require_side()
         self._check_index(index)
-        return paths.nbytes(index)
+        return side.nbytes(index)
 
     def route(self, rows: Sequence[PackChoice]) -> None:
         """Choose the packs of every row of the next batches.
@@ -118,40 +115,44 @@ class Attachment(NotCopyable):
 
         A batch may hold each row k times in a row, as beam search makes it.
 
-        Raises: AttachError in merged mode, or for an index without a pack.
+        The choice holds for batches that this thread runs; a thread that never routed uses the only
+        choice that any thread made, and is refused once there was a second one.
+
+        Raises: AttachError in merged mode, for no rows, an index without a pack, a weight that is
+            not finite, or rows of different packs on a model that does not keep rows apart.
         """
-        paths = self._side_paths("a merged pack serves every row")
-        paths.route(choose_rows(self.packs, rows))
+        side = self._require_side("a merged pack serves every row")
+        side.route(choose_rows(self.packs, rows))
 
     def detach(self) -> None:
         """Leave the model as it was before, bit for bit; a second call does nothing.
 
         What was trained in a merged pack's tensors meanwhile is undone too, with a warning.
         """
-        self._applied.undo()
+        self._backend.undo()
         release(self.model, self)
 
     def _apply(self, packs: Sequence[SkillPack]) -> None:
         try:
-            self._applied.apply()
-            if isinstance(self._applied, MergedPack):
+            self._backend.apply()
+            if isinstance(self._backend, MergedPack):
                 self.packs = dict(enumerate(packs))
                 return
             for pack in packs:
                 self.add(pack)
             if len(packs) < 2:
-                default = choose_rows(self.packs, [0 if packs else None])
-                self._applied.routing.set_default(default)
+                only = choose_rows(self.packs, [0 if packs else None])
+                self._backend.routing.set_default(only)
         except BaseException:
-            self._applied.undo()
+            self._backend.undo()
             raise
 
-    def _side_paths(self, why: str = "the packs of a merged attachment are fixed") -> SidePacks:
-        if not isinstance(self._applied, SidePacks):
+    def _require_side(self, why: str = "the packs of a merged attachment are fixed") -> SidePacks:
+        if not isinstance(self._backend, SidePacks):
             raise AttachError(f'{why}; attach with mode="side"')
         if attachment_of(self.model) is not self:
             raise AttachError("this attachment was detached; attach the packs again")
-        return self._applied
+        return self._backend
 
     def _check_index(self, index: int) -> None:
         if index not in self.packs:
@@ -197,7 +198,10 @@ def detach(model: PreTrainedModel) -> None:
 def attached(
     model: PreTrainedModel, packs: SkillPack | Sequence[SkillPack], mode: Mode = "merged"
 ) -> Iterator[Attachment]:
-    """`attach` for the length of a block; detached afterwards, also after an exception."""
+    """Attach packs for the length of a block; they are detached also after an exception.
+
+    Raises: PackMismatchError, CorruptPackError or AttachError, and leaves the model unchanged.
+    """
     attachment = attach(model, packs, mode)
     try:
         yield attachment
@@ -207,7 +211,7 @@ def attached(
 
 @contextmanager
 def without_packs(model: PreTrainedModel) -> Iterator[None]:
-    """The target alone for the length of a block, whatever packs are attached beside it.
+    """The model runs as the plain target for the length of a block, also with packs beside it.
 
     Raises: AttachError for a pack that is merged into the weights.
     """
@@ -215,6 +219,6 @@ def without_packs(model: PreTrainedModel) -> Iterator[None]:
     if attachment is None:
         yield
         return
-    paths = attachment._side_paths("a merged pack hides the target")
-    with paths.routing.using(choose_rows((), [None])):
+    side = attachment._require_side("a merged pack hides the target")
+    with side.routing.using(choose_rows((), [None])):
         yield

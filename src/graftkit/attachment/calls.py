@@ -42,7 +42,8 @@ class ReadTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation between `start` and `stop`.
 
     Attributes:
-        missed: the changed weights that were read while none of their modules was being called.
+        direct_reads: names of changed weights that were read while none of their modules was
+            being called.
     """
 
     def __init__(self, weights: Sequence[ChangedWeight]):
@@ -57,20 +58,20 @@ class ReadTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._by_storage.setdefault(place, []).append((_bytes_of(weight.tensor), weight))
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Begin to track."""
         for module in {weight.module for weight in self._weights}:
             self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """End tracking."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         while self._handles:
             self._handles.pop().remove()
 
     def check(self) -> None:
-        """Raises: AttachError naming a weight that was missed."""
+        """Refuse direct reads. Raises: AttachError naming the first weight."""
         if self.direct_reads:
             raise AttachError(
                 f"{self.direct_reads[0]} is read without its module being called, so a pack beside "
@@ -121,47 +122,53 @@ def _bytes_of(tensor: Tensor) -> range:
     return range(start, start + (last + 1) * size)
 
 
-# Arguments of a model whose dimension 0 is the batch, asked first: positions may have one row only.
-_BATCHES = ("input_ids", "inputs_embeds", "attention_mask")
+# Arguments of a model whose dimension 0 is the batch. They come first: positions may have one row.
+_BATCH_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask")
 
 
-Call = tuple[Any, ...]
-
-
+CallKind = tuple[Any, ...]
 """How a model is called: which of its modules, with which arguments, one token or several."""
 
 
 @dataclass(frozen=True)
-class _Running:
-    """A call of the model that has not ended. watch: of its reads, where it is of a new kind."""
+class _RunningCall:
+    """A call of the model that has not ended.
+
+    Attributes:
+        kind: None where no batch was recognized.
+        tracker: of its reads, where the call is the first of its kind.
+    """
 
     thread: int
     module: nn.Module
-    call: Call | None
-    watch: ReadTracker | None
+    kind: CallKind | None
+    tracker: ReadTracker | None
 
 
 class BatchGuard(NotCopyable):
     """Hooks on the model itself, around every forward pass.
 
     A module holds the parameters of one batch at a time, so other threads wait for a batch to end.
-    The first call of each kind is watched: a pack that it would not reach is refused.
+    The reads of the first call of each kind are tracked: a pack that the call would not reach is
+    refused.
 
     Args:
-        paths: by name, the modules that packs change now.
+        modules: by name, the modules that packs change now; the caller adds and removes them.
     """
 
-    def __init__(self, model: PreTrainedModel, routing: Routing, paths: Mapping[str, ModuleDeltas]):
+    def __init__(
+        self, model: PreTrainedModel, routing: Routing, modules: Mapping[str, ModuleDeltas]
+    ):
         self._model = model
         self._routing = routing
-        self._paths = paths
+        self._modules = modules
         self._handles: list[RemovableHandle] = []
-        self._running: list[_Running] = []
-        self._seen_calls: set[Call] = set()
-        self._seen_modules: set[str] = set()
+        self._running: list[_RunningCall] = []
+        self._checked_kinds: set[CallKind] = set()
+        self._checked_modules: set[str] = set()
 
     def hook(self) -> None:
-        """Begin to watch the model."""
+        """Install the hooks."""
         forget_compiled_code()
         for module in {self._model, self._model.base_model}:
             begin = module.register_forward_pre_hook(
@@ -180,20 +187,21 @@ class BatchGuard(NotCopyable):
             self._handles.pop().remove()
         forget_compiled_code()
 
-    def renew(self, pack: int) -> None:
-        """Try a new pack on a few random tokens, so that what it would not reach is refused before
-        it is used; what random tokens do not reach is watched when it is first called.
+    def try_pack(self, pack: int) -> None:
+        """Run a new pack on a few random tokens, to refuse before its use what it would not reach.
+
+        What random tokens do not reach is tracked when it is first called.
 
         Raises: AttachError naming a weight that is read past its module.
         """
-        if self._paths.keys() <= self._seen_modules:
+        if self._modules.keys() <= self._checked_modules:
             return
-        self._seen_calls.clear()
+        self._checked_kinds.clear()
         forget_compiled_code()
         try:
-            probe = TrialBatch(self._model)
+            batch = TrialBatch(self._model)
             with self._routing.using(choose_rows([pack], [pack])):
-                probe.run(0)
+                batch.run(0)
         except TrialError:
             return
 
@@ -202,13 +210,13 @@ class BatchGuard(NotCopyable):
         try:
             if any(running.module is module for running in self._running):
                 self._abandon()
-            call, watch = None, None
-            batch = first_tensor([args, [kwargs.get(name) for name in _BATCHES], kwargs])
+            kind, tracker = None, None
+            batch = first_tensor([args, [kwargs.get(name) for name in _BATCH_ARGUMENTS], kwargs])
             if batch is not None:
                 self._routing.begin(batch.shape[0])
-                call = _describe_call(module, args, kwargs, batch)
-                watch = self._watch(call)
-            self._running.append(_Running(threading.get_ident(), module, call, watch))
+                kind = _kind_of_call(module, args, kwargs, batch)
+                tracker = self._track(kind)
+            self._running.append(_RunningCall(threading.get_ident(), module, kind, tracker))
         except BaseException:
             self._routing.lock.release()
             raise
@@ -224,27 +232,27 @@ class BatchGuard(NotCopyable):
             return
         self._running.pop()
         try:
-            if running.watch is not None:
-                running.watch.stop()
+            if running.tracker is not None:
+                running.tracker.stop()
             # Without an output an exception is on its way: it says more.
-            if running.watch is not None and output is not None:
-                running.watch.check()
-                self._seen_calls.add(running.call or ())
-                self._seen_modules.update(self._paths)
+            if running.tracker is not None and output is not None:
+                running.tracker.check()
+                self._checked_kinds.add(running.kind or ())
+                self._checked_modules.update(self._modules)
         finally:
             self._routing.lock.release()
 
-    def _watch(self, call: Call) -> ReadTracker | None:
-        """Watch the reads of an outermost call, where none like it was seen with these modules."""
-        if self._running or call in self._seen_calls or not self._routing.rows.packs:
+    def _track(self, kind: CallKind) -> ReadTracker | None:
+        """Track the reads of an outermost call, if it is the first of its kind."""
+        if self._running or kind in self._checked_kinds or not self._routing.rows.packs:
             return None
         changed = {
-            id(getattr(path.module, attribute)): f"{name}.{attribute}"
-            for name, path in self._paths.items()
-            for attribute in path.attributes
+            id(getattr(deltas.module, attribute)): f"{name}.{attribute}"
+            for name, deltas in self._modules.items()
+            for attribute in deltas.attributes
         }
         # A tied weight may be read in every module that owns it, also where it is not changed.
-        watch = ReadTracker(
+        tracker = ReadTracker(
             [
                 ChangedWeight(changed[id(value)], value, module)
                 for module in self._model.modules()
@@ -252,23 +260,23 @@ class BatchGuard(NotCopyable):
                 if value is not None and id(value) in changed
             ]
         )
-        watch.start()
-        return watch
+        tracker.start()
+        return tracker
 
     def _abandon(self) -> None:
-        """Leave calls of this thread that an interruption (Ctrl-C) ended."""
+        """End the calls of this thread that an interruption (Ctrl-C) cut off."""
         while self._running:
             running = self._running.pop()
-            if running.watch is not None:
-                running.watch.stop()
+            if running.tracker is not None:
+                running.tracker.stop()
             self._routing.lock.release()
-        for path in self._paths.values():
-            path.restore()
+        for deltas in self._modules.values():
+            deltas.restore()
 
 
-def _describe_call(
+def _kind_of_call(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Tensor
-) -> Call:
+) -> CallKind:
     names = sorted(name for name, value in kwargs.items() if value is not None)
     is_one_token = batch.dim() > 1 and batch.shape[1] == 1
     return (id(module), len(args), *names, is_one_token, module.training)

@@ -41,8 +41,6 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 TargetFile = Callable[[str], bytes | None]
-
-
 """Gives a side file of the target by name."""
 
 
@@ -72,7 +70,7 @@ def effective_config_keys(
 def check_configuration(model: PreTrainedModel, pack: SkillPack) -> None:
     """Refuse a pack whose config.json changes the computation, which no single row can follow.
 
-    Raises: AttachError naming the keys; as `effective_config_keys`.
+    Raises: AttachError naming the keys, or where config.json cannot be read; CorruptPackError.
     """
     keys = effective_config_keys(model, pack)
     if keys:
@@ -86,10 +84,11 @@ def check_configuration(model: PreTrainedModel, pack: SkillPack) -> None:
 def tuned_generation_config(
     model: PreTrainedModel, pack: SkillPack, tuned: PretrainedConfig | None = None
 ) -> Any:
-    """The generation settings of the merged checkpoint; the model's own where they are the same.
+    """The generation settings of the merged checkpoint; the model's own object where equal.
 
     Args:
-        tuned: the tuned configuration: without a generation_config.json it makes the settings.
+        tuned: the tuned configuration, which makes the settings where the pack has no
+            generation_config.json.
     Raises: AttachError, CorruptPackError.
     """
     own = model.generation_config
@@ -141,7 +140,7 @@ class TunedConfiguration:
         except UnknownEffectError as error:
             self._refuse(keys, f" ({error})")
         with torch.no_grad():
-            self._follow(differences, base, built, keys)
+            self._apply_differences(differences, base, built, keys)
         seen: set[int] = set()
         for places in _configurations(self._model, base, built):
             if id(places[0]) not in seen:
@@ -155,28 +154,28 @@ class TunedConfiguration:
             "checkpoint instead"
         )
 
-    def _follow(
+    def _apply_differences(
         self, differences: Differences, base: nn.Module, built: nn.Module, keys: Sequence[str]
     ) -> None:
-        """Give the live modules what the class makes of the tuned configuration."""
+        """Set on the live modules what the class makes of the tuned configuration."""
         for path in differences.replaced:
             parent, name = self._submodule(path.rpartition(".")[0], keys), path.rpartition(".")[2]
             device = next(self._model.parameters()).device
-            self._entry(parent._modules, name, built.get_submodule(path).to(device))
+            self._set_entry(parent._modules, name, built.get_submodule(path).to(device))
         touched = {path for path, _ in (*differences.attributes, *differences.buffers)}
         for path in sorted(touched):
-            self._keep(self._submodule(path, keys))
+            self._restore_on_undo(self._submodule(path, keys))
         for path, name in differences.attributes:
             value = plain_attributes(built.get_submodule(path)).get(name, _MISSING)
             if holds_no_values(value):
                 self._refuse(keys, f" ({path}.{name} cannot be made without weights)")
-            self._entry(vars(self._submodule(path, keys)), name, value)
+            self._set_entry(vars(self._submodule(path, keys)), name, value)
         for path, name in differences.buffers:
             module = self._submodule(path, keys)
             self._set_buffer(module, name, base.get_submodule(path), built.get_submodule(path))
 
-    def _keep(self, module: nn.Module) -> None:
-        """Have a module back as it is: its forward pass may go on from what is changed here.
+    def _restore_on_undo(self, module: nn.Module) -> None:
+        """Restore a whole module on `undo`: its forward pass may overwrite what is changed here.
 
         A rotary embedding of dynamic length writes its frequencies and their length when it runs.
         """
@@ -197,7 +196,7 @@ class TunedConfiguration:
         if new is not None and live is not None:
             cast = old is not None and old.dtype != live.dtype and new.is_floating_point()
             new = new.to(live.device, live.dtype if cast else new.dtype)
-        self._entry(module._buffers, name, _MISSING if new is None else new)
+        self._set_entry(module._buffers, name, _MISSING if new is None else new)
 
     def _set_configuration(
         self, live: PretrainedConfig, base: PretrainedConfig, tuned: PretrainedConfig
@@ -207,7 +206,7 @@ class TunedConfiguration:
             owner, source = live, tuned
             for step in path.split(".")[:-1]:
                 owner, source = getattr(owner, step), getattr(source, step)
-            self._entry(vars(owner), key, vars(source).get(key, _MISSING))
+            self._set_entry(vars(owner), key, vars(source).get(key, _MISSING))
 
     def _apply_generation(self, tuned: PretrainedConfig | None) -> None:
         own = getattr(self._model, "generation_config", None)
@@ -215,7 +214,7 @@ class TunedConfiguration:
             return
         made = tuned_generation_config(self._model, self._pack, tuned)
         if made is not own:
-            self._entry(vars(self._model), "generation_config", made)
+            self._set_entry(vars(self._model), "generation_config", made)
 
     def _submodule(self, path: str, keys: Sequence[str]) -> nn.Module:
         try:
@@ -224,7 +223,7 @@ class TunedConfiguration:
             self._refuse(keys, f" (the live model has no {path})")
             raise
 
-    def _entry(self, owner: dict[str, Any], name: str, value: Any) -> None:
+    def _set_entry(self, owner: dict[str, Any], name: str, value: Any) -> None:
         """Set or, for `_MISSING`, delete one entry; `undo` puts back the very object."""
         original = owner.get(name, _MISSING)
         self._undo.append(lambda: _put(owner, name, original))
@@ -247,9 +246,9 @@ def _configurations(
         owners = [part.get(path) for part in modules]
         for name, value in vars(module).items():
             if isinstance(value, PretrainedConfig):
-                found = [vars(owner).get(name) for owner in owners if owner is not None]
-                if len(found) == 3 and all(isinstance(one, PretrainedConfig) for one in found):
-                    yield found[0], found[1], found[2]  # type: ignore[misc]
+                same = [vars(owner).get(name) for owner in owners if owner is not None]
+                if len(same) == 3 and all(isinstance(one, PretrainedConfig) for one in same):
+                    yield same[0], same[1], same[2]  # type: ignore[misc]
 
 
 def _configuration(
@@ -312,14 +311,10 @@ def _loaded_file(model: PreTrainedModel, name: str) -> bytes | None:
         return None
 
 
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-
-
-# Padding and truncation are chosen for each call.
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+# The parts of tokenizer.json that decide about tokens; padding and truncation differ by call.
 _MEANING = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")
-
-
-_PROBE = "Straße 12,5 %\n\tdef f(x):  return 'naïve' + 日本 \N{GRINNING FACE}"
+_SAMPLE_TEXT = "Straße 12,5 %\n\tdef f(x):  return 'naïve' + 日本 \N{GRINNING FACE}"
 
 
 def tuned_tokenizer(target: Checkpoint, pack: SkillPack) -> Any:
@@ -327,7 +322,7 @@ def tuned_tokenizer(target: Checkpoint, pack: SkillPack) -> Any:
 
     Raises: CheckpointError where there is no usable one; PackMismatchError for another target.
     """
-    if not _changed(pack):
+    if not _tokenizer_files(pack):
         return usable_tokenizer(target)
     with TemporaryDirectory(prefix="graftkit-") as folder:
         for name, content in (target.side_files() | pack.side_files(target)).items():
@@ -347,9 +342,10 @@ def check_tokenizer(target: Checkpoint, pack: SkillPack) -> None:
     """Refuse a pack whose tokenizer gives texts other tokens than the target's.
 
     Another end of text, or another name of a token, is no such difference.
-    Raises: PackMismatchError naming the file; as `tuned_tokenizer`.
+
+    Raises: PackMismatchError naming the file; CheckpointError where a tokenizer is unusable.
     """
-    changed = _changed(pack)
+    changed = _tokenizer_files(pack)
     if changed and _meaning(tuned_tokenizer(target, pack)) != _meaning(usable_tokenizer(target)):
         raise PackMismatchError(
             f"{changed[0]}: {pack.manifest.tuned.name} turns text into other tokens than the "
@@ -357,19 +353,20 @@ def check_tokenizer(target: Checkpoint, pack: SkillPack) -> None:
         )
 
 
-def _changed(pack: SkillPack) -> list[str]:
+def _tokenizer_files(pack: SkillPack) -> list[str]:
+    """Tokenizer files that the pack changes, those that decide about tokens first."""
     names = [file.name for file in pack.manifest.files]
     return sorted(name for name in names if is_tokenizer_file(name)) + [
-        name for name in names if name in _SETTINGS
+        name for name in names if name in _TOKENIZER_SETTINGS
     ]
 
 
 def _meaning(tokenizer: Any) -> list[Any]:
     """What decides which tokens a text becomes, and which text tokens become."""
-    found: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE)]
+    meaning: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(_SAMPLE_TEXT)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         parts = json.loads(backend.to_str())
         tokens = [[token["id"], token["content"]] for token in parts.pop("added_tokens", [])]
-        found += [tokens, *(parts.get(name) for name in _MEANING)]
-    return found
+        meaning += [tokens, *(parts.get(name) for name in _MEANING)]
+    return meaning

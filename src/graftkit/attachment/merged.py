@@ -15,12 +15,12 @@ from graftkit.models.loading import input_embeddings
 from graftkit.parallel import in_threads
 from graftkit.skillpack import SkillPack
 
-# Attributes in which a module or config repeats its weight's first extent.
+# Attributes in which a module or configuration repeats the first extent of its weight.
 _ROW_COUNTS = ("num_embeddings", "out_features", "vocab_size")
 
 
 class MergedPack:
-    """The tuned tensors in place of the target's; `undo` puts every original byte back."""
+    """One pack's tuned tensors in place of the target's; `undo` puts every original byte back."""
 
     def __init__(self, target: LiveTarget, pack: SkillPack):
         self._target = target
@@ -38,18 +38,15 @@ class MergedPack:
         split = _split_from_owner(changes)
         with torch.no_grad():
             # A tensor that leaves a tied parameter is decoded while its target is still there.
-            together = []
+            still_tied: dict[str, tuple[str, ...]] = {}
             for change, owner in split:
-                if self._untie(change, owner):
-                    continue
-                together.append((change, owner))
-            joined: dict[str, tuple[str, ...]] = {}
-            for change, owner in together:
-                joined[owner.record.name] = joined.get(owner.record.name, ()) + change.slots
-            apart = {id(change) for change, _ in split}
-            rest = [change for change in changes if change.changed and id(change) not in apart]
+                if not self._untie(change, owner):
+                    name = owner.record.name
+                    still_tied[name] = still_tied.get(name, ()) + change.slots
+            done = {id(change) for change, _ in split}
+            rest = [change for change in changes if change.changed and id(change) not in done]
             for change, tuned in zip(rest, in_threads(self._decode, rest), strict=True):
-                self._write(change, change.slots + joined.get(change.record.name, ()), tuned)
+                self._write(change, change.slots + still_tied.get(change.record.name, ()), tuned)
         self._versions = [place._version for _, place in self._written]
 
     def undo(self) -> None:
@@ -107,7 +104,7 @@ class MergedPack:
         return True
 
     def _replace(self, change: TensorChange, slots: tuple[str, ...], tuned: Tensor) -> None:
-        """A new Parameter for `slots`; row counts of their modules and the config follow it."""
+        """Give `slots` a new parameter; set the row counts of their modules and of the config."""
         live = self._target.state[change.view.parameter]
         if not change.view.whole:
             raise AttachError(

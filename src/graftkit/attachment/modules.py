@@ -18,8 +18,8 @@ from graftkit.attachment.rows import (
     Routing,
     Share,
     first_tensor,
-    put,
-    take,
+    put_entries,
+    take_entries,
 )
 from graftkit.attachment.target import NotCopyable, OpaqueHook
 from graftkit.attachment.updates import TunedPart, Update
@@ -27,11 +27,11 @@ from graftkit.errors import AttachError
 
 
 class ModuleDeltas(NotCopyable, ABC):
-    """What all packs change in one module.
+    """All packs' deltas in one module, and the hooks that apply them.
 
     Attributes:
-        keeps_rows: whether a probe saw the rows of a batch in order along dimension 0 of the
-            module's input; None where it did not run in one.
+        keeps_rows: whether a trial batch showed the rows of a batch in order along dimension 0 of
+            the module's input; None where no trial batch reached the module.
     """
 
     def __init__(self, name: str, module: nn.Module, routing: Routing):
@@ -52,11 +52,11 @@ class ModuleDeltas(NotCopyable, ABC):
             self._handles.pop().remove()
 
     def restore(self) -> None:
-        """Leave the module as it is between two calls, where one never ended."""
+        """Bring the module to its state between two calls, after a call that never ended."""
 
     @abstractmethod
     def values(self, pack: int) -> list[Update | Tensor]:
-        """Everything kept in memory for a pack."""
+        """Everything in memory for a pack."""
 
     def serves(self, packs: Iterable[int]) -> bool:
         """Whether any of these packs changes the module."""
@@ -71,7 +71,10 @@ class ModuleDeltas(NotCopyable, ABC):
         """Register the hooks."""
 
     def shares(self, output: Tensor) -> list[Share]:
-        """The packs' shares in an output, along dimension 0. Raises: AttachError as `check`."""
+        """The packs' shares in an output, along dimension 0.
+
+        Raises: AttachError where rows of different packs reach a module that may mix them.
+        """
         rows = self.routing.rows
         if not rows.is_uniform and self.serves(rows.packs):
             self.check()
@@ -83,31 +86,31 @@ class ModuleDeltas(NotCopyable, ABC):
         """Parameters and buffers of the module that packs change."""
 
     def check(self) -> None:
-        """Refuse rows that choose differently where the module is not known to keep them apart.
+        """Refuse rows of different packs unless a trial showed that the module keeps them apart.
 
         Raises: AttachError.
         """
         if self.routing.recorder is None and not self.keeps_rows:
-            seen = "was not reached when that was tried" if self.keeps_rows is None else "does not"
+            why = "was not reached when that was tried" if self.keeps_rows is None else "does not"
             raise AttachError(
                 f"rows of several packs need modules that see them one by one, and {self.name} "
-                f"{seen}; run the rows of each pack in a batch of their own"
+                f"{why}; run the rows of each pack in a batch of their own"
             )
 
     def record(self, inputs: Tensor | None) -> None:
-        """Show a probe what the module reads."""
+        """Show a trial batch what the module reads."""
         if self.routing.recorder is not None:
             self.routing.recorder(self.name, inputs)
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """An output that stands for the whole batch, such as positions, once for each row."""
+        """A tensor that stands for the whole batch, such as positions, repeated for every row."""
         if tensor.shape[0] == 1 and self.routing.batch > 1 and not self.routing.rows.is_uniform:
             return tensor.expand(self.routing.batch, *tensor.shape[1:]).clone()
         return tensor
 
 
 class AddedDeltas(ModuleDeltas):
-    """A module to whose output the packs' parts are added, by one forward hook."""
+    """Deltas that one forward hook adds to the module's output."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -116,8 +119,8 @@ class AddedDeltas(ModuleDeltas):
 
     def values(self, pack: int) -> list[Update | Tensor]:
         """The pack's update and bias."""
-        kept: tuple[Mapping[int, Update | Tensor], ...] = (self.weights, self.biases)
-        return [values[pack] for values in kept if pack in values]
+        both: tuple[Mapping[int, Update | Tensor], ...] = (self.weights, self.biases)
+        return [values[pack] for values in both if pack in values]
 
     def drop(self, pack: int) -> bool:
         """Forget the pack's update and bias."""
@@ -133,12 +136,12 @@ class AddedDeltas(ModuleDeltas):
     @property
     def attributes(self) -> set[str]:
         """The weight, the bias, or both."""
-        kept = {"weight": self.weights, "bias": self.biases}
-        return {name for name, values in kept.items() if values}
+        both = {"weight": self.weights, "bias": self.biases}
+        return {name for name, values in both.items() if values}
 
     @abstractmethod
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        """The output with the parts of all packs in use."""
+        """The output plus the deltas of all packs in use."""
 
 
 class LinearDeltas(AddedDeltas):
@@ -176,11 +179,11 @@ class EmbeddingDeltas(AddedDeltas):
 
 
 class SwappedDeltas(ModuleDeltas):
-    """Any other module: θ + Σ_i w_i (θ_i - θ) stands in for the target's θ while it runs.
+    """Any other module runs with θ + Σ_i w_i (θ_i - θ) in place of the target's θ.
 
-    Where all rows choose alike it does so during the module's own forward pass. Otherwise the
-    target's pass serves the rows without a pack, and the module runs again for each kind of row on
-    its entries. Cached keys and values are then those of the first pass: they come out of the
+    Where all rows choose alike this happens in the module's own forward pass. Otherwise that pass
+    serves the rows without a pack, and the module runs again for each kind of row on the entries of
+    these rows. Cached keys and values are then those of the first pass: they come out of the
     module's children, which serve every row with its own packs already.
     """
 
@@ -191,7 +194,7 @@ class SwappedDeltas(ModuleDeltas):
         self._taps: list[list[_CacheTap]] = []
 
     def add(self, pack: int, attribute: str, part: TunedPart) -> None:
-        """Take up one tuned tensor of a pack."""
+        """Add one tuned tensor of a pack."""
         self._parts.setdefault(pack, {}).setdefault(attribute, []).append(part)
 
     def values(self, pack: int) -> list[Update | Tensor]:
@@ -243,7 +246,7 @@ class SwappedDeltas(ModuleDeltas):
         x = first_tensor([args, kwargs])
         self.record(x)
         rows = self.routing.rows
-        kinds = [] if rows.is_uniform else [k for k in sorted(set(rows.kinds)) if self._mixture(k)]
+        kinds = [] if rows.is_uniform else [k for k in sorted(set(rows.kinds)) if self._weights(k)]
         if output is None or not kinds:
             return output
         self.check()
@@ -255,14 +258,15 @@ class SwappedDeltas(ModuleDeltas):
         inputs = dict(rows.groups(x.shape[0], x.device)) if x.shape[0] > 1 else {}
         for kind in kinds:
             part = self._run(kind, args, kwargs, x.shape[0], inputs.get(kind, slice(None)))
-            output = put(output, part, partial(self._place, kind))
+            output = put_entries(output, part, partial(self._place, kind))
         for tap in taps:
             tap.replay = None
         return output
 
     def _run(self, kind: int, args: Any, kwargs: Any, length: int, entries: EntryIndex) -> Any:
         """The module's output for the entries of one kind, without the hooks of this module."""
-        args, kwargs = take(args, length, entries), take(kwargs, length, entries)
+        args = take_entries(args, length, entries)
+        kwargs = take_entries(kwargs, length, entries)
         for tap in _taps_in([args, kwargs]):
             tap.start_replay(length, entries)
         originals = self._swap(self._tuned(kind))
@@ -277,25 +281,25 @@ class SwappedDeltas(ModuleDeltas):
         copy = copy.clone() if copy is whole else copy
         return copy, dict(self.routing.rows.groups(copy.shape[0], copy.device))[kind]
 
-    def _mixture(self, kind: int) -> PackWeights:
-        """What a kind uses of the packs that change this module."""
-        mixture = self.routing.rows.mixtures[kind]
-        return tuple((pack, weight) for pack, weight in mixture if pack in self._parts)
+    def _weights(self, kind: int) -> PackWeights:
+        """The weights that a kind of row gives to the packs that change this module."""
+        weights = self.routing.rows.weights[kind]
+        return tuple((pack, weight) for pack, weight in weights if pack in self._parts)
 
     def _tuned(self, kind: int) -> dict[str, Tensor]:
-        """The parameters that a kind's mixture makes of the target's; those it changes."""
-        mixture = self._mixture(kind)
-        if len(mixture) == 1 and mixture[0][1] == 1:
-            return self._of_pack(mixture[0][0])
+        """The changed parameters for one kind of row: θ + Σ_i w_i (θ_i - θ)."""
+        weights = self._weights(kind)
+        if len(weights) == 1 and weights[0][1] == 1:
+            return self._tuned_by(weights[0][0])
         sums: dict[str, Tensor] = {}
-        for pack, weight in mixture:
-            for attribute, tuned in self._of_pack(pack).items():
+        for pack, weight in weights:
+            for attribute, tuned in self._tuned_by(pack).items():
                 own = getattr(self.module, attribute).detach().float()
                 sums[attribute] = sums.get(attribute, own) + weight * (tuned.float() - own)
         return {name: sums[name].to(getattr(self.module, name).dtype) for name in sums}
 
-    def _of_pack(self, pack: int) -> dict[str, Tensor]:
-        """One pack's parameters, made of the target's where only a part changed."""
+    def _tuned_by(self, pack: int) -> dict[str, Tensor]:
+        """One pack's tuned parameters; unchanged parts of them come from the target."""
         tuned = {}
         for attribute, parts in self._parts[pack].items():
             first = parts[0]
@@ -321,23 +325,23 @@ class SwappedDeltas(ModuleDeltas):
 
 
 class _CacheTap:
-    """Stands in for a key/value cache: remembers what it gave, and gives it again in a replay."""
+    """Stands in for a key/value cache: records what it returns, and repeats that in a replay."""
 
     def __init__(self, cache: Any):
         self._cache = cache
-        self._given: list[Any] = []
+        self._returned: list[Any] = []
         self.replay: Iterator[Any] | None = None
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
-        """Store keys and values; in a replay, give what the first pass was given."""
+        """Store keys and values; in a replay, return what the first pass got."""
         if self.replay is not None:
             return next(self.replay)
-        self._given.append(self._cache.update(*args, **kwargs))
-        return self._given[-1]
+        self._returned.append(self._cache.update(*args, **kwargs))
+        return self._returned[-1]
 
     def start_replay(self, length: int, entries: EntryIndex) -> None:
-        """From now on give the entries of what was given before, in the same order."""
-        self.replay = iter([take(given, length, entries) for given in self._given])
+        """From now on return these entries of what was returned before, in the same order."""
+        self.replay = iter([take_entries(value, length, entries) for value in self._returned])
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("update"):

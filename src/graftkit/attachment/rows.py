@@ -1,6 +1,8 @@
-"""What every row of a batch uses: the target, one pack, or a weighted sum of packs' deltas.
+"""Which packs every row of a batch uses: none, one, or a weighted sum of several.
 
-What the rows of the running batch use, and how to take and put back their part of a call.
+`choose_rows` checks a choice and puts it in one form, `RoutedRows`. `Routing` holds the choice for
+the batches of each thread. `take_entries` and `put_entries` cut the rows of one kind out of a
+module's arguments and put their results back into the whole output.
 """
 
 import math
@@ -19,13 +21,13 @@ from torch import Tensor
 from graftkit.errors import AttachError
 
 PackChoice = int | None | Mapping[int, float]
-"""Of one row: a pack, the plain target, or weights of packs."""
+"""What one row uses: a pack (its index), the plain target (None), or weights of packs."""
 
 PackWeights = tuple[tuple[int, float], ...]
-"""The same in one form: (pack, weight) in the order of packs, no weight 0; () is the target."""
+"""The same in one form: (pack, weight) in the order of packs, no weight 0. () is the target."""
 
 EntryIndex = slice | Tensor
-"""Entries along dimension 0: one range, or their indices."""
+"""Entries along dimension 0 of a tensor: one range, or their indices."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,20 @@ class Share:
 
 
 class RoutedRows:
-    """The choice of every row.
+    """What every row of a batch uses.
 
     Rows that choose alike are of one kind. A module sees as many entries along dimension 0 as there
     are rows, or k times as many: each row owns k consecutive ones (tokens of flattened batches,
     beams).
 
     Args:
-        kinds: of each row.
-        mixtures: of each kind.
+        kinds: the kind of each row, an index into `weights`.
+        weights: the packs' weights of each kind.
     """
 
-    def __init__(self, kinds: tuple[int, ...], mixtures: Sequence[PackWeights]):
+    def __init__(self, kinds: tuple[int, ...], weights: Sequence[PackWeights]):
         self.kinds = kinds
-        self.mixtures = mixtures
+        self.weights = weights
         self.is_uniform = len(set(kinds)) == 1
         self._groups: dict[tuple[int, torch.device], list[tuple[int, EntryIndex]]] = {}
         self._shares: dict[tuple[int, torch.device], list[Share]] = {}
@@ -72,7 +74,7 @@ class RoutedRows:
     @cached_property
     def packs(self) -> list[int]:
         """Every pack that any row uses, in order."""
-        return sorted({pack for mixture in self.mixtures for pack, _ in mixture})
+        return sorted({pack for weights in self.weights for pack, _ in weights})
 
     def uses(self, pack: int) -> bool:
         """Whether any row uses a pack."""
@@ -80,7 +82,7 @@ class RoutedRows:
 
     def only(self, kind: int) -> "RoutedRows":
         """One row of this kind, for running a module again on the entries of its rows."""
-        return RoutedRows((kind,), self.mixtures)
+        return RoutedRows((kind,), self.weights)
 
     def groups(self, length: int, device: torch.device) -> list[tuple[int, EntryIndex]]:
         """(kind, its entries) for every kind, of a tensor with `length` entries.
@@ -96,10 +98,13 @@ class RoutedRows:
         return self._groups[key]
 
     def shares(self, length: int, device: torch.device) -> list[Share]:
-        """The packs' shares in a tensor with `length` entries. Raises: AttachError as `groups`."""
+        """The packs' shares in a tensor with `length` entries.
+
+        Raises: AttachError when they cannot be dealt out to the rows evenly.
+        """
         key = (length, device)
         if key not in self._shares:
-            weights = [dict(self.mixtures[kind]) for kind in self.kinds]
+            weights = [dict(self.weights[kind]) for kind in self.kinds]
             packs = sorted({pack for row in weights for pack in row})
             self._shares[key] = [
                 self._share(pack, [row.get(pack, 0.0) for row in weights], length, device)
@@ -136,35 +141,35 @@ def choose_rows(packs: Iterable[int], rows: Sequence[PackChoice]) -> RoutedRows:
     """Check a choice of packs and put it in one form.
 
     Args:
-        packs: those attached. rows: as in `Attachment.route`.
+        packs: indices of the attached packs. rows: the choice of each row.
     Raises: AttachError for an empty list, a pack that is not attached, or a weight that is not
         finite.
     """
     if not rows:
         raise AttachError("no rows to route; pass one pack, None or weights for each row")
-    known = set(packs)
-    mixtures = [_mixture(choice, known) for choice in rows]
-    kinds = list(dict.fromkeys(mixtures))
-    return RoutedRows(tuple(kinds.index(mixture) for mixture in mixtures), kinds)
+    attached = set(packs)
+    weights = [_pack_weights(choice, attached) for choice in rows]
+    kinds = list(dict.fromkeys(weights))
+    return RoutedRows(tuple(kinds.index(own) for own in weights), kinds)
 
 
-def _mixture(choice: PackChoice, known: set[int]) -> PackWeights:
+def _pack_weights(choice: PackChoice, attached: set[int]) -> PackWeights:
     if choice is None:
         return ()
     weights = choice if isinstance(choice, Mapping) else {choice: 1.0}
     for pack, weight in weights.items():
-        if type(pack) is not int or pack not in known:
+        if type(pack) is not int or pack not in attached:
             raise AttachError(
                 f"a row is routed to pack {pack!r}, which is not attached; expected None or "
-                f"{_listed(known)}"
+                f"{_listed(attached)}"
             )
         if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
             raise AttachError(f"pack {pack} has weight {weight!r}; expected a finite number")
     return tuple(sorted((pack, float(weight)) for pack, weight in weights.items() if weight))
 
 
-def _listed(known: set[int]) -> str:
-    shown = [str(pack) for pack in sorted(known)]
+def _listed(packs: set[int]) -> str:
+    shown = [str(pack) for pack in sorted(packs)]
     return ", ".join(shown[:8] + (["..."] if len(shown) > 8 else [])) or "nothing else"
 
 
@@ -173,17 +178,17 @@ _NOT_ROWS = ("cache_position",)
 
 
 class Routing:
-    """What the rows of the next batches use of the attached packs.
+    """Which packs the rows of the next batches use, in every thread.
 
     Every thread that routes has rows of its own. A thread that never routed uses those of the one
-    thread that did, as long as that choice never changed: afterwards nobody could say for which of
-    its batches a choice was meant, and it is refused.
+    thread that did, as long as that choice never changed. After a second choice it is unknown which
+    of them its batches should use, and they are refused.
 
     Attributes:
         lock: held while the model runs; modules hold the parameters of one batch at a time.
         batch: entries of the batch that runs, for modules that see only one of them.
-        recorder: while a probe runs, called with the name and the input of every module that has a
-            path.
+        recorder: while a trial batch runs, called with the name and the input of every module that
+            packs change.
     """
 
     def __init__(self) -> None:
@@ -219,7 +224,7 @@ class Routing:
         self._rows[threading.current_thread()] = rows
 
     def set_default(self, rows: RoutedRows) -> None:
-        """What serves every thread until one routes."""
+        """Use these rows in every thread until one routes."""
         self._default = rows
 
     def drop(self, pack: int) -> None:
@@ -231,7 +236,7 @@ class Routing:
             self._default = None
 
     def begin(self, batch: int) -> None:
-        """Take note of a batch that the model starts on. Raises: AttachError if it does not fit."""
+        """Begin a batch. Raises: AttachError where its size does not fit the routed rows."""
         if batch % len(self.rows):
             raise AttachError(
                 f"{len(self.rows)} rows are routed but the batch has {batch}; route every row"
@@ -268,27 +273,27 @@ def first_tensor(values: Any) -> Tensor | None:
         values = list(values.values())
     if isinstance(values, (list, tuple)):
         for value in values:
-            found = first_tensor(value)
-            if found is not None:
-                return found
+            tensor = first_tensor(value)
+            if tensor is not None:
+                return tensor
     return None
 
 
-def take(values: Any, length: int, entries: EntryIndex) -> Any:
+def take_entries(values: Any, length: int, entries: EntryIndex) -> Any:
     """Nested arguments with every tensor of `length` entries cut to `entries`."""
     if isinstance(values, Tensor):
         return values[entries] if values.dim() and values.shape[0] == length else values
     if isinstance(values, dict):
         return {
-            key: value if key in _NOT_ROWS else take(value, length, entries)
+            key: value if key in _NOT_ROWS else take_entries(value, length, entries)
             for key, value in values.items()
         }
     if type(values) in (list, tuple):
-        return type(values)(take(value, length, entries) for value in values)
+        return type(values)(take_entries(value, length, entries) for value in values)
     return values
 
 
-def put(whole: Any, part: Any, place: Callable[[Tensor], tuple[Tensor, EntryIndex]]) -> Any:
+def put_entries(whole: Any, part: Any, place: Callable[[Tensor], tuple[Tensor, EntryIndex]]) -> Any:
     """`whole` with a part of every tensor replaced; values that are no tensors are kept.
 
     Args:
@@ -308,9 +313,9 @@ def put(whole: Any, part: Any, place: Callable[[Tensor], tuple[Tensor, EntryInde
         copy[entries] = part.to(copy.dtype)
         return copy
     if isinstance(whole, dict) and isinstance(part, dict):
-        filled = {key: put(value, part[key], place) for key, value in whole.items()}
+        filled = {key: put_entries(value, part[key], place) for key, value in whole.items()}
         return filled if type(whole) is dict else type(whole)(**filled)
     if isinstance(whole, (list, tuple)) and isinstance(part, (list, tuple)):
         pairs = zip(whole, part, strict=True)
-        return type(whole)(put(old, new, place) for old, new in pairs)
+        return type(whole)(put_entries(old, new, place) for old, new in pairs)
     return whole

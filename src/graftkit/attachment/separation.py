@@ -22,15 +22,9 @@ from graftkit.errors import AttachError
 from graftkit.models.loading import silence_transformers
 
 ROWS = 3
-
-
 # As many tokens as a multiple of the rows: what is not a row can then be taken for several.
 _LENGTH = 2 * ROWS
-
-
 _STEPS = 3
-
-
 _AUDIO_SAMPLES = 4000
 
 
@@ -38,17 +32,15 @@ Inputs = dict[str, Tensor]
 
 
 Outputs = list[Tensor | None]
-
-
 """Every float tensor that a model returns; None for one that has no entry for each row."""
 
 
 class TrialError(Exception):
-    """The model cannot be tried on random inputs; the message says why."""
+    """The model cannot run on random inputs; the message says why."""
 
 
 class TrialBatch:
-    """The same few rows of random inputs, run together or one by one.
+    """A few rows of random inputs for one model, run together or one by one.
 
     Raises: TrialError where no inputs can be made for the model.
     """
@@ -66,8 +58,8 @@ class TrialBatch:
         are the logits of every step.
 
         Args:
-            row: of the one to run, None for all together.
-        Raises: TrialError; AttachError of the packs that are attached.
+            row: the one to run; None runs all together.
+        Raises: TrialError where the model fails on the inputs; AttachError of the attached packs.
         """
         places = slice(None) if row is None else slice(row, row + 1)
         inputs = {name: value[places] for name, value in self._inputs.items()}
@@ -102,7 +94,7 @@ class TrialBatch:
 
 
 class _ForcedTokens(LogitsProcessor):
-    """Keeps the logits of every step, and leaves `generate` one token for each row."""
+    """Records the logits of every step, and forces one token for each row."""
 
     def __init__(self, tokens: Tensor):
         self.tokens = tokens
@@ -128,7 +120,7 @@ def distances(one: Outputs, other: Outputs) -> list[Tensor]:
 
 
 def _random_inputs(model: PreTrainedModel, generator: torch.Generator) -> Inputs:
-    """Inputs of ROWS different rows. Raises: TrialError for a kind of input that is not known."""
+    """Inputs of ROWS different rows. Raises: TrialError for an unknown kind of input."""
     main = model.main_input_name
     config = getattr(model.config, "vision_config", model.config)
     inputs: Inputs
@@ -209,18 +201,12 @@ def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
             module.training = True
 
 
-# Weights of a pack to try, until its effect stands out from rounding.
-_WEIGHTS = (1.0, 16.0, 256.0)
-
-
-# The least effect, as a share of what the target answers, and the largest error as a share of the
-# effect: by whether the model computes in float32.
+# Weights at which a pack is tried, until its effect exceeds rounding errors.
+_TRIAL_WEIGHTS = (1.0, 16.0, 256.0)
+# The least effect, relative to the standard deviation of the target's outputs, and the largest
+# error, relative to the effect; True for a model that computes in float32 or float64.
 _LEAST_EFFECT = {True: 1e-3, False: 0.2}
-
-
 _LARGEST_ERROR = {True: 0.02, False: 0.5}
-
-
 # How far a row's inputs may differ between the batch and the row alone, relative to their RMS:
 # inside a module that runs again they are the target's at first. Another row's differ by over 1.
 _LARGEST_DRIFT = 0.3
@@ -230,11 +216,11 @@ Reads = dict[str, list[Tensor | None]]
 
 
 class RowSeparation:
-    """What was tried on one model with packs beside it.
+    """Whether a model with packs beside it keeps the rows of a batch apart, found by trials.
 
     Attributes:
-        keeps_rows: by the name of a module, whether it sees the rows in order; modules that no
-            probe reached are not there.
+        keeps_rows: by the name of a module, whether it sees the rows in order; without the modules
+            that no trial batch reached.
     """
 
     def __init__(self, model: PreTrainedModel, routing: Routing):
@@ -244,13 +230,13 @@ class RowSeparation:
         self._tried: set[str] = set()
         self.keeps_rows: dict[str, bool] = {}
 
-    def check(self, paths: Mapping[str, ModuleDeltas], rows: RoutedRows) -> None:
-        """Try what was not tried before of the modules that the packs of these rows change.
+    def check(self, modules: Mapping[str, ModuleDeltas], rows: RoutedRows) -> None:
+        """Try the modules that the packs of these rows change and that were not tried before.
 
         Raises: AttachError where the rows would not answer as each does alone, or where that
             cannot be tried.
         """
-        used = {name: path for name, path in paths.items() if path.serves(rows.packs)}
+        used = {name: deltas for name, deltas in modules.items() if deltas.serves(rows.packs)}
         while new := used.keys() - self._tried:
             pack, names = _best_pack(rows.packs, used, new)
             try:
@@ -268,17 +254,20 @@ class RowSeparation:
                 used[name].check()
 
     def _try(self, pack: int) -> None:
-        """Rows with and without a pack, together and alone. Raises: AttachError, TrialError."""
-        probe = TrialBatch(self._model)
-        bare = [self._run(probe, [None], row) for row in range(ROWS)]
-        weight, first = self._telling_weight(probe, pack, bare[0][0])
+        """Run rows with and without a pack, together and alone.
+
+        Raises: AttachError where a row answers differently in the batch; TrialError.
+        """
+        batch = TrialBatch(self._model)
+        plain = [self._run(batch, [None], row) for row in range(ROWS)]
+        weight, first = self._effective_weight(batch, pack, plain[0][0])
         choices: list[PackChoice] = [{pack: weight}, None, {pack: -weight / 2}]
-        alone = [first, bare[1], self._run(probe, choices[2:], 2)]
-        together, reads = self._run(probe, choices, None)
+        alone = [first, plain[1], self._run(batch, choices[2:], 2)]
+        together, reads = self._run(batch, choices, None)
         for name in reads:
             apart = [calls.get(name, []) for _, calls in alone]
             self.keeps_rows[name] = _keeps_rows(reads[name], apart)
-        effects = [_largest(distances(bare[r][0], alone[r][0]), self._exact) for r in (0, 2)]
+        effects = [_largest(distances(plain[r][0], alone[r][0]), self._exact) for r in (0, 2)]
         for row, (outputs, _) in enumerate(alone):
             own = [None if tensor is None else tensor[row : row + 1] for tensor in together]
             error = _largest(distances(own, outputs), self._exact)
@@ -289,16 +278,16 @@ class RowSeparation:
                     "pack in a batch of their own"
                 )
 
-    def _telling_weight(
-        self, probe: TrialBatch, pack: int, target: Outputs
+    def _effective_weight(
+        self, batch: TrialBatch, pack: int, target: Outputs
     ) -> tuple[float, tuple[Outputs, Reads]]:
-        """A weight at which a pack changes the answers to row 0 by more than rounding does, and
-        that row with it."""
+        """A weight at which a pack changes the outputs of row 0 by more than rounding does, and the
+        outputs and reads of row 0 with it."""
         values = [tensor.float().flatten() for tensor in target if tensor is not None]
         scale = float(torch.cat(values).std()) if values else 0.0
-        best = _WEIGHTS[0], self._run(probe, [{pack: _WEIGHTS[0]}], 0)
-        for weight in _WEIGHTS:
-            run = best[1] if weight == best[0] else self._run(probe, [{pack: weight}], 0)
+        best = _TRIAL_WEIGHTS[0], self._run(batch, [{pack: _TRIAL_WEIGHTS[0]}], 0)
+        for weight in _TRIAL_WEIGHTS:
+            run = best[1] if weight == best[0] else self._run(batch, [{pack: weight}], 0)
             effect = _largest(distances(run[0], target), self._exact)
             if not effect < float("inf"):
                 break
@@ -308,31 +297,31 @@ class RowSeparation:
         return best
 
     def _run(
-        self, probe: TrialBatch, choices: Sequence[PackChoice], row: int | None
+        self, batch: TrialBatch, choices: Sequence[PackChoice], row: int | None
     ) -> tuple[Outputs, Reads]:
-        """What the model answers, and what its modules with packs read."""
+        """The model's outputs, and the inputs that its modules with packs read."""
         packs = {pack for choice in choices if isinstance(choice, Mapping) for pack in choice}
         rows = choose_rows(packs, choices)
         reads: Reads = {}
 
         def record(name: str, inputs: Tensor | None) -> None:
-            # A module that runs again for some of the rows is not read again.
+            # The second run of a module for some of the rows is not recorded.
             if self._routing.rows is rows:
                 reads.setdefault(name, []).append(None if inputs is None else inputs.clone())
 
         before, self._routing.recorder = self._routing.recorder, record
         try:
             with self._routing.using(rows):
-                return probe.run(row), reads
+                return batch.run(row), reads
         finally:
             self._routing.recorder = before
 
 
 def _best_pack(
-    packs: Iterable[int], paths: Mapping[str, ModuleDeltas], new: set[str]
+    packs: Iterable[int], modules: Mapping[str, ModuleDeltas], new: set[str]
 ) -> tuple[int, set[str]]:
-    """The pack that changes most of some modules, and the modules that it changes."""
-    names = {pack: {name for name, path in paths.items() if path.serves([pack])} for pack in packs}
+    """The pack that changes most of the new modules, and all modules that it changes."""
+    names = {pack: {name for name in modules if modules[name].serves([pack])} for pack in packs}
     best = max(names, key=lambda pack: (len(names[pack] & new), -pack))
     return best, names[best]
 
@@ -340,7 +329,7 @@ def _best_pack(
 def _keeps_rows(
     together: Sequence[Tensor | None], alone: Sequence[Sequence[Tensor | None]]
 ) -> bool:
-    """Whether every call reads of each row what the row alone reads, in order."""
+    """Whether every call reads of each row what it reads of the row alone, in order."""
     if any(len(calls) != len(together) for calls in alone):
         return False
     for call, batch in enumerate(together):

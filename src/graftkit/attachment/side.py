@@ -31,30 +31,30 @@ from graftkit.skillpack import SkillPack
 
 
 class SidePacks:
-    """The hooks of packs on one model; `undo` removes them.
+    """Packs beside one model, by index. `apply` begins, `undo` removes every hook.
 
     Attributes:
-        routing: what the rows of the next batches use.
+        routing: which packs the rows of the next batches use.
     """
 
     def __init__(self, target: LiveTarget):
         self.routing = Routing()
         self._target = target
         self._separation = RowSeparation(target.model, self.routing)
-        self._paths: dict[str, ModuleDeltas] = {}
-        self._batches = BatchGuard(target.model, self.routing, self._paths)
+        self._modules: dict[str, ModuleDeltas] = {}
+        self._guard = BatchGuard(target.model, self.routing, self._modules)
 
     def apply(self) -> None:
         """Begin to watch the batches of the model."""
-        self._batches.hook()
+        self._guard.hook()
 
     def undo(self) -> None:
         """Remove all hooks; a second call does nothing."""
         with self.routing.lock:
-            self._batches.unhook()
-            for path in self._paths.values():
-                path.unhook()
-            self._paths.clear()
+            self._guard.unhook()
+            for deltas in self._modules.values():
+                deltas.unhook()
+            self._modules.clear()
 
     def add(self, index: int, pack: SkillPack) -> None:
         """Decode every changed tensor of a checked pack and hook its modules.
@@ -68,9 +68,9 @@ class SidePacks:
                     for change in find_changes(self._target, pack):
                         if change.changed:
                             self._add(index, pack, change)
-                    for path in self._paths.values():
-                        path.hook()
-                self._batches.renew(index)
+                    for deltas in self._modules.values():
+                        deltas.hook()
+                self._guard.try_pack(index)
             except BaseException:
                 self.drop(index)
                 raise
@@ -79,10 +79,10 @@ class SidePacks:
         """Forget a pack, and unhook the modules that no other one changes."""
         with self.routing.lock:
             self.routing.drop(index)
-            for name, path in list(self._paths.items()):
-                if not path.drop(index):
-                    path.unhook()
-                    del self._paths[name]
+            for name, deltas in list(self._modules.items()):
+                if not deltas.drop(index):
+                    deltas.unhook()
+                    del self._modules[name]
 
     def route(self, rows: RoutedRows) -> None:
         """Choose for the next batches of this thread.
@@ -90,15 +90,16 @@ class SidePacks:
         Raises: AttachError for rows of different packs where this model does not keep them apart.
         """
         if not rows.is_uniform:
-            self._separation.check(self._paths, rows)
+            self._separation.check(self._modules, rows)
         self.routing.rows = rows
 
     def nbytes(self, index: int) -> int:
         """Bytes that a pack takes in memory; what tied modules share counts once."""
-        kept = [value for path in self._paths.values() for value in path.values(index)]
-        return sum({id(value): value.nbytes for value in kept}.values())
+        values = [value for deltas in self._modules.values() for value in deltas.values(index)]
+        return sum({id(value): value.nbytes for value in values}.values())
 
     def _add(self, index: int, pack: SkillPack, change: TensorChange) -> None:
+        """Decode one change into the deltas of every module that it sets."""
         record = change.record
         if record.tuned_shape is not None:
             raise AttachError(
@@ -108,28 +109,29 @@ class SidePacks:
         update: Update | None = None
         for slot in change.slots:
             name, _, attribute = slot.rpartition(".")
-            path = self._path(name)
-            if isinstance(path, SwappedDeltas):
-                path.add(index, attribute, self._tuned_part(pack, change))
+            deltas = self._deltas_of(name)
+            if isinstance(deltas, SwappedDeltas):
+                deltas.add(index, attribute, self._tuned_part(pack, change))
             elif attribute == "weight":
-                assert isinstance(path, AddedDeltas)
+                assert isinstance(deltas, AddedDeltas)
                 # Slots of one change are one tied parameter, and share the memory of its update.
-                update = update or self._update(pack, change, slot, path.weights.get(index))
-                path.weights[index] = update
+                update = update or self._update(pack, change, slot, deltas.weights.get(index))
+                deltas.weights[index] = update
             else:
-                assert isinstance(path, AddedDeltas)
-                path.biases[index] = self._moved(pack, change, slot).to(self._live(slot))
+                assert isinstance(deltas, AddedDeltas)
+                deltas.biases[index] = self._delta(pack, change, slot).to(self._live(slot))
 
-    def _path(self, name: str) -> ModuleDeltas:
-        if name not in self._paths:
+    def _deltas_of(self, name: str) -> ModuleDeltas:
+        """The deltas of one module, new where no pack changed it before."""
+        if name not in self._modules:
             module = self._target.model.get_submodule(name)
             kind: Callable[..., ModuleDeltas] = SwappedDeltas
             if isinstance(module, (nn.Linear, Conv1D)) and _is_plain(module):
                 kind = LinearDeltas
             elif isinstance(module, nn.Embedding) and _is_plain(module) and not module.max_norm:
                 kind = EmbeddingDeltas
-            self._paths[name] = kind(name, module, self.routing)
-        return self._paths[name]
+            self._modules[name] = kind(name, module, self.routing)
+        return self._modules[name]
 
     def _update(
         self, pack: SkillPack, change: TensorChange, slot: str, before: Update | None
@@ -137,15 +139,16 @@ class SidePacks:
         """The delta of a slot's whole weight; `before` holds other parts of the same weight."""
         live = self._live(slot)
         whole = change.view.whole
-        factors = pack.factors(change.record.name) if whole and self._codes(change, slot) else None
+        is_direct = whole and self._is_coded_against(change, slot)
+        factors = pack.factors(change.record.name) if is_direct else None
         if factors is not None:
             return make_update(factors, None, live)
-        moved = self._moved(pack, change, slot)
+        delta = self._delta(pack, change, slot)
         if not whole:
-            part, moved = moved, torch.zeros(live.shape)
-            change.view.tensor(moved).copy_(part)
+            part, delta = delta, torch.zeros(live.shape)
+            change.view.tensor(delta).copy_(part)
         is_conv = isinstance(self._target.slot(slot)[0], Conv1D)
-        matrix = moved.T if is_conv else moved
+        matrix = delta.T if is_conv else delta
         return make_update(None, matrix if before is None else matrix + before.dense().cpu(), live)
 
     def _tuned_part(self, pack: SkillPack, change: TensorChange) -> TunedPart:
@@ -158,15 +161,15 @@ class SidePacks:
         tuned = pack.decode(record.name, self._target.source(change))
         return TunedPart(change.view, tuned.to(live.device, live.dtype), False)
 
-    def _moved(self, pack: SkillPack, change: TensorChange, slot: str) -> Tensor:
+    def _delta(self, pack: SkillPack, change: TensorChange, slot: str) -> Tensor:
         """Tuned minus what the slot holds, float32, in the slot's layout, on the CPU."""
         source = self._target.source(change)
-        if self._codes(change, slot):
+        if self._is_coded_against(change, slot):
             return pack.delta(change.record.name, source)
-        held = change.view.tensor(self._live(slot)).cpu().float()
-        return pack.decode(change.record.name, source).float() - held
+        original = change.view.tensor(self._live(slot)).cpu().float()
+        return pack.decode(change.record.name, source).float() - original
 
-    def _codes(self, change: TensorChange, slot: str) -> bool:
+    def _is_coded_against(self, change: TensorChange, slot: str) -> bool:
         """Whether the record is coded against the very parameter that the slot holds."""
         return change.source is not None and slot in change.source.owners
 
@@ -175,25 +178,25 @@ class SidePacks:
 
 
 def linear_updates(
-    target: LiveTarget, pack: SkillPack, wanted: Callable[[str], bool]
+    target: LiveTarget, pack: SkillPack, selects: Callable[[str], bool]
 ) -> dict[str, Update]:
-    """ΔW of the linear modules whose names are wanted, of a checked pack; nothing is hooked.
+    """ΔW of the linear modules that `selects` accepts by name, of a checked pack. Hooks nothing.
 
     Raises: AttachError, CorruptPackError.
     """
-    paths = SidePacks(target)
+    side = SidePacks(target)
     with torch.no_grad():
         for change in find_changes(target, pack):
-            if change.changed and any(wanted(slot.rpartition(".")[0]) for slot in change.slots):
-                paths._add(0, pack, change)
+            if change.changed and any(selects(slot.rpartition(".")[0]) for slot in change.slots):
+                side._add(0, pack, change)
     return {
-        name: path.weights[0]
-        for name, path in paths._paths.items()
-        if isinstance(path, LinearDeltas) and 0 in path.weights and wanted(name)
+        name: deltas.weights[0]
+        for name, deltas in side._modules.items()
+        if isinstance(deltas, LinearDeltas) and 0 in deltas.weights and selects(name)
     }
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """The forward pass of the class is the one of Linear, Conv1D or Embedding."""
+    """Whether the class has the very forward pass of Linear, Conv1D or Embedding."""
     plain = (nn.Linear.forward, Conv1D.forward, nn.Embedding.forward)
     return type(module).forward in plain

@@ -30,7 +30,7 @@ from graftkit.models.views import (
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import TensorRecord
 
-# Where packages keep modules and parameters whose weights are codes instead of numbers.
+# Packages and classes of modules whose weights are quantization codes.
 _QUANTIZED = re.compile(
     r"torch\.ao\.nn\.(quantized|intrinsic\.quantized)|torch\.nn\.quantized|torchao\b|bitsandbytes"
     r"|hqq\b|quanto\b|gptq|awq|aqlm|eetq|compressed_tensors|fbgemm|auto_round|integrations\.finegrained_fp8",
@@ -42,17 +42,15 @@ _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 
 
 _lock = threading.Lock()
-
-
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
-# Where a model remembers its attachment.
+# The attribute of a model that holds its attachment.
 _MARK = "_graftkit_attachment"
 
 
 class NotCopyable:
-    """Belongs to one live model, and is copied or pickled neither with it nor alone."""
+    """An object of one live model that refuses to be copied or pickled, alone or with the model."""
 
     def __deepcopy__(self, memo: object) -> Any:
         raise AttachError(
@@ -65,7 +63,7 @@ class NotCopyable:
 
 
 class OpaqueHook(NotCopyable):
-    """A hook that torch.compile calls as it is, and does not look into."""
+    """A hook that torch.compile calls without tracing it."""
 
     def __init__(self, hook: Callable[..., Any]):
         is_compiling = "torch._dynamo" in sys.modules
@@ -79,15 +77,16 @@ class OpaqueHook(NotCopyable):
 
 
 def forget_compiled_code() -> None:
-    """Have torch.compile look at a model's hooks anew: it does not notice that they come and go."""
+    """Make torch.compile compile again: it does not notice that hooks are added and removed."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no plain transformers model, and say what to attach to in its place.
+    """Refuse anything but a plain transformers model, and say what to attach to in its place.
 
-    Raises: AttachError.
+    Raises: AttachError for a compiled, wrapped, quantized or sharded model, for a model with a PEFT
+        adapter, and for an object that is no transformers model.
     """
     kind = type(model).__name__
     if kind == "OptimizedModule":
@@ -154,8 +153,8 @@ def attachment_of(model: nn.Module) -> Any:
 
 
 @contextmanager
-def claimed(model: PreTrainedModel, attachment: object) -> Iterator[None]:
-    """Make a model this attachment's own; it is free again if the block fails.
+def registered(model: PreTrainedModel, attachment: object) -> Iterator[None]:
+    """Register an attachment as the one of a model; undone if the block fails.
 
     Raises: AttachError where packs are attached to it, or to another model that shares its weights.
     """
@@ -178,7 +177,7 @@ def claimed(model: PreTrainedModel, attachment: object) -> Iterator[None]:
 
 
 def release(model: nn.Module, attachment: object) -> None:
-    """Let a model go, if it is this attachment's own."""
+    """Undo the registration, if the model's attachment is this one."""
     with _lock:
         if attachment_of(model) is attachment:
             _attached.discard(model)
@@ -192,14 +191,14 @@ def _storages(model: nn.Module) -> set[int]:
 
 @dataclass(frozen=True)
 class TensorChange:
-    """One record of a pack and its place in the live model.
+    """One tensor record of a pack and its place in the live model.
 
     Attributes:
-        view: where the tuned tensor goes.
+        view: the place of the tuned tensor.
         slots: live names (module.attribute) that it sets. A tied parameter has several; those with
             a record of their own are not among them.
-        source: where the target tensor lies against which it is coded, None for zeros.
-        changed: False where the tuned tensor equals what the live slots hold already.
+        source: the place of the target tensor that it is coded against, None for zeros.
+        changed: False where the live slots hold the tuned tensor already.
     """
 
     record: TensorRecord
@@ -221,7 +220,7 @@ class LiveTarget:
         self.views = checkpoint_views(model)
         self.state: dict[str, Tensor] = model.state_dict(keep_vars=True)
         self.verified: set[tuple[str, str, tuple[int, ...], str]] = set()
-        """Name, dtype, shape and digest of tensors that were found to be as a pack expects them."""
+        """Name, dtype, shape and digest of tensors that equal what a pack expects."""
         for name, value in self.state.items():
             if value.is_meta:
                 raise AttachError(
@@ -242,15 +241,15 @@ class LiveTarget:
         Raises: PackMismatchError when the live dtype cannot hold that of the checkpoint, or holds
             values that the checkpoint's dtype does not have.
         """
-        value, wanted = self.live(view), DTYPES[dtype]
-        if value.dtype == wanted:
+        value, expected = self.live(view), DTYPES[dtype]
+        if value.dtype == expected:
             return value.cpu()
-        if torch.promote_types(value.dtype, wanted) != value.dtype:
+        if torch.promote_types(value.dtype, expected) != value.dtype:
             raise PackMismatchError(
                 f"{self.name}: {view.name} is loaded as {_dtype_name(value)}, but the pack was "
-                f"made for {dtype}; load the model with dtype={wanted!s}"
+                f"made for {dtype}; load the model with dtype={expected!s}"
             )
-        narrow = narrowed(value, wanted)
+        narrow = narrowed(value, expected)
         if not torch.equal(narrow.to(value.dtype).nan_to_num(), value.nan_to_num()):
             raise PackMismatchError(
                 f"{self.name}: {view.name} has values that {dtype} does not hold, so it is not the "
@@ -274,8 +273,8 @@ class LiveTarget:
 def check_packs(target: LiveTarget, packs: Sequence[SkillPack]) -> None:
     """Refuse the model unless it is the target of every pack; each tensor is read once.
 
-    What was verified is remembered with the target: any number of packs of one target, checked
-    together or one after another, read it once.
+    `target.verified` records what was read: any number of packs of one target, checked together or
+    one after another, read it once.
 
     Raises: PackMismatchError naming the first tensor that is missing or differs; AttachError for
         one that has no place of its own in memory.
@@ -341,8 +340,8 @@ def find_changes(target: LiveTarget, pack: SkillPack) -> list[TensorChange]:
         slots = tuple(
             owner for owner in view.owners if owner == view.parameter or owner not in taken
         )
-        needs = view if record.base is None else target.find(record.base) if record.base else None
-        changes.append(TensorChange(record, view, slots, needs, _is_changed(record, view, needs)))
+        source = view if record.base is None else target.find(record.base) if record.base else None
+        changes.append(TensorChange(record, view, slots, source, _is_changed(record, view, source)))
     return changes
 
 

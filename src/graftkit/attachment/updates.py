@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graftkit.models.views import TensorView
 
-# Below this share of changed rows, the rows and their places are kept instead of the matrix.
+# Up to this share of changed rows, the rows and their places are stored instead of the matrix.
 _ROW_SHARE = 0.5
 
 
@@ -67,9 +67,9 @@ class RowUpdate:
     """ΔW that is zero outside a few rows.
 
     Attributes:
-        rows: (kept + 1, in); the last one is zero.
-        index: (kept,) the rows' places in ΔW.
-        place: (out,) for each row of ΔW its place in `rows`, the zero row where it is not kept.
+        rows: (changed + 1, in); the last one is zero.
+        index: (changed,) the rows' places in ΔW.
+        place: (out,) for each row of ΔW its place in `rows`: the zero row where it is unchanged.
     """
 
     rows: Tensor
@@ -77,13 +77,13 @@ class RowUpdate:
     place: Tensor
 
     def project(self, x: Tensor) -> Tensor:
-        """x rowsᵀ scattered to the kept outputs."""
+        """x rowsᵀ scattered to the changed outputs."""
         y = x.new_zeros(*x.shape[:-1], self.place.shape[0])
         y[..., self.index] = x @ self.rows[:-1].to(x.dtype).T
         return y
 
     def look_up(self, ids: Tensor) -> Tensor:
-        """Kept rows, zeros elsewhere."""
+        """The changed rows, zeros elsewhere."""
         return self.rows[self.place[ids]]
 
     def dense(self) -> Tensor:

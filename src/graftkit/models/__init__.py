@@ -1,8 +1,13 @@
 """Models: the one place that knows architectures and transformers.
 
-loading       a checkpoint as a live model, whole, streamed from disk, or without weights
-architecture  what every tensor on disk is for: embedding, attention, mlp, ...
-views         every tensor on disk as a view into the live model's own parameters
+loading        a checkpoint as a live model: whole, streamed from disk, or without weights
+views          where every tensor on disk lies in the live model's parameters; writing it back
+architecture   what every tensor on disk is for: embedding, attention, mlp, ...
+aligned        a tuned checkpoint by the target's names and layouts
+configuration  what a changed config.json changes in what a model computes
+encoding       rows as the tokens that a model reads
+calibration    covariances of the inputs of linear modules
+backward       backward passes, and the output sensitivities they give
 """
 
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names

@@ -1,8 +1,8 @@
 """A tuned checkpoint, read by the names and layouts that the target's tensors have on disk.
 
 Two folders of one model may call a tensor differently, hold another class of it (the backbone, or
-another head), or keep experts one by one where the other stacks them. transformers maps both into
-live parameters; so a tensor of the target is found in the tuned folder through the live parameter
+another head), or store experts one by one where the other stacks them. transformers maps both into
+live parameters. So a tensor of the target is found in the tuned folder through the live parameter
 that it belongs to.
 """
 
@@ -68,9 +68,9 @@ def align(target: Checkpoint, tuned: Checkpoint) -> AlignedCheckpoint:
             f"{tuned.path}: a {types[1]} model, but the target {target.path} is {types[0]}; "
             "a pack needs two states of one model"
         )
-    if _alike(target, tuned):
+    if _have_equal_layout(target, tuned):
         return AlignedCheckpoint(tuned, {name: _OnDisk(tuned, name) for name in tuned.tensors}, ())
-    before, after = _Layout(target), _Layout(tuned)
+    before, after = _LivePlaces(target), _LivePlaces(tuned)
     sources: dict[str, _Source] = {}
     for name in before.files:
         source = _source(name, before, after)
@@ -94,7 +94,7 @@ def _refuse_peft(checkpoint: Checkpoint) -> None:
             )
 
 
-class _Layout:
+class _LivePlaces:
     """Where the tensors of a checkpoint belong in the model of its class.
 
     Attributes:
@@ -137,9 +137,9 @@ class _Layout:
 
     def pieces(self, key: str) -> list[tuple[str, TensorView]]:
         """Names on disk and places of the tensors that make up a live parameter."""
-        found = self._pieces.get(key, [])
-        own = [(name, view) for name, view in found if self.key(view.parameter) == key]
-        return own or found
+        pieces = self._pieces.get(key, [])
+        own = [(name, view) for name, view in pieces if self.key(view.parameter) == key]
+        return own or pieces
 
 
 class _Source(Protocol):
@@ -173,7 +173,7 @@ class _OnDisk:
         return self.checkpoint.read(self.name)
 
 
-class _OfTarget(_OnDisk):
+class _FromTarget(_OnDisk):
     """A tensor of the target that stands in for the tuned model's."""
 
     @property
@@ -182,8 +182,8 @@ class _OfTarget(_OnDisk):
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A part of a live parameter that one tensor on disk holds whole."""
+class _Slice:
+    """A part of a live parameter that one tensor on disk holds completely."""
 
     checkpoint: Checkpoint
     name: str
@@ -239,20 +239,20 @@ class _Assembled:
         return reduce(torch.promote_types, dtypes)
 
 
-def _source(name: str, before: _Layout, after: _Layout) -> "_Source | None":
+def _source(name: str, before: _LivePlaces, after: _LivePlaces) -> "_Source | None":
     """Where the tuned model has the target's tensor `name`; None where it lacks it."""
     view, own = before.views[name], after.files.get(name)
-    followed = _OfTarget(before.checkpoint, before.files[name])
+    from_target = _FromTarget(before.checkpoint, before.files[name])
     if before.live[name] is None or view is None:
-        same = own is not None and _same_kind(
+        same = own is not None and _are_floats_of_one_shape(
             before.checkpoint.tensors[before.files[name]], after.checkpoint.tensors[own]
         )
         if own is not None and (same or before.live[name] is not None):
             return _OnDisk(after.checkpoint, own)
-        return followed if before.live[name] is None else None
+        return from_target if before.live[name] is None else None
     key = before.key(view.parameter)
     if key not in after.keys:
-        return _OnDisk(after.checkpoint, own) if own is not None else followed
+        return _OnDisk(after.checkpoint, own) if own is not None else from_target
     pieces = after.pieces(key)
     if own is not None and any(piece == own for piece, _ in pieces):
         pieces = [piece for piece in pieces if piece[0] == own] + pieces
@@ -263,22 +263,24 @@ def _source(name: str, before: _Layout, after: _Layout) -> "_Source | None":
         return None
     whole = next((piece for piece, place in pieces if place.whole), None)
     if whole is not None:
-        return _Part(after.checkpoint, whole, view)
+        return _Slice(after.checkpoint, whole, view)
     covered = sum(after.checkpoint.tensors[piece].numel for piece, _ in pieces)
     if covered != math.prod(after.shapes[key]):
         return None
     return _Assembled(after.checkpoint, tuple(pieces), view, after.shapes[key])
 
 
-def _alike(target: Checkpoint, tuned: Checkpoint) -> bool:
+def _have_equal_layout(target: Checkpoint, tuned: Checkpoint) -> bool:
     """Whether both files hold float tensors of the same names, shapes and class, which pair."""
     classes = [checkpoint.config.get("architectures") for checkpoint in (target, tuned)]
     if classes[0] != classes[1] or target.tensors.keys() != tuned.tensors.keys():
         return False
-    return all(_same_kind(info, tuned.tensors[name]) for name, info in target.tensors.items())
+    return all(
+        _are_floats_of_one_shape(info, tuned.tensors[name]) for name, info in target.tensors.items()
+    )
 
 
-def _same_kind(first: TensorInfo, second: TensorInfo) -> bool:
+def _are_floats_of_one_shape(first: TensorInfo, second: TensorInfo) -> bool:
     floats = all(info.dtype in FLOAT_DTYPES for info in (first, second))
     return floats and first.shape == second.shape
 

@@ -1,4 +1,4 @@
-"""What every tensor of a checkpoint is for, told by the classes of the modules that own it."""
+"""What every tensor of a checkpoint is for. The classes of the modules that own it tell."""
 
 import re
 from collections.abc import Iterator, Sequence

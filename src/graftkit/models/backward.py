@@ -1,10 +1,10 @@
-"""Logits at chosen positions, and gradients through them, of a model that may lie on disk.
+"""Backward passes through a model that may lie on disk, and the output sensitivities they give.
 
-A decoder layer keeps nothing but its input and runs again when its gradient is wanted, so that
-the weights of one layer are in memory at a time. The output head sees the chosen positions only, a
-few at a time: at (tokens, vocabulary) the logits would be the largest tensor of the pass.
+A decoder layer stores nothing but its input and runs again for its gradient, so that the weights of
+one layer are in memory at a time. The output head sees the scored positions only, a few at a time:
+at (tokens, vocabulary) the logits would be the largest tensor of the pass.
 
-Output sensitivities of the tuned model: what an error in a layer's output does to the answer.
+Output sensitivities of the tuned model tell what an error in a layer's output does to the answer:
 
     KL(tuned ‖ tuned + E) ≈ ½ mean(s) tr(E H Eᵀ),   s_o = 1/N Σ_t g_to²,   H = mean of x xᵀ
 
@@ -51,7 +51,7 @@ _CHUNK_BYTES = 2**26  # float32 logits of one chunk; a backward pass holds about
 
 LogitsVisitor = Callable[[Tensor, slice], Tensor | None]
 """Given float32 logits (n, vocabulary) and their place among the scored positions, returns the
-gradient with respect to them, in their shape; asked for only in a backward pass."""
+gradient with respect to them, in their shape; None or unused where there is no backward pass."""
 
 
 def prepare_backward(model: Any) -> None:
@@ -85,16 +85,16 @@ def visit_logits(
     """Run a batch forward and, with `backward`, back again from the gradients `visit` returns.
 
     Args:
-        ids, mask, scored: (rows, tokens); `scored` is true where logits are wanted. They are
-            visited row by row, in chunks.
-        extra_loss: one more loss of the same pass, a scalar, asked for in a backward pass only.
+        ids, mask, scored: (rows, tokens); `scored` is true at the positions whose logits are
+            visited, row by row, in chunks.
+        extra_loss: one more loss of the same pass, a scalar, called in a backward pass only.
     """
     inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.set_grad_enabled(backward):
         if not skips_logits(model):
             logits = model(**inputs).logits[scored]
-            given = visit(logits.detach().float(), slice(0, len(logits)))
-            gradient = None if given is None else given.to(logits.dtype)
+            gradient = visit(logits.detach().float(), slice(0, len(logits)))
+            gradient = None if gradient is None else gradient.to(logits.dtype)
             _backward((logits, gradient), backward, extra_loss)
             return
         output = model.base_model(**inputs)
@@ -130,9 +130,9 @@ def _visit_chunks(
     size = max(1, _CHUNK_BYTES // (4 * vocabulary_size(model)))
     for start in range(0, len(leaf), size):
         span = slice(start, min(start + size, len(leaf)))
-        given = type(output)(**{**output, "last_hidden_state": leaf[None, span]})
-        # The class's own forward: some scale or cap what the head gives.
-        with _gives(model.base_model, given):
+        chunk = type(output)(**{**output, "last_hidden_state": leaf[None, span]})
+        # The class's own forward, because some classes scale or cap the logits of the head.
+        with _fixed_output(model.base_model, chunk):
             logits = model(input_ids=token).logits[0]
         gradient = visit(logits.detach().float(), span)
         if backward and gradient is not None:
@@ -176,8 +176,8 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _gives(module: nn.Module, output: Any) -> Iterator[None]:
-    """The module answers `output` to anything, without running."""
+def _fixed_output(module: nn.Module, output: Any) -> Iterator[None]:
+    """The module returns `output` for any arguments, without running."""
     own: Any = module.__dict__.get("forward")
     module.forward = lambda *args, **kwargs: output
     try:
@@ -238,7 +238,7 @@ def collect_sensitivities(
     with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
         model: Any = stream_model(checkpoint, Path(offload))
         encoded = encode_rows(tokenizer, rows, SENSITIVITY_TOKENS, seed, model, checkpoint.name)
-        collector = _Collector(model, modules, seed, checkpoint.name)
+        collector = _SensitivityCollector(model, modules, seed, checkpoint.name)
         batches = backward_batches(model, list(map(len, encoded)), BACKWARD_TOKENS)
         if output_embeddings(model) is None:
             batches = []
@@ -253,7 +253,7 @@ def collect_sensitivities(
     return summary
 
 
-class _Collector:
+class _SensitivityCollector:
     """Sums of squared gradients, taken by hooks on the outputs of modules during backward passes.
 
     A hook also runs when a layer runs again for its backward pass, but no gradient ever comes to
@@ -308,19 +308,19 @@ class _Collector:
 
     def _sample(self, logits: Tensor, span: slice) -> Tensor:
         """∂ log p(y) / ∂ logits = [v = y] − p_v, with y drawn from p. Raises: CheckpointError."""
-        chances = logits.softmax(dim=1)
-        if not chances.isfinite().all():
+        probabilities = logits.softmax(dim=1)
+        if not probabilities.isfinite().all():
             raise CheckpointError(
                 f"{self.where}: the logits are not finite (NaN or infinity) on the calibration "
                 "rows; check the weights of the model, or pack without rows"
             )
-        self._add(HEAD_GRADIENT, (chances * (1 - chances)).sum(dim=0))
+        self._add(HEAD_GRADIENT, (probabilities * (1 - probabilities)).sum(dim=0))
         # One random number a token: the draw does not depend on how the logits are cut in chunks.
-        drawn = torch.rand((len(chances), 1), generator=self.generator)
-        reached = chances.cumsum(dim=1)
-        tokens = torch.searchsorted(reached, drawn * reached[:, -1:])
-        gradient = chances.neg_()
-        return gradient.scatter_add_(1, tokens, torch.ones_like(drawn))
+        uniform = torch.rand((len(probabilities), 1), generator=self.generator)
+        cumulative = probabilities.cumsum(dim=1)
+        tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
+        gradient = probabilities.neg_()
+        return gradient.scatter_add_(1, tokens, torch.ones_like(uniform))
 
     def _start(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Let gradients reach the embedding's output; all before it is frozen."""

@@ -1,4 +1,4 @@
-"""Activation statistics of the tuned model: which directions of an input its weights see.
+"""Activation statistics of the tuned model: the covariances of the inputs of its linear modules.
 
 For a linear module y = x Wᵀ the error E of a compressed weight costs tr(E H Eᵀ) with H = Σ x xᵀ
 over the calibration tokens, H (in, in). The model streams from disk and the matrices go to disk:
@@ -56,7 +56,7 @@ class CalibrationSummary:
 
 
 class CovarianceStore:
-    """Matrices in a folder, one file each; only the one that is asked for is in memory.
+    """Matrices in a folder, one file each; `get` reads one, and none stays in memory.
 
     Several keys may share one file. `calibration.json` is written last and names the job: a store
     without it is unfinished and counts as empty.
@@ -150,7 +150,7 @@ def collect_covariances(
     Keys: each linear module of `modules` with inputs (.., in): H (in, in). Modules that are fed the
     same tensor share one file. A module that no token reaches, such as an unused expert, has no
     key. `head`: H (hidden, hidden) of the output head's input. `tokens`: counts (vocab,) int64.
-    A finished store of the same job is kept as it is; an unfinished one is filled anew.
+    A finished store of the same job is not filled again; an unfinished one is filled anew.
 
     Raises: CheckpointError when the tokenizer is missing or does not fit, a module is missing or
         an activation is not finite; RowsError for a row beyond the model's context; OutputError.
@@ -165,7 +165,7 @@ def collect_covariances(
     with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
         model = stream_model(checkpoint, Path(offload))
         encoded = encode_rows(tokenizer, rows, CALIBRATION_TOKENS, seed, model, checkpoint.name)
-        collector = _Collector(model, modules, store, checkpoint.name)
+        collector = _CovarianceCollector(model, modules, store, checkpoint.name)
         batches = pass_batches(model, list(map(len, encoded)))
         for done, batch in enumerate(batches):
             report(done, len(batches))
@@ -182,7 +182,7 @@ def collect_covariances(
     return summary
 
 
-class _Collector:
+class _CovarianceCollector:
     """Forward pre-hooks that add the inputs of modules to a store, one forward pass at a time."""
 
     def __init__(self, model: Any, modules: Sequence[str], store: CovarianceStore, where: str):

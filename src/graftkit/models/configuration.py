@@ -1,11 +1,9 @@
 """What a change of config.json changes in what a model computes.
 
-No list of keys is exhaustive, so the question goes to the model's own class: two models without
-weights are built, one from each configuration, and their modules are compared. A key that leaves
-no trace in them can still be read by a forward pass, so the code of the model's classes is
-searched for its name as well.
-
-Whether two values of any kind are alike, as far as a forward pass can see.
+No list of keys is exhaustive. So two models without weights are built by the model's own class,
+one from each configuration, and their modules are compared. A key that leaves no trace in them can
+still be read by a forward pass, so the code of the model's classes is searched for its name as
+well. A key is *effective* if it changes what a model in eval mode computes.
 """
 
 import inspect
@@ -45,10 +43,10 @@ CALLER_KEYS = frozenset(
         "_experts_implementation_internal",
     }
 )
-"""Chosen by whoever loads or calls a model: how it runs and what a call returns beside answers."""
+"""Keys that the caller of a model chooses: how it runs, and what a call returns beside answers."""
 
-# Names, and what the tensors of a pack say themselves: resized vocabularies and labels, own heads.
-_SAID_ELSEWHERE = frozenset(
+# Names, and what the tensors of a pack show: resized vocabularies and labels, untied heads.
+_SHOWN_BY_TENSORS = frozenset(
     {
         "model_type",
         "architectures",
@@ -66,20 +64,20 @@ _TRAINING = re.compile(r"drop|initiali[sz]er|_init(_|$)|init_std|loss")
 # Rotary embeddings of other types never look at the length of what they embed.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
-# A configuration comes out of a file that anybody may have made: what is built from it is bounded.
+# A configuration is a file from anywhere, so the size of the model built from it is bounded.
 _LARGEST_INTEGER = 2**24
 _EXTRA_PARAMETERS = 1_000
 _REAL = re.compile(r"theta|base|scal|factor|max_(length|size)")  # reals, and no counts
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-# What the base classes do before and behind a forward pass: load, save, sample. Layers of torch
-# are looked at one by one, since what one reads is nothing to another.
+# What base classes do before and after a forward pass: load, save, sample. Layers of torch are
+# examined one by one, since what one reads means nothing to another.
 _NOT_FORWARD = ("builtins", "torch.", "transformers.modeling_utils", "transformers.generation")
 _SET_UP = ("__init__", "_init_weights", "post_init", "extra_repr")
 
 
 class UnknownEffectError(GraftError):
-    """A configuration from which the model's class cannot be built."""
+    """The model's class cannot be built from a configuration, so its effect is unknown."""
 
 
 @dataclass
@@ -130,32 +128,35 @@ def _check_integers(settings: dict[str, Any], path: str = "") -> None:
 def skeletons(
     model_class: type[PreTrainedModel], before: PretrainedConfig, after: PretrainedConfig
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Two models of one class, the second built within bounds that the first one sets.
+    """Two models without weights of one class. The size of the first bounds that of the second.
 
-    Raises: UnknownEffectError.
+    Raises: UnknownEffectError where the class cannot be built from a configuration.
     """
     base = skeleton(model_class, before)
-    most = 2 * sum(1 for _ in base.parameters()) + _EXTRA_PARAMETERS
-    return base, skeleton(model_class, after, most)
+    limit = 2 * sum(1 for _ in base.parameters()) + _EXTRA_PARAMETERS
+    return base, skeleton(model_class, after, limit)
 
 
 def skeleton(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, most: int = sys.maxsize
+    model_class: type[PreTrainedModel], config: PretrainedConfig, limit: int = sys.maxsize
 ) -> PreTrainedModel:
-    """A model of that configuration whose parameters are empty and whose buffers have values.
+    """A model whose parameters are on the meta device and whose buffers have values.
+
+    `models.loading.empty_model` has no values in its buffers either, so that it cannot show what a
+    configuration makes of them.
 
     Args:
-        most: parameters that it may have.
-    Raises: UnknownEffectError.
+        limit: the largest number of parameters that it may have.
+    Raises: UnknownEffectError where the class cannot be built from the configuration.
     """
     thread = threading.get_ident()
-    room = itertools.count()
+    count = itertools.count()
 
     def empty(module: nn.Module, name: str, parameter: Any) -> Any:
         if threading.get_ident() != thread or parameter is None or parameter.is_meta:
             return None
-        if next(room) >= most:
-            raise ValueError(f"it has more than {most} parameters")
+        if next(count) >= limit:
+            raise ValueError(f"it has more than {limit} parameters")
         return nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(empty)
@@ -197,9 +198,11 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 def volatile_buffers(module: nn.Module) -> dict[str, Tensor]:
     """A module's own buffers that no checkpoint holds."""
-    kept = module._non_persistent_buffers_set
+    names = module._non_persistent_buffers_set
     return {
-        name: value for name, value in module._buffers.items() if name in kept and value is not None
+        name: value
+        for name, value in module._buffers.items()
+        if name in names and value is not None
     }
 
 
@@ -221,10 +224,10 @@ def effective_keys(
 ) -> list[str]:
     """The changed keys that change, or may change, what a model in eval mode computes.
 
-    Keys of resized vocabularies and labels and of tied weights are not among them: the tensors of
-    a pack say what they say.
+    Keys of resized vocabularies, labels and tied weights are not among them, since the tensors of a
+    pack show these changes.
 
-    Raises: UnknownEffectError where the class cannot be built.
+    Raises: UnknownEffectError where the class cannot be built from a configuration.
     """
     if before.model_type != after.model_type:
         return ["model_type"]
@@ -233,24 +236,25 @@ def effective_keys(
         return []
     base, tuned = skeletons(model_class, before, after)
     names = _names_read(base) | _names_read(tuned)
-    built = _computes(compare_models(base, tuned), base, names)
-    found = [
+    differs = _is_effective(compare_models(base, tuned), base, names)
+    keys = [
         path + key
         for path, key in changed
-        if key in names or (built and _shows(model_class, base, after, path, key, names))
+        if key in names
+        or (differs and _is_effective_alone(model_class, base, after, path, key, names))
     ]
-    # Keys that have their effect only together are named together.
-    return found or ([path + key for path, key in changed] if built else [])
+    # Keys that have an effect only together are named together.
+    return keys or ([path + key for path, key in changed] if differs else [])
 
 
 def possibly_effective_keys(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
-    """The changed keys but for those that compute nothing in any model."""
+    """The changed keys without those that have no effect in any model. Builds no model."""
     keys = [path + key for path, key in changed_keys(before, after) if not _is_inert(key)]
     return keys if before.model_type == after.model_type else ["model_type", *keys]
 
 
 def differing_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """`possibly_effective_keys` of two config.json whose architecture is not known here."""
+    """The same for two config.json files of an architecture that transformers does not know."""
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [key for key in keys if key not in CALLER_KEYS and not _is_inert(key)]
 
@@ -260,10 +264,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _is_inert(key: str) -> bool:
-    return key in _SAID_ELSEWHERE or _TRAINING.search(key) is not None
+    return key in _SHOWN_BY_TENSORS or _TRAINING.search(key) is not None
 
 
-def _shows(
+def _is_effective_alone(
     model_class: type[PreTrainedModel],
     base: PreTrainedModel,
     after: PretrainedConfig,
@@ -271,7 +275,7 @@ def _shows(
     key: str,
     names: set[str],
 ) -> bool:
-    """Whether a key alone makes another model, or none."""
+    """Whether a key alone makes a model that computes something else, or that cannot be built."""
     config: Any = deepcopy(base.config)
     part, source = config, after
     for step in path.split(".")[:-1]:
@@ -284,10 +288,10 @@ def _shows(
         alone = skeleton(model_class, config)
     except UnknownEffectError:
         return True
-    return _computes(compare_models(base, alone), base, names)
+    return _is_effective(compare_models(base, alone), base, names)
 
 
-def _computes(differences: Differences, base: nn.Module, names: set[str]) -> bool:
+def _is_effective(differences: Differences, base: nn.Module, names: set[str]) -> bool:
     """Whether a forward pass meets one of the differences."""
     if differences.buffers or differences.replaced or differences.structure:
         return True
@@ -317,7 +321,7 @@ def _names_read(model: PreTrainedModel) -> set[str]:
     owned = [cls for cls in classes if not cls.__module__.startswith(_NOT_FORWARD)]
     sources = {inspect.getmodule(cls) for cls in owned} | {masking_utils, cache_utils}
     kinds = [vars(module).get("rope_type") for module in model.modules()]
-    if any(kind in str(found) for kind in _LENGTH_DEPENDENT_ROPE for found in kinds):
+    if any(kind in str(rope) for kind in _LENGTH_DEPENDENT_ROPE for rope in kinds):
         sources.add(rope_utils)
     functions = [value for cls in owned for value in vars(cls).values()]
     for source in sources - {None}:
@@ -398,10 +402,10 @@ def _compare(differences: Differences, path: str, before: nn.Module, after: nn.M
 
 
 def is_same(one: Any, other: Any, seen: frozenset[int] = frozenset()) -> bool:
-    """Equality by content: of tensors, containers, functions and objects of any class.
+    """Equality by content of tensors, containers, functions and objects of any class.
 
-    Modules and configurations count as alike: who compares models looks at them one by one. Empty
-    tensors have no values to differ in.
+    Modules and configurations of one type count as equal, because the comparison of models goes
+    through them one by one. Tensors on the meta device have no values to differ in.
     """
     if one is other or id(one) in seen or isinstance(one, (nn.Module, PretrainedConfig)):
         return type(one) is type(other)
@@ -423,7 +427,7 @@ def is_same(one: Any, other: Any, seen: frozenset[int] = frozenset()) -> bool:
 
 
 def holds_no_values(value: Any) -> bool:
-    """Whether a value is, or holds, an empty tensor or a module, so that it is of no use alone."""
+    """Whether a value is or contains a module or a tensor on the meta device."""
     if isinstance(value, Tensor):
         return value.is_meta
     if isinstance(value, dict):

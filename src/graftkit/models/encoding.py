@@ -1,4 +1,4 @@
-"""Rows as the tokens that one model reads, and which of them are real or completions."""
+"""Rows as the tokens that one model reads, and which tokens are real and which are completions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,11 +53,11 @@ def encode_rows(
         return EncodedRow(ids[:MICRO_BATCH_TOKENS], start, len(ids) > MICRO_BATCH_TOKENS)
 
     chosen = sample_rows(rows, tokens_limit, seed, lambda row: len(encoded(row)))
-    kept = [encoded(row) for row in chosen if len(encoded(row))]
-    if not kept:
+    rows_with_tokens = [encoded(row) for row in chosen if len(encoded(row))]
+    if not rows_with_tokens:
         raise RowsError("no row has a token; calibration needs at least one row with text")
-    _check_vocabulary(kept, model, where)
-    return kept
+    _check_vocabulary(rows_with_tokens, model, where)
+    return rows_with_tokens
 
 
 def usable_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -82,8 +82,8 @@ def context_length(model: Any) -> int | None:
 
 def pad_id(tokenizer: Any) -> int:
     """Token that fills a batch; it is masked, so any id of the vocabulary will do."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token for token in known if token is not None)
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token for token in candidates if token is not None)
 
 
 def vocabulary_size(model: Any) -> int:

@@ -1,17 +1,18 @@
 """A checkpoint as a live model: whole, streamed from disk layer by layer, or without weights.
 
-Names of tensors without what compilers and wrappers put into them.
-
-Input embedding and output head of a model, where it has one of them.
-
-Quantized checkpoints are told apart from others before their tensors are looked at.
+Everything goes through transformers, whose errors come out as one line that names the checkpoint.
+Checkpoints that cannot be used are recognized here: quantized ones, and those saved from a compiled
+or wrapped model. So are the input embedding and the output head of a model.
 """
 
+import copy
+import json
 import logging
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from transformers.utils import logging as hf_logging
 from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint
 from graftkit.errors import CheckpointError
 
-# What from_pretrained raises for a configuration, a file or a tensor it cannot use.
 LOAD_ERRORS = (
     OSError,
     ValueError,
@@ -36,6 +36,10 @@ LOAD_ERRORS = (
     ImportError,
     StrictDataclassError,
 )
+"""What from_pretrained raises for a configuration, a file or a tensor it cannot use."""
+
+# Empty models that stay in memory: a command works on a target and a tuned model, seldom on more.
+_EMPTY_MODELS = 4
 
 
 def load_model(
@@ -51,7 +55,7 @@ def load_model(
     Raises: CheckpointError when the checkpoint is unreadable, of an unknown architecture, or lacks
         a tensor that its own class needs.
     """
-    checkpoint = _opened(reference)
+    checkpoint = _open(reference)
     return _from_pretrained(checkpoint, dtype=_dtype(checkpoint) if dtype == "auto" else dtype)
 
 
@@ -60,9 +64,11 @@ def stream_model(reference: str | Path | Checkpoint, offload_dir: str | Path) ->
 
     Peak memory is about one layer. What lies on disk in another layout than the live model needs
     (per-expert tensors) is saved again into `offload_dir`.
-    Raises: CheckpointError as `load_model`.
+
+    Raises: CheckpointError when the checkpoint is unreadable, of an unknown architecture, or lacks
+        a tensor that its own class needs.
     """
-    checkpoint = _opened(reference)
+    checkpoint = _open(reference)
     Path(offload_dir).mkdir(parents=True, exist_ok=True)
     return _from_pretrained(
         checkpoint,
@@ -75,11 +81,36 @@ def stream_model(reference: str | Path | Checkpoint, offload_dir: str | Path) ->
 def empty_model(reference: str | Path | Checkpoint) -> PreTrainedModel:
     """The model of a checkpoint on the meta device: names, shapes and classes, no weights.
 
+    Checkpoints of equal configurations share one model, which is built once. Do not change it;
+    change a deepcopy.
+
     Raises: CheckpointError when the architecture is unknown.
     """
-    checkpoint = _opened(reference)
+    checkpoint = _open(reference)
     config, model_class = _model_class(checkpoint)
-    with _one_line_errors(checkpoint), silence_transformers(), torch.device("meta"):
+    with _one_line_errors(checkpoint):
+        return _build_empty_model(model_class, ConfigKey(config))
+
+
+class ConfigKey:
+    """A configuration that equals every other of the same content: a key for caches."""
+
+    def __init__(self, config: PretrainedConfig):
+        self.config = config
+        content = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+        self._text = json.dumps(content, sort_keys=True, default=str)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ConfigKey) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@lru_cache(maxsize=_EMPTY_MODELS)
+def _build_empty_model(model_class: Any, key: ConfigKey) -> PreTrainedModel:
+    config = copy.deepcopy(key.config)
+    with silence_transformers(), torch.device("meta"):
         model: Any = (
             model_class.from_config(config)
             if hasattr(model_class, "from_config")
@@ -111,7 +142,7 @@ def load_tokenizer(reference: str | Path | Checkpoint) -> PreTrainedTokenizerBas
         ) from error
 
 
-def _opened(reference: str | Path | Checkpoint) -> Checkpoint:
+def _open(reference: str | Path | Checkpoint) -> Checkpoint:
     return reference if isinstance(reference, Checkpoint) else Checkpoint.open(reference)
 
 
@@ -161,11 +192,11 @@ def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The narrowest float dtype that holds every float tensor on disk exactly.
 
-    The config's own `dtype` is not asked: where it is narrower than the file, weights would be
+    The `dtype` of the config does not count: where it is narrower than the file, weights would be
     rounded and no pack would recognize its target.
     """
-    found = {info.dtype for info in checkpoint.tensors.values()} & {*FLOAT_DTYPES, "F64"}
-    dtypes = [DTYPES[name] for name in sorted(found)] or [torch.float32]
+    names = {info.dtype for info in checkpoint.tensors.values()} & {*FLOAT_DTYPES, "F64"}
+    dtypes = [DTYPES[name] for name in sorted(names)] or [torch.float32]
     widest = dtypes[0]
     for dtype in dtypes[1:]:
         widest = torch.promote_types(widest, dtype)
@@ -220,7 +251,7 @@ SAVED_WRAPPED = (
     "has the prefix of a compiled or wrapped model, and transformers does not load it; save the "
     "model inside (for torch.compile, model._orig_mod.save_pretrained)"
 )
-"""What to do about such a name, in a message."""
+"""End of an error message about a tensor whose name has such a prefix."""
 
 
 def unwrapped_name(name: str) -> str:
@@ -229,8 +260,8 @@ def unwrapped_name(name: str) -> str:
 
 
 def input_embeddings(model: Any) -> nn.Module | None:
-    """The module that turns token ids into states; None for models of images, sound, two towers."""
-    return _module(model.get_input_embeddings)
+    """The module that embeds token ids; None for a model of images or sound, or of two towers."""
+    return _module_or_none(model.get_input_embeddings)
 
 
 def token_embedding(model: Any) -> Any:
@@ -246,11 +277,11 @@ def token_embedding(model: Any) -> Any:
 
 def output_embeddings(model: Any) -> nn.Module | None:
     """The module that turns states into logits over the vocabulary; None where there is none."""
-    return _module(model.get_output_embeddings)
+    return _module_or_none(model.get_output_embeddings)
 
 
-def _module(get: Any) -> nn.Module | None:
-    # transformers raises what it likes for a model without one.
+def _module_or_none(get: Any) -> nn.Module | None:
+    # transformers raises different errors for models without one.
     try:
         module = get()
     except (NotImplementedError, AttributeError, TypeError):
@@ -259,14 +290,14 @@ def _module(get: Any) -> nn.Module | None:
 
 
 # Names that GPTQ, AWQ, EETQ, compressed-tensors, fp8 and bitsandbytes give to their tensors.
-_NAMES = {
+_QUANTIZED_NAMES = {
     r"\.(qweight|qzeros)$": "gptq or awq",
     r"\.(weight_packed|weight_scale|weight_zero_point|weight_shape)$": "compressed-tensors",
     r"\.(weight_scale_inv|input_scale)$": "fp8",
     r"\.(SCB|weight_format|absmax|quant_map|quant_state\.\S+)$": "bitsandbytes",
 }
-_SETTINGS = ("quantization_config", "compression_config")
-_CODES = ("I8", "U8")
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+_CODE_DTYPES = ("I8", "U8")
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
@@ -281,14 +312,14 @@ def quantization_method(checkpoint: Checkpoint) -> str | None:
     config = checkpoint.config
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
-        for key in _SETTINGS:
+        for key in _QUANTIZATION_KEYS:
             if isinstance(part.get(key), dict):
                 return _method(part[key], key)
     for name, info in checkpoint.tensors.items():
-        for pattern, method in _NAMES.items():
+        for pattern, method in _QUANTIZED_NAMES.items():
             if re.search(pattern, name):
                 return method
-        if info.dtype in _CODES and len(info.shape) == 2 and name.endswith(".weight"):
+        if info.dtype in _CODE_DTYPES and len(info.shape) == 2 and name.endswith(".weight"):
             return f"{info.dtype.lower()} weights"
     return None
 

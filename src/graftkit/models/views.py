@@ -1,17 +1,16 @@
-"""Other classes of the same model: the backbone alone, and the backbone with other heads.
-
-Every tensor of a checkpoint as a view into the live model's own parameters.
+"""Where every tensor of a checkpoint lies in the parameters of the live model.
 
 Names and layouts on disk differ from those in memory: a Mixtral checkpoint holds one tensor per
 expert, the live model one stack. transformers can turn its parameters back into what it would
-save; here that reversal runs on weightless stand-ins, and every copy on the way is replaced by an
-alias, so that what comes out still says where in which parameter it lies.
+save. Here that reversal runs on tensors without values, and every copy on the way is replaced by
+an alias, so that each result still says where in which parameter it lies.
 
-A live model's weights, written as the checkpoint they were loaded from.
+Tensors are also found under the names that another class of the same model gives them (the
+backbone alone, or with another head). With the views a trained model is written back in the names
+and layouts of the checkpoint that it was loaded from.
 """
 
 import copy
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -37,7 +36,7 @@ from transformers.models.auto import modeling_auto
 from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, write_checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.files import WorkFolder, writing
-from graftkit.models.loading import silence_transformers
+from graftkit.models.loading import ConfigKey, silence_transformers
 from graftkit.side_files import files_beside_weights
 
 
@@ -51,26 +50,12 @@ def owned_by_sibling(model: PreTrainedModel, name: str) -> bool:
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     renamed, _ = rename_source_key(name, renamings, [])
-    owned = _names(_Key(model.config))
+    owned = _names_of_all_classes(ConfigKey(model.config))
     return any(backbone_name(model, candidate) in owned for candidate in (name, renamed))
 
 
-class _Key:
-    """A configuration that is equal to one with the same content, so that results are kept."""
-
-    def __init__(self, config: PretrainedConfig):
-        self.config = config
-        self._text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._text == other._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-
 @lru_cache(maxsize=8)
-def _names(key: _Key) -> frozenset[str]:
+def _names_of_all_classes(key: ConfigKey) -> frozenset[str]:
     """Names of all parameters of all classes, as the backbone has them."""
     names: set[str] = set()
     for model_class in _classes(str(key.config.model_type)):
@@ -83,12 +68,12 @@ def _names(key: _Key) -> frozenset[str]:
 def _classes(model_type: str) -> list[type[PreTrainedModel]]:
     """What the Auto classes of transformers know of a model type."""
     listed: set[str] = set()
-    for mapping, classes in vars(modeling_auto).items():
-        if mapping.endswith("_MAPPING_NAMES") and model_type in classes:
-            entry = classes[model_type]
+    for mapping, names in vars(modeling_auto).items():
+        if mapping.endswith("_MAPPING_NAMES") and model_type in names:
+            entry = names[model_type]
             listed |= {entry} if isinstance(entry, str) else set(entry)
-    found = [getattr(transformers, name, None) for name in sorted(listed)]
-    return [item for item in found if isinstance(item, type) and issubclass(item, PreTrainedModel)]
+    classes = [getattr(transformers, name, None) for name in sorted(listed)]
+    return [cls for cls in classes if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
 
 
 def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedModel | None:
@@ -170,8 +155,8 @@ def checkpoint_views(model: PreTrainedModel) -> dict[str, TensorView]:
     }
     lost = reverted.keys() - places.keys()
     if lost:
-        found = {parameter for parameter, _ in places.values()}
-        places |= _trace_indices(model, state, state.keys() - found, lost)
+        placed = {parameter for parameter, _ in places.values()}
+        places |= _trace_indices(model, state, state.keys() - placed, lost)
     owners = _owners(state)
     return {
         name: _view(name, parameter, owners[parameter], tensor, state[parameter].shape)
@@ -201,16 +186,16 @@ def find_views(
         candidates = (name, prefix + name, name.removeprefix(prefix))
         return next((views[other] for other in candidates if other in views), None)
 
-    found = {name: saved(name) for name in names}
-    unknown = [name for name, view in found.items() if view is None]
+    by_name = {name: saved(name) for name in names}
+    unknown = [name for name, view in by_name.items() if view is None]
     if unknown:
         state = model.state_dict(keep_vars=True)
         owners = _owners(state)
         for name, (live, converted) in _resolve(model, state, unknown).items():
             if live is not None and not converted:
                 whole = _blank(state[live], "meta")
-                found[name] = _view(name, live, owners[live], whole, whole.shape)
-    return found
+                by_name[name] = _view(name, live, owners[live], whole, whole.shape)
+    return by_name
 
 
 def live_name(model: PreTrainedModel, name: str) -> str | None:
@@ -313,12 +298,12 @@ def _trace_indices(
         reverted = revert_weight_conversion(model, index)
     places = {}
     for name in names:
-        found = reverted[name]
-        if found.device.type == "meta" or found.dtype != torch.int64 or not found.numel():
+        index_of = reverted[name]
+        if index_of.is_meta or index_of.dtype != torch.int64 or not index_of.numel():
             continue
-        first = int(found.flatten()[0])
+        first = int(index_of.flatten()[0])
         parameter = max((start, owner) for owner, start in starts.items() if start <= first)[1]
-        view = _affine(found - starts[parameter], _blank(state[parameter], "meta"))
+        view = _affine(index_of - starts[parameter], _blank(state[parameter], "meta"))
         if view is not None:
             places[name] = (parameter, view)
     return places
