@@ -314,7 +314,7 @@ def _describe_pair(pair: "PackPair", names: list[str]) -> dict[str, Any]:
 def _print_interference(result: dict[str, Any]) -> None:
     """One line for each pair, and one for each kind of module below it."""
     columns = ("cosine", "sign conflicts", "weighted", "top 10 % shared")
-    table = show.Table("packs", "modules", *columns, right=columns)
+    table = show.Table("packs", "modules", *columns, right=columns, whole=True)
     for pair in result["pairs"]:
         table.add_row(" and ".join(pair["packs"]), "all", *map(show.number, pair["total"].values()))
         for kind, numbers in pair["kinds"].items():

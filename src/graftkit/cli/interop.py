@@ -35,8 +35,8 @@ def print_import(result: dict[str, Any]) -> None:
     codecs = [tensor["codec"] for tensor in result["tensors"]]
     show.line(
         f"{result['output']}: {show.size(result['pack_bytes'])}, "
-        f"{show.count(codecs.count('factors'), 'matrix', 'matrices')} by their factors, "
-        f"{show.count(codecs.count('exact'), 'tensor')} exactly"
+        f"{show.count(codecs.count('factors'), 'matrix', 'matrices')} by their factors"
+        + (f", {show.count(codecs.count('exact'), 'tensor')} exactly" if "exact" in codecs else "")
     )
     for part in result["omitted"]:
         show.line(f"{part['name']}: {part['reason']}")

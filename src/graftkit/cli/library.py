@@ -198,7 +198,7 @@ def _open_to_route(folder: Path, router: str) -> "Library":
     keyless = [name for name, entry in library.index.newest.items() if not entry.has_key]
     if router == "centroid" and keyless:
         show.line(
-            f"graftkit: {', '.join(keyless)} without a router key, never chosen; add with "
+            f"graftkit: {', '.join(keyless)} without a router key, so never chosen; add again with "
             "--prompts and --update",
             error=True,
         )
@@ -245,7 +245,7 @@ def _print_list(target: str, packs: "tuple[PackEntry, ...]") -> None:
 
 
 def _print_routes(prompts: Sequence[str], routes: list[dict[str, Any]]) -> None:
-    table = show.Table("route", "scores", "prompt")
+    table = show.Table("route", "scores", "prompt", whole=True)
     for prompt, routed in zip(prompts, routes, strict=True):
         best = sorted(routed["scores"].items(), key=lambda score: -score[1])[:3]
         scores = ", ".join(f"{name} {value:.2f}" for name, value in best)
@@ -262,7 +262,9 @@ def _print_scores(result: dict[str, Any]) -> None:
         table.add_row(name, str(score["rows"]), *shares, routed)
     table.show()
     foreign = result["false_acceptance"]
-    accepted = "" if foreign is None else f", {100 * foreign:.1f} % of foreign rows accepted"
+    accepted = (
+        "" if foreign is None else f", {100 * foreign:.1f} % of the rows of no pack accepted by one"
+    )
     show.line(
         f"{100 * result['accuracy']:.1f} % of the rows routed right{accepted}, "
         f"{result['milliseconds_per_prompt']:.1f} ms a prompt"
