@@ -261,12 +261,13 @@ def _vocabulary_metric(
 
 
 def _metric(pair: TensorPair, covariance: Tensor | None, sensitivity: Tensor | None) -> ErrorMetric:
+    """Normalize and shrink H, (n, n); weigh it by the sensitivities of outputs, (m,)."""
     columns = matrix_shape(pair.common_shape, pair.layout)[1][1]
     if covariance is None or covariance.shape != (columns, columns):
         return ErrorMetric()
     trace = float(covariance.diagonal().sum())
     if not _SMALLEST_TRACE < trace < math.inf:
-        return ErrorMetric()  # no input of note: its directions are rounding errors
+        return ErrorMetric()  # inputs of almost zero: their directions are rounding errors
     covariance = covariance * ((1 - SHRINKAGE) * columns / trace)
     covariance.diagonal().add_(SHRINKAGE)
     if sensitivity is None:
