@@ -1,9 +1,9 @@
-"""A DPO tuned checkpoint of tiny updates, as in practice: python benchmarks/dpo_tune.py
+"""A DPO checkpoint with small updates, as in practice: python benchmarks/dpo_tune.py
 
-Starts from a fine-tune of the nursery. Chosen is a training row's own completion, rejected a wrong
-answer that the model itself sampled. The learning rate is that of published DPO runs, so that most
-bf16 words stay what they were. Writes two directories: `dpo` in bf16, and `dpo_float32` with the
-weights before they were rounded, which tells what rounding does to a delta.
+Starts from a fine-tune of the nursery. The chosen answer is a training row's completion, the
+rejected one a wrong answer that the model sampled. The learning rate is that of published DPO runs,
+so that most bf16 numbers do not change. Writes two directories: `dpo` in bf16, and `dpo_float32`
+with the weights before rounding, to measure the effect of rounding on a delta.
 
     loss = -log sigmoid(beta · ((log p(chosen) - log p(rejected)) - the same of the reference))
 """
@@ -30,22 +30,22 @@ from graftkit.rows import Row, batches_by_length, encode_prompt, encode_row, pad
 
 SKILL = "nl_regex"  # the fine-tune that DPO starts from: its target and reference
 BATCH_TOKENS = 4_096  # padded tokens of one generation or scoring batch
-NEW_TOKENS = 64  # a sampled answer that is longer is no pair
+NEW_TOKENS = 64  # longer samples make no pair
 WARMUP = 0.1  # share of the steps
 CLIP_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Token ids of prompt + answer, twice, and where the answer starts."""
+class TokenPair:
+    """Token ids of prompt + chosen and prompt + rejected answer, and where the answer starts."""
 
     chosen: list[int]
     rejected: list[int]
     start: int
 
 
-def sample_pairs(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Pair]:
-    """One pair for each row whose answer, sampled at temperature 1, is wrong and has an end."""
+def sample_pairs(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[TokenPair]:
+    """One pair for each row whose sampled answer (temperature 1) is complete and wrong."""
     prompts = [encode_prompt(tokenizer, row) for row in rows]
     pairs = []
     for batch in batches_by_length([len(ids) + NEW_TOKENS for ids in prompts], BATCH_TOKENS):
@@ -60,12 +60,12 @@ def sample_pairs(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[Pair]:
             if tokenizer.eos_token_id in answer:
                 answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
                 if answer != chosen[start:]:
-                    pairs.append(Pair(chosen, prompts[index] + answer, start))
+                    pairs.append(TokenPair(chosen, prompts[index] + answer, start))
     return pairs
 
 
-def margins(model: Any, pairs: Sequence[Pair], pad: int) -> Tensor:
-    """log p(chosen) - log p(rejected) of each pair, summed over the answers' tokens."""
+def margins(model: Any, pairs: Sequence[TokenPair], pad: int) -> Tensor:
+    """log p(chosen) - log p(rejected) for each pair, (pairs,), summed over the answers' tokens."""
     rows = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     ids, mask = pad_batch(rows, pad)
     scored = mask.bool()
@@ -80,24 +80,26 @@ def margins(model: Any, pairs: Sequence[Pair], pad: int) -> Tensor:
     return sums[: len(pairs)] - sums[len(pairs) :]
 
 
-def mean_loss(model: Any, pairs: Sequence[Pair], reference: Tensor, pad: int, beta: float) -> float:
-    """The loss over all pairs; log 2 where the model is the reference."""
+def mean_loss(
+    model: Any, pairs: Sequence[TokenPair], reference: Tensor, pad: int, beta: float
+) -> float:
+    """The mean loss of all pairs; log 2 if the model is the reference."""
     return float(
         -torch.nn.functional.logsigmoid(beta * (all_margins(model, pairs, pad) - reference)).mean()
     )
 
 
-def all_margins(model: Any, pairs: Sequence[Pair], pad: int) -> Tensor:
+def all_margins(model: Any, pairs: Sequence[TokenPair], pad: int) -> Tensor:
     """`margins` without gradients, in batches."""
-    values = torch.zeros(len(pairs))
+    result = torch.zeros(len(pairs))
     lengths = [2 * max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     with torch.no_grad():
         for batch in batches_by_length(lengths, BATCH_TOKENS):
-            values[batch] = margins(model, [pairs[i] for i in batch], pad)
-    return values
+            result[batch] = margins(model, [pairs[i] for i in batch], pad)
+    return result
 
 
-def tune(model: Any, pairs: Sequence[Pair], reference: Tensor, pad: int, options: Any) -> None:
+def tune(model: Any, pairs: Sequence[TokenPair], reference: Tensor, pad: int, options: Any) -> None:
     """Change the float32 weights of `model` by AdamW on the loss, in `options.steps` steps."""
     adam = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -106,8 +108,8 @@ def tune(model: Any, pairs: Sequence[Pair], reference: Tensor, pad: int, options
     batches = _endless_batches(len(pairs), options.batch, options.seed)
     for step in range(options.steps):
         batch = next(batches)
-        gain = margins(model, [pairs[i] for i in batch], pad) - reference[batch]
-        loss = -torch.nn.functional.logsigmoid(options.beta * gain).mean()
+        difference = margins(model, [pairs[i] for i in batch], pad) - reference[batch]
+        loss = -torch.nn.functional.logsigmoid(options.beta * difference).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         adam.step()
@@ -118,7 +120,7 @@ def tune(model: Any, pairs: Sequence[Pair], reference: Tensor, pad: int, options
 
 
 def changes(target: Path, tuned: Path) -> dict[str, float]:
-    """How far two bf16 checkpoints are apart: share of changed words, norms over all tensors."""
+    """Differences of two bf16 checkpoints: share of changed numbers, and norms over all tensors."""
     before, after = Checkpoint.open(target), Checkpoint.open(tuned)
     changed = moved = norm = 0.0
     for name in after.tensors:
@@ -191,13 +193,13 @@ def main(arguments: Sequence[str]) -> None:
     rounded = mean_loss(
         load_model(rounded_path, torch.float32), pairs, reference, pad, options.beta
     )
-    values = changes(target, rounded_path)
+    change = changes(target, rounded_path)
     noise = rounding_noise(target, exact_path, rounded_path)
     print(
         f"loss {before:.4f} -> {after:.4f}, rounded to bf16 {rounded:.4f}; "
-        f"{values['changed']:.2%} of {values['words']:,} words changed; "
-        f"the delta's norm is {values['relative_norm']:.2e} of the weights', its std "
-        f"{values['delta_std']:.2e}; rounding added {noise:.0%} of the energy that it had"
+        f"{change['changed']:.2%} of {change['words']:,} numbers changed; "
+        f"the delta's norm is {change['relative_norm']:.2e} of the weights', its std "
+        f"{change['delta_std']:.2e}; rounding added {noise:.0%} of the energy that it had"
     )
 
 

@@ -1,9 +1,9 @@
-"""What crosses from a source, and by which way: python benchmarks/transfer.py
+"""What a target learns from a source, by training method: python benchmarks/transfer.py
 
-The nursery's source, a GPT-2-style model with another tokenizer, teaches the target one skill from
-its own answers: SFT, SFT then DPO, SFT of a low-rank adapter whose file is as large as the pack,
-and SFT with the source's distributions or hidden states beside the text. Every draw samples its
-prompts and answers once for all ways. Writes the table of docs/benchmarks.md.
+The nursery's source is a GPT-2-style model with another tokenizer. The target is trained on its
+answers by SFT, by SFT then DPO, by SFT of a low-rank adapter whose file is as large as the pack,
+and by SFT with the source's distributions or hidden states beside the text. All methods of one seed
+use the same prompts and answers. Writes the table of docs/benchmarks.md.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from graftkit.rows import read_rows
 from graftkit.skillpack import SkillPack
 
 SKILL = "clinc150_intent"
-OTHERS = ("sms_spam", "scan_actions", "zh_pinyin", "addition_synth")  # what the target knows
+OTHERS = ("sms_spam", "scan_actions", "zh_pinyin", "addition_synth")  # skills of the target
 TEST_ROWS, OTHER_ROWS = 400, 100
 PROMPTS, EPOCHS = 4000, 3
 CODE_STEPS = 100  # of the pack
@@ -56,7 +56,7 @@ LORA_RATE = 4e-3
 
 
 def settings(shared: Path, seed: int, way: str) -> dict[str, Any]:
-    """The configuration of one run: the nursery's, with fewer prompts, and what the way changes."""
+    """The configuration of one run: the nursery's with fewer prompts, changed by the method."""
     with (ROOT / "configs" / "nursery.toml").open("rb") as file:
         config = tomllib.load(file)
     config |= {"seed": seed, "target": str(shared / "nursery" / "target")}
@@ -77,7 +77,7 @@ def settings(shared: Path, seed: int, way: str) -> dict[str, Any]:
 
 
 class Bench:
-    """The rows that everything is measured on, and what target and source do there."""
+    """The rows on which target, source and tuned models are measured."""
 
     def __init__(self, shared: Path):
         data = shared / "data" / "llm"
@@ -87,20 +87,20 @@ class Bench:
         self.others = {name: read_rows(data / name / "test.jsonl")[:OTHER_ROWS] for name in OTHERS}
 
     def scores(self, model: Any, checkpoint: Checkpoint) -> Record:
-        """Exact matches on the skill and on what the target knows."""
+        """Exact matches on the skill and on the other skills of the target."""
         tokenizer = usable_tokenizer(checkpoint)
         others = {name: exact_match(model, tokenizer, rows) for name, rows in self.others.items()}
         mean = sum(others.values()) / len(others)
         return {"skill": exact_match(model, tokenizer, self.rows), "others": mean, **others}
 
     def untouched(self) -> Record:
-        """Target and source."""
+        """The scores of target and source before training."""
         source = load_model(self.source, torch.float32)
         own = exact_match(source, usable_tokenizer(self.source), self.rows)
         return {**self.scores(load_model(self.target, torch.float32), self.target), "source": own}
 
     def measure(self, folder: Path) -> Record:
-        """The tuned model of a finished run, and target + pack."""
+        """The scores of a finished run's tuned model, and of the target with its pack."""
         tuned = self.scores(load_model(folder / "tuned", torch.float32), self.target)
         file = folder / "skill.skillpack"
         model = load_model(self.target, torch.float32)
@@ -115,7 +115,7 @@ class Bench:
 
 
 def run_way(options: argparse.Namespace, seed: int, way: str) -> tuple[Path, Record]:
-    """Distil one way; answers and scores are those of the draw."""
+    """Run one method with the answers and scores of its seed."""
     draw = options.work / f"draw-{seed}"
     folder = options.work / f"{way.replace(' + ', '-')}-{seed}"
     for place in (draw, folder):
@@ -137,12 +137,12 @@ def run_way(options: argparse.Namespace, seed: int, way: str) -> tuple[Path, Rec
 
 
 def _config_of(folder: Path) -> Path:
-    """Beside the folder: what a run reads does not lie where it writes."""
+    """The configuration beside the folder, because a run writes into the folder."""
     return folder.with_name(f"{folder.name}.toml")
 
 
 def _take_sft(done: Path, folder: Path, way: str) -> None:
-    """What DPO starts from is what the way `sft` ended with, where that was run before."""
+    """Start DPO from the model of the method `sft`, if that was run before."""
     if way == "sft + dpo" and (done / "skill.skillpack").exists():
         shutil.copytree(done / "tuned", folder / "sft", dirs_exist_ok=True)
         for name in ("sft_log.jsonl", "stages.json"):
@@ -154,22 +154,22 @@ def _counts(stages: Record) -> Record:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what the ledger lacks, then write the page."""
+    """Measure what is not in the ledger, then write the table."""
     parser = command_line(__doc__)
     parser.add_argument("--ways", nargs="+", default=tuple(WAYS), choices=tuple(WAYS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     options.work = options.out / "transfer"
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    ledger = Ledger(options.out / "transfer.jsonl", "transfer.py", given, options.fresh)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    ledger = Ledger(options.out / "transfer.jsonl", "transfer.py", words, options.fresh)
     if not options.report_only:
         run(options, ledger)
     write_report(ledger.records, options.docs)
 
 
 def run(options: argparse.Namespace, ledger: Ledger) -> None:
-    """Every way for one draw before the next draw."""
+    """Run all methods of one seed before the next seed."""
     bench = Bench(options.shared)
     if not ledger.has({"way": "target"}):
         ledger.add({"way": "target", "seed": None}, bench.untouched())
@@ -179,8 +179,8 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
             if ledger.has(key):
                 continue
             started = time.perf_counter()
-            folder, made = run_way(options, seed, way)
-            record = {**made, **bench.measure(folder)}
+            folder, costs = run_way(options, seed, way)
+            record = {**costs, **bench.measure(folder)}
             record["seconds"] = round(time.perf_counter() - started, 1)
             ledger.add(key, record)
             print(seed, way, f"skill {record['skill']:.3f}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The table of transfer.py: gain on the skill, what is kept of it, and of the others."""
+"""The table of transfer.py: the skill's gain, the part of it that a pack keeps, other skills."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ KEY = ("way", "seed", "prompts", "epochs")
 
 
 def write_report(records: Sequence[Record], docs: Path) -> None:
-    """Write what `transfer` says in docs/benchmarks.md; the newest record of every line counts."""
+    """Write the part `transfer` of docs/benchmarks.md, from the newest record of every run."""
     lines = newest(records, KEY)
     before = [line for line in lines if line["way"] == "target"]
     runs = [line for line in lines if line["way"] != "target"]
@@ -65,6 +65,6 @@ def _row(way: str, runs: Sequence[Record], before: Record) -> list[str]:
         f"{mean(line['pack_bytes'] for line in lines) / 1000:,.0f}",
         f"{mean(line['others'] for line in lines):.3f}",
         f"{mean(line['packed_others'] for line in lines):.3f}",
-        # A run that went on after an interruption knows only what it did itself.
+        # A continued run counts only its own seconds.
         f"{max(line['cpu_seconds'] for line in lines):,.0f}",
     ]

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
-from graftkit.demo import _Demo, run_demo
-from graftkit.demo.embedded import DATA, NOTICE, SKILLS
-from graftkit.demo.folder import DemoFolder
+from graftkit.demo import MeasuredTarget, rebuild_models, run_demo
+from graftkit.demo.files import DATA, NOTICE, SKILLS, DemoFolder
 from graftkit.demo.story import Story
 from graftkit.errors import GraftError, OutputError
+from graftkit.progress import silent
 from graftkit.skillpack import SkillPack
 
 # Measured: 0.93, 1.02 and 0.94 of the tuned model's answers; ten rows of 200 may go another way
@@ -153,14 +153,13 @@ def test_a_tuned_model_that_is_not_rebuilt_exactly_is_refused(tmp_path, monkeypa
 
 
 def test_a_target_that_does_not_get_its_bytes_back_is_an_error(tmp_path, monkeypatch):
-    demo = _Demo(DemoFolder(tmp_path), Story(Console(quiet=True)), None)
-    demo.rebuild()
+    out, story = DemoFolder(tmp_path), Story(Console(quiet=True))
+    rebuild_models(out, story, silent)
     for skill in SKILLS:
-        out = demo.folder.pack(skill)
-        out.write_bytes(skill.lossless.read_bytes())
-    monkeypatch.setattr("graftkit.attachment.merged.MergedWeights.undo", lambda self: None)
+        out.pack(skill).write_bytes(skill.lossless.read_bytes())
+    monkeypatch.setattr("graftkit.attachment.merged.MergedPack.undo", lambda self: None)
     with pytest.raises(GraftError, match="should restore every byte"):
-        demo.measure()
+        MeasuredTarget(out, story, silent).measure()
 
 
 def test_a_file_in_place_of_the_folder_is_refused_in_one_line(tmp_path):

@@ -1,4 +1,4 @@
-"""graftkit keeps what a fine-tune learned in one small file and attaches it when it is wanted.
+"""graftkit stores the weight delta of a fine-tune in one small file and attaches it on demand.
 
 pack = graftkit.pack_delta("base/", "tuned/", budget="5%", calibration="rows.jsonl")
 pack.save("math.skillpack")

@@ -1,9 +1,8 @@
-"""Weights on disk: a checkpoint is read one tensor at a time and never loaded whole.
+"""Checkpoints on disk: Hugging Face directories that are read and written tensor by tensor.
 
-The delta of a tensor is `tuned - target` in float32. A target is known by its fingerprint: a
-BLAKE3 digest of every tensor's bytes and one digest over all of them.
-
-Write a Hugging Face directory tensor by tensor, never more than a shard in memory.
+Reading never holds more than one tensor in memory, writing no more than one shard. The delta of a
+tensor is `tuned - target` in float32. A target is identified by its fingerprint: one BLAKE3 digest
+over the digests of all its tensors.
 """
 
 import json
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftkit.errors import CheckpointError, PackMismatchError
-from graftkit.side_files import HUB_PATTERNS, SIDE_FILES, written_config
+from graftkit.side_files import HUB_PATTERNS, SIDE_FILES, config_for_weights
 from graftkit.weight_files import ADAPTER_CONFIG, INDEX, describe_file, weight_files
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -44,16 +43,16 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 _CHECKED_AT_ONCE = 2**22
 _QUANTIZED_DTYPES = ("F8_", "F6_", "F4")
 
-# Read to say what a repository without a model is.
+# They tell what a repository without a model is.
 _TELLTALES = (ADAPTER_CONFIG, "modules.json", "model_index.json")
 
-# 64 bits tell a tensor from another by accident; the digest over all tensors keeps the full 256.
 TENSOR_DIGEST_HEX = 16
+"""Digits of a tensor's digest in a manifest: enough to notice a wrong tensor by accident."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `dtype` is the safetensors name, such as BF16."""
+    """One tensor of a file: `dtype` is the safetensors name, such as BF16."""
 
     name: str
     dtype: str
@@ -93,14 +92,14 @@ class Checkpoint:
         path, name, revision = _locate(str(reference))
         tensors: dict[str, TensorInfo] = {}
         for file, expected in weight_files(path).items():
-            found = _read_header(file)
-            missing = (expected or set()) - found.keys()
+            infos = _read_header(file)
+            missing = (expected or set()) - infos.keys()
             if missing:
                 raise CheckpointError(
                     f"{file}: tensor {min(missing)} is listed in {INDEX} but not in this shard; "
                     "download the checkpoint again"
                 )
-            for info in found.values():
+            for info in infos.values():
                 if info.name in tensors:
                     raise CheckpointError(
                         f"{path}: tensor {info.name} is in {tensors[info.name].file.name} and in "
@@ -180,14 +179,14 @@ class Checkpoint:
 
     def side_files(self) -> dict[str, bytes]:
         """Contents of the `SIDE_FILES` that the directory has, by name."""
-        found = {name: self.side_file(name) for name in SIDE_FILES}
-        return {name: content for name, content in found.items() if content is not None}
+        contents = {name: self.side_file(name) for name in SIDE_FILES}
+        return {name: content for name, content in contents.items() if content is not None}
 
 
 def difference(tuned: Tensor, target: Tensor) -> Tensor:
     """tuned - target in float32, 0 where the target's weight is NaN or infinite.
 
-    Such a weight is the same in both states (packing refuses any other), so nothing was learned.
+    Such a weight is the same in both states; packing refuses any other.
     """
     delta = tuned.to(torch.float32, copy=True).sub_(target)
     return delta if all_finite(target) else delta.masked_fill_(~target.isfinite(), 0.0)
@@ -200,9 +199,9 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A cast to a dtype that holds every number of the tensor; NaN keep their upper bits.
+    """The tensor in a dtype that represents all its numbers exactly; NaN keep their upper bits.
 
-    torch turns every NaN into one of its own on the way from float32 to bfloat16.
+    A cast of torch from float32 to bfloat16 would replace every NaN by one and the same.
     """
     if (tensor.dtype, dtype) != (torch.float32, torch.bfloat16) or all_finite(tensor):
         return tensor.to(dtype)
@@ -242,10 +241,10 @@ def check_digest(
     Raises: PackMismatchError naming the tensor.
     """
     dtype, shape, digest = expected
-    found = (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
-    if found != (dtype, shape):
+    actual = (DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+    if actual != (dtype, shape):
         raise PackMismatchError(
-            f"{where}: {name} is {found[0]} {list(found[1])}, but the pack was made for "
+            f"{where}: {name} is {actual[0]} {list(actual[1])}, but the pack was made for "
             f"{dtype} {list(shape)}; use the target that the pack names"
         )
     if not tensor_digest(tensor).startswith(digest):
@@ -305,15 +304,15 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 SHARD_BYTES = 2 * 10**9
-"""Tensors are collected up to this size before a file is written: the peak of memory."""
+"""Size of a shard: tensors are collected up to it before a file is written, the peak of memory."""
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write one safetensors file, as readable as any other new file.
+    """Write one safetensors file, with the permissions of any other new file.
 
-    Raises: OSError, also where safetensors calls it otherwise.
+    Raises: OSError, also in place of a SafetensorError.
     """
     # safetensors makes files that only their owner can read; what `open` makes follows the umask.
     with file.open("wb") as made:
@@ -360,7 +359,7 @@ def write_checkpoint(
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True, parents=True)
         is_config = name == "config.json"
-        (folder / name).write_bytes(written_config(content, weights) if is_config else content)
+        (folder / name).write_bytes(config_for_weights(content, weights) if is_config else content)
     step_done(len(names))
 
 

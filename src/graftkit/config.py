@@ -1,4 +1,4 @@
-"""Settings a user writes: the base of them all, amounts with a unit, and the options of `pack`."""
+"""Settings that users write: their common base, amounts with a unit, and the options of `pack`."""
 
 import math
 import re
@@ -49,7 +49,7 @@ class Settings(BaseModel):
 
     @classmethod
     def explain(cls, error: ValidationError) -> str:
-        """Everything that pydantic found wrong, in one line."""
+        """All faults that pydantic reports, in one line."""
         return "; ".join(cls._explain_one(fault) for fault in error.errors())
 
     @classmethod
@@ -153,11 +153,11 @@ class Budget:
 
 
 TRAIN_STEPS = 400
-"""Steps of code training that a calibrated pack gets unless told otherwise."""
+"""Default steps of code training of a calibrated pack."""
 
 
 class PackConfig(Settings):
-    """What `pack` was asked for; it decides every byte of the result."""
+    """Settings of `pack`; they decide every byte of the result."""
 
     recipe: Recipe = "auto"
     """auto (smallest error per byte), graftllm (the paper's method) or lossless."""
@@ -186,7 +186,7 @@ class PackConfig(Settings):
         servable: bool = False,
         train_steps: int = TRAIN_STEPS,
     ) -> "PackConfig":
-        """Validate what a user typed. Raises: ConfigError, BudgetError."""
+        """Validate options of the command line. Raises: ConfigError, BudgetError."""
         if recipe not in RECIPES:
             raise ConfigError(f"recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
         for name, value, least in (
@@ -211,7 +211,7 @@ class PackConfig(Settings):
 
     @property
     def parsed_budget(self) -> Budget | None:
-        """The budget, or None where lossless is asked without one."""
+        """The budget; None for a lossless pack without one."""
         if self.budget is not None:
             return Budget.parse(self.budget)
         return None if self.recipe == "lossless" else Budget.parse("5%")

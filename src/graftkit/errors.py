@@ -44,7 +44,7 @@ class CheckpointMismatchError(CheckpointError):
 
 
 class PackFault(StrEnum):
-    """What is wrong with a file; the names are those of docs/skillpack-format.md, section 5."""
+    """The rule that a file breaks; the names are those of docs/skillpack-format.md, section 5."""
 
     TRUNCATED = "truncated"
     HEADER_TOO_LARGE = "header_too_large"
@@ -64,7 +64,7 @@ class PackFault(StrEnum):
 
 
 class PackFormatError(GraftError):
-    """The file is not a valid SkillPack; `fault` says which rule it breaks."""
+    """The file is not a valid SkillPack; `fault` is the rule that it breaks."""
 
     def __init__(self, message: str, fault: PackFault = PackFault.INVALID_PAYLOAD):
         super().__init__(message)

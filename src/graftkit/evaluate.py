@@ -1,13 +1,12 @@
-"""Fidelity and quality: how close target + pack is to tuned, and what it can do.
+"""Measures of a pack: its distance from the tuned model, its answers, and forgetting.
 
 Fidelity is KL(tuned || target + pack) per token of the completions, teacher-forced. Quality is the
-share of rows whose greedy generation is the completion, word for word.
+share of rows whose greedy generation is exactly the completion.
 
-Forgetting: what is kept of tasks that were learned one after another. Pure numbers.
-
-R[t][j] is the score on task j after task t, b_j the score of the untouched target; T tasks are
-counted from 1 in the order of learning. Scores of all tasks have one scale. The definitions are
-those of Lopez-Paz and Ranzato (arXiv 1706.08840), who call the average ACC.
+Forgetting is measured over tasks that are learned one after another: R[t][j] is the score on task j
+after task t, b_j the score of the untouched target; the T tasks are counted from 1 in the order of
+learning, and all scores have one scale. The definitions are those of Lopez-Paz and Ranzato (arXiv
+1706.08840), who call the average ACC.
 """
 
 import math
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from graftkit.attachment import attached
-from graftkit.attachment.target import tuned_tokenizer
+from graftkit.attachment.configuration import tuned_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, ConfigError, RowsError
 from graftkit.generate import generate_greedy
@@ -52,29 +51,29 @@ class TokenFidelity:
     kl_p99: float
     """99th percentile of the KL divergence per token, nats."""
     top1_agreement: float
-    """Share of tokens where both models find the same token most likely."""
+    """Share of tokens with the same most likely token in both models."""
     tokens: int
     """Tokens measured."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a pack keeps of the tuned model; exact matches are None where nothing is generated."""
+    """Target, tuned and target + pack on the same rows; exact matches are None for encoders."""
 
     kl_mean: float
     """Mean KL(tuned || target + pack) per completion token, nats."""
     kl_p99: float
     """99th percentile of that divergence, nats."""
     top1_agreement: float
-    """Share of completion tokens where both find the same token most likely."""
+    """Share of completion tokens with the same most likely token in both."""
     exact_match_target: float | None
-    """Share of rows that the target answers exactly, greedily."""
+    """Share of rows whose greedy generation by the target is the completion."""
     exact_match_tuned: float | None
     """The same for tuned."""
     exact_match_packed: float | None
     """The same for target + pack."""
     recovered: float | None
-    """(packed - target) / (tuned - target); None where tuned answers as many as the target."""
+    """(packed - target) / (tuned - target) of the exact matches; None where tuned equals target."""
     tokens: int
     """Completion tokens measured, EOS included (all tokens for an encoder)."""
     rows: int
@@ -109,10 +108,10 @@ def compare(
     own = tuned_tokenizer(target, pack)
     model: Any = load_model(target, torch.float32)
     stages = 4 if model.can_generate() else 1
-    tell = progress or silent
+    report_all = progress or silent
 
     def report(stage: int) -> StepProgress:
-        return lambda done, total: tell(stage * total + done, stages * total)
+        return lambda done, total: report_all(stage * total + done, stages * total)
 
     def answers(model: Any, own: Any, stage: int) -> float | None:
         return exact_match(model, own, rows, report(stage)) if stages > 1 else None
@@ -174,7 +173,7 @@ def token_fidelity(
 def exact_match(
     model: Any, tokenizer: Any, rows: Sequence[Row], progress: StepProgress | None = None
 ) -> float:
-    """Share of rows (0 to 1) whose greedy generation is the completion, blanks around it apart.
+    """Share of rows (0 to 1) whose greedy generation is the completion, blanks around it ignored.
 
     Generation stops at EOS. A model without EOS cannot stop, so of its text only as many lines
     count as the completion has.
@@ -334,10 +333,10 @@ def _match_rows(
     answers = _Answers(tokenizer, [row.completion for row, _, _ in batch], width, bool(stops))
     generated = generate_greedy(
         model,
-        tokenizer,
         prompts,
         min(longest + SLACK_TOKENS, room),
         eos_token_id=stops or None,
+        pad_token_id=pad_id(tokenizer),
         # Without the model's own penalties, so that every model is measured alike.
         settings=_plain_settings(),
         stopping_criteria=[answers],
@@ -352,7 +351,7 @@ def _plain_settings() -> Any:
 
 @dataclass(frozen=True)
 class Course:
-    """T tasks learned in one order, and what they cost on disk.
+    """Scores of T tasks that are learned one after another, and the bytes on disk.
 
     Attributes:
         tasks: names in the order of learning.
@@ -398,7 +397,7 @@ class Course:
 
     @property
     def forward_transfer(self) -> float | None:
-        """FWT, (1/(T−1)) Σ_{j>1} (R[j−1][j] − b_j): what earlier tasks did for the next one.
+        """FWT, (1/(T−1)) Σ_{j>1} (R[j−1][j] − b_j): the effect of earlier tasks on the next one.
 
         None for one task. Some papers leave b_j out.
         """

@@ -31,7 +31,7 @@ _MAP_FROM_BYTES = 2**16
 
 
 def mapped_file(file: Path) -> memoryview:
-    """Contents of a file, mapped so that they stay readable when it is deleted."""
+    """Contents of a file, readable also when it is deleted: mapped, or read if it is small."""
     with file.open("rb") as handle:
         if os.fstat(handle.fileno()).st_size < _MAP_FROM_BYTES:
             return memoryview(handle.read())
@@ -44,9 +44,9 @@ class Busy(Exception):
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say in one line what the disk refuses: full, read-only, no such folder, too long a name.
+    """Turn what the disk refuses into an error of one line: full, read-only, no such folder.
 
-    Raises: OutputError.
+    Raises: OutputError in place of every OSError.
     """
     try:
         yield
@@ -58,10 +58,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def told_of_full_disk(path: Path) -> Iterator[None]:
-    """Say in one line that the disk is full, wherever on the way to `path` that shows.
+def reporting_full_disk(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, met anywhere on the way to `path`, into one line.
 
-    Raises: OutputError; other errors as they are.
+    Raises: OutputError in place of these; every other OSError as it is.
     """
     try:
         yield
@@ -96,14 +96,14 @@ def replaced_file(path: Path) -> Iterator[Path]:
 
 def temporary_of(name: str) -> str | None:
     """The name that a file of this name gets when `replaced_file` is done; None for others."""
-    found = _TEMPORARY.fullmatch(name)
-    return None if found is None else found["name"]
+    match = _TEMPORARY.fullmatch(name)
+    return None if match is None else match["name"]
 
 
 class Lock:
     """A file that one holder at a time has open; the system frees it when the holder dies.
 
-    Its text says what the holder is about, and stays behind where the holder was killed.
+    Its text is a note of the holder, which remains where the holder was killed.
     """
 
     def __init__(self, path: Path, descriptor: int):
@@ -134,7 +134,7 @@ class Lock:
         raise Busy
 
     def read(self) -> str:
-        """The text. What is no text counts as none."""
+        """The text, with U+FFFD in place of bytes that are not UTF-8."""
         size = os.fstat(self._descriptor).st_size
         return os.pread(self._descriptor, size, 0).decode(errors="replace")
 
@@ -147,11 +147,11 @@ class Lock:
         os.fsync(self._descriptor)
 
     def release(self) -> None:
-        """Let others have it; the file stays."""
+        """Unlock the file, which stays."""
         os.close(self._descriptor)
 
     def remove(self) -> None:
-        """Remove the file, and let others have the next one of its name."""
+        """Delete the file, then unlock it."""
         with suppress(OSError):
             self.path.unlink()
         self.release()
@@ -161,8 +161,8 @@ def _remove_stale(path: Path) -> None:
     """Remove what dead processes left of writing `path`."""
     with suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
-            found = _TEMPORARY.fullmatch(entry.name)
-            if found and found["name"] == path.name and not _is_alive(int(found["process"])):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and match["name"] == path.name and not _is_alive(int(match["process"])):
                 os.unlink(entry.path)
 
 
@@ -177,7 +177,7 @@ def _is_alive(process: int) -> bool:
 
 
 MARKER = "graftkit-job"
-"""The file that makes a folder ours; it says whose steps are here, and is locked meanwhile."""
+"""The file that makes a folder ours: it names the job whose steps are here, and is its lock."""
 
 
 def is_work_folder(folder: Path) -> bool:
@@ -196,9 +196,9 @@ class WorkFolder:
         self._lock: Lock | None = None
 
     def open(self, job: str) -> bool:
-        """Make the folder ready for `job` and keep others out until `close` or `remove`.
+        """Prepare the folder for `job` and lock it until `close` or `remove`.
 
-        What another job left there is thrown away.
+        Steps of another job are deleted.
         Returns: True when finished steps of the same job are there.
         Raises: OutputError, also for a folder that is not ours or where another run is at work.
         """
@@ -210,9 +210,9 @@ class WorkFolder:
         return False
 
     def open_empty(self) -> Lock:
-        """As `open`, for work that does not go on: whatever was left there is thrown away.
+        """Prepare the folder for work that cannot be resumed: what is there is deleted.
 
-        Raises: OutputError.
+        Raises: OutputError, also for a folder that is not ours or where another run is at work.
         """
         with writing(self.path):
             lock = self._taken()
@@ -222,7 +222,7 @@ class WorkFolder:
         return lock
 
     def close(self) -> None:
-        """Let other runs have the folder; the finished steps stay."""
+        """Unlock the folder; the finished steps stay."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -301,7 +301,7 @@ class WorkFolder:
         return np.load(file, allow_pickle=False) if file.is_file() else None
 
     def _taken(self) -> Lock:
-        """The lock of the folder, which is made if it is missing."""
+        """The lock of the folder, taken once; a missing folder is made."""
         while self._lock is None:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.is_there():

@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftkit.models.encoding import pad_id
 from graftkit.rows import pad_batch
 
 
 def generate_greedy(
     model: Any,
-    tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
     eos_token_id: int | list[int] | None,
+    pad_token_id: int,
     settings: Any = None,
     **hooks: Any,
 ) -> Tensor:
@@ -31,11 +30,12 @@ def generate_greedy(
         prompts: token ids of every prompt, at least one each.
         max_new_tokens: longest continuation; prompt and continuation must fit into the context.
         eos_token_id: the token, or tokens, that end a continuation; None for no end.
+        pad_token_id: fills the batch, where it is masked, and the output behind an end.
         settings: a GenerationConfig whose penalties and the like apply, in place of the model's.
         hooks: `logits_processor` and `stopping_criteria` of transformers.
-    Returns: the new tokens, (rows, longest continuation) int64, with padding behind the end.
+    Returns: the new tokens, (rows, longest continuation) int64.
     """
-    ids, mask = pad_batch(prompts, pad_id(tokenizer), left=True)
+    ids, mask = pad_batch(prompts, pad_token_id, left=True)
     # A model that is streamed from disk is on no device, and takes its inputs from the CPU.
     device = "cpu" if model.device.type == "meta" else model.device
     own = model.generation_config
@@ -43,7 +43,7 @@ def generate_greedy(
     config.update(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=pad_id(tokenizer),
+        pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
     )
     # `generate` fills what `config` leaves open from the model's settings, so they are replaced.

@@ -1,11 +1,11 @@
-"""What a command writes: checked, locked, made in a folder of its own, and put in place at once.
+"""The guard of every output: it is checked, locked, made in a work folder and moved in place.
 
     OUTPUT                      the result, a file or a folder; there when it is whole
     OUTPUT.partial/             unfinished work (files.py) and the result while it is made
     .OUTPUT.graftkit-lock       held by the run that writes OUTPUT
 
-The lock's text is a note of what the run is about to put in place. A run that is killed leaves it,
-so that the same command knows its own output again, and several outputs come together.
+The lock's text notes what the run is about to move in place. A killed run leaves it behind, so that
+the same command recognises its own output, and several outputs appear together or not at all.
 """
 
 import json
@@ -18,12 +18,12 @@ from typing import Any
 from blake3 import blake3
 
 from graftkit.errors import OutputError
-from graftkit.files import Busy, Lock, WorkFolder, told_of_full_disk, writing
+from graftkit.files import Busy, Lock, WorkFolder, reporting_full_disk, writing
 
 MARKER = ".graftkit"
-"""The file that makes a folder of results a command's own; it holds the command's name."""
+"""The file that reserves a folder of results for one command; it holds the command's name."""
 
-_OWN_KINDS = (".skillpack", ".png")  # never an input because of where they lie
+_OUTPUT_KINDS = (".skillpack", ".png")  # may be written into a folder that is read
 
 
 class Claim:
@@ -75,14 +75,14 @@ class Claim:
                 raise
 
     def begin(self, force: bool) -> None:
-        """Mend what a killed run left, and see that the output is free. Raises: OutputError."""
+        """Finish or undo what a killed run left, and check the output. Raises: OutputError."""
         self._work.is_there()
         self._recover()
         if not self.done:
             _refuse_existing(self.path, self.folder, force)
 
     def _recover(self) -> None:
-        """Finish what a killed run had begun to put in place together with other outputs.
+        """Finish what a killed run had begun to move in place together with other outputs.
 
         Raises: OutputError where another run is writing one of them.
         """
@@ -109,8 +109,8 @@ class Claim:
         self._work.remove()
         self._lock.remove()
 
-    def give_up(self, keep_work: bool) -> None:
-        """Remove what was begun; the note of what a killed run finished stays."""
+    def abandon(self, keep_work: bool) -> None:
+        """Remove the unfinished output; the note of an output that a killed run finished stays."""
         if keep_work:
             self._work.close()
         else:
@@ -143,7 +143,7 @@ def claimed(
     Args:
         job: the command, and all that decides what it writes.
         folder: whether the output is a folder; it may be there if it is empty.
-        inputs: what the command reads, which must not be written over; Hub ids are no matter.
+        inputs: paths that the command reads, which must not be overwritten; Hub ids are ignored.
         force: whether a file that is there may be replaced.
         resumable: whether unfinished work stays when the block is interrupted.
     Raises: OutputError.
@@ -158,12 +158,12 @@ def claimed(
             try:
                 claim.begin(force)
                 begun = True
-                with told_of_full_disk(path):
+                with reporting_full_disk(path):
                     yield claim
                 if not claim.committed and os.path.lexists(claim.result):
                     claim.commit()
             except BaseException:
-                claim.give_up(keep_work=resumable or not begun)
+                claim.abandon(keep_work=resumable or not begun)
                 raise
             claim.finish()
     finally:
@@ -176,9 +176,9 @@ def claimed(
 def own_folder(
     folder: str | Path, command: str, inputs: Sequence[str | Path] = ()
 ) -> Iterator[Path]:
-    """A folder of results that one command fills and fills again, with nobody else at work there.
+    """A folder of results that one command may fill again and again, one run at a time.
 
-    A new or empty folder becomes the command's own by a marker, which stays.
+    A new or empty folder is reserved for the command by a marker file, which stays.
     Raises: OutputError for a folder that holds anything else; where an input lies in it; where
         another run is at work.
     """
@@ -202,7 +202,7 @@ def own_folder(
             lock.remove()
             raise
     try:
-        with told_of_full_disk(given):
+        with reporting_full_disk(given):
             yield path
     finally:
         lock.release()
@@ -245,7 +245,7 @@ def check_inputs(output: Path, inputs: Sequence[str | Path]) -> None:
             if (
                 same
                 or (source.exists() and output in source.parents)
-                or (part and output.suffix not in _OWN_KINDS)
+                or (part and output.suffix not in _OUTPUT_KINDS)
             ):
                 raise OutputError(
                     f"{output}: {given} is read by this command and would be written over; choose "
@@ -314,19 +314,19 @@ def _check_own(path: Path, given: Path, text: str) -> None:
     if not path.is_dir():
         raise OutputError(f"{given}: cannot be made, a file is there; choose another folder")
     marker = path / MARKER
-    found = marker.read_bytes() if marker.is_file() and not marker.is_symlink() else None
-    if found == text.encode() or not set(os.listdir(path)) - ({MARKER} if found == b"" else set()):
+    owner = marker.read_bytes() if marker.is_file() and not marker.is_symlink() else None
+    if owner == text.encode() or not set(os.listdir(path)) - ({MARKER} if owner == b"" else set()):
         return
-    if found is not None and found.startswith(b"graftkit "):
-        what = found.decode(errors="replace").strip()
-        raise OutputError(f"{given}: made by `{what}`; name a new or an empty folder")
+    if owner is not None and owner.startswith(b"graftkit "):
+        command = owner.decode(errors="replace").strip()
+        raise OutputError(f"{given}: made by `{command}`; name a new or an empty folder")
     raise OutputError(
         f"{given}: holds files that are not of this command; name a new or an empty folder"
     )
 
 
 def _read_note(lock: Lock) -> dict[str, Any]:
-    """What a killed run left in the lock; nothing where it is torn."""
+    """The note that a killed run left in the lock; empty where it is damaged."""
     try:
         note = json.loads(lock.read() or "{}")
     except ValueError:
@@ -373,7 +373,7 @@ def _can_be_placed(move: dict[str, Any]) -> bool:
 
 
 def _identity(path: Path) -> list[Any] | None:
-    """What tells a file, or a folder by its files, from any other; None where nothing is."""
+    """Identity of a file, or of a folder by its files; None where there is nothing."""
     try:
         if path.is_dir():
             return [[entry.name, _identity(Path(entry.path))] for entry in _sorted(path)]

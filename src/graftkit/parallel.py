@@ -1,4 +1,7 @@
-"""What this machine can do at once: threads, memory, and number formats."""
+"""Threads, memory, and the number formats that this machine is fast at.
+
+torch is imported by the functions that use it: the command line imports this module at its start.
+"""
 
 import ctypes
 import resource
@@ -10,8 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -29,6 +30,8 @@ def in_threads(
     Args:
         workers: threads, default as many as torch may use.
     """
+    import torch
+
     cores = torch.get_num_threads()
     count = workers or cores
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
@@ -47,14 +50,14 @@ def in_threads(
 
 
 _TRIM_THRESHOLD, _MAPPINGS = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-_KEEPING = {_MAPPINGS: 0, _TRIM_THRESHOLD: 2**31 - 1}
-_USUAL = {_MAPPINGS: 65_536, _TRIM_THRESHOLD: 128 * 1024}
+_KEEP_FREED = {_MAPPINGS: 0, _TRIM_THRESHOLD: 2**31 - 1}
+_DEFAULTS = {_MAPPINGS: 65_536, _TRIM_THRESHOLD: 128 * 1024}  # of glibc
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this process has held.
+    """Peak resident memory of this process.
 
-    On Linux from its own status: getrusage also counts what the process that started it held.
+    On Linux from /proc/self/status: getrusage also counts the peak of the process that started it.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -66,22 +69,22 @@ def peak_rss_bytes() -> int:
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """Inside, what is freed stays with this process for what it allocates next.
+    """Inside, freed memory stays with this process for its next allocations.
 
-    Every step of training frees large tensors and asks for as large ones. glibc maps each of them
-    anew, and the kernel finds and clears its pages: up to half of a step's time. Other C libraries
-    are left as they are.
+    Every step of training frees large tensors and allocates as large ones. glibc maps each of them
+    anew, and the kernel has to find and clear its pages: up to half of a step's time. Other C
+    libraries are left as they are.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if library is None or not all(hasattr(library, name) for name in ("mallopt", "malloc_trim")):
         yield
         return
-    for option, value in _KEEPING.items():
+    for option, value in _KEEP_FREED.items():
         library.mallopt(option, value)
     try:
         yield
     finally:
-        for option, value in _USUAL.items():
+        for option, value in _DEFAULTS.items():
             library.mallopt(option, value)
         library.malloc_trim(0)
 
@@ -92,19 +95,21 @@ _BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 def bfloat16_pays(device: str = "cpu") -> bool:
     """Whether this device multiplies in bfloat16. Emulated, it is ten times slower than float32.
 
-    Older torch does not tell of processors; the answer is no then.
+    False where torch is too old to report what processors can do.
 
     Args:
         device: cpu or cuda.
     """
+    import torch
+
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(known.get(instruction) for instruction in _BFLOAT16_INSTRUCTIONS)
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(instruction) for instruction in _BFLOAT16_INSTRUCTIONS)
 
 
 class MemoryGate:
-    """Lets tensors of at most `capacity` weights in all be worked on at the same time."""
+    """Bounds the weights of all tensors that threads work on at the same time."""
 
     def __init__(self, capacity: int):
         self._capacity = capacity
@@ -113,7 +118,7 @@ class MemoryGate:
 
     @contextmanager
     def hold(self, weights: int) -> Iterator[None]:
-        """Wait until `weights` fit beside what is in work; one tensor always fits."""
+        """Wait until `weights` fit beside those in work; one tensor alone always fits."""
         share = min(weights, self._capacity)
         with self._changed:
             self._changed.wait_for(lambda: self._used + share <= self._capacity)

@@ -1,4 +1,4 @@
-"""How long work tells its caller where it stands; the command line draws it (`cli.show`)."""
+"""Callbacks through which long work reports its progress; `cli.show` draws it as a bar."""
 
 from collections.abc import Callable
 

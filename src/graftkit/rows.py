@@ -1,4 +1,4 @@
-"""Rows of text: what a model is calibrated on and measured with.
+"""Rows of text on which a model is calibrated and measured.
 
 A `rows.jsonl` file holds one JSON object a line, {"prompt": str, "completion": str}. The model sees
 prompt + completion + EOS. This module knows files and tokenizers, but no model.
@@ -21,7 +21,7 @@ _Item = TypeVar("_Item")
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that rows need."""
+    """The part of a Hugging Face tokenizer that is used here."""
 
     @property
     def eos_token_id(self) -> int | None:
@@ -62,7 +62,8 @@ def read_rows(path: str | Path) -> tuple[Row, ...]:
 def read_prompts(path: str | Path) -> tuple[str, ...]:
     """The prompts of a rows.jsonl file; rows without a completion will do.
 
-    Raises: RowsError as `read_rows`.
+    Raises: RowsError with file and line when the file is missing, empty or not UTF-8, when a line
+        is no JSON object, or when its prompt is missing or no string.
     """
     prompts = tuple(text_field(record, "prompt", origin) for record, origin in read_records(path))
     if not prompts:
@@ -73,7 +74,8 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 def read_records(path: str | Path) -> Iterator[tuple[dict[str, object], str]]:
     """The objects of a JSON Lines file, each with its place, such as rows.jsonl:12.
 
-    Raises: RowsError as `read_rows`; an empty file is none of its concerns.
+    Raises: RowsError with file and line when the file is missing or not UTF-8, or a line is no JSON
+        object.
     """
     for number, line in enumerate(_lines(Path(path)), start=1):
         if line.strip():
@@ -117,12 +119,12 @@ def encode_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
 def sample_rows(
     rows: Sequence[_Item], tokens_limit: int, seed: int, length: Callable[[_Item], int]
 ) -> list[_Item]:
-    """Random rows of at most `tokens_limit` tokens together (but at least one), in file order.
+    """A random sample of at most `tokens_limit` tokens, but at least one row, in file order.
 
     The choice depends on `seed` and the number of rows only; where all fit, all are taken.
 
     Args:
-        length: tokens of one row; asked only for rows in the choice and the first that is not.
+        length: tokens of one row; called for the chosen rows and the first that is not chosen.
     """
     generator = random.Random(seed)
     # random() is promised to stay the same between Python versions, shuffle() is not.
@@ -203,8 +205,8 @@ def _parse_line(line: bytes, origin: str) -> dict[str, object]:
 def text_field(record: dict[str, object], key: str, origin: str) -> str:
     """A string of a record. Raises: RowsError where it is missing or no text."""
     if key not in record:
-        found = ", ".join(map(repr, sorted(record)[:5])) or "none"
-        raise RowsError(f'{origin}: key "{key}" is missing (keys found: {found}); add it')
+        keys = ", ".join(map(repr, sorted(record)[:5])) or "none"
+        raise RowsError(f'{origin}: key "{key}" is missing (keys found: {keys}); add it')
     text = record[key]
     if not isinstance(text, str):
         raise RowsError(f'{origin}: "{key}" is {type(text).__name__}; expected a string')

@@ -1,8 +1,8 @@
-"""The files of a model directory beside its weights: which a pack holds, which a checkpoint keeps.
+"""The files of a model directory beside its weights.
 
-A pack holds what decides how text, images or sound become tensors, how a model is built and how it
-generates, where the tuned model has it otherwise than the target. A checkpoint that is written
-anew keeps every file of the target that is no weight.
+A pack holds those that decide how text, images or sound become tensors, how a model is built and
+how it generates, where the tuned model's differ from the target's. A checkpoint that graftkit
+writes gets a copy of every file of the target that holds no weights.
 """
 
 import json
@@ -44,7 +44,7 @@ SIDE_FILES = (
     "vocab-tgt.json",
     "word_pronunciation.json",
     "word_shape.json",
-    # What becomes of images, sound and video.
+    # Preprocessing of images, sound and video.
     "preprocessor_config.json",
     "processor_config.json",
     "image_processor_config.json",
@@ -62,7 +62,7 @@ HUB_PATTERNS = (
     *("*.json", "*.txt", "*.model", "*.model.v*", "*.jinja", "*.spm", "*.tiktoken", "*.bpe"),
     *("*.codes", "*.vocab", "*.py", "*.md", "LICENSE*", "LICENCE*", "NOTICE*"),
 )
-"""What is fetched of a repository beside its weights."""
+"""Files that are fetched from a Hub repository beside its weights."""
 
 _VOCABULARY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.(model|spm|tiktoken|bpe|vocab|jinja)")
 _TOKENIZER_FILES = frozenset(
@@ -101,7 +101,7 @@ _NO_MODEL_FOLDERS = re.compile(
     r"(checkpoint-\d+|global_step\d+|runs|logs|wandb|__pycache__|onnx|openvino|coreml)"
 )
 _CARD = "README.md"
-# What tells of a model, and is read by nobody who loads it.
+# Documents and records that are not needed to load a model.
 _RECORDS = re.compile(
     r"(?i).*(results|metrics|training_args|trainer|log|requirements|licen[cs]e|notice|readme|"
     r"modelcard|model_card|benchmark|changelog).*"
@@ -110,8 +110,11 @@ _LOADED_ENDINGS = (".json", ".txt", ".model", ".jinja", ".spm", ".bpe", ".codes"
 
 
 def is_side_file(name: str) -> bool:
-    """Whether a pack may hold a file of this name: one of `SIDE_FILES`, or a vocabulary or template
-    that lies in the model's own folder and has the ending of one."""
+    """Whether a pack may hold a file of this name.
+
+    It may hold those of `SIDE_FILES`, and vocabularies and templates by their ending, which lie in
+    the model's own folder.
+    """
     return name in SIDE_FILES or _VOCABULARY.fullmatch(name) is not None
 
 
@@ -126,18 +129,17 @@ def is_template(name: str) -> bool:
     return name.endswith(".jinja") or name == "chat_template.json"
 
 
-class CarriedFiles(Mapping[str, bytes]):
-    """The files of a checkpoint that is written from a target, by name; read when they are asked
-    for.
+class CopiedFiles(Mapping[str, bytes]):
+    """Side files of a checkpoint that is written from a target, by name; read on access.
 
     Args:
-        folder: the target's. changed: contents that take the place of the target's, or come anew.
+        folder: of the target. changed: contents that replace the target's files or are new.
         code: also files of code.
     """
 
     def __init__(self, folder: Path, changed: Mapping[str, bytes], code: bool = False):
         self._changed = dict(changed)
-        self._files = {name: folder / name for name in carried_names(folder, code)}
+        self._files = {name: folder / name for name in copied_names(folder, code)}
 
     def __getitem__(self, name: str) -> bytes:
         return self._changed[name] if name in self._changed else self._files[name].read_bytes()
@@ -149,8 +151,8 @@ class CarriedFiles(Mapping[str, bytes]):
         return len(self._files.keys() | self._changed.keys())
 
 
-def carried_names(folder: Path, code: bool = False) -> list[str]:
-    """Files of a model directory that are no weights, as paths with "/" relative to it.
+def copied_names(folder: Path, code: bool = False) -> list[str]:
+    """Files of a model directory that hold no weights, as paths with "/" relative to it.
 
     Left out are weights and traces of training in any format, hidden files, folders that hold a
     model, a checkpoint or logs of their own, and links that lead out of the directory (those of
@@ -162,23 +164,24 @@ def carried_names(folder: Path, code: bool = False) -> list[str]:
 
 
 def code_names(folder: Path) -> list[str]:
-    """Files of code that `carried_names` leaves out."""
+    """Files of code that `copied_names` leaves out."""
     return sorted(name for name in _walk(folder, folder) if _CODE.fullmatch(name))
 
 
 def changed_code(target: Path, tuned: Path) -> list[str]:
-    """Files of code that both directories have, and have otherwise."""
+    """Files of code that both directories have and that differ."""
     shared = set(code_names(target)) & set(code_names(tuned))
     return sorted(n for n in shared if (target / n).read_bytes() != (tuned / n).read_bytes())
 
 
-def check_carried(target: Path, tuned: Path) -> None:
-    """Refuse a tuned model with a file of its own that no pack can hold, where the target's would
-    take its place.
+def check_side_files(target: Path, tuned: Path) -> None:
+    """Refuse a tuned model with a changed file that a pack cannot hold.
+
+    The target's file would silently take its place.
 
     Raises: CheckpointError naming the file.
     """
-    for name in carried_names(tuned):
+    for name in copied_names(tuned):
         if is_side_file(name) or _RECORDS.fullmatch(name) or not name.endswith(_LOADED_ENDINGS):
             continue
         old = target / name
@@ -189,14 +192,15 @@ def check_carried(target: Path, tuned: Path) -> None:
             )
 
 
-def written_config(config: bytes, weights: Mapping[str, int]) -> bytes:
-    """A config.json that tells of the weights beside it: their dtype, where it says any, and their
-    file is the one that every reader looks for.
+def config_for_weights(config: bytes, weights: Mapping[str, int]) -> bytes:
+    """A config.json that fits newly written weights.
+
+    A dtype in it is kept if some weights have it; otherwise it becomes that of most weights. The
+    key `transformers_weights` is removed, as the weights have their usual file name.
 
     Args:
-        weights: number of weights by dtype, as torch calls it. A dtype that some have is left as
-            it is, any other becomes that of most.
-    Returns: the very bytes where nothing has to change.
+        weights: number of weights by dtype, as torch names it.
+    Returns: the same bytes where nothing has to change.
     """
     try:
         settings = json.loads(config)
@@ -205,42 +209,42 @@ def written_config(config: bytes, weights: Mapping[str, int]) -> bytes:
     if not isinstance(settings, dict):
         return config
     named = settings.pop("transformers_weights", None) is not None
-    wrong = bool(weights) and _say_dtype(settings, weights)
+    wrong = bool(weights) and _correct_dtypes(settings, weights)
     if not named and not wrong:
         return config
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def with_note(card: bytes, note: str) -> bytes:
-    """A model card that begins, behind its metadata, with a note on what lies beside it."""
+def card_with_note(card: bytes, note: str) -> bytes:
+    """A model card with a note in front of its text, behind its metadata."""
     text = card.decode("utf-8", errors="replace")
     head = re.match(r"---\r?\n.*?\r?\n---\r?\n", text, re.DOTALL)
     cut = head.end() if head else 0
     return f"{text[:cut]}\n> {note}\n\n{text[cut:].lstrip()}".encode()
 
 
-def written_files(
+def files_beside_weights(
     folder: Path,
     changed: Mapping[str, bytes],
     note: str,
     code: bool = False,
-) -> CarriedFiles:
-    """Everything that lies beside the weights of a checkpoint written from the target in `folder`.
+) -> CopiedFiles:
+    """All side files of a checkpoint that is written from the target in `folder`.
 
-    The target's model card tells of the target, so a note in it says what is here instead.
+    The target's model card describes the target; a note in front of it says what the checkpoint is.
 
     Args:
         changed: side files of the tuned model. note: of the card.
     """
-    own = CarriedFiles(folder, changed, code)
+    own = CopiedFiles(folder, changed, code)
     noted = dict(changed)
     if _CARD in own:
-        noted[_CARD] = with_note(own[_CARD], note)
-    return CarriedFiles(folder, noted, code)
+        noted[_CARD] = card_with_note(own[_CARD], note)
+    return CopiedFiles(folder, noted, code)
 
 
-def _say_dtype(settings: Any, weights: Mapping[str, int]) -> bool:
-    """Correct the dtypes of a configuration and those inside it; whether one was wrong."""
+def _correct_dtypes(settings: Any, weights: Mapping[str, int]) -> bool:
+    """Correct the dtypes of a configuration and of those nested in it; whether one was wrong."""
     if not isinstance(settings, dict):
         return False
     wrong = [
@@ -252,7 +256,7 @@ def _say_dtype(settings: Any, weights: Mapping[str, int]) -> bool:
     common = max(sorted(weights), key=lambda dtype: weights[dtype])
     settings.update(dict.fromkeys(wrong, common))
     inner = [value for key, value in settings.items() if key.endswith("_config")]
-    return any([bool(wrong), *(_say_dtype(value, weights) for value in inner)])
+    return any([bool(wrong), *(_correct_dtypes(value, weights) for value in inner)])
 
 
 def _walk(folder: Path, root: Path) -> Iterator[str]:
@@ -274,7 +278,7 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def _stays_inside(entry: Path, name: str, root: Path) -> bool:
-    """Whether what an entry leads to is the model's own."""
+    """Whether an entry, or the target of a link, belongs to the model."""
     if not entry.is_symlink():
         return True
     end, top = entry.resolve(), root.resolve()

@@ -1,4 +1,4 @@
-"""Text of others on its way to a terminal, a page or a picture; names that were misspelled."""
+"""Text for people: foreign text made printable, and hints for misspelled names."""
 
 import difflib
 import re

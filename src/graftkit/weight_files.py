@@ -1,13 +1,13 @@
-"""Which files of a model directory hold its weights, and what a directory without any is.
+"""The files of a model directory that hold its weights, or what else a directory without any is.
 
 The files are those that `from_pretrained` of transformers 5 would load
 (`modeling_utils._get_resolved_checkpoint_files`): the file that config.json names under
-`transformers_weights`, else model.safetensors, else the shards of its index. Whatever else lies
-beside them, such as the index or the shards of an earlier save, does not count.
+`transformers_weights`, else model.safetensors, else the shards of its index. Other files beside
+them, such as the index or the shards of an earlier save, are ignored.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ def weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / SINGLE: None}
     if (folder / INDEX).is_file():
         return _shards(folder / INDEX)
-    raise CheckpointError(without_weights(folder))
+    raise CheckpointError(describe_weightless(folder))
 
 
-def without_weights(folder: Path) -> str:
-    """One line on what a directory without weights is, and what to do."""
+def describe_weightless(folder: Path) -> str:
+    """One line that says what a directory without weights is, and what to do."""
     for describe in _DESCRIPTIONS:
         text = describe(folder)
         if text is not None:
@@ -54,7 +54,7 @@ def without_weights(folder: Path) -> str:
 
 
 def describe_file(file: Path) -> str:
-    """One line on a file where a directory is expected."""
+    """One line about a file where a directory is expected."""
     if file.suffix == ".gguf":
         return f"{file}: {_GGUF}"
     if file.suffix == ".safetensors":
@@ -80,7 +80,10 @@ def _refuse_adapter(folder: Path) -> None:
 
 
 def _explicit_file(folder: Path) -> Path | None:
-    """The weights that config.json names itself. Raises: CheckpointError where there are none."""
+    """The file that config.json names under `transformers_weights`, None where it names none.
+
+    Raises: CheckpointError where that file is missing or not safetensors.
+    """
     try:
         name = json.loads((folder / "config.json").read_text("utf-8")).get("transformers_weights")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -154,12 +157,12 @@ def _sentence_transformers(folder: Path) -> str | None:
 
 
 def _gguf(folder: Path) -> str | None:
-    files = _found(folder, "*.gguf")
+    files = _matches(folder, "*.gguf")
     return f"{files[0]}: {_GGUF}" if files else None
 
 
 def _fsdp(folder: Path) -> str | None:
-    files = _found(folder, "*.distcp", "*/*.distcp")
+    files = _matches(folder, "*.distcp", "*/*.distcp")
     if not files:
         return None
     return (
@@ -169,7 +172,7 @@ def _fsdp(folder: Path) -> str | None:
 
 
 def _deepspeed(folder: Path) -> str | None:
-    if not _found(folder, *_ZERO):
+    if not _matches(folder, *_ZERO):
         return None
     return (
         f"{folder}: a sharded state of DeepSpeed; make whole weights of it first "
@@ -178,7 +181,7 @@ def _deepspeed(folder: Path) -> str | None:
 
 
 def _training_run(folder: Path) -> str | None:
-    steps = [path for path in _found(folder, "checkpoint-*") if path.is_dir()]
+    steps = [path for path in _matches(folder, "checkpoint-*") if path.is_dir()]
     numbered = [path for path in steps if path.name.rpartition("-")[2].isdigit()]
     if not numbered:
         return None
@@ -190,7 +193,7 @@ def _training_run(folder: Path) -> str | None:
 
 
 def _pickle(folder: Path) -> str | None:
-    files = _found(folder, *_PICKLES)
+    files = _matches(folder, *_PICKLES)
     if not files:
         return None
     return (
@@ -201,7 +204,7 @@ def _pickle(folder: Path) -> str | None:
 
 def _other_framework(folder: Path) -> str | None:
     for pattern, framework in _OTHER_FRAMEWORKS.items():
-        files = _found(folder, pattern)
+        files = _matches(folder, pattern)
         if files:
             return (
                 f"{files[0]}: weights of {framework}; expected {SINGLE}: save the model from "
@@ -211,7 +214,7 @@ def _other_framework(folder: Path) -> str | None:
 
 
 def _loose(folder: Path) -> str | None:
-    files = _found(folder, "*.safetensors")
+    files = _matches(folder, "*.safetensors")
     if not files:
         return None
     return (
@@ -222,7 +225,7 @@ def _loose(folder: Path) -> str | None:
 
 
 def _models_below(folder: Path) -> str | None:
-    models = [path for path in _found(folder, "*") if path.is_dir() and _is_model(path)]
+    models = [path for path in _matches(folder, "*") if path.is_dir() and _is_model(path)]
     return f"{folder}: no model here; there is one in {models[0]}, name that" if models else None
 
 
@@ -244,13 +247,9 @@ def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and _has(folder, SINGLE, INDEX)
 
 
-def _found(folder: Path, *patterns: str) -> list[Path]:
-    def matches() -> Iterator[Path]:
-        for pattern in patterns:
-            yield from folder.glob(pattern)
-
-    return sorted(matches())
+def _matches(folder: Path, *patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def _has(folder: Path, *patterns: str) -> bool:
-    return bool(_found(folder, *patterns))
+    return bool(_matches(folder, *patterns))

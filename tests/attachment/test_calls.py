@@ -11,7 +11,7 @@ from tiny_models import ONE_LAYER, inputs, perturb
 from torch import nn
 
 from graftkit.attachment import attach, attached
-from graftkit.attachment.calls import ChangedWeight, ReadWatch
+from graftkit.attachment.calls import ChangedWeight, ReadTracker
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 
@@ -78,7 +78,7 @@ def test_attention_that_reads_the_weights_of_its_projection_is_refused():
 
     block = Block().eval()
     projection = block.attention.out_proj
-    watch = ReadWatch([ChangedWeight("out_proj.weight", projection.weight, projection)])
+    watch = ReadTracker([ChangedWeight("out_proj.weight", projection.weight, projection)])
     watch.start()
     with torch.no_grad():
         block(torch.ones(2, 3, 4))
@@ -89,7 +89,7 @@ def test_attention_that_reads_the_weights_of_its_projection_is_refused():
 
 def test_reads_inside_the_module_its_shape_and_its_views_are_no_reads_past_it():
     linear, other = nn.Linear(4, 4), nn.Linear(4, 4)
-    watch = ReadWatch([ChangedWeight("weight", linear.weight, linear)])
+    watch = ReadTracker([ChangedWeight("weight", linear.weight, linear)])
     watch.start()
     with torch.no_grad():
         linear(torch.ones(1, 4).to(linear.weight.dtype))

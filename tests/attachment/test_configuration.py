@@ -11,7 +11,7 @@ from tiny_models import VOCABULARY, architectures, build, inputs, lossless_pack,
 from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError
 from graftkit.fuse.merge import merge_packs
-from graftkit.models.configuration import computing_keys, tuned_config
+from graftkit.models.configuration import effective_keys, tuned_config
 from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
@@ -220,11 +220,11 @@ def test_the_padding_of_a_classifier_is_a_change_of_what_it_computes():
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = T.LlamaConfig(vocab_size=96, intermediate_size=64, pad_token_id=0, **sizes)
     tuned = tuned_config(config, config.to_dict() | {"pad_token_id": 5})
-    assert computing_keys(T.LlamaForSequenceClassification, config, tuned) == ["pad_token_id"]
-    assert computing_keys(T.LlamaForCausalLM, config, tuned) == []
+    assert effective_keys(T.LlamaForSequenceClassification, config, tuned) == ["pad_token_id"]
+    assert effective_keys(T.LlamaForCausalLM, config, tuned) == []
     scaled = T.Gemma2Config(vocab_size=96, pad_token_id=0, **sizes)
     tuned = tuned_config(scaled, scaled.to_dict() | {"pad_token_id": 5})
-    assert computing_keys(T.Gemma2ForCausalLM, scaled, tuned) == []
+    assert effective_keys(T.Gemma2ForCausalLM, scaled, tuned) == []
 
 
 def test_comparing_configurations_leaves_the_random_numbers_alone():
@@ -233,5 +233,5 @@ def test_comparing_configurations_leaves_the_random_numbers_alone():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    assert computing_keys(T.GPT2LMHeadModel, config, tuned) == ["activation_function"]
+    assert effective_keys(T.GPT2LMHeadModel, config, tuned) == ["activation_function"]
     assert torch.equal(torch.rand(4), expected)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CAUSAL, architectures, inputs
 
-from graftkit.attachment import attached, bare
+from graftkit.attachment import attached, without_packs
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 
@@ -132,20 +132,20 @@ def test_the_bare_target_is_seen_behind_packs_beside_it(skills_of, architecture)
     model = load_model(target)
     assert architecture not in EXPERTS
     before, plain = bytes_of(model), logits(model)
-    with bare(model):
+    with without_packs(model):
         assert torch.equal(logits(model), plain)
     with attached(model, packs, mode="side") as attachment:
-        with bare(model):
+        with without_packs(model):
             assert torch.equal(logits(model), plain)
         attachment.route([0, 1])
         with_packs = logits(model, **inputs(rows=2))
-        with pytest.raises(IndexError), bare(model):
+        with pytest.raises(IndexError), without_packs(model):
             model(input_ids=torch.tensor([[10**6]]))
         assert torch.equal(logits(model, **inputs(rows=2)), with_packs)
     with (
         attached(model, packs[0]),
         pytest.raises(AttachError, match="hides the target"),
-        bare(model),
+        without_packs(model),
     ):
         pass
     assert bytes_of(model) == before

@@ -6,9 +6,9 @@ from attachment.test_attach import logits
 from tiny_models import inputs, make_pair
 
 from graftkit.attachment import attached
-from graftkit.attachment.modules import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.attachment.rows import choose_rows, put, take
-from graftkit.attachment.side import SidePaths
+from graftkit.attachment.side import SidePacks
+from graftkit.attachment.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 from graftkit.pack import pack_delta
@@ -44,7 +44,7 @@ def test_a_side_pack_of_factors_takes_their_bytes_and_not_those_of_the_target(tm
     target, _ = make_pair(tmp_path, "llama", torch.float32)
     model, pack = load_model(target), low_rank_pack(target)
     with attached(model, pack, mode="side") as attachment:
-        assert isinstance(attachment._applied, SidePaths)
+        assert isinstance(attachment._applied, SidePacks)
         path = attachment._applied._paths["model.layers.0.mlp.up_proj"]
         assert path.weights[0].nbytes == 4 * RANK * (64 + 32)
 

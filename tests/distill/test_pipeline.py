@@ -12,6 +12,7 @@ import pytest
 from distill.tiny import tiny_llama, write_jsonl
 from killing import Forked, killed_at, tree
 
+from graftkit.__main__ import main
 from graftkit.distill.config import read_config
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
 from graftkit.distill.workspace import StageLog, exclusive_run
@@ -339,7 +340,7 @@ def test_inputs_do_not_lie_where_a_run_writes(place):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(place):
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(place, monkeypatch, capsys):
     def no_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -350,8 +351,12 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(place):
     assert re.fullmatch(r"graftkit: .*cannot be written.*go on\n", full.stderr)
     assert (place / "out" / "sft.jsonl").exists()
     assert not (place / "out" / "sft").exists()
-    again = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)
-    assert list(json.loads(again.stdout)["stages"]) == [
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", ["graftkit", *command[3:]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert list(json.loads(capsys.readouterr().out)["stages"]) == [
         *("sample", "score", "select", "sft", "dpo", "pack")
     ]
 

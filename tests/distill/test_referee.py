@@ -411,6 +411,13 @@ def double(x):
     assert failure(answer, "assert double(2) == 4\nassert double(3) == 6") is not None
 
 
+@pytest.mark.parametrize("name", ["passed", "passed:", "refused", "", "raised ", "timeout"])
+def test_the_name_of_an_exception_is_no_verdict(name):
+    answer = f"error = type({name!r}, (Exception,), {{}})\ndef double(x): raise error"
+    assert failure(answer, "assert double(2) == 4") == "another exception"
+    assert failure(answer + "\nraise error", "assert double(2) == 4") == "another exception"
+
+
 @pytest.mark.parametrize(
     "harm",
     [

@@ -8,6 +8,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
+from distill.sandboxed import require_sandbox
 from distill.server import CompletionServer, Fault
 
 import graftkit
@@ -132,6 +133,7 @@ def test_one_line_an_answer_is_written_in_order(tmp_path):
 
 
 def test_no_samples_at_all_are_no_scores(tmp_path):
+    require_sandbox()
     assert run(tmp_path, EXACT, CODE, answers=[]) == []
 
 
@@ -197,8 +199,15 @@ score_answers(config, prompts, folder, folder, lambda *_: None)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is Linux's")
+def test_an_answer_that_its_tests_cannot_judge_is_an_error(tmp_path):
+    require_sandbox()
+    (scored,) = run(tmp_path, CODE, answers=[said("class P: pass\nanswer = P()")])
+    assert not scored.passed
+    assert scored.failed == "error: code: the tests use more of the answer than plain values"
+
+
 def test_a_killed_run_of_code_ends_with_the_same_bytes(tmp_path):
+    require_sandbox()
     answers = [said(f"answer = {n}", sample=n) for n in range(20)]
     run(tmp_path / "whole", CODE, answers=answers)
     cut = tmp_path / "cut"

@@ -1,11 +1,12 @@
 import math
-import subprocess
-import sys
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from distill.tiny import tiny_llama
+from killing import Forked
 from safetensors.torch import load_file
 
 from graftkit.checkpoint import Checkpoint
@@ -109,51 +110,34 @@ def test_embeddings_learn_at_their_own_rate(target, tmp_path):
     assert same == ["model.embed_tokens.weight"]
 
 
-_KILLED = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from distill.test_training import PAIRS, ROWS, FAST
-from graftkit.checkpoint import Checkpoint
-from graftkit.distill.config import Dpo, Sft
-from graftkit.distill.training import train_pairs, train_rows
-import torch
-torch.set_num_threads(1)
-target, folder = Checkpoint.open({target!r}), Path({folder!r})
-def report(done, total):
-    print(done, flush=True)
-    if done == {stop}:
-        import os
-        os.kill(os.getpid(), 9)
-if {stage!r} == "sft":
-    settings = Sft(epochs=6, learning_rate=1e-2, checkpoint_steps=5, **FAST)
-    train_rows(target, ROWS, settings, 0, folder, report)
-else:
-    settings = Dpo(epochs=6, learning_rate=1e-3, checkpoint_steps=5, **FAST)
-    train_pairs(target, target, PAIRS, settings, 0, folder, report)
-"""
+def train_stage(stage: str, target: Checkpoint, folder: Path, stop: int | None = None) -> None:
+    """Twenty-four steps of SFT, or twelve of DPO; killed after step `stop`."""
 
+    def report(done: int, total: int) -> None:
+        if done == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def _run(stage: str, target: Checkpoint, folder: Path, stop: int) -> int:
-    tests = str(Path(__file__).parents[1])
-    code = _KILLED.format(
-        stage=stage, target=str(target.path), folder=str(folder), stop=stop, tests=tests
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode
+    if stage == "sft":
+        settings = Sft(epochs=6, learning_rate=1e-2, checkpoint_steps=5, **FAST)
+        train_rows(target, ROWS, settings, 0, folder, report)
+    else:
+        settings = Dpo(epochs=6, learning_rate=1e-3, checkpoint_steps=5, **FAST)
+        train_pairs(target, target, PAIRS, settings, 0, folder, report)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_killed_training_ends_in_the_same_bytes(target, tmp_path, stage):
-    assert _run(stage, target, tmp_path / "whole", -1) == 0
-    assert _run(stage, target, tmp_path / "killed", 8) == -9
+    train_stage(stage, target, tmp_path / "whole")
+    killed = Forked(lambda: train_stage(stage, target, tmp_path / "killed", stop=8))
+    assert killed.end() == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     torn = tmp_path / "killed.partial" / "checkpoint-7"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
-    assert _run(stage, target, tmp_path / "killed", -1) == 0
-    whole, killed = (tmp_path / n / "model.safetensors" for n in ("whole", "killed"))
-    assert whole.read_bytes() == killed.read_bytes()
+    train_stage(stage, target, tmp_path / "killed")
+    whole, continued = (tmp_path / n / "model.safetensors" for n in ("whole", "killed"))
+    assert whole.read_bytes() == continued.read_bytes()
 
 
 def test_a_checkpoint_without_its_end_is_deleted(tmp_path):

@@ -16,7 +16,7 @@ from graftkit.fuse.merge import fuse_packs, merge_packs
 from graftkit.fuse.sequential import merge_in_turn
 from graftkit.interop import export_lora
 from graftkit.models.views import CheckpointWriter
-from graftkit.side_files import carried_names, is_side_file, with_note, written_config
+from graftkit.side_files import card_with_note, config_for_weights, copied_names, is_side_file
 from graftkit.skillpack.validate import parse_manifest
 
 CARRIED = {
@@ -79,7 +79,7 @@ def test_links_out_of_the_target_are_not_followed_but_those_of_the_hub_are(tmp_p
     os.symlink(tmp_path / "secret.txt", snapshot / "secret.txt")
     os.symlink(tmp_path / "away", snapshot / "away")
     os.symlink(snapshot, snapshot / "myself")
-    assert carried_names(snapshot) == ["label_names.json", "preprocessor_config.json"]
+    assert copied_names(snapshot) == ["label_names.json", "preprocessor_config.json"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_the_targets_card_says_what_the_folder_is(pair, tmp_path):
     card = (merged / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n")
     assert card.index("Merged by graftkit from target and tuned") < card.index("# Target")
-    assert with_note(b"no metadata", "note") == b"\n> note\n\nno metadata"
+    assert card_with_note(b"no metadata", "note") == b"\n> note\n\nno metadata"
 
 
 @pytest.mark.parametrize("architecture", architectures(["gpt2", "llama"], quick=("llama",)))
@@ -179,11 +179,13 @@ def test_config_json_says_the_dtype_of_the_tensors(tmp_path, architecture, key):
 
 def test_dtypes_of_inner_configurations_follow_and_right_ones_stay():
     config = {"dtype": "float32", "text_config": {"dtype": "float16", "x": {"dtype": "odd"}}}
-    written = json.loads(written_config(json.dumps(config).encode(), {"float32": 1, "bfloat16": 9}))
+    written = json.loads(
+        config_for_weights(json.dumps(config).encode(), {"float32": 1, "bfloat16": 9})
+    )
     inner = {"dtype": "bfloat16", "x": {"dtype": "odd"}}
     assert written == {"dtype": "float32", "text_config": inner}
     for right in (b'{"dtype":"bfloat16"}', b'{"dtype": null}', b"{}", b"no json"):
-        assert written_config(right, {"bfloat16": 1}) == right
+        assert config_for_weights(right, {"bfloat16": 1}) == right
 
 
 def test_config_json_does_not_name_weights_that_are_not_there(pair, tmp_path):

@@ -52,20 +52,20 @@ def test_other_packs_are_compared_and_a_fused_one_is_known(folder, world, tmp_pa
     files = [folder / library.index.find(name).file for name in ("digits", "upper")]
     fuse_packs(world.target, files, file, recipe="lossless", workers=1)
     library.add(file, "fused")
-    leans = library.audit("digits").leans
-    assert leans.keys() == {"upper@1", "lower@1", "fused@1"}
-    assert leans["fused@1"].contains
-    assert not leans["upper@1"].contains
-    assert leans["fused@1"].total.cosine == pytest.approx(0.7, abs=0.1)
-    assert abs(leans["upper@1"].total.cosine) < 0.1
+    overlaps = library.audit("digits").overlaps
+    assert overlaps.keys() == {"upper@1", "lower@1", "fused@1"}
+    assert overlaps["fused@1"].contains
+    assert not overlaps["upper@1"].contains
+    assert overlaps["fused@1"].total.cosine == pytest.approx(0.7, abs=0.1)
+    assert abs(overlaps["upper@1"].total.cosine) < 0.1
 
 
-def test_a_pack_compared_with_itself_leans_all_the_way(folder, world):
+def test_a_pack_compared_with_itself_overlaps_entirely(folder, world):
     library = Library.open(folder)
     library.add(world.packs["digits"], "again", prompts_of("digits", seed=2))
-    lean = library.audit("digits").leans["again@1"]
-    assert lean.total.cosine == pytest.approx(1)
-    assert all(value == pytest.approx(1) for value in lean.numbers()["kinds"].values())
+    overlap = library.audit("digits").overlaps["again@1"]
+    assert overlap.total.cosine == pytest.approx(1)
+    assert all(value == pytest.approx(1) for value in overlap.numbers()["kinds"].values())
 
 
 def test_after_removal_a_library_is_one_that_never_had_the_pack(folder):

@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 
 import jsonschema
 import pytest
@@ -25,6 +27,19 @@ def test_checking_names_the_file_that_is_not_current(monkeypatch, capsys):
     monkeypatch.setattr(tool, "schema_text", lambda: "{}")
     assert tool.main(["--check"]) == 1
     assert "skillpack-v2.schema.json: not current" in capsys.readouterr().err
+
+
+def test_the_example_of_the_page_lists_the_tensors_of_a_pack(tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "skillpack-format.md").read_text("utf-8")
+    [example] = re.findall("```python\n(.*?)```", page, re.DOTALL)
+    shutil.copy(PACK, tmp_path / "skill.skillpack")
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    pack = SkillPack.load(PACK)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{r.name} {r.codec} {list(r.shape)} {len(pack.payload(r.name))}"
+        for r in pack.manifest.tensors
+    ]
 
 
 def test_the_schema_is_one():

@@ -39,10 +39,10 @@ def test_a_donor_classifier_reads_all_of_the_donors_last_layer() -> None:
 def test_a_student_comes_just_under_its_number_of_parameters(
     parameters: int, head: type[nn.Linear]
 ) -> None:
-    found = student(CLASSES, parameters, 32, head)
-    count = exported_parameters(found)
+    actual = student(CLASSES, parameters, 32, head)
+    count = exported_parameters(actual)
     assert 0.9 * parameters < count <= parameters
-    assert found(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
+    assert actual(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
 
 
 def test_a_student_of_more_parameters_is_wider() -> None:
@@ -113,9 +113,9 @@ def test_pruning_keeps_the_channels_of_the_largest_weights() -> None:
             conv.weight[channel] = 0.001
             head.weight[:, channel] = 0.001
     pruned = pruned_donor(classifier, int(0.6 * exported_parameters(classifier)))
-    kept = pruned.head.weight.abs().amax(dim=0)
-    assert 8 <= len(kept) < 16
-    assert (kept > 0.002).sum() == 8
+    keep = pruned.head.weight.abs().amax(dim=0)
+    assert 8 <= len(keep) < 16
+    assert (keep > 0.002).sum() == 8
 
 
 def test_a_pruned_donor_is_fine_tuned_like_any_rootstock(tmp_path: Path) -> None:

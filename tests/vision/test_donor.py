@@ -150,9 +150,9 @@ def test_images_are_normalized_as_the_preprocessor_says(
 def test_a_normalization_that_had_to_be_assumed_is_noted(tmp_path: Path) -> None:
     tiny("resnet").save_pretrained(tmp_path)
     assert "assumed" in open_donor(tmp_path, SIZE).notes[0]
-    given_one = Normalization((0, 0, 0), (255, 255, 255))
-    told = open_donor(tmp_path, SIZE, normalization=given_one)
-    assert (told.normalization, told.notes) == (given_one, ())
+    own = Normalization((0, 0, 0), (255, 255, 255))
+    donor = open_donor(tmp_path, SIZE, normalization=own)
+    assert (donor.normalization, donor.notes) == (own, ())
 
 
 def test_a_checkpoint_that_lacks_a_layers_weights_is_refused(tmp_path: Path) -> None:

@@ -68,18 +68,22 @@ def test_the_file_answers_as_the_module_for_any_number_of_images(
     module: nn.Module, file: Path, count: int
 ) -> None:
     session = ort.InferenceSession(file, providers=["CPUExecutionProvider"])
-    found = session.run(["logits"], {"image": images(count)})[0]
+    actual = session.run(["logits"], {"image": images(count)})[0]
     with torch.no_grad():
         expected = module(torch.from_numpy(images(count))).numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_the_file_says_what_it_is(file: Path) -> None:
     model = onnx.load(file)
-    told = {entry.key: entry.value for entry in model.metadata_props}
-    assert told["graftkit_format"] == "rootstock"
-    assert tuple(json.loads(told["classes"])) == CLASSES
-    assert (told["size"], told["donor"], told["precision"]) == ("16", "small <net>", "float32")
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["graftkit_format"] == "rootstock"
+    assert tuple(json.loads(metadata["classes"])) == CLASSES
+    assert (metadata["size"], metadata["donor"], metadata["precision"]) == (
+        "16",
+        "small <net>",
+        "float32",
+    )
     shape = model.graph.input[0].type.tensor_type.shape.dim
     assert [side.dim_value or side.dim_param for side in shape] == ["batch", 3, SIZE, SIZE]
 

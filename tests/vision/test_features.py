@@ -40,9 +40,9 @@ def test_a_table_holds_the_pooled_outputs_of_every_layer(
     outputs = tiny_donor()(as_images(images.pixels))
     for layer, output in enumerate(outputs):
         for pooling in POOLINGS:
-            found = table.views[0][:, table.columns([layer], [pooling])]
+            actual = table.views[0][:, table.columns([layer], [pooling])]
             expected = pool(output, [pooling]).detach().numpy()
-            np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+            np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_other_views_leave_the_test_images_out(images: ImageSet, table: FeatureTable) -> None:

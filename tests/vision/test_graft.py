@@ -111,10 +111,10 @@ def test_accuracies_are_those_of_the_file_on_disk(
 ) -> None:
     result, output = frozen
     files = sorted(data.glob("test/*/*"))
-    found = Predictor.open(output / "rootstock.onnx").predict(files)
+    actual = Predictor.open(output / "rootstock.onnx").predict(files)
     right = [
         isinstance(answer, Prediction) and answer.label == file.parent.name
-        for answer, file in zip(found, files, strict=True)
+        for answer, file in zip(actual, files, strict=True)
     ]
     assert result["test_accuracy"] == pytest.approx(sum(right) / len(files))
     assert result["test_accuracy"] > 0.8
@@ -322,10 +322,10 @@ def test_the_command_prints_json_or_a_table(
     ResNetModel(small).save_pretrained(tmp_path / "donor")
     capsys.readouterr()
     assert run("vision", "graft", tmp_path / "donor", *words, "-o", tmp_path / "b") == 0
-    told = capsys.readouterr().out
-    assert re.search(r"rootstock: [\d,]+ of 60,000 bytes", told)
-    assert "note: 1 file left out, such as train/daisy/torn.png (not an image" in told
-    assert "look at report.html" in told
+    text = capsys.readouterr().out
+    assert re.search(r"rootstock: [\d,]+ of 60,000 bytes", text)
+    assert "note: 1 file left out, such as train/daisy/torn.png (not an image" in text
+    assert "look at report.html" in text
 
 
 def test_a_donor_or_data_that_are_none_are_told_in_one_line(

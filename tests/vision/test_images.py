@@ -272,9 +272,9 @@ def test_splits_are_stratified_and_keep_copies_together(
     assert np.array_equal(splits, split_images(labels, contents, names, seed))
     assert np.array_equal(splits[:copies], splits[len(splits) - copies :])
     for label, count in enumerate(counts):
-        found = np.bincount(splits[: sum(counts)][labels[: sum(counts)] == label], minlength=3)
+        actual = np.bincount(splits[: sum(counts)][labels[: sum(counts)] == label], minlength=3)
         held = max(1, round(0.15 * count))
-        assert found.tolist() == [count - 2 * held, held, held]
+        assert actual.tolist() == [count - 2 * held, held, held]
 
 
 def test_another_seed_gives_another_split_of_the_same_cache(
@@ -330,8 +330,8 @@ def test_orientation_of_the_camera_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     turned = upright.transpose(Image.Transpose.ROTATE_90)
-    found = decode_image(encoded(turned, "PNG", exif=exif), SIZE)
-    assert np.array_equal(found, np.asarray(upright).transpose(2, 0, 1))
+    actual = decode_image(encoded(turned, "PNG", exif=exif), SIZE)
+    assert np.array_equal(actual, np.asarray(upright).transpose(2, 0, 1))
 
 
 def test_the_first_frame_of_an_animation_counts() -> None:
@@ -342,27 +342,27 @@ def test_the_first_frame_of_an_animation_counts() -> None:
 
 def test_the_centre_of_the_right_size_is_not_resampled() -> None:
     wide = np.random.default_rng(0).integers(0, 256, (SIZE, 2 * SIZE + 1, 3), dtype=np.uint8)
-    found = decode_image(encoded(Image.fromarray(wide)), SIZE)
-    assert np.array_equal(found, wide[:, 8 : 8 + SIZE].transpose(2, 0, 1))
+    actual = decode_image(encoded(Image.fromarray(wide)), SIZE)
+    assert np.array_equal(actual, wide[:, 8 : 8 + SIZE].transpose(2, 0, 1))
 
 
 def test_large_images_are_averaged_not_sampled() -> None:
     fine = (np.indices((8 * SIZE, 8 * SIZE)).sum(0) % 2 * 255).astype(np.uint8)
-    found = decode_image(encoded(Image.fromarray(fine)), SIZE)
-    assert np.abs(found.astype(int) - 127).max() <= 2
+    actual = decode_image(encoded(Image.fromarray(fine)), SIZE)
+    assert np.abs(actual.astype(int) - 127).max() <= 2
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (5, 7)])
 def test_tiny_and_narrow_images_are_scaled_up(shape: tuple[int, int]) -> None:
-    found = decode_image(encoded(Image.new("RGB", shape, (7, 7, 7))), SIZE)
-    assert np.array_equal(found, np.full((3, SIZE, SIZE), 7))
+    actual = decode_image(encoded(Image.new("RGB", shape, (7, 7, 7))), SIZE)
+    assert np.array_equal(actual, np.full((3, SIZE, SIZE), 7))
 
 
 def test_a_large_photograph_is_scaled_as_if_decoded_whole() -> None:
     smooth = picture(1, 3).resize((1024, 768), Image.Resampling.BICUBIC)
-    found = decode_image(encoded(smooth, "JPEG", quality=95), 64)
+    actual = decode_image(encoded(smooth, "JPEG", quality=95), 64)
     direct = smooth.crop((128, 0, 896, 768)).resize((64, 64), Image.Resampling.BILINEAR)
-    difference = found.astype(int) - np.asarray(direct).transpose(2, 0, 1)
+    difference = actual.astype(int) - np.asarray(direct).transpose(2, 0, 1)
     assert np.abs(difference).max() <= 6
 
 

@@ -56,11 +56,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     torch.manual_seed(0)
     net = WideNet().eval()
     with torch.no_grad():
-        seen = net.features(torch.from_numpy(pictures(64, 0)).float())
-        spread = seen.std(0).clamp(min=1e-3)  # small features get large weights
+        inputs = net.features(torch.from_numpy(pictures(64, 0)).float())
+        spread = inputs.std(0).clamp(min=1e-3)  # small features get large weights
         first = net.head[0]
         first.weight /= spread
-        first.bias -= first.weight @ seen.mean(0)
+        first.bias -= first.weight @ inputs.mean(0)
     folder = tmp_path_factory.mktemp("int8")
     fp32, int8 = folder / "rootstock.onnx", folder / "rootstock.int8.onnx"
     export_onnx(net, fp32, SIZE, CLASSES, "wide")
@@ -73,27 +73,27 @@ def test_int8_agrees_with_float32_on_images_it_was_not_calibrated_on(
 ) -> None:
     pixels = pictures(100, 2)
     labels = Predictor.open(files[0]).logits(pixels).argmax(1)
-    found = parity(*files, pixels, labels)
-    assert found.accuracy_fp32 == 1.0
-    assert found.accuracy_int8 == found.agreement
+    actual = parity(*files, pixels, labels)
+    assert actual.accuracy_fp32 == 1.0
+    assert actual.accuracy_int8 == actual.agreement
     # With a head in integers 0.54 and 0.48; with biases that are not corrected 0.98 and 0.041.
-    assert found.agreement >= 0.97
-    assert 0 < found.relative_error < 0.035
-    assert found.max_difference > 0
+    assert actual.agreement >= 0.97
+    assert 0 < actual.relative_error < 0.035
+    assert actual.max_difference > 0
 
 
 def test_the_mean_logits_of_the_calibration_images_are_those_of_float32(
     files: tuple[Path, Path],
 ) -> None:
-    expected, found = (Predictor.open(file).logits(pictures(48, 1)) for file in files)
-    assert np.abs(found - expected).max() > 1e-2
-    np.testing.assert_allclose(found.mean(0), expected.mean(0), atol=1e-5)
+    expected, actual = (Predictor.open(file).logits(pictures(48, 1)) for file in files)
+    assert np.abs(actual - expected).max() > 1e-2
+    np.testing.assert_allclose(actual.mean(0), expected.mean(0), atol=1e-5)
 
 
 def test_a_file_is_at_parity_with_itself(files: tuple[Path, Path]) -> None:
     pixels = pictures(20, 3)
-    found = parity(files[0], files[0], pixels, np.zeros(20, np.int64))
-    assert (found.agreement, found.max_difference, found.relative_error) == (1.0, 0.0, 0.0)
+    actual = parity(files[0], files[0], pixels, np.zeros(20, np.int64))
+    assert (actual.agreement, actual.max_difference, actual.relative_error) == (1.0, 0.0, 0.0)
 
 
 def test_weights_are_stored_in_eight_bits_and_biases_in_float(files: tuple[Path, Path]) -> None:
@@ -123,9 +123,9 @@ def test_integer_kernels_answer_as_the_same_numbers_in_float_do(files: tuple[Pat
     plain = onnxruntime.InferenceSession(files[1], options, providers=["CPUExecutionProvider"])
     pixels = pictures(60, 4)
     (expected,) = plain.run(["logits"], {"image": pixels.astype(np.float32)})
-    found = Predictor.open(files[1]).logits(pixels)
+    actual = Predictor.open(files[1]).logits(pixels)
     # Where pairs overflow, on a processor without VNNI, 0.37 of the norm.
-    assert np.linalg.norm(found - expected) < 0.01 * np.linalg.norm(expected)
+    assert np.linalg.norm(actual - expected) < 0.01 * np.linalg.norm(expected)
 
 
 def test_the_head_computes_on_float_features(files: tuple[Path, Path]) -> None:
@@ -139,8 +139,8 @@ def test_the_head_computes_on_float_features(files: tuple[Path, Path]) -> None:
 def test_int8_keeps_classes_and_size_and_opens_as_a_rootstock(files: tuple[Path, Path]) -> None:
     predictor = Predictor.open(files[1])
     assert (predictor.classes, predictor.size) == (CLASSES, SIZE)
-    told = {entry.key: entry.value for entry in onnx.load(files[1]).metadata_props}
-    assert told["precision"] == "int8"
+    metadata = {entry.key: entry.value for entry in onnx.load(files[1]).metadata_props}
+    assert metadata["precision"] == "int8"
     assert predictor.bytes < 0.6 * files[0].stat().st_size  # a network this small is half graph
 
 

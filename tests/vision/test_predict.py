@@ -88,9 +88,9 @@ def test_a_predictor_names_the_classes_of_images(model: Path, folder: Path) -> N
     predictor = Predictor.open(model, threads=1)
     assert (predictor.classes, predictor.size) == (CLASSES, SIZE)
     assert predictor.bytes == model.stat().st_size
-    found = predictor.predict(find_images([folder]))  # more than one batch
-    assert len(found) == 45
-    for prediction in found:
+    actual = predictor.predict(find_images([folder]))  # more than one batch
+    assert len(actual) == 45
+    for prediction in actual:
         assert isinstance(prediction, Prediction)
         assert prediction.label == Path(prediction.name).parent.name
         assert prediction.confidence == max(prediction.scores.values())
@@ -112,26 +112,26 @@ def test_a_broken_image_is_told_apart_and_the_rest_goes_on(
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"broken")
     whole = folder / "moss/000.png"
-    found = Predictor.open(model).predict([broken, whole, tmp_path, tmp_path / "absent.png"])
-    assert [isinstance(each, Skipped) for each in found] == [True, False, True, True]
-    assert found[1].label == "moss"
-    assert found[3].reason == "cannot be read: No such file or directory"
+    actual = Predictor.open(model).predict([broken, whole, tmp_path, tmp_path / "absent.png"])
+    assert [isinstance(each, Skipped) for each in actual] == [True, False, True, True]
+    assert actual[1].label == "moss"
+    assert actual[3].reason == "cannot be read: No such file or directory"
 
 
 def test_folders_are_searched_and_sorted(folder: Path) -> None:
-    found = find_images([folder / "moss/001.jpg", folder])
-    assert found[0] == folder / "moss/001.jpg"
-    assert found[1:] == sorted(found[1:])
-    assert len(found) == 46
+    actual = find_images([folder / "moss/001.jpg", folder])
+    assert actual[0] == folder / "moss/001.jpg"
+    assert actual[1:] == sorted(actual[1:])
+    assert len(actual) == 46
 
 
 @given(arrays(np.float32, (2, 3), elements=st.floats(-1e4, 1e4, width=32)))
 def test_probabilities_sum_to_one_however_large_the_logits(logits: np.ndarray) -> None:
-    found = softmax(logits)
-    assert np.allclose(found.sum(-1), 1, atol=1e-5)
+    actual = softmax(logits)
+    assert np.allclose(actual.sum(-1), 1, atol=1e-5)
     best = logits.argmax(-1)[:, None]
-    assert np.array_equal(np.take_along_axis(found, best, -1)[:, 0], found.max(-1))
-    assert np.allclose(found, softmax(logits + 64), atol=1e-2)
+    assert np.array_equal(np.take_along_axis(actual, best, -1)[:, 0], actual.max(-1))
+    assert np.allclose(actual, softmax(logits + 64), atol=1e-2)
 
 
 def test_latency_is_measured_and_in_order(model: Path, folder: Path) -> None:
@@ -214,10 +214,10 @@ def test_top_shows_more_classes_of_each_image(model: Path, folder: Path) -> None
 
 
 def test_json_holds_every_score(model: Path, folder: Path) -> None:
-    found = json.loads(predict(model, folder / "fern/000.png", "--json").stdout)
-    assert [record["label"] for record in found] == ["fern"]
-    assert found[0]["file"] == str(folder / "fern/000.png")
-    assert found[0]["scores"].keys() == set(CLASSES)
+    actual = json.loads(predict(model, folder / "fern/000.png", "--json").stdout)
+    assert [record["label"] for record in actual] == ["fern"]
+    assert actual[0]["file"] == str(folder / "fern/000.png")
+    assert actual[0]["scores"].keys() == set(CLASSES)
 
 
 def test_a_broken_image_ends_the_command_with_an_error_after_the_rest(
@@ -231,16 +231,16 @@ def test_a_broken_image_ends_the_command_with_an_error_after_the_rest(
     assert "\x1b" not in result.stdout + str(result.exception)
     assert "[red]" in result.stdout.splitlines()[1]
     assert "fern" in result.stdout.splitlines()[2]
-    found = json.loads(predict(model, broken, folder / "fern/000.png", "--json").stdout)
-    assert [record.get("label") for record in found] == [None, "fern"]
-    assert "not an image" in found[0]["reason"]
+    actual = json.loads(predict(model, broken, folder / "fern/000.png", "--json").stdout)
+    assert [record.get("label") for record in actual] == [None, "fern"]
+    assert "not an image" in actual[0]["reason"]
 
 
 def test_latency_of_the_command_is_one_json_object(model: Path, folder: Path) -> None:
-    found = json.loads(predict(model, folder, "--latency", "--json").stdout)
-    assert found["bytes"] == model.stat().st_size
-    assert found["peak_rss_bytes"] > 10**7
-    assert 0 < found["min_ms"] <= found["p50_ms"] <= found["p95_ms"]
+    actual = json.loads(predict(model, folder, "--latency", "--json").stdout)
+    assert actual["bytes"] == model.stat().st_size
+    assert actual["peak_rss_bytes"] > 10**7
+    assert 0 < actual["min_ms"] <= actual["p50_ms"] <= actual["p95_ms"]
     assert " ms" in predict(model, folder, "--latency").stdout
 
 
@@ -347,13 +347,16 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_nothing_on_the_way_to_a_prediction_loads_torch(model: Path, folder: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--latency",)])
+def test_nothing_on_the_way_to_a_prediction_loads_torch(
+    options: tuple[str, ...], model: Path, folder: Path
+) -> None:
     code = (
         "import sys\nfrom graftkit.cli.vision import app\n"
         "try:\n    app()\nfinally:\n"
         "    print([m for m in ('torch', 'transformers', 'onnx', 'sklearn') if m in sys.modules])"
     )
-    done = run_python(code, "predict", model, folder / "fern", "--json")
+    done = run_python(code, "predict", model, folder / "fern", "--json", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 

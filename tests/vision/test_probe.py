@@ -66,9 +66,9 @@ def test_probes_on_disk_are_those_that_were_written(tmp_path: Path) -> None:
     train, val, file = blobs(60), blobs(30, seed=1), tmp_path / "probes.safetensors"
     probes = [fit_probe((train[0][:, :k], train[1]), (val[0][:, :k], val[1]), 3) for k in (2, 5)]
     write_probes(probes, file)
-    found = read_probes(file, 2)
-    assert found is not None
-    for probe, other in zip(probes, found, strict=True):
+    actual = read_probes(file, 2)
+    assert actual is not None
+    for probe, other in zip(probes, actual, strict=True):
         for field in fields(LinearProbe):
             value, same = getattr(probe, field.name), getattr(other, field.name)
             assert torch.equal(value, same) if isinstance(value, Tensor) else value == same
@@ -95,8 +95,8 @@ def test_the_head_to_train_is_the_same_function_and_folds_into_one_layer() -> No
     head = probe.trainable_head()
     folded = fold_head(head)
     assert len(list(folded.parameters())) == 2
-    for found in (head(val[0]), folded(val[0])):
-        torch.testing.assert_close(found, probe.logits(val[0]), atol=1e-3, rtol=1e-3)
+    for actual in (head(val[0]), folded(val[0])):
+        torch.testing.assert_close(actual, probe.logits(val[0]), atol=1e-3, rtol=1e-3)
 
 
 def test_two_classes_give_two_rows() -> None:
@@ -108,8 +108,8 @@ def test_two_classes_give_two_rows() -> None:
 
 def test_a_class_without_training_images_is_never_named() -> None:
     features, labels = blobs(60)
-    kept = labels != 1
-    probe = fit_probe((features[kept], labels[kept]), blobs(30, seed=1), 3)
+    keep = labels != 1
+    probe = fit_probe((features[keep], labels[keep]), blobs(30, seed=1), 3)
     assert probe.bias[1] == UNSEEN_LOGIT
     assert not (probe.logits(features).argmax(dim=1) == 1).any()
 
@@ -125,8 +125,8 @@ def test_a_constant_feature_does_no_harm() -> None:
 def test_features_that_tell_the_classes_matter_more_than_noise(rule: str) -> None:
     train = blobs(300)
     probe = fit_probe(train, blobs(60, seed=1), 3)
-    found = l2_relevance(probe) if rule == "l2" else taylor_relevance(probe, train)
-    assert found[:3].min() > 2 * found[3:].max()
+    actual = l2_relevance(probe) if rule == "l2" else taylor_relevance(probe, train)
+    assert actual[:3].min() > 2 * actual[3:].max()
 
 
 @settings(deadline=None, max_examples=20)

@@ -140,9 +140,9 @@ def test_the_page_draws_which_features_of_a_layer_the_head_reads(content: str) -
 
 @given(st.sets(st.integers(0, 40)))
 def test_runs_hold_the_numbers_that_they_were_made_of_and_do_not_touch(numbers: set[int]) -> None:
-    found = _runs(sorted(numbers))
-    assert [n for first, behind in found for n in range(first, behind)] == sorted(numbers)
-    assert all(before[1] < after[0] for before, after in pairwise(found))
+    actual = _runs(sorted(numbers))
+    assert [n for first, behind in actual for n in range(first, behind)] == sorted(numbers)
+    assert all(before[1] < after[0] for before, after in pairwise(actual))
 
 
 def test_the_verdict_comes_first_in_one_sentence(page: Page) -> None:
@@ -154,7 +154,7 @@ def test_the_verdict_comes_first_in_one_sentence(page: Page) -> None:
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "size", "pays", "told"),
+    ("accuracy", "size", "pays", "text"),
     [
         (0.95, 500_000, False, "Grafting does not pay here: of the baselines of its size, student"),
         (0.95, 500_000, False, "lead is -3.8 points [-5.8, -1.8]"),
@@ -166,11 +166,11 @@ def test_the_verdict_comes_first_in_one_sentence(page: Page) -> None:
     ],
 )
 def test_the_verdict_is_that_of_baselines_of_no_more_bytes(
-    accuracy: float, size: int, pays: bool, told: str
+    accuracy: float, size: int, pays: bool, text: str
 ) -> None:
-    found = judge(numbers(OWN) | {"baselines": {"student": numbers(accuracy, size)}})
-    assert told in " ".join(found.sentences)
-    assert found.pays is pays
+    actual = judge(numbers(OWN) | {"baselines": {"student": numbers(accuracy, size)}})
+    assert text in " ".join(actual.sentences)
+    assert actual.pays is pays
 
 
 def test_a_large_donor_that_is_better_does_not_forbid_the_graft() -> None:

@@ -47,16 +47,16 @@ def test_features_are_the_donors_by_layer_and_then_by_channel(
             for layer in sorted(reads)
             for channel in sorted(set(reads[layer]))
         ]
-        found = rootstock.features(IMAGES)
-    assert found.shape[1] == scion.features
-    torch.testing.assert_close(found, torch.stack(expected, dim=1))
+        actual = rootstock.features(IMAGES)
+    assert actual.shape[1] == scion.features
+    torch.testing.assert_close(actual, torch.stack(expected, dim=1))
 
 
 def test_a_rootstock_keeps_no_layer_behind_its_cut() -> None:
     donor = tiny_donor()
     rootstock = grow(donor, Scion(2, {1: (0,)}), CLASSES, nn.Linear(1, 3))
-    kept = sum(weights.numel() for weights in rootstock.trunk.parameters())
-    assert kept == sum(weights.numel() for weights in donor.layers[:2].parameters())
+    parameters = sum(weights.numel() for weights in rootstock.trunk.parameters())
+    assert parameters == sum(weights.numel() for weights in donor.layers[:2].parameters())
 
 
 def test_training_a_rootstock_leaves_the_donor_as_it_was() -> None:

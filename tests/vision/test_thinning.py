@@ -57,12 +57,12 @@ def test_kept_channels_stay_and_the_others_are_gone(
     before = last(first(x))
     width = before.shape[1]
     chosen = data.draw(st.sets(st.integers(0, width - 1), min_size=1, max_size=width - 1))
-    kept = sorted(chosen)
-    pruned = drop_unread_channels((first, last), kept)
-    assert pruned.dropped == width - len(kept)
+    keep = sorted(chosen)
+    pruned = drop_unread_channels((first, last), keep)
+    assert pruned.dropped == width - len(keep)
     assert pruned.layers[0] is first
     after = pruned.layers[1](first(x))
-    torch.testing.assert_close(after, before[:, kept], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(after, before[:, keep], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(last(first(x)), before, rtol=0, atol=0)
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in (pruned.layers[1], last)]
     assert sizes[0] < sizes[1]
@@ -74,7 +74,7 @@ class Opaque(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("layer", "kept", "reason"),
+    ("layer", "keep", "reason"),
     [
         (nn.Conv2d(4, 4, 3, groups=4), [0], "grouped"),
         (nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)), [0], "ends in GroupNorm"),
@@ -86,9 +86,9 @@ class Opaque(nn.Module):
     ],
 )
 def test_what_is_not_simple_is_left_as_it_is_and_says_why(
-    layer: nn.Module, kept: list[int], reason: str
+    layer: nn.Module, keep: list[int], reason: str
 ) -> None:
-    pruned = drop_unread_channels([layer], kept)
+    pruned = drop_unread_channels([layer], keep)
     assert pruned.layers == (layer,)
     assert pruned.dropped == 0
     assert reason in pruned.reason
@@ -191,8 +191,8 @@ def test_multiply_accumulates_of_a_channel_are_counted_at_every_position() -> No
 
 
 def test_channels_of_convolutions_with_normalization_and_of_dense_layers_are_hidden() -> None:
-    found = find_hidden(seeded(InPlace), image())
-    assert [(h.producer, h.consumer, h.channels) for h in found] == [
+    actual = find_hidden(seeded(InPlace), image())
+    assert [(h.producer, h.consumer, h.channels) for h in actual] == [
         ("convolutions.0", "convolutions.3", 12),
         ("dense.0", "dense.2", 10),
     ]
@@ -212,8 +212,8 @@ def test_a_narrowed_layer_answers_as_with_zeros_in_place_of_what_went(make: type
         assert isinstance(consumer, nn.Conv2d | nn.Linear)
         with torch.no_grad():
             consumer.weight[:, [0, 3]] = 0
-        kept = [channel for channel in range(hidden.channels) if channel not in (0, 3)]
-        narrow(narrowed, hidden, kept)
+        keep = [channel for channel in range(hidden.channels) if channel not in (0, 3)]
+        narrow(narrowed, hidden, keep)
         torch.testing.assert_close(narrowed(image()), silenced(image()), atol=1e-5, rtol=1e-4)
         assert sum(map(torch.numel, narrowed.parameters())) < sum(
             map(torch.numel, layer.parameters())
@@ -235,20 +235,20 @@ def test_what_carries_least_goes_first() -> None:
     donor = wide_donor()
     thinner = Thinner(donor, PIXELS, "parameters")
     whole = parameters(donor)
-    thinned = thinner.thin(3, lambda found: parameters(found) <= whole - 12 * 27)
+    thinned = thinner.thin(3, lambda actual: parameters(actual) <= whole - 12 * 27)
     assert thinned is not None
     assert hidden_channels(donor) == [0, 24, 24]
     assert hidden_channels(thinned)[1] < hidden_channels(thinned)[2]
     images = torch.from_numpy(PIXELS.copy()).float()
-    for found, expected in zip(thinned(images), donor(images), strict=True):
-        assert float(((found - expected).norm() / expected.norm()).detach()) < 0.01
+    for actual, expected in zip(thinned(images), donor(images), strict=True):
+        assert float(((actual - expected).norm() / expected.norm()).detach()) < 0.01
 
 
 def test_no_more_channels_go_than_the_limit_asks_for() -> None:
     donor = wide_donor()
     thinner = Thinner(donor, PIXELS, "macs")
     most = parameters(donor.with_layers(list(donor.layers)[:2])) - 100
-    thinned = thinner.thin(2, lambda found: parameters(found) <= most)
+    thinned = thinner.thin(2, lambda actual: parameters(actual) <= most)
     assert thinned is not None
     assert len(thinned.layers) == 2
     assert most - 27 < parameters(thinned) <= most
@@ -258,8 +258,8 @@ def test_no_more_channels_go_than_the_limit_asks_for() -> None:
 def test_a_tenth_of_the_channels_stays() -> None:
     donor = wide_donor()
     thinner = Thinner(donor, PIXELS, "parameters")
-    assert thinner.thin(3, lambda found: parameters(found) < 300) is None
-    least = thinner.thin(3, lambda found: hidden_channels(found) <= [0, 3, 3])
+    assert thinner.thin(3, lambda actual: parameters(actual) < 300) is None
+    least = thinner.thin(3, lambda actual: hidden_channels(actual) <= [0, 3, 3])
     assert least is not None
     assert min(hidden_channels(least)[1:]) >= LEAST_SHARE * 24
 
@@ -272,7 +272,7 @@ def test_channels_in_whole_blocks_stay_in_whole_blocks() -> None:
     left = set()
     for spared in (1, 17 * 16, 17 * 17, 17 * 32):
         most = parameters(donor) - spared
-        thinned = thinner.thin(2, lambda found, most=most: parameters(found) <= most)
+        thinned = thinner.thin(2, lambda actual, most=most: parameters(actual) <= most)
         assert thinned is not None
         left.add(hidden_channels(thinned)[1])
     assert left == {16, 32}

@@ -325,14 +325,14 @@ def test_a_single_image_beyond_full_batches_is_trained_on_too(tmp_path: Path) ->
 class NextColor(nn.Module):
     """Names the class behind that of the strongest colour, and remembers what it was shown."""
 
-    seen: list[Tensor]
+    inputs: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = []
+        self.inputs = []
 
     def forward(self, images: Tensor) -> Tensor:
-        self.seen.append(images)
+        self.inputs.append(images)
         answers = 2 - images.mean((2, 3)).argmax(dim=1)
         return 9 * functional.one_hot((answers + 1) % 3, 3).float()
 
@@ -343,8 +343,8 @@ def test_soft_labels_are_of_the_views_that_are_trained_on(tmp_path: Path) -> Non
     shifted = LabeledImages(VAL.names, (VAL.labels + 1) % 3, VAL.pixels)
     rootstock = start()
     fine_tune(rootstock, TRAIN, shifted, settings, tmp_path, SoftLabels(guide))
-    assert len(guide.seen) == 32
-    assert not torch.equal(guide.seen[0], guide.seen[4])
+    assert len(guide.inputs) == 32
+    assert not torch.equal(guide.inputs[0], guide.inputs[4])
     assert scores(rootstock, shifted).accuracy > 0.9
 
 
@@ -354,18 +354,18 @@ def test_who_learns_second_finds_the_soft_labels_that_the_first_waited_for(
     guide, other = NextColor(), NextColor()
     soft_labels = SoftLabels(guide)
     train(tmp_path / "first", soft_labels=soft_labels, rootstock=tiny_rootstock(seed=1))
-    asked = len(guide.seen)
-    found, _, _ = train(tmp_path / "second", soft_labels=soft_labels)
+    count = len(guide.inputs)
+    actual, _, _ = train(tmp_path / "second", soft_labels=soft_labels)
     alone, _, _ = train(tmp_path / "alone", soft_labels=SoftLabels(other))
-    assert asked == len(guide.seen) == len(other.seen) == 12
-    assert same_weights(found, alone)
+    assert count == len(guide.inputs) == len(other.inputs) == 12
+    assert same_weights(actual, alone)
 
 
 def test_without_instructions_for_bfloat16_training_computes_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for found, expected in (({"avx2": True}, False), ({"avx2": True, "amx_bf16": True}, True)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+    for actual, expected in (({"avx2": True}, False), ({"avx2": True, "amx_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda actual=actual: actual)
         assert TrainingSettings().bfloat16 is expected
 
 
@@ -404,8 +404,8 @@ def test_the_rate_rises_for_a_tenth_of_the_steps_and_falls_to_nothing(steps: int
 def test_the_loss_mixes_labels_and_soft_labels_as_its_equation_says() -> None:
     logits, soft = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     settings = TrainingSettings(label_smoothing=0, distillation=0.25, temperature=2)
-    wanted, found = torch.softmax(soft / 2, 1), torch.softmax(logits / 2, 1)
-    divergence = float((wanted * (wanted / found).log()).sum())
+    target, actual = torch.softmax(soft / 2, 1), torch.softmax(logits / 2, 1)
+    divergence = float((target * (target / actual).log()).sum())
     plain = float(-torch.log_softmax(logits, 1)[0, 0])
     labels = torch.tensor([0])
     mixed = loss_of(logits, labels, soft, settings)
@@ -431,13 +431,13 @@ def scored(answers: list[int], labels: list[int]) -> Scores:
 
 
 def test_scores_count_by_class_and_say_where_a_class_is_missing() -> None:
-    found = scored([0, 1, 1, 0], [0, 0, 1, 1])
-    assert found.accuracy == 0.5
-    assert found.recall == (0.5, 0.5, None)
-    assert found.confusion == ((1, 1, 0), (1, 1, 0), (0, 0, 0))
+    actual = scored([0, 1, 1, 0], [0, 0, 1, 1])
+    assert actual.accuracy == 0.5
+    assert actual.recall == (0.5, 0.5, None)
+    assert actual.confusion == ((1, 1, 0), (1, 1, 0), (0, 0, 0))
     rows = torch.tensor([5.0, 0.0, 0.0]), torch.tensor([0.0, 5.0, 0.0])
     losses = [-torch.log_softmax(row, 0)[0] for row in rows]
-    assert found.loss == pytest.approx(float(sum(losses)) / 2)
+    assert actual.loss == pytest.approx(float(sum(losses)) / 2)
 
 
 def test_nothing_is_scored_on_no_image() -> None:

@@ -10,7 +10,7 @@ rows           what every row of a batch uses: the target, a pack, a weighted su
 calls          whether the model reads a weight past its module, and whether it keeps rows apart
 """
 
-from graftkit.attachment.attachment import Attachment, attach, attached, bare, detach
-from graftkit.attachment.rows import Choice
+from graftkit.attachment.attachment import Attachment, attach, attached, detach, without_packs
+from graftkit.attachment.rows import PackChoice
 
-__all__ = ["Attachment", "Choice", "attach", "attached", "bare", "detach"]
+__all__ = ["Attachment", "PackChoice", "attach", "attached", "detach", "without_packs"]

@@ -23,12 +23,12 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from graftkit.attachment.configuration import check_configuration
-from graftkit.attachment.merged import MergedWeights
-from graftkit.attachment.rows import Choice, choose_rows
-from graftkit.attachment.side import SidePaths
+from graftkit.attachment.merged import MergedPack
+from graftkit.attachment.rows import PackChoice, choose_rows
+from graftkit.attachment.side import SidePacks
 from graftkit.attachment.target import (
     LiveTarget,
-    Uncopied,
+    NotCopyable,
     attachment_of,
     check_model,
     check_packs,
@@ -38,12 +38,12 @@ from graftkit.attachment.target import (
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
 
-__all__ = ["Attachment", "Choice", "Mode", "attach", "attached", "bare", "detach"]
+__all__ = ["Attachment", "Mode", "PackChoice", "attach", "attached", "detach", "without_packs"]
 
 Mode = Literal["merged", "side"]
 
 
-class Attachment(Uncopied):
+class Attachment(NotCopyable):
     """Packs in use on a model, until `detach`.
 
     Attributes:
@@ -60,10 +60,8 @@ class Attachment(Uncopied):
         with claimed(model, self):
             self._target = LiveTarget(model)
             check_packs(self._target, packs)
-            self._applied: MergedWeights | SidePaths = (
-                MergedWeights(self._target, packs[0])
-                if mode == "merged"
-                else SidePaths(self._target)
+            self._applied: MergedPack | SidePacks = (
+                MergedPack(self._target, packs[0]) if mode == "merged" else SidePacks(self._target)
             )
             self._apply(packs)
 
@@ -111,7 +109,7 @@ class Attachment(Uncopied):
         self._check_index(index)
         return paths.nbytes(index)
 
-    def route(self, rows: Sequence[Choice]) -> None:
+    def route(self, rows: Sequence[PackChoice]) -> None:
         """Choose the packs of every row of the next batches.
 
         A row uses the target (None, or no weight but 0), one pack (its index), or a mixture
@@ -136,7 +134,7 @@ class Attachment(Uncopied):
     def _apply(self, packs: Sequence[SkillPack]) -> None:
         try:
             self._applied.apply()
-            if isinstance(self._applied, MergedWeights):
+            if isinstance(self._applied, MergedPack):
                 self.packs = dict(enumerate(packs))
                 return
             for pack in packs:
@@ -148,8 +146,8 @@ class Attachment(Uncopied):
             self._applied.undo()
             raise
 
-    def _side_paths(self, why: str = "the packs of a merged attachment are fixed") -> SidePaths:
-        if not isinstance(self._applied, SidePaths):
+    def _side_paths(self, why: str = "the packs of a merged attachment are fixed") -> SidePacks:
+        if not isinstance(self._applied, SidePacks):
             raise AttachError(f'{why}; attach with mode="side"')
         if attachment_of(self.model) is not self:
             raise AttachError("this attachment was detached; attach the packs again")
@@ -208,7 +206,7 @@ def attached(
 
 
 @contextmanager
-def bare(model: PreTrainedModel) -> Iterator[None]:
+def without_packs(model: PreTrainedModel) -> Iterator[None]:
     """The target alone for the length of a block, whatever packs are attached beside it.
 
     Raises: AttachError for a pack that is merged into the weights.

@@ -1,39 +1,32 @@
-"""Does a pack beside the model reach every weight that it changes?
+"""Calls of a model that has packs beside it: one batch at a time, each kind of call checked once.
 
-A side path adds to what a module returns when it is called. A weight that another module reads
+A side delta is added to what a module returns when it is called. A weight that another module reads
 directly (a head tied by hand, a fused kernel, experts read by their block) is not reached that way,
-and the answers would be the target's. So reads are watched: every operation on a changed weight has
-to happen while a module that owns the weight is being called.
-
-Short batches of random inputs, run to see how a live model treats the rows of a batch.
-
-May rows of one batch use different packs on this model?
-
-Only where every module with a pack sees the rows in order, each as often as the others, and where
-no state goes from one row's pass to another's. Class names do not tell: experts repeat tokens
-expert by expert, windows are cut out of images, recurrent layers write into tensors of their
-caller. So a short batch is tried: rows of different packs together have to answer as each does
-alone, and every module with a pack has to read the same for them.
+and the answers would be the target's. So the reads of the first call of each kind are tracked:
+every operation on a changed weight has to happen while a module that owns the weight is called.
 """
 
-import inspect
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
-from graftkit.attachment.modules import ModulePath
-from graftkit.attachment.rows import Choice, Routing, Rows, choose_rows
+from graftkit.attachment.modules import ModuleDeltas
+from graftkit.attachment.rows import Routing, choose_rows, first_tensor
+from graftkit.attachment.separation import TrialBatch, TrialError
+from graftkit.attachment.target import (
+    NotCopyable,
+    OpaqueHook,
+    forget_compiled_code,
+)
 from graftkit.errors import AttachError
-from graftkit.models.loading import quiet
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class ChangedWeight:
     module: nn.Module
 
 
-class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ReadTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation between `start` and `stop`.
 
     Attributes:
@@ -54,7 +47,7 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, weights: Sequence[ChangedWeight]):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.missed: list[str] = []
+        self.direct_reads: list[str] = []
         self._weights = weights
         self._calls: Counter[nn.Module] = Counter()
         self._handles: list[RemovableHandle] = []
@@ -78,10 +71,10 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def check(self) -> None:
         """Raises: AttachError naming a weight that was missed."""
-        if self.missed:
+        if self.direct_reads:
             raise AttachError(
-                f"{self.missed[0]} is read without its module being called, so a pack beside the "
-                'model would change nothing there; attach with mode="merged"'
+                f"{self.direct_reads[0]} is read without its module being called, so a pack beside "
+                'the model would change nothing there; attach with mode="merged"'
             )
 
     def _enter(self, module: nn.Module, args: Any) -> None:
@@ -106,7 +99,9 @@ class ReadWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # A tied weight stands here once for each of its modules; any of them may read it.
         touched = [w for span, w in owners if span.start < place.stop and place.start < span.stop]
         if touched and not any(self._calls[weight.module] for weight in touched):
-            self.missed += [weight.name for weight in touched if weight.name not in self.missed]
+            self.direct_reads += [
+                weight.name for weight in touched if weight.name not in self.direct_reads
+            ]
 
 
 def _reads_no_values(func: Any) -> bool:
@@ -126,342 +121,154 @@ def _bytes_of(tensor: Tensor) -> range:
     return range(start, start + (last + 1) * size)
 
 
-ROWS = 3
-# As many tokens as a multiple of the rows: what is not a row can then be taken for several.
-_LENGTH = 2 * ROWS
-_STEPS = 3
-_AUDIO_SAMPLES = 4000
-
-Inputs = dict[str, Tensor]
-
-Outputs = list[Tensor | None]
-"""Every float tensor that a model returns; None for one that has no entry for each row."""
+# Arguments of a model whose dimension 0 is the batch, asked first: positions may have one row only.
+_BATCHES = ("input_ids", "inputs_embeds", "attention_mask")
 
 
-class Unrunnable(Exception):
-    """The model cannot be tried on random inputs; the message says why."""
+Call = tuple[Any, ...]
 
 
-class Probe:
-    """The same few rows of random inputs, run together or one by one.
+"""How a model is called: which of its modules, with which arguments, one token or several."""
 
-    Raises: Unrunnable where no inputs can be made for the model.
+
+@dataclass(frozen=True)
+class _Running:
+    """A call of the model that has not ended. watch: of its reads, where it is of a new kind."""
+
+    thread: int
+    module: nn.Module
+    call: Call | None
+    watch: ReadTracker | None
+
+
+class BatchGuard(NotCopyable):
+    """Hooks on the model itself, around every forward pass.
+
+    A module holds the parameters of one batch at a time, so other threads wait for a batch to end.
+    The first call of each kind is watched: a pack that it would not reach is refused.
+
+    Args:
+        paths: by name, the modules that packs change now.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self._model = model
-        generator = torch.Generator().manual_seed(0)
-        self._inputs = _random_inputs(model, generator)
-        self._forced = _continuations(model, generator)
-
-    def run(self, row: int | None = None) -> Outputs:
-        """What the model returns, the batch along dimension 0.
-
-        A model that generates text continues each row by a few fixed tokens, with its cache: these
-        are the logits of every step.
-
-        Args:
-            row: of the one to run, None for all together.
-        Raises: Unrunnable; AttachError of the packs that are attached.
-        """
-        places = slice(None) if row is None else slice(row, row + 1)
-        inputs = {name: value[places] for name, value in self._inputs.items()}
-        count = ROWS if row is None else 1
-        try:
-            with _undisturbed(self._model):
-                if "input_ids" in inputs and self._model.can_generate():
-                    return self._generate(inputs, self._forced[places])
-                return _rows_of(self._model(**inputs), count)
-        except AttachError:
-            raise
-        # Foreign code runs here, on inputs that it may not be made for.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise Unrunnable(f"it fails on random inputs ({reason})") from error
-
-    def _generate(self, inputs: Inputs, forced: Tensor) -> Outputs:
-        """The logits of every step, while the tokens of `forced` (rows, steps) are generated."""
-        steps = _ForcedTokens(forced.to(self._model.device))
-        options = GenerationConfig(  # type: ignore[no-untyped-call]
-            max_new_tokens=_STEPS,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=0,
-            decoder_start_token_id=0,
-        )
-        prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        self._model.generate(  # type: ignore[operator]
-            **prompt, generation_config=options, logits_processor=LogitsProcessorList([steps])
-        )
-        return [*steps.logits]
-
-
-class _ForcedTokens(LogitsProcessor):
-    """Keeps the logits of every step, and leaves `generate` one token for each row."""
-
-    def __init__(self, tokens: Tensor):
-        self.tokens = tokens
-        self.logits: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores (rows, vocabulary) that are 0 for the forced token and -∞ for all others."""
-        token = self.tokens[:, len(self.logits)].unsqueeze(1)
-        # What a model's own settings suppress is -∞ in every run.
-        self.logits.append(scores.nan_to_num(neginf=0.0))
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
-def distances(one: Outputs, other: Outputs) -> list[Tensor]:
-    """RMS over the last dimension of the difference, for every pair of tensors of one shape."""
-    if len(one) != len(other):
-        return []
-    return [
-        (a.float() - b.float()).square().mean(-1).sqrt().flatten()
-        for a, b in zip(one, other, strict=True)
-        if a is not None and b is not None and a.shape == b.shape
-    ]
-
-
-def _random_inputs(model: PreTrainedModel, generator: torch.Generator) -> Inputs:
-    """Inputs of ROWS different rows. Raises: Unrunnable for a kind of input that is not known."""
-    main = model.main_input_name
-    config = getattr(model.config, "vision_config", model.config)
-    inputs: Inputs
-    if main == "input_ids":
-        ids = torch.randint(_vocabulary(model), (ROWS, _LENGTH), generator=generator)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids.flip(0)
-        if _has_two_towers(model):
-            inputs["pixel_values"] = _random_images(config, generator)
-    elif main == "pixel_values" and hasattr(config, "image_size"):
-        inputs = {main: _random_images(config, generator)}
-    elif main == "input_values":
-        inputs = {main: torch.randn((ROWS, _AUDIO_SAMPLES), generator=generator)}
-    else:
-        raise Unrunnable(f"no random batch can be made of {main}")
-    floats = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {
-        name: value.to(model.device, floats if value.is_floating_point() else value.dtype)
-        for name, value in inputs.items()
-    }
-
-
-def _has_two_towers(model: PreTrainedModel) -> bool:
-    """Whether a model reads texts and images apart from each other, as CLIP does."""
-    config = model.config
-    in_one_sequence = any(hasattr(config, f"image_token_{name}") for name in ("id", "index"))
-    has_images = hasattr(getattr(config, "vision_config", None), "image_size")
-    reads_both = "pixel_values" in inspect.signature(model.forward).parameters
-    return reads_both and has_images and not in_one_sequence
-
-
-def _random_images(config: Any, generator: torch.Generator) -> Tensor:
-    size = config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    shape = (ROWS, getattr(config, "num_channels", 3), height, width)
-    return torch.randn(shape, generator=generator)
-
-
-def _continuations(model: PreTrainedModel, generator: torch.Generator) -> Tensor:
-    """Tokens (ROWS, _STEPS), none of which ends a text."""
-    config = getattr(model, "generation_config", None)
-    ends = torch.tensor(
-        [] if config is None or config.eos_token_id is None else config.eos_token_id
-    )
-    tokens = torch.arange(_vocabulary(model))
-    tokens = tokens[~torch.isin(tokens, ends)]
-    return tokens[torch.randint(len(tokens), (ROWS, _STEPS), generator=generator)]
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(), "vocab_size", 0) or 2)
-
-
-def _rows_of(output: Any, rows: int) -> Outputs:
-    """The float tensors anywhere in an output that have `rows` entries along dimension 0."""
-    if isinstance(output, Tensor):
-        fits = output.is_floating_point() and output.dim() > 1 and output.shape[0] == rows
-        return [output.detach().clone() if fits else None]
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, (list, tuple)):
-        return [tensor for value in output for tensor in _rows_of(value, rows)]
-    return []
-
-
-@contextmanager
-def _undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Without gradients, dropout, notices, or a trace in the global random state."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.no_grad(), quiet(), torch.random.fork_rng():
-            model.eval()  # type: ignore[no-untyped-call]
-            torch.manual_seed(0)
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-# Weights of a pack to try, until its effect stands out from rounding.
-_WEIGHTS = (1.0, 16.0, 256.0)
-# The least effect, as a share of what the target answers, and the largest error as a share of the
-# effect: by whether the model computes in float32.
-_LEAST_EFFECT = {True: 1e-3, False: 0.2}
-_LARGEST_ERROR = {True: 0.02, False: 0.5}
-# How far a row's inputs may differ between the batch and the row alone, relative to their RMS:
-# inside a module that runs again they are the target's at first. Another row's differ by over 1.
-_LARGEST_DRIFT = 0.3
-
-Reads = dict[str, list[Tensor | None]]
-
-
-class RowSeparation:
-    """What was tried on one model with packs beside it.
-
-    Attributes:
-        keeps_rows: by the name of a module, whether it sees the rows in order; modules that no
-            probe reached are not there.
-    """
-
-    def __init__(self, model: PreTrainedModel, routing: Routing):
+    def __init__(self, model: PreTrainedModel, routing: Routing, paths: Mapping[str, ModuleDeltas]):
         self._model = model
         self._routing = routing
-        self._exact = model.dtype in (torch.float32, torch.float64)
-        self._tried: set[str] = set()
-        self.keeps_rows: dict[str, bool] = {}
+        self._paths = paths
+        self._handles: list[RemovableHandle] = []
+        self._running: list[_Running] = []
+        self._seen_calls: set[Call] = set()
+        self._seen_modules: set[str] = set()
 
-    def check(self, paths: Mapping[str, ModulePath], rows: Rows) -> None:
-        """Try what was not tried before of the modules that the packs of these rows change.
+    def hook(self) -> None:
+        """Begin to watch the model."""
+        forget_compiled_code()
+        for module in {self._model, self._model.base_model}:
+            begin = module.register_forward_pre_hook(
+                OpaqueHook(self._begin), prepend=True, with_kwargs=True
+            )
+            # After an exception too: other threads wait for this batch to end.
+            end = module.register_forward_hook(
+                OpaqueHook(self._end), with_kwargs=True, always_call=True
+            )
+            self._handles += [begin, end]
 
-        Raises: AttachError where the rows would not answer as each does alone, or where that
-            cannot be tried.
+    def unhook(self) -> None:
+        """Remove the hooks; the caller holds the lock."""
+        self._abandon()
+        while self._handles:
+            self._handles.pop().remove()
+        forget_compiled_code()
+
+    def renew(self, pack: int) -> None:
+        """Try a new pack on a few random tokens, so that what it would not reach is refused before
+        it is used; what random tokens do not reach is watched when it is first called.
+
+        Raises: AttachError naming a weight that is read past its module.
         """
-        used = {name: path for name, path in paths.items() if path.serves(rows.packs)}
-        while new := used.keys() - self._tried:
-            pack, names = _best_pack(rows.packs, used, new)
-            try:
-                with self._routing.lock:
-                    self._try(pack)
-            except Unrunnable as error:
-                raise AttachError(
-                    f"it is unknown whether {type(self._model).__name__} keeps the rows of a batch "
-                    f"apart, for {error}; run the rows of each pack in a batch of their own"
-                ) from error
-            self._tried |= names
-        for name in used:
-            used[name].keeps_rows = self.keeps_rows.get(name)
-            if used[name].keeps_rows is False:
-                used[name].check()
-
-    def _try(self, pack: int) -> None:
-        """Rows with and without a pack, together and alone. Raises: AttachError, Unrunnable."""
-        probe = Probe(self._model)
-        bare = [self._run(probe, [None], row) for row in range(ROWS)]
-        weight, first = self._telling_weight(probe, pack, bare[0][0])
-        choices: list[Choice] = [{pack: weight}, None, {pack: -weight / 2}]
-        alone = [first, bare[1], self._run(probe, choices[2:], 2)]
-        together, reads = self._run(probe, choices, None)
-        for name in reads:
-            apart = [calls.get(name, []) for _, calls in alone]
-            self.keeps_rows[name] = _keeps_rows(reads[name], apart)
-        effects = [_largest(distances(bare[r][0], alone[r][0]), self._exact) for r in (0, 2)]
-        for row, (outputs, _) in enumerate(alone):
-            own = [None if tensor is None else tensor[row : row + 1] for tensor in together]
-            error = _largest(distances(own, outputs), self._exact)
-            if not error <= _LARGEST_ERROR[self._exact] * max(effects) + 1e-6:
-                raise AttachError(
-                    f"{type(self._model).__name__} does not keep the rows of a batch apart: row "
-                    f"{row} of a tried batch answered otherwise than alone; run the rows of each "
-                    "pack in a batch of their own"
-                )
-
-    def _telling_weight(
-        self, probe: Probe, pack: int, target: Outputs
-    ) -> tuple[float, tuple[Outputs, Reads]]:
-        """A weight at which a pack changes the answers to row 0 by more than rounding does, and
-        that row with it."""
-        values = [tensor.float().flatten() for tensor in target if tensor is not None]
-        scale = float(torch.cat(values).std()) if values else 0.0
-        best = _WEIGHTS[0], self._run(probe, [{pack: _WEIGHTS[0]}], 0)
-        for weight in _WEIGHTS:
-            run = best[1] if weight == best[0] else self._run(probe, [{pack: weight}], 0)
-            effect = _largest(distances(run[0], target), self._exact)
-            if not effect < float("inf"):
-                break
-            best = weight, run
-            if effect >= _LEAST_EFFECT[self._exact] * scale:
-                break
-        return best
-
-    def _run(
-        self, probe: Probe, choices: Sequence[Choice], row: int | None
-    ) -> tuple[Outputs, Reads]:
-        """What the model answers, and what its modules with packs read."""
-        packs = {pack for choice in choices if isinstance(choice, Mapping) for pack in choice}
-        rows = choose_rows(packs, choices)
-        reads: Reads = {}
-
-        def record(name: str, inputs: Tensor | None) -> None:
-            # A module that runs again for some of the rows is not read again.
-            if self._routing.rows is rows:
-                reads.setdefault(name, []).append(None if inputs is None else inputs.clone())
-
-        before, self._routing.recorder = self._routing.recorder, record
+        if self._paths.keys() <= self._seen_modules:
+            return
+        self._seen_calls.clear()
+        forget_compiled_code()
         try:
-            with self._routing.using(rows):
-                return probe.run(row), reads
+            probe = TrialBatch(self._model)
+            with self._routing.using(choose_rows([pack], [pack])):
+                probe.run(0)
+        except TrialError:
+            return
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._routing.lock.acquire()
+        try:
+            if any(running.module is module for running in self._running):
+                self._abandon()
+            call, watch = None, None
+            batch = first_tensor([args, [kwargs.get(name) for name in _BATCHES], kwargs])
+            if batch is not None:
+                self._routing.begin(batch.shape[0])
+                call = _describe_call(module, args, kwargs, batch)
+                watch = self._watch(call)
+            self._running.append(_Running(threading.get_ident(), module, call, watch))
+        except BaseException:
+            self._routing.lock.release()
+            raise
+
+    def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        running = self._running[-1] if self._running else None
+        # Where `_begin` refused a batch, this thread has nothing running.
+        if (
+            running is None
+            or running.module is not module
+            or running.thread != threading.get_ident()
+        ):
+            return
+        self._running.pop()
+        try:
+            if running.watch is not None:
+                running.watch.stop()
+            # Without an output an exception is on its way: it says more.
+            if running.watch is not None and output is not None:
+                running.watch.check()
+                self._seen_calls.add(running.call or ())
+                self._seen_modules.update(self._paths)
         finally:
-            self._routing.recorder = before
+            self._routing.lock.release()
+
+    def _watch(self, call: Call) -> ReadTracker | None:
+        """Watch the reads of an outermost call, where none like it was seen with these modules."""
+        if self._running or call in self._seen_calls or not self._routing.rows.packs:
+            return None
+        changed = {
+            id(getattr(path.module, attribute)): f"{name}.{attribute}"
+            for name, path in self._paths.items()
+            for attribute in path.attributes
+        }
+        # A tied weight may be read in every module that owns it, also where it is not changed.
+        watch = ReadTracker(
+            [
+                ChangedWeight(changed[id(value)], value, module)
+                for module in self._model.modules()
+                for value in (*module._parameters.values(), *module._buffers.values())
+                if value is not None and id(value) in changed
+            ]
+        )
+        watch.start()
+        return watch
+
+    def _abandon(self) -> None:
+        """Leave calls of this thread that an interruption (Ctrl-C) ended."""
+        while self._running:
+            running = self._running.pop()
+            if running.watch is not None:
+                running.watch.stop()
+            self._routing.lock.release()
+        for path in self._paths.values():
+            path.restore()
 
 
-def _best_pack(
-    packs: Iterable[int], paths: Mapping[str, ModulePath], new: set[str]
-) -> tuple[int, set[str]]:
-    """The pack that changes most of some modules, and the modules that it changes."""
-    names = {pack: {name for name, path in paths.items() if path.serves([pack])} for pack in packs}
-    best = max(names, key=lambda pack: (len(names[pack] & new), -pack))
-    return best, names[best]
-
-
-def _keeps_rows(
-    together: Sequence[Tensor | None], alone: Sequence[Sequence[Tensor | None]]
-) -> bool:
-    """Whether every call reads of each row what the row alone reads, in order."""
-    if any(len(calls) != len(together) for calls in alone):
-        return False
-    for call, batch in enumerate(together):
-        for row, calls in enumerate(alone):
-            own = calls[call]
-            if batch is None or own is None:
-                return False
-            # An input of one entry, such as positions, stands for all rows.
-            part = batch if batch.shape[0] == 1 else _part(batch, row, own.shape[0])
-            if part.shape != own.shape or not _is_near(part, own):
-                return False
-    return True
-
-
-def _part(batch: Tensor, row: int, entries: int) -> Tensor:
-    fits = batch.shape[0] == ROWS * entries
-    return batch[row * entries : (row + 1) * entries] if fits else batch[:0]
-
-
-def _is_near(one: Tensor, other: Tensor) -> bool:
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    scale = other.float().square().mean().sqrt()
-    difference = (one.float() - other.float()).square().mean(-1).sqrt().flatten()
-    return float(difference.median()) <= _LARGEST_DRIFT * float(scale) + 1e-6
-
-
-def _largest(parts: Sequence[Tensor], exact: bool) -> float:
-    """The largest distance; in half precision, where single tokens take other experts, the median.
-
-    NaN where there is nothing to compare.
-    """
-    if not parts:
-        return float("nan")
-    values = torch.cat(list(parts))
-    return float(values.max() if exact else values.median())
+def _describe_call(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Tensor
+) -> Call:
+    names = sorted(name for name, value in kwargs.items() if value is not None)
+    is_one_token = batch.dim() > 1 and batch.shape[1] == 1
+    return (id(module), len(args), *names, is_one_token, module.training)

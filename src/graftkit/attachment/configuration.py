@@ -1,4 +1,4 @@
-"""A tuned config.json on a live model: attached, it computes what the merged checkpoint does.
+"""What a pack changes beside the weights: config.json, generation_config.json and the tokenizer.
 
 config.json decides what a model computes beside its weights: the base of its rotary embedding, the
 epsilon of its norms, its activation. Classes read it when they are built and when they run. What
@@ -9,6 +9,7 @@ the live modules; what it reads later is set in the live configuration. All of i
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,32 +17,39 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from graftkit.errors import AttachError, CorruptPackError, PackMismatchError
+from graftkit.checkpoint import Checkpoint
+from graftkit.errors import AttachError, CheckpointError, CorruptPackError, PackMismatchError
 from graftkit.models.configuration import (
     Differences,
     UnknownEffectError,
     changed_keys,
     compare_models,
-    computing_keys,
+    effective_keys,
     holds_no_values,
-    may_compute,
     plain_attributes,
+    possibly_effective_keys,
     skeletons,
     tuned_config,
     volatile_buffers,
 )
+from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import LOAD_ERRORS
+from graftkit.side_files import is_tokenizer_file
 from graftkit.skillpack import SkillPack
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
+
 TargetFile = Callable[[str], bytes | None]
+
+
 """Gives a side file of the target by name."""
+
 
 _MISSING: Any = object()
 
 
-def changed_computation(
+def effective_config_keys(
     model: PreTrainedModel, pack: SkillPack, target_file: TargetFile | None = None
 ) -> list[str]:
     """Keys of the pack's config.json that change, or may change, what the model computes.
@@ -56,17 +64,17 @@ def changed_computation(
         return []
     tuned = _configuration(model, pack, settings)
     try:
-        return computing_keys(type(model), model.config, tuned)
+        return effective_keys(type(model), model.config, tuned)
     except UnknownEffectError:
-        return may_compute(model.config, tuned)
+        return possibly_effective_keys(model.config, tuned)
 
 
 def check_configuration(model: PreTrainedModel, pack: SkillPack) -> None:
     """Refuse a pack whose config.json changes the computation, which no single row can follow.
 
-    Raises: AttachError naming the keys; as `changed_computation`.
+    Raises: AttachError naming the keys; as `effective_config_keys`.
     """
-    keys = changed_computation(model, pack)
+    keys = effective_config_keys(model, pack)
     if keys:
         raise AttachError(
             f"{CONFIG} of {pack.manifest.tuned.name} has another {', '.join(keys)}, which changes "
@@ -75,7 +83,7 @@ def check_configuration(model: PreTrainedModel, pack: SkillPack) -> None:
         )
 
 
-def tuned_generation(
+def tuned_generation_config(
     model: PreTrainedModel, pack: SkillPack, tuned: PretrainedConfig | None = None
 ) -> Any:
     """The generation settings of the merged checkpoint; the model's own where they are the same.
@@ -121,7 +129,7 @@ class TunedConfiguration:
 
     def _apply_configuration(self, tuned: PretrainedConfig) -> None:
         live = self._model.config
-        keys = may_compute(live, tuned)
+        keys = possibly_effective_keys(live, tuned)
         if not keys:
             self._set_configuration(live, live, tuned)
             return
@@ -129,7 +137,7 @@ class TunedConfiguration:
             base, built = skeletons(type(self._model), live, tuned)
             differences = compare_models(base, built)
             if differences.structure or tuned.model_type != live.model_type:
-                self._refuse(computing_keys(type(self._model), live, tuned) or keys)
+                self._refuse(effective_keys(type(self._model), live, tuned) or keys)
         except UnknownEffectError as error:
             self._refuse(keys, f" ({error})")
         with torch.no_grad():
@@ -205,7 +213,7 @@ class TunedConfiguration:
         own = getattr(self._model, "generation_config", None)
         if own is None:
             return
-        made = tuned_generation(self._model, self._pack, tuned)
+        made = tuned_generation_config(self._model, self._pack, tuned)
         if made is not own:
             self._entry(vars(self._model), "generation_config", made)
 
@@ -302,3 +310,66 @@ def _loaded_file(model: PreTrainedModel, name: str) -> bytes | None:
         return file.read_bytes()
     except OSError:
         return None
+
+
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+# Padding and truncation are chosen for each call.
+_MEANING = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")
+
+
+_PROBE = "Straße 12,5 %\n\tdef f(x):  return 'naïve' + 日本 \N{GRINNING FACE}"
+
+
+def tuned_tokenizer(target: Checkpoint, pack: SkillPack) -> Any:
+    """The tokenizer of the checkpoint that merging the pack would write.
+
+    Raises: CheckpointError where there is no usable one; PackMismatchError for another target.
+    """
+    if not _changed(pack):
+        return usable_tokenizer(target)
+    with TemporaryDirectory(prefix="graftkit-") as folder:
+        for name, content in (target.side_files() | pack.side_files(target)).items():
+            file = Path(folder) / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content)
+        try:
+            return usable_tokenizer(Checkpoint(Path(folder), target.name, None, {}))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the tokenizer of {pack.manifest.tuned.name} cannot be read from its pack; merge "
+                "the pack into a checkpoint"
+            ) from error
+
+
+def check_tokenizer(target: Checkpoint, pack: SkillPack) -> None:
+    """Refuse a pack whose tokenizer gives texts other tokens than the target's.
+
+    Another end of text, or another name of a token, is no such difference.
+    Raises: PackMismatchError naming the file; as `tuned_tokenizer`.
+    """
+    changed = _changed(pack)
+    if changed and _meaning(tuned_tokenizer(target, pack)) != _meaning(usable_tokenizer(target)):
+        raise PackMismatchError(
+            f"{changed[0]}: {pack.manifest.tuned.name} turns text into other tokens than the "
+            "target, so it cannot answer beside other packs; merge it into a checkpoint"
+        )
+
+
+def _changed(pack: SkillPack) -> list[str]:
+    names = [file.name for file in pack.manifest.files]
+    return sorted(name for name in names if is_tokenizer_file(name)) + [
+        name for name in names if name in _SETTINGS
+    ]
+
+
+def _meaning(tokenizer: Any) -> list[Any]:
+    """What decides which tokens a text becomes, and which text tokens become."""
+    found: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE)]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        tokens = [[token["id"], token["content"]] for token in parts.pop("added_tokens", [])]
+        found += [tokens, *(parts.get(name) for name in _MEANING)]
+    return found

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graftkit.attachment.configuration import TunedConfiguration
-from graftkit.attachment.target import Change, LiveTarget, find_changes
+from graftkit.attachment.target import LiveTarget, TensorChange, find_changes
 from graftkit.checkpoint import DTYPE_NAMES
 from graftkit.errors import AttachError
 from graftkit.models.loading import input_embeddings
@@ -19,7 +19,7 @@ from graftkit.skillpack import SkillPack
 _ROW_COUNTS = ("num_embeddings", "out_features", "vocab_size")
 
 
-class MergedWeights:
+class MergedPack:
     """The tuned tensors in place of the target's; `undo` puts every original byte back."""
 
     def __init__(self, target: LiveTarget, pack: SkillPack):
@@ -75,7 +75,7 @@ class MergedWeights:
                 self._undo.pop()()
 
     @torch.no_grad()
-    def _decode(self, change: Change) -> Tensor:
+    def _decode(self, change: TensorChange) -> Tensor:
         tuned = self._pack.decode(change.record.name, self._target.source(change))
         live = self._target.live(change.view)
         if torch.promote_types(tuned.dtype, live.dtype) != live.dtype:
@@ -85,7 +85,7 @@ class MergedWeights:
             )
         return tuned
 
-    def _write(self, change: Change, slots: tuple[str, ...], tuned: Tensor) -> None:
+    def _write(self, change: TensorChange, slots: tuple[str, ...], tuned: Tensor) -> None:
         place = self._target.live(change.view)
         if tuned.shape != place.shape:
             self._replace(change, slots, tuned)
@@ -95,7 +95,7 @@ class MergedWeights:
         place.copy_(tuned)
         self._written.append((change.record.name, place))
 
-    def _untie(self, change: Change, owner: Change) -> bool:
+    def _untie(self, change: TensorChange, owner: TensorChange) -> bool:
         """Give the slots of `change` a parameter of their own, unless it equals its owner's."""
         tuned, shared = self._decode(change), self._decode(owner)
         if tuned.shape == shared.shape and torch.equal(tuned, shared):
@@ -106,7 +106,7 @@ class MergedWeights:
             self._set(config, "tie_word_embeddings", False)
         return True
 
-    def _replace(self, change: Change, slots: tuple[str, ...], tuned: Tensor) -> None:
+    def _replace(self, change: TensorChange, slots: tuple[str, ...], tuned: Tensor) -> None:
         """A new Parameter for `slots`; row counts of their modules and the config follow it."""
         live = self._target.state[change.view.parameter]
         if not change.view.whole:
@@ -147,7 +147,7 @@ class MergedWeights:
         setattr(owner, attribute, value)
 
 
-def _split_from_owner(changes: list[Change]) -> list[tuple[Change, Change]]:
+def _split_from_owner(changes: list[TensorChange]) -> list[tuple[TensorChange, TensorChange]]:
     """Records that share a live parameter with the record of its first owner, and that record."""
     owners = {
         change.view.owners[0]: change

@@ -1,180 +1,32 @@
-"""One matrix of a delta at run time, kept in the smallest form that serves every use of it.
+"""How one module serves rows of several packs.
 
-How one module serves rows of several packs: by addition to its output, or by running again.
+The packs' deltas are added to the module's output where it is a linear layer or an embedding. Any
+other module runs with tuned parameters in place of the target's, once for each kind of row.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graftkit.attachment.rows import Entries, Mixture, Routing, Share, first_tensor, put, take
-from graftkit.attachment.target import OpaqueHook, Uncopied
+from graftkit.attachment.rows import (
+    EntryIndex,
+    PackWeights,
+    Routing,
+    Share,
+    first_tensor,
+    put,
+    take,
+)
+from graftkit.attachment.target import NotCopyable, OpaqueHook
+from graftkit.attachment.updates import TunedPart, Update
 from graftkit.errors import AttachError
-from graftkit.models.views import View
-
-# Below this share of changed rows, the rows and their places are kept instead of the matrix.
-_ROW_SHARE = 0.5
 
 
-class Update(Protocol):
-    """A delta ΔW (out, in) in the orientation y = x Wᵀ."""
-
-    def project(self, x: Tensor) -> Tensor:
-        """x ΔWᵀ for x (..., in): (..., out), in x's dtype."""
-        ...
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """Rows of ΔW for ids (...): (..., in)."""
-        ...
-
-    def dense(self) -> Tensor:
-        """ΔW itself, float32."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        ...
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """ΔW = left @ right; left (out, r), right (r, in)."""
-
-    left: Tensor
-    right: Tensor
-
-    def project(self, x: Tensor) -> Tensor:
-        """(x rightᵀ) leftᵀ."""
-        right, left = self.right.to(x.dtype), self.left.to(x.dtype)
-        return (x @ right.T) @ left.T
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """left[ids] right."""
-        return self.left[ids] @ self.right
-
-    def dense(self) -> Tensor:
-        """left @ right."""
-        return self.left.float() @ self.right.float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.left.nbytes + self.right.nbytes
-
-
-@dataclass(frozen=True)
-class RowUpdate:
-    """ΔW that is zero outside a few rows.
-
-    Attributes:
-        rows: (kept + 1, in); the last one is zero.
-        index: (kept,) the rows' places in ΔW.
-        place: (out,) for each row of ΔW its place in `rows`, the zero row where it is not kept.
-    """
-
-    rows: Tensor
-    index: Tensor
-    place: Tensor
-
-    def project(self, x: Tensor) -> Tensor:
-        """x rowsᵀ scattered to the kept outputs."""
-        y = x.new_zeros(*x.shape[:-1], self.place.shape[0])
-        y[..., self.index] = x @ self.rows[:-1].to(x.dtype).T
-        return y
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """Kept rows, zeros elsewhere."""
-        return self.rows[self.place[ids]]
-
-    def dense(self) -> Tensor:
-        """The whole matrix."""
-        return self.rows[self.place].float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of rows and places."""
-        return self.rows.nbytes + self.index.nbytes + self.place.nbytes
-
-
-@dataclass(frozen=True)
-class DenseUpdate:
-    """ΔW as it is."""
-
-    matrix: Tensor
-
-    def project(self, x: Tensor) -> Tensor:
-        """x ΔWᵀ."""
-        return x @ self.matrix.to(x.dtype).T
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """Rows of the matrix."""
-        return self.matrix[ids]
-
-    def dense(self) -> Tensor:
-        """The matrix."""
-        return self.matrix.float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix."""
-        return self.matrix.nbytes
-
-
-def make_update(
-    factors: tuple[Tensor, Tensor] | None, matrix: Tensor | None, like: Tensor
-) -> Update:
-    """The smallest form of a delta, on the device and in the dtype of `like`.
-
-    Args:
-        factors: left (out, r) and right (r, in), where the delta has them.
-        matrix: ΔW (out, in), float32, where it has none.
-    """
-    if factors is not None:
-        left, right = (factor.to(like.device, like.dtype) for factor in factors)
-        if left.numel() + right.numel() < left.shape[0] * right.shape[1]:
-            return LowRankUpdate(left, right)
-        matrix = factors[0] @ factors[1]
-    assert matrix is not None
-    index = matrix.any(dim=1).nonzero().flatten()
-    if index.numel() > _ROW_SHARE * matrix.shape[0]:
-        return DenseUpdate(matrix.to(like.device, like.dtype))
-    rows = torch.cat([matrix[index], matrix.new_zeros(1, matrix.shape[1])])
-    place = torch.full((matrix.shape[0],), index.numel(), dtype=torch.int64)
-    place[index] = torch.arange(index.numel())
-    device = like.device
-    return RowUpdate(rows.to(device, like.dtype), index.to(device), place.to(device))
-
-
-@dataclass(frozen=True)
-class TunedPart:
-    """One tuned tensor inside a parameter: the tensor itself, or an update to the target's.
-
-    Attributes:
-        transposed: the checkpoint holds the transpose of the update's (out, in).
-    """
-
-    view: View
-    value: Tensor | Update
-    transposed: bool
-
-    def write(self, parameter: Tensor) -> None:
-        """Put the tuned values into a copy of the target's parameter."""
-        place = self.view.tensor(parameter)
-        if isinstance(self.value, Tensor):
-            place.copy_(self.value)
-            return
-        delta = self.value.dense()
-        place.copy_((delta.T if self.transposed else delta).reshape(place.shape).add_(place))
-
-
-class ModulePath(Uncopied, ABC):
+class ModuleDeltas(NotCopyable, ABC):
     """What all packs change in one module.
 
     Attributes:
@@ -254,7 +106,7 @@ class ModulePath(Uncopied, ABC):
         return tensor
 
 
-class AddedPath(ModulePath):
+class AddedDeltas(ModuleDeltas):
     """A module to whose output the packs' parts are added, by one forward hook."""
 
     def __init__(self, *args: Any):
@@ -289,7 +141,7 @@ class AddedPath(ModulePath):
         """The output with the parts of all packs in use."""
 
 
-class LinearPath(AddedPath):
+class LinearDeltas(AddedDeltas):
     """y += Σ_i w_i (x ΔW_iᵀ + Δb_i) on a Linear or Conv1D."""
 
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -308,7 +160,7 @@ class LinearPath(AddedPath):
         return output
 
 
-class EmbeddingPath(AddedPath):
+class EmbeddingDeltas(AddedDeltas):
     """y += Σ_i w_i ΔW_i[ids] on an Embedding."""
 
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -323,7 +175,7 @@ class EmbeddingPath(AddedPath):
         return output
 
 
-class RerunPath(ModulePath):
+class SwappedDeltas(ModuleDeltas):
     """Any other module: θ + Σ_i w_i (θ_i - θ) stands in for the target's θ while it runs.
 
     Where all rows choose alike it does so during the module's own forward pass. Otherwise the
@@ -408,7 +260,7 @@ class RerunPath(ModulePath):
             tap.replay = None
         return output
 
-    def _run(self, kind: int, args: Any, kwargs: Any, length: int, entries: Entries) -> Any:
+    def _run(self, kind: int, args: Any, kwargs: Any, length: int, entries: EntryIndex) -> Any:
         """The module's output for the entries of one kind, without the hooks of this module."""
         args, kwargs = take(args, length, entries), take(kwargs, length, entries)
         for tap in _taps_in([args, kwargs]):
@@ -420,12 +272,12 @@ class RerunPath(ModulePath):
         finally:
             self._swap(originals)
 
-    def _place(self, kind: int, whole: Tensor) -> tuple[Tensor, Entries]:
+    def _place(self, kind: int, whole: Tensor) -> tuple[Tensor, EntryIndex]:
         copy = self.spread(whole)
         copy = copy.clone() if copy is whole else copy
         return copy, dict(self.routing.rows.groups(copy.shape[0], copy.device))[kind]
 
-    def _mixture(self, kind: int) -> Mixture:
+    def _mixture(self, kind: int) -> PackWeights:
         """What a kind uses of the packs that change this module."""
         mixture = self.routing.rows.mixtures[kind]
         return tuple((pack, weight) for pack, weight in mixture if pack in self._parts)
@@ -483,7 +335,7 @@ class _CacheTap:
         self._given.append(self._cache.update(*args, **kwargs))
         return self._given[-1]
 
-    def start_replay(self, length: int, entries: Entries) -> None:
+    def start_replay(self, length: int, entries: EntryIndex) -> None:
         """From now on give the entries of what was given before, in the same order."""
         self.replay = iter([take(given, length, entries) for given in self._given])
 

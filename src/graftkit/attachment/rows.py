@@ -18,13 +18,13 @@ from torch import Tensor
 
 from graftkit.errors import AttachError
 
-Choice = int | None | Mapping[int, float]
+PackChoice = int | None | Mapping[int, float]
 """Of one row: a pack, the plain target, or weights of packs."""
 
-Mixture = tuple[tuple[int, float], ...]
+PackWeights = tuple[tuple[int, float], ...]
 """The same in one form: (pack, weight) in the order of packs, no weight 0; () is the target."""
 
-Entries = slice | Tensor
+EntryIndex = slice | Tensor
 """Entries along dimension 0: one range, or their indices."""
 
 
@@ -37,7 +37,7 @@ class Share:
     """
 
     pack: int
-    entries: Entries
+    entries: EntryIndex
     weight: float | Tensor
 
     def scale(self, part: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Share:
         return part if self.weight == 1 else part * self.weight
 
 
-class Rows:
+class RoutedRows:
     """The choice of every row.
 
     Rows that choose alike are of one kind. A module sees as many entries along dimension 0 as there
@@ -59,11 +59,11 @@ class Rows:
         mixtures: of each kind.
     """
 
-    def __init__(self, kinds: tuple[int, ...], mixtures: Sequence[Mixture]):
+    def __init__(self, kinds: tuple[int, ...], mixtures: Sequence[PackWeights]):
         self.kinds = kinds
         self.mixtures = mixtures
         self.is_uniform = len(set(kinds)) == 1
-        self._groups: dict[tuple[int, torch.device], list[tuple[int, Entries]]] = {}
+        self._groups: dict[tuple[int, torch.device], list[tuple[int, EntryIndex]]] = {}
         self._shares: dict[tuple[int, torch.device], list[Share]] = {}
 
     def __len__(self) -> int:
@@ -78,11 +78,11 @@ class Rows:
         """Whether any row uses a pack."""
         return pack in self.packs
 
-    def only(self, kind: int) -> "Rows":
+    def only(self, kind: int) -> "RoutedRows":
         """One row of this kind, for running a module again on the entries of its rows."""
-        return Rows((kind,), self.mixtures)
+        return RoutedRows((kind,), self.mixtures)
 
-    def groups(self, length: int, device: torch.device) -> list[tuple[int, Entries]]:
+    def groups(self, length: int, device: torch.device) -> list[tuple[int, EntryIndex]]:
         """(kind, its entries) for every kind, of a tensor with `length` entries.
 
         Raises: AttachError when they cannot be dealt out to the rows evenly.
@@ -115,7 +115,7 @@ class Rows:
         repeated = torch.tensor(used, device=device).repeat_interleave(length // len(self))
         return Share(pack, entries, repeated)
 
-    def _entries(self, rows: list[bool], length: int, device: torch.device) -> Entries:
+    def _entries(self, rows: list[bool], length: int, device: torch.device) -> EntryIndex:
         """The entries of the rows that are marked, at least one."""
         if all(rows):
             return slice(None)
@@ -132,7 +132,7 @@ class Rows:
         return torch.tensor(places, device=device)
 
 
-def choose_rows(packs: Iterable[int], rows: Sequence[Choice]) -> Rows:
+def choose_rows(packs: Iterable[int], rows: Sequence[PackChoice]) -> RoutedRows:
     """Check a choice of packs and put it in one form.
 
     Args:
@@ -145,10 +145,10 @@ def choose_rows(packs: Iterable[int], rows: Sequence[Choice]) -> Rows:
     known = set(packs)
     mixtures = [_mixture(choice, known) for choice in rows]
     kinds = list(dict.fromkeys(mixtures))
-    return Rows(tuple(kinds.index(mixture) for mixture in mixtures), kinds)
+    return RoutedRows(tuple(kinds.index(mixture) for mixture in mixtures), kinds)
 
 
-def _mixture(choice: Choice, known: set[int]) -> Mixture:
+def _mixture(choice: PackChoice, known: set[int]) -> PackWeights:
     if choice is None:
         return ()
     weights = choice if isinstance(choice, Mapping) else {choice: 1.0}
@@ -190,18 +190,18 @@ class Routing:
         self.lock = threading.RLock()
         self.batch = 1
         self.recorder: Callable[[str, Any], None] | None = None
-        self._rows: WeakKeyDictionary[threading.Thread, Rows | None] = WeakKeyDictionary()
-        self._default: Rows | None = None
+        self._rows: WeakKeyDictionary[threading.Thread, RoutedRows | None] = WeakKeyDictionary()
+        self._default: RoutedRows | None = None
         self._routes = 0
         self._override = threading.local()
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RoutedRows:
         """The choice for this thread.
 
         Raises: AttachError where there is none, its pack was dropped, or several threads chose.
         """
-        override: Rows | None = getattr(self._override, "rows", None)
+        override: RoutedRows | None = getattr(self._override, "rows", None)
         if override is not None:
             return override
         thread = threading.current_thread()
@@ -214,11 +214,11 @@ class Routing:
         return rows
 
     @rows.setter
-    def rows(self, rows: Rows) -> None:
+    def rows(self, rows: RoutedRows) -> None:
         self._routes += 1
         self._rows[threading.current_thread()] = rows
 
-    def set_default(self, rows: Rows) -> None:
+    def set_default(self, rows: RoutedRows) -> None:
         """What serves every thread until one routes."""
         self._default = rows
 
@@ -239,7 +239,7 @@ class Routing:
         self.batch = batch
 
     @contextmanager
-    def using(self, rows: Rows) -> Iterator[None]:
+    def using(self, rows: RoutedRows) -> Iterator[None]:
         """Another choice for this thread, for the length of a block."""
         before, batch = getattr(self._override, "rows", None), self.batch
         self._override.rows = rows
@@ -248,7 +248,7 @@ class Routing:
         finally:
             self._override.rows, self.batch = before, batch
 
-    def _borrow(self) -> Rows | None:
+    def _borrow(self) -> RoutedRows | None:
         """The default, or the only choice that any thread made."""
         if not self._routes:
             return self._default
@@ -274,7 +274,7 @@ def first_tensor(values: Any) -> Tensor | None:
     return None
 
 
-def take(values: Any, length: int, entries: Entries) -> Any:
+def take(values: Any, length: int, entries: EntryIndex) -> Any:
     """Nested arguments with every tensor of `length` entries cut to `entries`."""
     if isinstance(values, Tensor):
         return values[entries] if values.dim() and values.shape[0] == length else values
@@ -288,7 +288,7 @@ def take(values: Any, length: int, entries: Entries) -> Any:
     return values
 
 
-def put(whole: Any, part: Any, place: Callable[[Tensor], tuple[Tensor, Entries]]) -> Any:
+def put(whole: Any, part: Any, place: Callable[[Tensor], tuple[Tensor, EntryIndex]]) -> Any:
     """`whole` with a part of every tensor replaced; values that are no tensors are kept.
 
     Args:

@@ -1,19 +1,15 @@
-"""Which live models packs can be attached to, and which of them have packs now.
+"""The live model as the target of packs.
 
-Is this live model the target of these packs, and where in it does each record belong?
-
-The tokenizer that a tuned model has: the target's files, and those that the pack changes.
+Which models packs can be attached to, whether the model is the target that a pack was made for, and
+where in it each tensor of a pack belongs.
 """
 
-import json
 import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakSet
 
@@ -21,18 +17,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graftkit.checkpoint import DTYPE_NAMES, DTYPES, Checkpoint, check_digest, narrowed
-from graftkit.errors import AttachError, CheckpointError, PackMismatchError
-from graftkit.models.encoding import usable_tokenizer
+from graftkit.checkpoint import DTYPE_NAMES, DTYPES, check_digest, narrowed
+from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models.views import (
-    View,
+    TensorView,
     checkpoint_views,
     find_view,
     is_ignored,
     is_unused,
     live_name,
 )
-from graftkit.side_files import is_tokenizer_file
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import TensorRecord
 
@@ -42,16 +36,22 @@ _QUANTIZED = re.compile(
     r"|hqq\b|quanto\b|gptq|awq|aqlm|eetq|compressed_tensors|fbgemm|auto_round|integrations\.finegrained_fp8",
     re.IGNORECASE,
 )
+
+
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
+
 _lock = threading.Lock()
+
+
 _attached: WeakSet[nn.Module] = WeakSet()
+
 
 # Where a model remembers its attachment.
 _MARK = "_graftkit_attachment"
 
 
-class Uncopied:
+class NotCopyable:
     """Belongs to one live model, and is copied or pickled neither with it nor alone."""
 
     def __deepcopy__(self, memo: object) -> Any:
@@ -64,7 +64,7 @@ class Uncopied:
         return self.__deepcopy__(None)
 
 
-class OpaqueHook(Uncopied):
+class OpaqueHook(NotCopyable):
     """A hook that torch.compile calls as it is, and does not look into."""
 
     def __init__(self, hook: Callable[..., Any]):
@@ -191,7 +191,7 @@ def _storages(model: nn.Module) -> set[int]:
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """One record of a pack and its place in the live model.
 
     Attributes:
@@ -203,9 +203,9 @@ class Change:
     """
 
     record: TensorRecord
-    view: View
+    view: TensorView
     slots: tuple[str, ...]
-    source: View | None
+    source: TensorView | None
     changed: bool
 
 
@@ -228,15 +228,15 @@ class LiveTarget:
                     f"{name} is not in memory (offloaded or empty model); load the whole model"
                 )
 
-    def find(self, name: str) -> View | None:
+    def find(self, name: str) -> TensorView | None:
         """The view of a checkpoint tensor, None where the model has none."""
         return find_view(self.model, self.views, name)
 
-    def live(self, view: View) -> Tensor:
+    def live(self, view: TensorView) -> Tensor:
         """The tensor behind a view, in the model's own dtype; writing to it changes the model."""
         return view.tensor(self.state[view.parameter])
 
-    def read(self, view: View, dtype: str) -> Tensor:
+    def read(self, view: TensorView, dtype: str) -> Tensor:
         """The tensor behind a view as the checkpoint holds it: on the CPU, in its dtype.
 
         Raises: PackMismatchError when the live dtype cannot hold that of the checkpoint, or holds
@@ -258,7 +258,7 @@ class LiveTarget:
             )
         return narrow.cpu()
 
-    def source(self, change: Change) -> Tensor:
+    def source(self, change: TensorChange) -> Tensor:
         """The target tensor that a record is coded against, in checkpoint layout and dtype."""
         record = change.record
         if change.source is None:
@@ -317,7 +317,7 @@ def _may_lack(model: PreTrainedModel, record: TensorRecord) -> bool:
     return is_ignored(model, record.name) or (unchanged and is_unused(model, record.name))
 
 
-def find_changes(target: LiveTarget, pack: SkillPack) -> list[Change]:
+def find_changes(target: LiveTarget, pack: SkillPack) -> list[TensorChange]:
     """Every record of a checked pack with its place.
 
     Raises: AttachError when the pack adds a tensor for which this class has no place.
@@ -342,11 +342,11 @@ def find_changes(target: LiveTarget, pack: SkillPack) -> list[Change]:
             owner for owner in view.owners if owner == view.parameter or owner not in taken
         )
         needs = view if record.base is None else target.find(record.base) if record.base else None
-        changes.append(Change(record, view, slots, needs, _is_changed(record, view, needs)))
+        changes.append(TensorChange(record, view, slots, needs, _is_changed(record, view, needs)))
     return changes
 
 
-def _is_changed(record: TensorRecord, view: View, source: View | None) -> bool:
+def _is_changed(record: TensorRecord, view: TensorView, source: TensorView | None) -> bool:
     resized = record.tuned_shape is not None or record.tuned_dtype is not None
     moved = source is None or source.owners != view.owners
     return record.codec != "zero" or resized or moved
@@ -354,62 +354,3 @@ def _is_changed(record: TensorRecord, view: View, source: View | None) -> bool:
 
 def _dtype_name(tensor: Tensor) -> str:
     return DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-
-
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
-# Padding and truncation are chosen for each call.
-_MEANING = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "added_tokens")
-_PROBE = "Straße 12,5 %\n\tdef f(x):  return 'naïve' + 日本 \N{GRINNING FACE}"
-
-
-def tuned_tokenizer(target: Checkpoint, pack: SkillPack) -> Any:
-    """The tokenizer of the checkpoint that merging the pack would write.
-
-    Raises: CheckpointError where there is no usable one; PackMismatchError for another target.
-    """
-    if not _changed(pack):
-        return usable_tokenizer(target)
-    with TemporaryDirectory(prefix="graftkit-") as folder:
-        for name, content in (target.side_files() | pack.side_files(target)).items():
-            file = Path(folder) / name
-            file.parent.mkdir(exist_ok=True)
-            file.write_bytes(content)
-        try:
-            return usable_tokenizer(Checkpoint(Path(folder), target.name, None, {}))
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"the tokenizer of {pack.manifest.tuned.name} cannot be read from its pack; merge "
-                "the pack into a checkpoint"
-            ) from error
-
-
-def check_tokenizer(target: Checkpoint, pack: SkillPack) -> None:
-    """Refuse a pack whose tokenizer gives texts other tokens than the target's.
-
-    Another end of text, or another name of a token, is no such difference.
-    Raises: PackMismatchError naming the file; as `tuned_tokenizer`.
-    """
-    changed = _changed(pack)
-    if changed and _meaning(tuned_tokenizer(target, pack)) != _meaning(usable_tokenizer(target)):
-        raise PackMismatchError(
-            f"{changed[0]}: {pack.manifest.tuned.name} turns text into other tokens than the "
-            "target, so it cannot answer beside other packs; merge it into a checkpoint"
-        )
-
-
-def _changed(pack: SkillPack) -> list[str]:
-    names = [file.name for file in pack.manifest.files]
-    return sorted(name for name in names if is_tokenizer_file(name)) + [
-        name for name in names if name in _SETTINGS
-    ]
-
-
-def _meaning(tokenizer: Any) -> list[Any]:
-    """What decides which tokens a text becomes, and which text tokens become."""
-    found: list[Any] = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(_PROBE)]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        parts = json.loads(backend.to_str())
-        tokens = [[token["id"], token["content"]] for token in parts.pop("added_tokens", [])]
-        found += [tokens, *(parts.get(name) for name in _MEANING)]
-    return found

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftkit.cli import show
+from graftkit.progress import Progress
 
 if TYPE_CHECKING:
     from graftkit.fuse.interference import PackPair
@@ -210,7 +211,7 @@ def _search_weights(
     files: list[Path],
     choice: dict[str, Any],
     rows: Path | None,
-    report: show.Report,
+    report: Progress,
 ) -> dict[str, Any]:
     """Put the best weights for the rows into `choice`; without rows nothing is searched."""
     from graftkit.errors import ConfigError

@@ -87,7 +87,7 @@ def generate_answers(
         route: "auto", a file's name without its ending, or "target": only that one answers.
     Raises: ConfigError for a route that cannot be; AttachError for a model that cannot generate.
     """
-    from graftkit.attachment.target import tuned_tokenizer
+    from graftkit.attachment.configuration import tuned_tokenizer
     from graftkit.checkpoint import Checkpoint
     from graftkit.errors import AttachError
     from graftkit.models.encoding import usable_tokenizer
@@ -160,12 +160,17 @@ def _generate_texts(
     """One answer for each pack, or that of the target, in one batch."""
     from graftkit.attachment import attached
     from graftkit.generate import generate_greedy
+    from graftkit.models.encoding import pad_id
 
     ids = tokenizer.encode(prompt)
 
     def answer(rows: int) -> list[str]:
         output = generate_greedy(
-            model, tokenizer, [ids] * rows, max_new_tokens, eos_token_id=tokenizer.eos_token_id
+            model,
+            [ids] * rows,
+            max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad_id(tokenizer),
         )
         texts: list[str] = tokenizer.batch_decode(output, skip_special_tokens=True)
         return texts

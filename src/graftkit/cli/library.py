@@ -1,11 +1,10 @@
-"""`graftkit library`: packs of one target in a folder. Commands, and what a person sees of them."""
+"""`graftkit library`: a folder of packs of one target, with a router."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from graftkit.cli import show
 
@@ -14,13 +13,15 @@ if TYPE_CHECKING:
     from graftkit.rows import Row
 
 app = typer.Typer(
-    no_args_is_help=True, help="Packs of one target in a folder, and who answers what."
+    no_args_is_help=True,
+    help="Keep packs of one target in a folder, and route prompts to them.",
+    rich_markup_mode=None,
 )
 
-Folder = Annotated[Path, typer.Argument(help="The library's folder.")]
-Address = Annotated[str, typer.Argument(help="NAME, NAME@VERSION or a digest's first digits.")]
-Name = Annotated[str, typer.Option("--name", help="What the pack is called.")]
-Update = Annotated[bool, typer.Option("--update", help="Make it the next version of its name.")]
+LibraryFolder = Annotated[Path, typer.Argument(help="The library's folder.")]
+Address = Annotated[str, typer.Argument(help="NAME, NAME@VERSION or the start of a digest.")]
+Name = Annotated[str, typer.Option("--name", help="Name of the pack.")]
+AsUpdate = Annotated[bool, typer.Option("--update", help="Add it as the next version of NAME.")]
 RouterOption = Annotated[str, typer.Option(help="centroid, spectral or classifier.")]
 NamedRows = Annotated[
     list[str],
@@ -30,8 +31,10 @@ NamedRows = Annotated[
 
 @app.command()
 def init(
-    folder: Folder,
-    target: Annotated[str, typer.Option("--target", help="Directory or Hub id[@revision].")],
+    folder: LibraryFolder,
+    target: Annotated[
+        str, typer.Option("--target", help="A Hugging Face directory or Hub id[@rev].")
+    ],
     json_output: show.Json = False,
 ) -> None:
     """Make an empty library for a target."""
@@ -44,14 +47,14 @@ def init(
 
 @app.command()
 def add(
-    folder: Folder,
+    folder: LibraryFolder,
     file: Annotated[Path, typer.Argument(help="A .skillpack file.")],
     name: Name,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="rows.jsonl: 20 or more prompts that the pack should answer."),
+        typer.Option(help="rows.jsonl of 20 or more prompts that the pack should answer."),
     ] = None,
-    update: Update = False,
+    update: AsUpdate = False,
     json_output: show.Json = False,
 ) -> None:
     """Copy a pack into the library."""
@@ -64,8 +67,11 @@ def add(
 
 
 @app.command()
-def remove(folder: Folder, name: Address, json_output: show.Json = False) -> None:
-    """Delete a pack: every version of NAME, or the one that NAME@VERSION or a digest says."""
+def remove(folder: LibraryFolder, name: Address, json_output: show.Json = False) -> None:
+    """Delete packs from the library.
+
+    NAME stands for all of its versions, NAME@VERSION or a digest for one pack.
+    """
     from graftkit.library import Library
 
     library = Library.open(folder)
@@ -76,8 +82,8 @@ def remove(folder: Folder, name: Address, json_output: show.Json = False) -> Non
 
 
 @app.command("list")
-def list_(folder: Folder, json_output: show.Json = False) -> None:
-    """What a library holds."""
+def list_(folder: LibraryFolder, json_output: show.Json = False) -> None:
+    """List the packs of a library."""
     from graftkit.library import Library
 
     index = Library.open(folder).index
@@ -90,48 +96,52 @@ def list_(folder: Folder, json_output: show.Json = False) -> None:
 
 @app.command()
 def route(
-    folder: Folder,
-    rows: Annotated[Path, typer.Option("--rows", help="rows.jsonl; its prompts are routed.")],
+    folder: LibraryFolder,
+    rows: Annotated[Path, typer.Option("--rows", help="rows.jsonl with the prompts to route.")],
     router: RouterOption = "centroid",
     json_output: show.Json = False,
 ) -> None:
-    """Which pack should answer each prompt, or the target."""
+    """Show which pack, or the target, should answer each prompt."""
     from graftkit.rows import read_prompts
 
     library = _open_to_route(folder, router)
     prompts = read_prompts(rows)
     routes = library.route(prompts, router)  # type: ignore[arg-type]
-    result = [{"route": found.name, "scores": found.scores} for found in routes]
+    result = [{"route": each.name, "scores": each.scores} for each in routes]
     show.json_or(json_output, result, lambda: _print_routes(prompts, result))
 
 
 @app.command()
 def evaluate(
-    folder: Folder,
+    folder: LibraryFolder,
     rows: NamedRows,
     router: RouterOption = "centroid",
     json_output: show.Json = False,
 ) -> None:
-    """Exact match of routed answers, of the right packs, and of the target; who took whose rows."""
+    """Compare routed answers with those of the right packs.
+
+    Shows the exact match of the routed packs, of the right packs (oracle) and of the target, and
+    where the rows of each pack were routed.
+    """
     library = _open_to_route(folder, router)
-    given = _read_named(rows)
+    named = _read_named(rows)
     with show.progress() as report:
-        found = library.evaluate(given, router, report)  # type: ignore[arg-type]
-    result = found.numbers() | {"router": router}
+        score = library.evaluate(named, router, report)  # type: ignore[arg-type]
+    result = score.numbers() | {"router": router}
     show.json_or(json_output, result, lambda: _print_scores(result))
 
 
 @app.command()
 def learn(
-    folder: Folder,
+    folder: LibraryFolder,
     config: Annotated[Path, typer.Argument(help="A configuration of graftkit distill.")],
     name: Name,
-    update: Update = False,
+    update: AsUpdate = False,
     json_output: show.Json = False,
 ) -> None:
-    """Distil a skill and add its pack; the other packs stay as they are.
+    """Distil a skill and add its pack.
 
-    Interrupted, the same command goes on where it stopped.
+    If it is interrupted, run the same command again. The other packs do not change.
     """
     from graftkit.library import Library
 
@@ -142,15 +152,15 @@ def learn(
 
 @app.command()
 def audit(
-    folder: Folder,
+    folder: LibraryFolder,
     name: Address,
     prove: Annotated[
         Path | None,
-        typer.Option(help="rows.jsonl: show on its prompts that removing the pack leaves nothing."),
+        typer.Option(help="rows.jsonl: prove on its prompts that removal is complete."),
     ] = None,
     json_output: show.Json = False,
 ) -> None:
-    """What a pack changes, which others lean the same way, and what removing it leaves."""
+    """Show what a pack changes, and which other packs are similar."""
     from graftkit.library import Library
     from graftkit.rows import read_prompts
 
@@ -165,8 +175,11 @@ def audit(
 
 
 @app.command()
-def train_router(folder: Folder, rows: NamedRows, json_output: show.Json = False) -> None:
-    """Train the router `classifier` on held-out rows of every pack, and of none."""
+def train_router(folder: LibraryFolder, rows: NamedRows, json_output: show.Json = False) -> None:
+    """Train the router `classifier` on held-out rows.
+
+    It needs rows of every pack, and rows of no pack under the name target.
+    """
     from graftkit.library import Library
 
     library = Library.open(folder)
@@ -178,7 +191,7 @@ def train_router(folder: Folder, rows: NamedRows, json_output: show.Json = False
 
 
 def _open_to_route(folder: Path, router: str) -> "Library":
-    """A library, and a word on stderr about packs that the router cannot choose."""
+    """Open a library, and warn on stderr about packs that the router cannot choose."""
     from graftkit.library import Library
 
     library = Library.open(folder)
@@ -197,13 +210,13 @@ def _read_named(named: list[str]) -> dict[str, tuple["Row", ...]]:
     from graftkit.errors import ConfigError
     from graftkit.rows import read_rows
 
-    given: dict[str, tuple[Row, ...]] = {}
+    rows: dict[str, tuple[Row, ...]] = {}
     for text in named:
         name, separator, path = text.partition("=")
         if not name or not separator or not path:
             raise ConfigError(f"--rows {text!r} is not NAME=FILE; write --rows math=rows.jsonl")
-        given[name] = given.get(name, ()) + read_rows(path)
-    return given
+        rows[name] = rows.get(name, ()) + read_rows(path)
+    return rows
 
 
 def _entry(entry: "PackEntry") -> dict[str, Any]:
@@ -211,8 +224,8 @@ def _entry(entry: "PackEntry") -> dict[str, Any]:
 
 
 def _print_added(entry: "PackEntry") -> None:
-    told = "with a router key" if entry.has_key else "without a router key (--prompts gives it one)"
-    show.line(f"{entry.label}: {show.size(entry.bytes)}, digest {entry.digest[:12]}, {told}")
+    key = "with a router key" if entry.has_key else "without a router key (--prompts gives it one)"
+    show.line(f"{entry.label}: {show.size(entry.bytes)}, digest {entry.digest[:12]}, {key}")
 
 
 def _print_removed(gone: "list[PackEntry]", remains: list[str]) -> None:
@@ -223,35 +236,35 @@ def _print_removed(gone: "list[PackEntry]", remains: list[str]) -> None:
 
 def _print_list(target: str, packs: "tuple[PackEntry, ...]") -> None:
     show.line(f"target {target}")
-    table = _table("pack", "size", "digest", "added", "router key", right=("size",))
+    table = show.Table("pack", "size", "digest", "added", "router key", right=("size",))
     for entry in packs:
         added = f"{entry.added:%Y-%m-%d %H:%M}"
         key = "yes" if entry.has_key else "no"
         table.add_row(entry.label, show.size(entry.bytes), entry.digest[:12], added, key)
-    Console().print(table)
+    table.show()
 
 
 def _print_routes(prompts: Sequence[str], routes: list[dict[str, Any]]) -> None:
-    table = _table("route", "scores", "prompt")
-    for prompt, found in zip(prompts, routes, strict=True):
-        best = sorted(found["scores"].items(), key=lambda score: -score[1])[:3]
+    table = show.Table("route", "scores", "prompt")
+    for prompt, routed in zip(prompts, routes, strict=True):
+        best = sorted(routed["scores"].items(), key=lambda score: -score[1])[:3]
         scores = ", ".join(f"{name} {value:.2f}" for name, value in best)
-        table.add_row(found["route"], scores, " ".join(prompt.split())[:60])
-    Console().print(table)
+        table.add_row(routed["route"], scores, " ".join(prompt.split())[:60])
+    table.show()
 
 
 def _print_scores(result: dict[str, Any]) -> None:
     columns = ("rows", "routed right", "routed", "oracle", "target", "regret")
-    table = _table("rows of", *columns, "went to", right=columns)
+    table = show.Table("rows of", *columns, "routed to", right=columns)
     for name, score in result["skills"].items():
-        went = ", ".join(f"{where} {count}" for where, count in result["confusion"][name].items())
+        routed = ", ".join(f"{where} {count}" for where, count in result["confusion"][name].items())
         shares = [f"{score[key]:.3f}" for key in ("accuracy", *columns[2:])]
-        table.add_row(name, str(score["rows"]), *shares, went)
-    Console().print(table)
+        table.add_row(name, str(score["rows"]), *shares, routed)
+    table.show()
     foreign = result["false_acceptance"]
-    told = "" if foreign is None else f", {100 * foreign:.1f} % of foreign rows accepted"
+    accepted = "" if foreign is None else f", {100 * foreign:.1f} % of foreign rows accepted"
     show.line(
-        f"{100 * result['accuracy']:.1f} % of the rows routed right{told}, "
+        f"{100 * result['accuracy']:.1f} % of the rows routed right{accepted}, "
         f"{result['milliseconds_per_prompt']:.1f} ms a prompt"
     )
 
@@ -260,35 +273,39 @@ def _print_audit(result: dict[str, Any]) -> None:
     pack = result["pack"]
     show.line(f"{pack['name']}@{pack['version']}: {show.size(pack['bytes'])}")
     columns = ("tensors", "weights", "changed", "energy", "relative norm")
-    table = _table("where", *columns, right=columns)
+    table = show.Table("where", *columns, right=columns)
     for kind, change in result["kinds"].items():
         table.add_row(kind, *_change(change))
     for layer, change in result["layers"].items():
-        table.add_row(f"layer {layer}" if layer else "outside of layers", *_change(change))
-    Console().print(table)
+        table.add_row(f"layer {layer}" if layer else "outside layers", *_change(change))
+    table.show()
     for name, rows in result["vocabulary"].items():
         show.line(
             f"{name}: {rows['moved']} of {rows['rows']} rows move, {rows['most']} of them hold "
             "90 % of the energy"
         )
-    leans = _table("other pack", "cosine", "largest tenth shared", right=("cosine",))
-    for label, lean in result["leans"].items():
-        told = f"{label} (fused from this pack)" if lean["contains"] else label
-        leans.add_row(told, _number(lean["cosine"]), _number(lean["top_overlap"]))
+    numbers = ("cosine", "top 10 % shared")
+    overlaps = show.Table("other pack", *numbers, right=numbers)
+    for label, overlap in result["leans"].items():
+        name = f"{label} (fused from this pack)" if overlap["contains"] else label
+        overlaps.add_row(name, show.number(overlap["cosine"]), show.number(overlap["top_overlap"]))
     if result["leans"]:
-        Console().print(leans)
+        overlaps.show()
     for place in result["remains"]:
-        show.line(f"{place}: stays when the pack is removed")
+        show.line(f"{place}: remains when the pack is removed")
     if "proof" in result:
         _print_proof(result["proof"])
 
 
 def _print_proof(proof: dict[str, Any]) -> None:
-    same = [what for what in ("files", "routes", "logits", "tokens") if proof[what]]
+    parts = ("files", "routes", "logits", "tokens")
+    equal = [part for part in parts if proof[part]]
+    different = [part for part in parts if not proof[part]]
     show.line(
-        f"without the pack, on {proof['prompts']} prompts ({proof['changed_by_pack']} of them "
-        f"answered otherwise by it): {', '.join(same) or 'nothing'} equal to those of a library "
-        f"that never had it, bit for bit{'' if proof['holds'] else '; the rest is NOT'}"
+        f"after removal, on {show.count(proof['prompts'], 'prompt')} (the pack changed the logits "
+        f"of {proof['changed_by_pack']}): {', '.join(equal) or 'nothing'} equal to those of a "
+        "library that never had it, bit for bit"
+        + (f"; NOT equal: {', '.join(different)}" if different else "")
     )
 
 
@@ -298,16 +315,5 @@ def _change(change: dict[str, Any]) -> list[str]:
         f"{change['parameters']:,}",
         f"{change['moved']:,}",
         f"{100 * change['energy_share']:.2f} %",
-        _number(change["relative_norm"]),
+        show.number(change["relative_norm"]),
     ]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
-
-
-def _table(*headers: str, right: tuple[str, ...] = ()) -> show.Table:
-    table = show.Table()
-    for header in headers:
-        table.add_column(header, justify="right" if header in right else "left")
-    return table

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftkit.cli import show
+from graftkit.progress import Progress
 
 if TYPE_CHECKING:
     from graftkit.checkpoint import Checkpoint
@@ -222,7 +223,7 @@ def verify(
     show.json_or(json_output, result, lambda: _print_verified(result, file, target))
 
 
-def verify_file(file: Path, target: str, full: bool, progress: show.Report) -> dict[str, Any]:
+def verify_file(file: Path, target: str, full: bool, progress: Progress) -> dict[str, Any]:
     """Check format, digests and target; with `full`, decode every tensor.
 
     Raises: PackFormatError, PackMismatchError, CorruptPackError for a tensor that is not finite.

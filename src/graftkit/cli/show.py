@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from graftkit.progress import Progress
 from graftkit.text import printable
 
 Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")]
@@ -23,8 +24,6 @@ FolderOutput = Annotated[Path, typer.Option("-o", "--output", help="Folder to wr
 MadeFor = Annotated[str, typer.Option("--target", help="The target that the pack was made for.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-
-Report = Callable[[str, int, int], None]
 
 WIDE = 200
 """Columns of a table whose names must not be cut on a narrow terminal."""
@@ -94,18 +93,18 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
+def progress() -> Iterator[Progress]:
     """A bar per step on stderr; silent when stderr is not a terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.progress import Progress as ProgressBar
 
-    bar = Progress(
+    bar = ProgressBar(
         TextColumn("{task.description:>20}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),

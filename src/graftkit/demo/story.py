@@ -1,19 +1,99 @@
-"""What the demo tells, with Rich: one line for each step, two tables, and how to go on."""
+"""The demo's results, and the story it prints: a line for each step, two tables, how to go on.
+
+The results also go into demo.json.
+"""
 
 import shlex
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graftkit.demo.embedded import SKILLS, DemoSkill
-from graftkit.demo.folder import DemoFolder
-from graftkit.demo.result import DemoResult, MixedAnswer, SkillResult
+from graftkit.demo.files import SKILLS, DemoFolder, DemoSkill
 from graftkit.rows import Row
 from graftkit.text import printable
 
 SHOWN_CHARACTERS = 64  # of a target's answer; it rambles on until it is stopped
+
+
+@dataclass(frozen=True)
+class SkillResult:
+    """One skill: exact match (0 to 1) and bytes on disk."""
+
+    skill: str
+    target: float
+    """Share of test rows that the target answers exactly."""
+    tuned: float
+    """The same for the tuned model."""
+    packed: float
+    """The same for target + pack."""
+    recovered: float
+    """(packed - target) / (tuned - target)."""
+    budget: str
+    """Budget of the pack, of the target's bytes."""
+    tuned_bytes: int
+    """Weights of the tuned checkpoint on disk."""
+    pack_bytes: int
+    """The pack on disk."""
+
+    @property
+    def ratio(self) -> float:
+        """How many packs fit into the place of the tuned checkpoint."""
+        return self.tuned_bytes / self.pack_bytes
+
+
+@dataclass(frozen=True)
+class MixedAnswer:
+    """One row of the batch in which every row has its own pack."""
+
+    skill: str
+    prompt: str
+    expected: str
+    """The completion of the test row."""
+    target: str
+    """What the target says."""
+    packed: str
+    """What target + pack says."""
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """The whole demo."""
+
+    skills: tuple[SkillResult, ...]
+    mixed_batch: tuple[MixedAnswer, ...]
+    bytes_restored: bool
+    """Whether the live target had the same bytes after every detach."""
+    commands: tuple[str, ...]
+    """Shell commands to go on with, on the files that the demo left."""
+
+    @property
+    def tuned_bytes(self) -> int:
+        """Weights of all tuned checkpoints on disk."""
+        return sum(skill.tuned_bytes for skill in self.skills)
+
+    @property
+    def pack_bytes(self) -> int:
+        """All packs on disk."""
+        return sum(skill.pack_bytes for skill in self.skills)
+
+    @property
+    def ratio(self) -> float:
+        """Tuned bytes of all skills by pack bytes of all skills."""
+        return self.tuned_bytes / self.pack_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, ready for `json.dumps`."""
+        totals = {
+            "tuned_bytes": self.tuned_bytes,
+            "pack_bytes": self.pack_bytes,
+            "ratio": self.ratio,
+        }
+        skills = [asdict(skill) | {"ratio": skill.ratio} for skill in self.skills]
+        return {**asdict(self), "skills": skills, "totals": totals}
 
 
 class Story:

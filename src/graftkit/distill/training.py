@@ -28,7 +28,7 @@ from graftkit.distill.workspace import is_main, processes
 from graftkit.errors import ConfigError, OutputError
 from graftkit.files import WorkFolder
 from graftkit.models.encoding import usable_tokenizer
-from graftkit.models.loading import load_model, quiet
+from graftkit.models.loading import load_model, silence_transformers
 from graftkit.models.views import CheckpointWriter
 from graftkit.progress import StepProgress
 from graftkit.rows import Row, encode_row
@@ -130,7 +130,7 @@ def _trainer_arguments(
             "choose a micro_batch_size that divides it"
         )
     steps = max(1, round(settings.epochs * rows / settings.batch_size))
-    with quiet():
+    with silence_transformers():
         return kind(
             output_dir=str(_work_folder(folder)),
             seed=seed,
@@ -189,7 +189,7 @@ class _TrainingRun:
             model: Any = load_model(self.start, torch.float32)
             model.config.use_cache = False
             writer = CheckpointWriter(model, self.start)
-            with quiet():
+            with silence_transformers():
                 trainer = trainer_class(
                     model=model,
                     args=arguments,

@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from graftkit.attachment.configuration import changed_computation, parse_settings
+from graftkit.attachment.configuration import effective_config_keys, parse_settings
 from graftkit.checkpoint import Checkpoint, write_checkpoint
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
@@ -29,7 +29,7 @@ from graftkit.outputs import Claim, claimed
 from graftkit.pack import pack_delta
 from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress, silent
-from graftkit.side_files import code_names, is_tokenizer_file, written_files
+from graftkit.side_files import code_names, files_beside_weights, is_tokenizer_file
 from graftkit.skillpack import SkillPack
 
 Packs = str | Path | SkillPack | Sequence[str | Path | SkillPack]
@@ -253,7 +253,7 @@ class PackMerge:
         changed = packs[0].side_files(self.target) if packs else {}
         alike = {name: changed[name] for name in _changed_alike(packs)}
         names = [pack.manifest.tuned.name for pack in packs]
-        return written_files(
+        return files_beside_weights(
             self.target.path, alike, merge_note(self.target, names), self.copy_code
         )
 
@@ -345,7 +345,7 @@ def config_changes(pack: SkillPack, target: Checkpoint) -> list[str]:
     except CheckpointError:  # an architecture that this transformers cannot build
         content = pack.side_file("config.json", lambda: target.side_file("config.json"))
         return differing_settings(target.config, parse_settings("config.json", content))
-    return changed_computation(model, pack, target.side_file)
+    return effective_config_keys(model, pack, target.side_file)
 
 
 def check_code(pack: SkillPack, target: Checkpoint) -> None:

@@ -42,7 +42,7 @@ from graftkit.fuse.search import measure_importances
 from graftkit.outputs import Claim, claimed
 from graftkit.progress import Progress
 from graftkit.rows import Row
-from graftkit.side_files import written_files
+from graftkit.side_files import files_beside_weights
 from graftkit.skillpack import SkillPack
 
 RULES: dict[str, type[RunningMerge]] = {rule.method: rule for rule in (Opcm, Kif)}
@@ -302,7 +302,7 @@ class SequentialMerge:
     def side_files(self) -> Mapping[str, bytes]:
         """The target's files, and the side files that all packs change to one content."""
         note = merge_note(self.target, [pack.name for pack in self.merged])
-        return written_files(self.target.path, self._contents, note, self.copy_code)
+        return files_beside_weights(self.target.path, self._contents, note, self.copy_code)
 
     def provenance(self) -> dict[str, str]:
         """The method and the packs in their order, for a manifest."""

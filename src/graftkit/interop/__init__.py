@@ -1,8 +1,8 @@
-"""Packs and LoRA adapters: each becomes the other.
+"""Interop: packs from LoRA adapters, and LoRA adapters from packs.
 
-adapter      a PEFT directory as settings and factors, and the tensors its modules mean
+adapter      a PEFT directory as settings and factors, and the target's tensors they belong to
 lora_import  adapter to pack, without loss
-lora_export  pack to adapter, with what that loses
+lora_export  pack to adapter, with a measure of the loss
 """
 
 from graftkit.interop.lora_export import LoraExport, export_lora

@@ -1,21 +1,16 @@
-"""A PEFT LoRA directory: settings from adapter_config.json, tensors from adapter_model.safetensors.
+"""A PEFT LoRA adapter on disk, and the tensors of a target's checkpoint that it changes.
 
-Only plain LoRA is read: W + scale · B A, whole tensors trained beside it, and nothing that a
-setting could change about that. What is not known to be harmless is refused.
+Adapter  reads adapter_config.json and adapter_model.safetensors. Only plain LoRA is read,
+         W + scale · B A, with whole tensors trained beside it. A setting that is not known to be
+         harmless is refused.
+TensorMap  finds the tensors on disk. Adapters name modules of the live model. On disk, their
+         weights have other names where a class renames them, one name for two modules where they
+         are tied, and no name of their own where they are part of a stack of experts.
+ExpertStack  splits the factors of a stack of experts. PEFT stores the factors of all E experts of
+         one 3-D parameter in two matrices; a checkpoint stores the parameter as one stack, or as
+         one or two tensors per expert:
 
-Factors of a stack of experts, taken apart into those of the tensors on disk.
-
-PEFT keeps the factors of all E experts of one 3-D parameter in two matrices,
-
-    ΔW_e = scale · B_e A_e,   B (out, r · E) = [out, r, E],   A (r · E, in) = [E, r, in],
-
-and a checkpoint may keep the same parameter as one stack, or as one or two tensors per expert.
-
-Which tensor of a target's checkpoint an adapter means by the name of a module.
-
-Adapters name modules of the live model. Their weights have other names on disk where a class has
-renamed them, one name for two modules where they are tied, and no name of their own where they are
-part of a stack.
+    ΔW_e = scale · B_e A_e,   B (out, r · E) = [out, r, E],   A (r · E, in) = [E, r, in]
 """
 
 import json
@@ -37,14 +32,14 @@ from graftkit.compress.factors import MAX_RANK, Factors
 from graftkit.errors import CheckpointError
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
 from graftkit.models.loading import empty_model, input_embeddings, output_embeddings
-from graftkit.models.views import View, checkpoint_views, find_views, live_names
+from graftkit.models.views import TensorView, checkpoint_views, find_views, live_names
 from graftkit.packing.pairs import TensorPair
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
 # Settings that do not change what a trained adapter computes, or that are read below.
-_KNOWN = {
+_READABLE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "inference_mode", "runtime_config"),
     *(
         "base_model_name_or_path",
@@ -75,14 +70,14 @@ _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class LoraSettings(BaseModel):
-    """What decides the scale of every module."""
+    """The settings that decide rank and scale of every module."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     r: _Positive
-    """Rank, where rank_pattern has no other."""
+    """Rank of modules without one in rank_pattern."""
     lora_alpha: _Number
-    """Alpha, where alpha_pattern has no other."""
+    """Alpha of modules without one in alpha_pattern."""
     use_rslora: bool | None = False
     """Scale alpha / √r in place of alpha / r."""
     rank_pattern: dict[str, _Positive] | None = None
@@ -95,7 +90,7 @@ class LoraSettings(BaseModel):
     """Task that PEFT loads the adapter for."""
 
     target_parameters: list[str] | None = None
-    """Ends of the names of parameters that have factors of their own."""
+    """Suffixes of the names of parameters that have factors of their own."""
 
     def rank(self, module: str) -> int:
         """Rank of a module, or of a parameter of `target_parameters` by its full name."""
@@ -108,7 +103,7 @@ class LoraSettings(BaseModel):
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
     def _key(self, module: str) -> str:
-        """What PEFT matches patterns with: the parameter where it was named, else the module."""
+        """The name that PEFT matches patterns with: a targeted parameter, else the module."""
         weight = f"{module}.weight"
         named = any(f".{weight}".endswith(f".{end}") for end in self.target_parameters or ())
         return weight if named else module
@@ -116,11 +111,14 @@ class LoraSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter; nothing is read but its headers.
+    """A checked adapter; only its headers are read.
 
-    weights: its tensors by their own names. modules: for every module with factors, the names of B
-    and A, and whether they are those of an embedding. whole: name of the parameter in the model to
-    the adapter's tensor that takes its place. digest: BLAKE3 of the weight file.
+    Attributes:
+        weights: its tensors by their own names.
+        modules: for every module with factors, the names of B and A, and whether they belong to an
+            embedding.
+        whole: from the name of a parameter in the model to the adapter's tensor that replaces it.
+        digest: BLAKE3 of the weight file.
     """
 
     path: Path
@@ -141,9 +139,9 @@ class Adapter:
         return cls(path, settings, weights, modules, whole, digest)
 
     def matrices(self, module: str) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in) of a module, as they are.
+        """B (out, r) and A (r, in) of a module, unchanged.
 
-        Raises: CheckpointError where they are no two matrices of finite numbers that multiply.
+        Raises: CheckpointError where their shapes do not fit, or a number is not finite.
         """
         left_name, right_name, embedding = self.modules[module]
         left, right = self.read(left_name), self.read(right_name)
@@ -177,7 +175,7 @@ class Adapter:
 
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: float) -> float:
-    """PEFT's rule: the first key that the whole name, or what follows one of its dots, matches."""
+    """PEFT's rule: the first key that matches the whole name, or a part of it behind a dot."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", module):
             return float(value)
@@ -196,7 +194,7 @@ def _read_settings(file: Path) -> LoraSettings:
         kind = raw.get("peft_type") if isinstance(raw, dict) else type(raw).__name__
         raise CheckpointError(f"{file}: peft_type is {kind}; only LORA is read; {INSTEAD}")
     for key, value in raw.items():
-        if key not in _KNOWN and value:
+        if key not in _READABLE and value:
             raise CheckpointError(
                 f"{file}: {key} is set, but only plain LoRA (W + scale B A) is read; {INSTEAD}"
             )
@@ -273,29 +271,29 @@ def _sort_keys(weights: Checkpoint) -> tuple[dict[str, tuple[str, str, bool]], d
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A live parameter of E matrices (out, in), and where the tensors on disk lie in it."""
+class ExpertStack:
+    """A live parameter of E matrices (out, in), and the tensors on disk that are parts of it."""
 
     parameter: str
     experts: int
     rows: int
     columns: int
     transposed: bool
-    views: dict[str, View]
+    views: dict[str, TensorView]
 
     def fits(self, left: Tensor, right: Tensor) -> bool:
-        """Whether B and A can be those of this parameter."""
+        """Whether B and A have the shapes of this parameter's factors."""
         inner = left.shape[1]
         sides = (left.shape[0], right.shape[1]) == (self.rows, self.columns)
         return sides and inner == right.shape[0] and inner > 0 and inner % self.experts == 0
 
     def pieces(self) -> "dict[str, ExpertRows] | None":
-        """What each tensor on disk holds; None where one is no band of rows of one expert."""
-        found = {name: self._piece(view) for name, view in self.views.items()}
-        known = {name: piece for name, piece in found.items() if piece is not None}
-        return known if len(known) == len(found) else None
+        """The rows that each tensor on disk holds; None where one is not a band of rows."""
+        pieces = {name: self._piece(view) for name, view in self.views.items()}
+        bands = {name: piece for name, piece in pieces.items() if piece is not None}
+        return bands if len(bands) == len(pieces) else None
 
-    def _piece(self, view: View) -> "ExpertRows | None":
+    def _piece(self, view: TensorView) -> "ExpertRows | None":
         if view.whole:
             return ExpertRows(range(self.experts), slice(0, self.rows))
         expert, rest = divmod(view.offset, self.rows * self.columns)
@@ -308,12 +306,14 @@ class Stack:
 
 @dataclass(frozen=True)
 class ExpertRows:
-    """Rows of some experts of a stack."""
+    """A band of rows of some experts of a stack."""
 
     experts: range
     rows: slice
 
-    def cut(self, stack: Stack, left: Tensor, right: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def cut(
+        self, stack: ExpertStack, left: Tensor, right: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """B_e (rows, r) and A_e (r, in) of each expert, from PEFT's B and A of all."""
         all_left = left.reshape(stack.rows, -1, stack.experts)
         all_right = right.reshape(stack.experts, -1, stack.columns)
@@ -329,11 +329,12 @@ class TensorPlace:
     base: str | None = None
 
 
-class TensorPlaces:
-    """The places of a target. Raises: CheckpointError as `tensor_roles`.
+class TensorMap:
+    """Finds the tensors of a target that an adapter names.
 
     Attributes:
         tied: alias -> owner for names that share a parameter; an alias may be on disk too.
+    Raises: CheckpointError for a checkpoint whose tensors do not fit its model class.
     """
 
     def __init__(self, target: Checkpoint):
@@ -344,29 +345,29 @@ class TensorPlaces:
             self._by_parameter.setdefault(role.parameter, []).append(name)
 
     def find(self, parameters: list[str]) -> dict[str, TensorPlace | None]:
-        """The place of every parameter that an adapter names, None where there is none."""
+        """The tensor of every parameter that an adapter names, None where there is none."""
         live = live_names(self._model, parameters)
         return {name: self._place(name, live[name]) for name in parameters}
 
     def place(self, name: str) -> TensorPlace:
-        """The place of a tensor on disk or of an alias."""
+        """The place of a tensor on disk, or of an alias."""
         return TensorPlace(name, None if name in self.target.tensors else self.tied[name])
 
     def pair(self, place: TensorPlace) -> TensorPair:
-        """A tensor as the target has it, and as the result will: same dtype, same shape."""
+        """The tensor in the target and in the result, which have one dtype and one shape."""
         info = self.target.tensors[place.base or place.name]
         return TensorPair(place.name, self._role(place), info, info, place.base)
 
     def vocabulary(self) -> list[str]:
-        """Tensors on disk that have a row for every token: the input embedding, and the head."""
+        """Tensors on disk with a row for every token: the input embedding and the head."""
         modules = (input_embeddings(self._model), output_embeddings(self._model))
         ids = {id(module.weight) for module in modules if module is not None}
         state = self._model.state_dict(keep_vars=True)
         return [name for name, role in self._roles.items() if id(state.get(role.parameter)) in ids]
 
-    def stacks(self, module: str) -> list[Stack]:
-        """The 3-D parameters of a live module, where every part of them is one tensor on disk."""
-        found = []
+    def stacks(self, module: str) -> list[ExpertStack]:
+        """The 3-D parameters of a live module, where each part of them is one tensor on disk."""
+        stacks = []
         for parameter, names in self._by_parameter.items():
             shape = self._shapes.get(parameter, ())
             if parameter.rpartition(".")[0] != module or len(shape) != 3:
@@ -374,14 +375,14 @@ class TensorPlaces:
             transposed = self._roles[names[0]].transposed
             experts, rows, columns = shape
             sides = (columns, rows) if transposed else (rows, columns)
-            placed = find_views(self._model, self._views, names)
-            known = {name: view for name, view in placed.items() if view is not None}
-            if len(known) == len(names):
-                found.append(Stack(parameter, experts, *sides, transposed, known))
-        return found
+            views = find_views(self._model, self._views, names)
+            placed = {name: view for name, view in views.items() if view is not None}
+            if len(placed) == len(names):
+                stacks.append(ExpertStack(parameter, experts, *sides, transposed, placed))
+        return stacks
 
     @cached_property
-    def _views(self) -> dict[str, View]:
+    def _views(self) -> dict[str, TensorView]:
         return checkpoint_views(self._model)
 
     @cached_property
@@ -392,8 +393,8 @@ class TensorPlaces:
     def _place(self, name: str, live: str | None) -> TensorPlace | None:
         if name in self.target.tensors or name in self.tied:
             return self.place(name)
-        found = self._by_parameter.get(live or "", [])
-        return TensorPlace(found[0]) if len(found) == 1 else None
+        names = self._by_parameter.get(live or "", [])
+        return TensorPlace(names[0]) if len(names) == 1 else None
 
     def _role(self, place: TensorPlace) -> TensorRole:
         if place.base is None:

@@ -1,19 +1,19 @@
-"""The best factors of a given rank, δ ≈ B A, with the loudness of each component shared evenly.
+"""From a pack to a LoRA adapter that PEFT and vLLM load, with a measure of the loss.
 
-What PEFT makes of an adapter on disk, found out by loading it there onto an empty model.
-
-PEFT rewrites some adapters as it loads them: on models whose experts transformers stacks, targets
-called gate_proj, up_proj or down_proj become parameters of the experts, also where a dense layer
-has that name; on Mamba models it refuses out_proj. What is lost so it says in a warning at most.
-And beside a layer whose weight another module reads, an adapter does nothing.
-
-A pack becomes a LoRA adapter that PEFT and vLLM load, with a measure of what that loses.
+1. `loadable_modules` finds the layers whose adapter PEFT loads, by loading one onto an empty model.
+   PEFT rewrites some adapters: on models whose experts transformers stacks, targets called
+   gate_proj, up_proj or down_proj become parameters of the experts, even where a dense layer has
+   that name; on Mamba models it refuses out_proj. It says so in a warning at most. And where
+   another module reads the weight of a layer, the adapter of that layer has no effect.
+2. `truncate` finds the best factors of a given rank, δ ≈ B A.
+3. `export_lora` writes them, and measures what is lost and what a LoRA cannot carry.
 """
 
 import json
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftkit.attachment import attached
-from graftkit.attachment.calls import ChangedWeight, Probe, ReadWatch, Unrunnable
+from graftkit.attachment.calls import ChangedWeight, ReadTracker
+from graftkit.attachment.separation import TrialBatch, TrialError
 from graftkit.checkpoint import DTYPES, Checkpoint, save_tensors
 from graftkit.compress.codecs import TensorLayout, matrices
 from graftkit.compress.lowrank import eigenbasis, left_vectors
@@ -37,7 +38,7 @@ from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from graftkit.interop.lora_import import read_lora
 from graftkit.models.architecture import ModuleKind, tensor_roles
 from graftkit.models.encoding import usable_tokenizer
-from graftkit.models.loading import empty_model, load_model, quiet
+from graftkit.models.loading import empty_model, load_model, silence_transformers
 from graftkit.outputs import claimed
 from graftkit.progress import Progress, silent
 from graftkit.rows import Row
@@ -47,10 +48,11 @@ from graftkit.skillpack.manifest import TensorRecord
 
 @dataclass(frozen=True)
 class Components:
-    """Loudest components of a matrix: δ ≈ left @ right; column k of left with row k of right.
+    """The largest components of a matrix: δ ≈ left @ right.
 
-    left: (out, k), right: (k, in), float32, loudest first, ‖left_k‖ = ‖right_k‖.
-    energies: squared singular values of all of δ, descending, float64.
+    Attributes:
+        left: (out, k). right: (k, in). Both float32, largest first, ‖left_k‖ = ‖right_k‖.
+        energies: all squared singular values of δ, descending, float64.
     """
 
     left: Tensor
@@ -67,14 +69,14 @@ def truncate(delta: Tensor, rank: int) -> Components:
     half = max(-50, min(50, math.frexp(float(delta.abs().max()))[1] // 2))
     delta = delta * 4.0**-half
     energies, basis = eigenbasis(delta, None)
-    # Of a delta that has fewer components, left vectors of rounding noise lean on the loud ones.
+    # Where δ has a lower rank, the left vectors of rounding noise are not orthogonal to the others.
     left = torch.linalg.qr(left_vectors(delta, basis, rank).double())[0].float()
-    found = _balanced(left, left.T @ delta, energies.double() * 16.0**half)
-    return Components(found.left * 2.0**half, found.right * 2.0**half, found.energies)
+    balanced = _balance(left, left.T @ delta, energies.double() * 16.0**half)
+    return Components(balanced.left * 2.0**half, balanced.right * 2.0**half, balanced.energies)
 
 
 def truncate_factors(left: Tensor, right: Tensor, rank: int) -> Components:
-    """The same for δ = left @ right, left (m, r), right (r, n), without making δ.
+    """`truncate` for δ = left @ right, left (m, r), right (r, n), without computing δ.
 
     left = Q₁ R₁, rightᵀ = Q₂ R₂: the singular values of δ are those of R₁ R₂ᵀ.
     """
@@ -83,14 +85,15 @@ def truncate_factors(left: Tensor, right: Tensor, rank: int) -> Components:
     inner, values, outer = torch.linalg.svd(upper @ lower.T)
     rows = (values[:, None] * outer[: len(values)] @ second.T)[:rank]
     columns = (first @ inner[:, : len(values)])[:, :rank]
-    found = _balanced(columns, rows, values.square())
-    return Components(found.left.float(), found.right.float(), found.energies)
+    balanced = _balance(columns, rows, values.square())
+    return Components(balanced.left.float(), balanced.right.float(), balanced.energies)
 
 
 def smallest_rank(energies: Sequence[Tensor], ranks: Sequence[int], share: float) -> int:
-    """The first of the ascending ranks at which all matrices together keep `share` of their energy.
+    """The first rank at which all matrices together keep `share` of their energy, else the last.
 
-    energies: squared singular values of each matrix, descending. The last rank where none does.
+    Args:
+        energies: squared singular values of each matrix, descending. ranks: ascending.
     """
     total = sum(float(part.double().sum()) for part in energies)
     for rank in ranks:
@@ -100,7 +103,7 @@ def smallest_rank(energies: Sequence[Tensor], ranks: Sequence[int], share: float
 
 
 def pad_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The same product with components of zero up to a rank."""
+    """Append components of zero up to a rank; the product does not change."""
     missing = rank - right.shape[0]
     return (
         torch.cat([left, left.new_zeros(left.shape[0], missing)], dim=1),
@@ -108,8 +111,8 @@ def pad_rank(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _balanced(left: Tensor, right: Tensor, energies: Tensor) -> Components:
-    """Directions (unit columns of left) times what they hold, made equally loud on both sides."""
+def _balance(left: Tensor, right: Tensor, energies: Tensor) -> Components:
+    """Split the norm of each component evenly between left (unit columns) and right."""
     root = right.norm(dim=1).sqrt()
     return Components(left * root, right / root.clamp(min=1e-30)[:, None], energies)
 
@@ -117,47 +120,48 @@ def _balanced(left: Tensor, right: Tensor, energies: Tensor) -> Components:
 def loadable_modules(
     target: Checkpoint, modules: Iterable[str], config: dict[str, Any]
 ) -> set[str]:
-    """Those of the live modules whose LoRA weights arrive and count when PEFT loads them all.
+    """The live modules whose LoRA weights PEFT loads, and which the model then uses.
 
     Args:
-        config: the adapter's, with any target_modules.
+        config: of the adapter; its target_modules are replaced.
     Raises: ConfigError where PEFT is not installed.
     """
-    names = sorted(set(modules) - _read_past(_weightless(empty_model(target)), modules))
+    model = _weightless(deepcopy(empty_model(target)))
+    names = sorted(set(modules) - _read_without_call(model, modules))
     loaded = _loaded(target, names, config)
     if loaded is None:
-        # PEFT refuses some of them, and goes by the last part of a name.
+        # PEFT refuses some of them, by the last part of their names: try each part alone.
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(name.rpartition(".")[2], []).append(name)
         parts = [_loaded(target, group, config) or set() for group in groups.values()]
         loaded = set().union(*parts)
-    # What arrives alone has to arrive together, too.
+    # What PEFT loads alone, it must load together with the others, too.
     while loaded and (again := _loaded(target, sorted(loaded), config) or set()) != loaded:
         loaded = again
     return loaded
 
 
-def _read_past(model: Any, modules: Iterable[str]) -> set[str]:
-    """Modules whose weights the model reads without calling them, as far as random inputs tell."""
+def _read_without_call(model: Any, modules: Iterable[str]) -> set[str]:
+    """Modules whose weights the model reads without calling them, found with random inputs."""
     watched = {name: model.get_submodule(name) for name in modules}
-    watch = ReadWatch(
+    tracker = ReadTracker(
         [ChangedWeight(name, module.weight, module) for name, module in watched.items()]
     )
     try:
-        probe = Probe(model)
-        watch.start()
+        batch = TrialBatch(model)
+        tracker.start()
         try:
-            probe.run(0)
+            batch.run(0)
         finally:
-            watch.stop()
-    except Unrunnable:
+            tracker.stop()
+    except TrialError:
         return set()
-    return set(watch.missed)
+    return set(tracker.direct_reads)
 
 
 def _loaded(target: Checkpoint, names: list[str], config: dict[str, Any]) -> set[str] | None:
-    """The modules of a random adapter whose weights PEFT holds afterwards; None if it refuses."""
+    """The modules of a random adapter whose weights PEFT has loaded; None if it refuses."""
     try:
         from peft import PeftModel
         from peft.tuners.lora import LoraLayer
@@ -166,7 +170,7 @@ def _loaded(target: Checkpoint, names: list[str], config: dict[str, Any]) -> set
             "an exported adapter is checked by loading it in PEFT, which is not installed; "
             "pip install peft"
         ) from error
-    model = _weightless(empty_model(target))
+    model = _weightless(deepcopy(empty_model(target)))
     written = {name: _random_factors(model.get_submodule(name)) for name in names}
     tensors = {
         f"{KEY_PREFIX}{name}.lora_{letter}.weight": value
@@ -178,20 +182,20 @@ def _loaded(target: Checkpoint, names: list[str], config: dict[str, Any]) -> set
         settings = {**config, "r": 1, "lora_alpha": 1, "target_modules": names}
         (Path(folder) / CONFIG).write_text(json.dumps(settings))
         try:
-            with quiet(), warnings.catch_warnings():
+            with silence_transformers(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                held = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
+                adapted = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
         except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError):
             return None
-    found = {}
-    for name, module in held.base_model.model.named_modules():
+    loaded = {}
+    for name, module in adapted.base_model.model.named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            found[name] = (module.lora_A["default"].weight, module.lora_B["default"].weight)
-    return {name for name, factors in written.items() if _same(factors, found.get(name))}
+            loaded[name] = (module.lora_A["default"].weight, module.lora_B["default"].weight)
+    return {name for name, factors in written.items() if _same(factors, loaded.get(name))}
 
 
 def _weightless(model: Any) -> Any:
-    """The model with zeros that take no memory: PEFT puts an adapter on its layer's device."""
+    """Give the model weights of zero that take no memory: PEFT needs the device of each layer."""
     for module in model.modules():
         for name, value in list(module._parameters.items()):
             if value is not None:
@@ -218,9 +222,9 @@ def _same(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor] | None) -> bo
 
 
 RANKS = (8, 16, 32, 64, 128, 256)
-"""Ranks that are tried where none is asked for: those that serving engines are built for."""
+"""Ranks that are tried by default: those that serving engines support."""
 ENERGY = 0.99
-"""Share of the linear deltas' energy that the default rank keeps."""
+"""Share of the linear deltas' energy that the default rank has to keep."""
 
 
 @dataclass(frozen=True)
@@ -232,16 +236,16 @@ class ExportedModule:
     module: str
     """Live module."""
     own_factors: bool
-    """The pack's own factors, not the result of a truncation."""
+    """Whether these are the pack's own factors, not a truncation."""
     relative_error: float
-    """‖δ − B A‖ / ‖δ‖ (Frobenius), of B and A as they are stored."""
+    """‖δ − B A‖_F / ‖δ‖_F with B and A as they are stored."""
     energy_share: float
     """‖δ‖² over that of the whole pack."""
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """One tensor whose delta a LoRA cannot carry."""
+    """One tensor whose change a LoRA cannot carry."""
 
     name: str
     """Tensor name in the checkpoint."""
@@ -253,7 +257,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class LoraExport:
-    """An adapter on disk and what it lost."""
+    """An adapter on disk and its loss."""
 
     output: str
     """Its directory."""
@@ -262,13 +266,13 @@ class LoraExport:
     adapter_bytes: int
     """Bytes of the weight file."""
     modules: tuple[ExportedModule, ...]
-    """Layers that it changes."""
+    """The layers that it changes."""
     left_out: tuple[LeftOut, ...]
-    """What it cannot carry."""
+    """The tensors that it leaves unchanged."""
     relative_error: float
     """‖δ − B A‖ / ‖δ‖ over the layers that it changes."""
     relative_error_overall: float
-    """The same over all tensors of the pack; what is left out counts in full."""
+    """The same over all tensors of the pack, including those left out."""
     fidelity: TokenFidelity | None
     """Distance of target + LoRA from target + pack; None without rows."""
 
@@ -283,18 +287,18 @@ def export_lora(
 ) -> LoraExport:
     """Write the linear deltas of a pack as a PEFT LoRA adapter of one rank, α = r.
 
-    Every nn.Linear and Conv1D that PEFT loads on this model, but the output head, gets the best
-    approximation of its delta of that rank in the Frobenius norm; factors that the pack itself
-    keeps go out as they are where their rank allows it, with the scale in B (in float32 where B's
-    dtype cannot hold that). What PEFT would lose or refuse on loading is left out, and listed.
+    Every nn.Linear and Conv1D that PEFT loads on this model, except the output head, gets the best
+    approximation of its delta of that rank in the Frobenius norm. Factors that the pack itself
+    stores are written as they are where their rank allows it, with the scale in B (in float32 where
+    B's dtype cannot hold it). Changes that PEFT would not load are left out and listed.
 
     Args:
-        directory: a new or empty folder; it appears whole or not at all.
-        rank: default the pack's own where it holds nothing but a LoRA's factors, else the smallest
-            of 8, 16, 32, 64, 128, 256 that keeps 99 % of the linear deltas' energy (else 256).
-        rows: measures KL(target + pack || target + LoRA) per token on them, both in float32.
-    Raises: PackMismatchError for another target; ConfigError where nothing can be exported or the
-        rank is no rank; CorruptPackError; RowsError; OutputError. Nothing is written then.
+        directory: a new or empty folder; it is written completely or not at all.
+        rank: by default that of the pack where it stores only LoRA factors, else the smallest of 8,
+            16, 32, 64, 128, 256 that keeps 99 % of the linear deltas' energy (else 256).
+        rows: measure KL(target + pack || target + LoRA) per token on these rows, in float32.
+    Raises: PackMismatchError for another target; ConfigError where nothing can be exported, or for
+        a rank below 1; CorruptPackError; RowsError; OutputError. Nothing is written then.
     Source: Eckart–Young; LoRA (arXiv 2106.09685) 4.1.
     """
     if rank is not None and rank < 1:
@@ -319,10 +323,10 @@ def export_lora(
 
 
 class _Export:
-    """One pack on its way into an adapter."""
+    """The export of one pack."""
 
     def __init__(self, pack: SkillPack, target: Checkpoint, rank: int | None):
-        self.pack, self.target, self.asked = pack, target, rank
+        self.pack, self.target, self.fixed_rank = pack, target, rank
         self.roles = tensor_roles(target)
         changed = [r for r in pack.manifest.tensors if r.codec != "zero" or r.appended_bytes]
         linear = {r.name: self.roles[r.name].module for r in changed if self._is_carried(r)}
@@ -343,7 +347,7 @@ class _Export:
             )
 
     def write(self, folder: Path, output: str, progress: Progress) -> LoraExport:
-        """Fill the folder."""
+        """Write the adapter into the folder."""
         steps = len(self.linear) + len(self.rest)
         components: dict[str, Components] = {}
         for done, record in enumerate(self.linear):
@@ -405,15 +409,15 @@ class _Export:
         return matrix
 
     def _components(self, record: TensorRecord) -> Components:
-        rank = self.asked or RANKS[-1]
+        rank = self.fixed_rank or RANKS[-1]
         factors = self.pack.factors(record.name)
         if factors is not None:
             return truncate_factors(*factors, rank)
         return truncate(self._matrix(record), rank)
 
     def _rank(self, components: Sequence[Components]) -> int:
-        if self.asked is not None:
-            return self.asked
+        if self.fixed_rank is not None:
+            return self.fixed_rank
         own = [self.pack.plain_factors(record.name) for record in self.linear]
         ranks = [factors.right.shape[0] for factors in own if factors is not None]
         if len(ranks) == len(own):
@@ -421,9 +425,9 @@ class _Export:
         return smallest_rank([part.energies for part in components], RANKS, ENERGY)
 
     def _factors(
-        self, record: TensorRecord, found: Components, rank: int
+        self, record: TensorRecord, components: Components, rank: int
     ) -> tuple[bool, Tensor, Tensor]:
-        """Whether they are the pack's own, then B and A of one layer as they are stored."""
+        """Whether the factors are the pack's own, then B and A of one layer as stored."""
         plain = self.pack.plain_factors(record.name)
         if plain is not None and plain.right.shape[0] <= rank:
             scaled, _ = plain.scaled()
@@ -432,7 +436,8 @@ class _Export:
             return True, *pad_rank(left if exact else scaled, plain.right, rank)
         factors = self.pack.factors(record.name)
         own = factors is not None and factors[1].shape[0] <= rank
-        left, right = factors if factors and own else (found.left[:, :rank], found.right[:rank])
+        truncated = components.left[:, :rank], components.right[:rank]
+        left, right = factors if factors and own else truncated
         dtype = DTYPES[record.dtype]
         return own, *pad_rank(left.to(dtype), right.to(dtype), rank)
 

@@ -1,4 +1,4 @@
-"""A LoRA adapter becomes a pack: factors word for word, whole tensors bit for bit."""
+"""From a LoRA adapter to a pack: its factors and whole tensors are stored bit for bit."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, tensor_digest
 from graftkit.compress.codecs import join_payloads, matrix_shape
 from graftkit.compress.factors import store
 from graftkit.errors import CheckpointError, CheckpointMismatchError, CorruptPackError
-from graftkit.interop.adapter import INSTEAD, Adapter, TensorPlace, TensorPlaces
+from graftkit.interop.adapter import INSTEAD, Adapter, TensorMap, TensorPlace
 from graftkit.outputs import claimed
 from graftkit.packing.encode import (
     GENERATOR,
@@ -36,16 +36,16 @@ from graftkit.skillpack.pack import changed_files, encode_file
 RECIPE = "lora"
 """Recipe that the manifest of an imported adapter names."""
 
-# What an adapter's directory says of these is said of its base, not of what it learned.
+# These files in an adapter's directory describe its base model, not what it learned.
 _NOT_LEARNED = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
 class _Edit:
-    """What becomes of one tensor; without factors or whole it stays, but has its own record.
+    """The change of one tensor; without factors or whole it has a record but no change.
 
-    source: what the adapter calls the change. factors: the payload of those that are added.
-    whole: the adapter's tensor that takes its place.
+    source: the adapter's name of the change. factors: payload of the factors that are added.
+    whole: the adapter's tensor that replaces it.
     """
 
     place: TensorPlace
@@ -64,9 +64,10 @@ def import_lora(
     """Write a PEFT LoRA adapter of `target` as a pack (see `read_lora`).
 
     Args:
-        file: the .skillpack to write. force: it may be there, and is replaced.
+        file: the .skillpack to write. force: replace an existing file.
     Returns: the pack.
-    Raises: as `read_lora`; OutputError. Nothing is written then.
+    Raises: CheckpointError for anything but a plain LoRA; CheckpointMismatchError for an adapter
+        of another model; OutputError. Nothing is written then.
     """
     inputs = [target.path if isinstance(target, Checkpoint) else target, adapter]
     with claimed(file, ["import-lora", *inputs], inputs=inputs, force=force) as claim:
@@ -83,8 +84,8 @@ def read_lora(
 
         W' = W + (scale · B) A,   scale = α / r, or α / √r where the adapter uses rsLoRA
 
-    A and B are kept word for word; modules_to_save and biases are kept exactly, in the target's
-    dtype (as PEFT keeps them once they are loaded; rounding is listed under `omitted`).
+    A and B are stored bit for bit. modules_to_save and biases are stored exactly in the target's
+    dtype, in which PEFT loads them; rounding is listed under `omitted`.
 
     Args:
         adapter: a directory with adapter_config.json and adapter_model.safetensors.
@@ -99,13 +100,13 @@ def read_lora(
 
 
 class _Import:
-    """One adapter on its way into a pack."""
+    """The import of one adapter."""
 
     def __init__(self, target: Checkpoint, adapter: Adapter):
-        self.target, self.adapter, self.places = target, adapter, TensorPlaces(target)
+        self.target, self.adapter, self.places = target, adapter, TensorMap(target)
         self.omitted: list[Omission] = []
         self.edits = self._find_edits()
-        self.parted = self._part_tied()
+        self.untied = self._untie()
         self.tokens = self._find_vocabulary()
 
     def run(self, progress: Progress) -> SkillPack:
@@ -134,10 +135,7 @@ class _Import:
         return pack
 
     def _check_sums(self, pack: SkillPack, progress: Progress) -> None:
-        """Every reader adds the factors to the target and takes finite sums only.
-
-        Raises: CheckpointError.
-        """
+        """Check that target + factors is finite. Raises: CheckpointError."""
         records = [record for record in pack.manifest.tensors if record.codec == "factors"]
         for done, record in enumerate(records):
             progress("checking", done, len(records))
@@ -150,18 +148,18 @@ class _Import:
                 ) from error
 
     def _find_edits(self) -> dict[str, _Edit]:
-        """Every change by the name of its tensor; all shapes are checked."""
+        """Every change, by the name of its tensor; all shapes are checked."""
         weights = {module: f"{module}.weight" for module in self.adapter.modules}
-        found = self.places.find([*weights.values(), *self.adapter.whole])
+        places = self.places.find([*weights.values(), *self.adapter.whole])
         edits: dict[str, _Edit] = {}
         for module, parameter in weights.items():
-            pieces = [] if found[parameter] else self._expert_edits(module)
+            pieces = [] if places[parameter] else self._expert_edits(module)
             if not pieces:
-                pieces = [self._module_edit(self._known(found[parameter], module), module)]
+                pieces = [self._module_edit(self._existing(places[parameter], module), module)]
             for edit in pieces:
                 self._add(edits, edit)
         for parameter, key in self.adapter.whole.items():
-            place = self._known(found[parameter], parameter)
+            place = self._existing(places[parameter], parameter)
             if not self._is_target(place, key):
                 self._add(edits, _Edit(place, key, whole=key))
         return edits
@@ -169,23 +167,23 @@ class _Import:
     def _module_edit(self, place: TensorPlace, module: str) -> _Edit:
         """Factors of one matrix."""
         left, right = self.adapter.matrices(module)
-        pair, found = self.places.pair(place), (left.shape[0], right.shape[1])
+        pair, shape = self.places.pair(place), (left.shape[0], right.shape[1])
         _, expected = matrix_shape(pair.target.shape, pair.layout)
-        if pair.gathered and found[0] != expected[0] and found[1] == expected[1]:
+        if pair.gathered and shape[0] != expected[0] and shape[1] == expected[1]:
             raise CheckpointMismatchError(
-                f"{self.adapter.path}: {module} has factors for a vocabulary of {found[0]} tokens, "
+                f"{self.adapter.path}: {module} has factors for a vocabulary of {shape[0]} tokens, "
                 f"the target {self.target.path} has {expected[0]} (it was resized); {INSTEAD}"
             )
-        if len(pair.target.shape) != 2 or found != expected:
+        if len(pair.target.shape) != 2 or shape != expected:
             raise CheckpointMismatchError(
-                f"{self.adapter.path}: {module} is (out, in) = {list(found)}, in the target "
+                f"{self.adapter.path}: {module} is (out, in) = {list(shape)}, in the target "
                 f"{self.target.path} it is {list(expected)}; use the model that the adapter was "
                 "trained on"
             )
         return _Edit(place, module, store(self.adapter.factors(module, left, right)))
 
     def _expert_edits(self, module: str) -> list[_Edit]:
-        """Factors of a stack of experts, for each of its tensors on disk; empty for another name.
+        """Factors of a stack of experts, for each of its tensors on disk; else empty.
 
         PEFT wraps a module once for each parameter that it adapts, so names end in base_layer.
         """
@@ -198,12 +196,12 @@ class _Import:
             parts = piece.cut(fitting[0], left, right)
             stored = [store(self.adapter.factors(fitting[0].parameter, *part)) for part in parts]
             edits.append(
-                _Edit(self._known(TensorPlace(name), module), module, join_payloads(stored))
+                _Edit(self._existing(TensorPlace(name), module), module, join_payloads(stored))
             )
         return edits
 
-    def _known(self, place: TensorPlace | None, name: str) -> TensorPlace:
-        """The place of what the adapter calls `name`. Raises: CheckpointMismatchError."""
+    def _existing(self, place: TensorPlace | None, name: str) -> TensorPlace:
+        """The place of `name`, if it exists and is float. Raises: CheckpointMismatchError."""
         if place is None:
             raise CheckpointMismatchError(
                 f"{self.adapter.path}: changes {name}, which has no weight of its own in "
@@ -219,23 +217,23 @@ class _Import:
         return place
 
     def _add(self, edits: dict[str, _Edit], edit: _Edit) -> None:
-        known = edits.setdefault(edit.place.name, edit)
-        if known is not edit:
-            ways = f"{known.source} and {edit.source}"
+        earlier = edits.setdefault(edit.place.name, edit)
+        if earlier is not edit:
+            ways = f"{earlier.source} and {edit.source}"
             raise CheckpointMismatchError(
                 f"{self.adapter.path}: {ways} both change {edit.place.name}; use the model that "
                 "the adapter was trained on"
             )
 
     def _is_target(self, place: TensorPlace, key: str) -> bool:
-        """Whether a whole tensor is what the target holds already."""
+        """Whether a whole tensor equals the target's."""
         pair = self._whole_pair(place, key)
         if pair.resized:
             return False
         return _same_bits(self._whole(place, key), self.target.read(pair.target.name))
 
     def _whole_pair(self, place: TensorPlace, key: str) -> TensorPair:
-        """The target's tensor and the one in its place, which may have more or fewer tokens.
+        """The target's tensor and its replacement, which may have more or fewer tokens.
 
         Raises: CheckpointMismatchError for any other shape.
         """
@@ -249,7 +247,7 @@ class _Import:
         return pair
 
     def _find_vocabulary(self) -> int | None:
-        """Tokens of a vocabulary that was resized for the adapter; None where it was not.
+        """Size of a vocabulary that was resized for the adapter; None where it was not.
 
         Raises: CheckpointMismatchError where embedding and head do not have the same tokens.
         """
@@ -260,7 +258,7 @@ class _Import:
         }
         if not sizes:
             return None
-        parts = [*self.places.vocabulary(), *(self.places.tied if self.parted else ())]
+        parts = [*self.places.vocabulary(), *(self.places.tied if self.untied else ())]
         missing = [name for name in parts if name not in sizes]
         if missing or len(set(sizes.values())) != 1:
             raise CheckpointMismatchError(
@@ -280,21 +278,24 @@ class _Import:
             )
         return cast
 
-    def _part_tied(self) -> bool:
-        """Whether names that share a parameter part; all of them then get records of their own."""
-        parted = any(
+    def _untie(self) -> bool:
+        """Whether names that share a parameter get different values.
+
+        All of them then get records of their own.
+        """
+        untied = any(
             (alias in self.edits or owner in self.edits) and not self._same_whole(alias, owner)
             for alias, owner in self.places.tied.items()
         )
         for alias in self.places.tied:
-            if parted:
+            if untied:
                 self.edits.setdefault(alias, _Edit(self.places.place(alias)))
             elif alias not in self.target.tensors:
                 self.edits.pop(alias, None)
-        return parted
+        return untied
 
     def _same_whole(self, first: str, second: str) -> bool:
-        """Whether one whole tensor takes the place of both."""
+        """Whether one whole tensor replaces both."""
         edits = [self.edits.get(name) for name in (first, second)]
         values = [self._whole(edit.place, edit.whole) for edit in edits if edit and edit.whole]
         return len(values) == 2 and _same_bits(*values)
@@ -328,31 +329,31 @@ class _Import:
         draft = draft_record(TensorTask(pair, scan), codec, len(edit.factors))
         return draft.model_copy(update={"error": 0.0}), edit.factors
 
-    def _note_rounding(self, edit: _Edit, kept: Tensor) -> None:
+    def _note_rounding(self, edit: _Edit, stored: Tensor) -> None:
         own = self.adapter.read(edit.whole or "")
-        if not torch.equal(kept.to(own.dtype), own):
-            reason = f"trained in {own.dtype}, rounded to {kept.dtype} of the target"
+        if not torch.equal(stored.to(own.dtype), own):
+            reason = f"trained in {own.dtype}, rounded to {stored.dtype} of the target"
             self.omitted.append(Omission(name=edit.place.name, reason=reason.replace("torch.", "")))
 
     def _files(self) -> list[tuple[FileRecord, bytes]]:
-        """Tokenizer files that the adapter changed, and the config where tied tensors parted."""
+        """Tokenizer files that the adapter changed, and config.json where it has to change."""
         files = [
             (record, payload)
             for record, payload in changed_files(self.target, self.adapter.weights)
-            if record.name not in _NOT_LEARNED and not self._says_the_same(record.name)
+            if record.name not in _NOT_LEARNED and not self._equals_as_json(record.name)
         ]
-        if self.parted or self.tokens is not None:
+        if self.untied or self.tokens is not None:
             text = json.dumps(self._changed_config(), indent=2, sort_keys=True) + "\n"
             files.insert(0, encode_file("config.json", text.encode(), None))
         return files
 
     def _changed_config(self) -> dict[str, Any]:
-        """config.json where tied tensors parted or the vocabulary was resized.
+        """config.json where tied tensors are untied or the vocabulary was resized.
 
         Raises: CheckpointMismatchError where it has no place for the number of tokens.
         """
         config = copy.deepcopy(self.target.config)
-        if self.parted:
+        if self.untied:
             config["tie_word_embeddings"] = False
         if self.tokens is not None:
             nested = config.get("text_config")
@@ -367,8 +368,8 @@ class _Import:
                 part["vocab_size"] = self.tokens
         return config
 
-    def _says_the_same(self, name: str) -> bool:
-        """Whether a JSON file differs in its spelling only, as after loading and saving it."""
+    def _equals_as_json(self, name: str) -> bool:
+        """Whether a JSON file differs in formatting only, as after loading and saving it."""
         states = self.target.side_file(name), self.adapter.weights.side_file(name)
         try:
             old, new = (json.loads(content or b"") for content in states)
@@ -378,12 +379,12 @@ class _Import:
 
     def _provenance(self) -> dict[str, str]:
         settings = self.adapter.settings
-        known = {
+        entries = {
             "adapter": "PEFT LoRA",
             "adapter_blake3": self.adapter.digest,
             "base_model": settings.base_model_name_or_path,
         }
-        return {key: value for key, value in known.items() if value}
+        return {key: value for key, value in entries.items() if value}
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:

@@ -1,27 +1,39 @@
 """Answers of a library: rows of different packs in one batch, in parts where memory is short.
 
-How good is a library? Routed answers against those of the right pack, and of the target alone.
+A prompt that is given to several packs is answered in one of two ways:
 
-Rows come under the name of the pack that should answer them, or under "target" where none should.
+deltas         one pass with the weighted sum of the deltas, W + Σ_i w_i ΔW_i
+probabilities  one pass for each pack, p(token) = Σ_i w_i p_i(token); the rest of the weight is the
+               target's. The copies of a row run in one batch and share the choice of each token.
+
+The two are different models: logits are not linear in the weights.
 """
 
-import time
-from collections import Counter
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from graftkit.evaluate import BATCH_TOKENS, exact_match
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from graftkit.attachment import Attachment
+from graftkit.errors import AttachError, ConfigError
+from graftkit.evaluate import BATCH_TOKENS
+from graftkit.generate import generate_greedy
 from graftkit.library.live import GenerationStyle, LiveLibrary, PackWeights
 from graftkit.models.encoding import pad_id
-from graftkit.progress import Progress, silent
-from graftkit.route import TARGET, Route, Router
-from graftkit.route.averaging import generate_averaged
-from graftkit.rows import Row, batches_by_length, pad_batch
+from graftkit.route import Route
+from graftkit.rows import batches_by_length
 
 MixMode = Literal["deltas", "probabilities"]
-"""How several packs answer one prompt: Σ w ΔW in one pass, or Σ w p(token) over one pass each."""
+"""How several packs answer one prompt."""
 
+RowWeights = Mapping[int | None, float]
+"""Of one row, by the index of a pack, None for the target; at least 0, and 1 together."""
+
+_SUM_TOLERANCE = 1e-5  # a float32 softmax over a few packs sums to 1 within this
 _ROUNDING = 1e-6
 
 
@@ -31,7 +43,7 @@ class LibraryAnswer:
 
     Attributes:
         text: greedy, without special tokens.
-        route: the packs that answered; none of them is the target alone.
+        route: the packs that answered; an empty one is the target alone.
         note: why nothing was generated; None where something was.
     """
 
@@ -60,199 +72,181 @@ def generate_texts(
     """The greedy continuation of each prompt by the packs of its row.
 
     Args:
-        prompts: tokens, at least one each and fewer than the context. mixtures: one for each.
-        max_new_tokens: an answer also ends where the context does.
-    Raises: ConfigError where the packs of one row do not fit into memory; as `Attachment.add`.
+        prompts: token ids, at least one each and fewer than the context.
+        mixtures: packs and weights for each prompt.
+        max_new_tokens: longest answer; an answer also ends where the context does.
+    Raises: ConfigError where the packs of one row do not fit into memory; PackMismatchError,
+        CorruptPackError for a pack that cannot be attached.
     """
     texts = [""] * len(prompts)
-    limits = [_room(live, ids, max_new_tokens) for ids in prompts]
-    voices = [live.voice(mixture) for mixture in mixtures]
+    limits = [_tokens_left(live, ids, max_new_tokens) for ids in prompts]
+    styles = [live.style(mixture) for mixture in mixtures]
     for part in live.memory.parts(mixtures):
-        for rows in _batches(part, prompts, list(zip(limits, voices, strict=True))):
-            chosen = [prompts[row] for row in rows], [mixtures[row] for row in rows]
-            found = _generate(live, *chosen, mix, limits[rows[0]])
-            for row, text in zip(rows, found, strict=True):
+        for rows in _batches(part, prompts, list(zip(limits, styles, strict=True))):
+            batch = [prompts[row] for row in rows], [mixtures[row] for row in rows]
+            answers = _generate_batch(live, *batch, mix, limits[rows[0]])
+            for row, text in zip(rows, answers, strict=True):
                 texts[row] = text
     return texts
 
 
-def _batches(
-    part: Sequence[int], prompts: Sequence[list[int]], ends: Sequence[tuple[int, GenerationStyle]]
-) -> Iterator[list[int]]:
-    """Rows of similar length; an answer must not be cut short for the sake of another row.
-
-    Args:
-        ends: of each row, the most tokens of its answer, and what else decides when it ends.
-    """
-    for end in dict.fromkeys(sorted((ends[row] for row in part), key=_end_order)):
-        alike = [row for row in part if ends[row] == end]
-        lengths = [len(prompts[row]) + end[0] for row in alike]
-        for batch in batches_by_length(lengths, BATCH_TOKENS):
-            yield [alike[place] for place in batch]
-
-
-def _end_order(end: tuple[int, GenerationStyle]) -> tuple[int, str, str]:
-    return end[0], str(end[1].end), end[1].settings
-
-
-def _room(live: LiveLibrary, ids: Sequence[int], max_new_tokens: int) -> int:
+def _tokens_left(live: LiveLibrary, ids: Sequence[int], max_new_tokens: int) -> int:
     if live.context is None:
         return max_new_tokens
     return min(max_new_tokens, live.context - len(ids))
 
 
-def _generate(
+def _batches(
+    part: Sequence[int],
+    prompts: Sequence[list[int]],
+    endings: Sequence[tuple[int, GenerationStyle]],
+) -> Iterator[list[int]]:
+    """Rows of similar length that end alike: no answer is cut short for the sake of another row.
+
+    Args:
+        endings: of each row, the most tokens of its answer, and the settings that end it.
+    """
+    for ending in dict.fromkeys(sorted((endings[row] for row in part), key=_ending_order)):
+        alike = [row for row in part if endings[row] == ending]
+        lengths = [len(prompts[row]) + ending[0] for row in alike]
+        for batch in batches_by_length(lengths, BATCH_TOKENS):
+            yield [alike[place] for place in batch]
+
+
+def _ending_order(ending: tuple[int, GenerationStyle]) -> tuple[int, str, str]:
+    limit, style = ending
+    return limit, str(style.end), style.settings
+
+
+def _generate_batch(
     live: LiveLibrary,
     prompts: Sequence[list[int]],
     mixtures: Sequence[PackWeights],
     mix: MixMode,
     max_new_tokens: int,
 ) -> list[str]:
-    ids, mask = pad_batch(prompts, pad_id(live.tokenizer), left=True)
-    ids, mask = ids.to(live.model.device), mask.to(live.model.device)
-    voices = [live.voice(mixture) for mixture in mixtures]
+    styles = [live.style(mixture) for mixture in mixtures]
     options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": False,
+        "eos_token_id": styles[0].end,
         "pad_token_id": pad_id(live.tokenizer),
-        "eos_token_id": voices[0].end,
+        "settings": styles[0].generation,
     }
-    own, live.model.generation_config = live.model.generation_config, voices[0].generation
-    try:
-        if mix == "deltas":
-            live.memory.route(mixtures)
-            output = live.model.generate(ids, attention_mask=mask, **options)
-        else:
-            shares = [_with_target(live, mixture) for mixture in mixtures]
-            output = generate_averaged(live.model, live.attachment, ids, mask, shares, **options)
-    finally:
-        live.model.generation_config = own
-    written = output[:, ids.shape[1] :]
+    if mix == "deltas":
+        live.memory.route(mixtures)
+        output = generate_greedy(live.model, prompts, max_new_tokens, **options)
+    else:
+        weights = [_with_target(live, mixture) for mixture in mixtures]
+        output = generate_averaged(live.attachment, prompts, weights, max_new_tokens, **options)
     return [
-        str(voice.tokenizer.decode(row, skip_special_tokens=True))
-        for voice, row in zip(voices, written, strict=True)
+        str(style.tokenizer.decode(row, skip_special_tokens=True))
+        for style, row in zip(styles, output, strict=True)
     ]
 
 
 def _with_target(live: LiveLibrary, mixture: PackWeights) -> dict[int | None, float]:
-    """Shares of 1: what the packs leave is the target's."""
-    shares: dict[int | None, float] = {
+    """Weights that sum to 1: what the packs leave is the target's."""
+    weights: dict[int | None, float] = {
         live.memory.index(entry): weight for entry, weight in mixture.items()
     }
-    rest = 1 - sum(shares.values())
+    rest = 1 - sum(weights.values())
     # Weights that sum to 1 but for rounding leave nothing to the target.
-    return shares | {None: rest} if rest > _ROUNDING else shares
+    return weights | {None: rest} if rest > _ROUNDING else weights
 
 
-@dataclass(frozen=True)
-class SkillScore:
-    """The rows of one pack, or of none. Shares are 0 to 1, of rows answered word for word."""
-
-    rows: int
-    """Rows measured."""
-    accuracy: float
-    """Share of the rows that were routed to the right place."""
-    routed: float
-    """Exact match of the packs that the router chose."""
-    oracle: float
-    """Exact match of the right pack on every row."""
-    target: float
-    """Exact match of the target alone."""
-
-    @property
-    def regret(self) -> float:
-        """What routing costs: oracle - routed."""
-        return self.oracle - self.routed
-
-
-@dataclass(frozen=True)
-class LibraryScore:
-    """All rows together."""
-
-    skills: dict[str, SkillScore]
-    """By the name that the rows came under."""
-    confusion: dict[str, dict[str, int]]
-    """Rows by that name, then by where they were routed."""
-    milliseconds_per_prompt: float
-    """Time that routing took."""
-
-    @property
-    def accuracy(self) -> float:
-        """Share of all rows that were routed to the right place."""
-        right = sum(counts.get(name, 0) for name, counts in self.confusion.items())
-        return right / sum(score.rows for score in self.skills.values())
-
-    @property
-    def false_acceptance(self) -> float | None:
-        """Share of the rows of no pack that a pack took; None without such rows."""
-        foreign = self.skills.get(TARGET)
-        return None if foreign is None else 1 - foreign.accuracy
-
-    def mean(self, what: str) -> float | None:
-        """Mean of `routed`, `oracle`, `target` or `regret` over the packs, each counted once."""
-        values = [getattr(score, what) for name, score in self.skills.items() if name != TARGET]
-        return sum(values) / len(values) if values else None
-
-    def numbers(self) -> dict[str, Any]:
-        """Everything by name."""
-        return {
-            "accuracy": self.accuracy,
-            "false_acceptance": self.false_acceptance,
-            **{what: self.mean(what) for what in ("routed", "oracle", "target", "regret")},
-            "milliseconds_per_prompt": self.milliseconds_per_prompt,
-            "skills": {
-                name: asdict(score) | {"regret": score.regret}
-                for name, score in self.skills.items()
-            },
-            "confusion": self.confusion,
-        }
-
-
-def score_library(
-    live: LiveLibrary,
-    router: Router,
-    rows: Mapping[str, Sequence[Row]],
-    mixtures: Mapping[str, PackWeights],
-    progress: Progress | None = None,
-) -> LibraryScore:
-    """Route every row, and answer it three ways.
+def generate_averaged(
+    attachment: Attachment,
+    prompts: Sequence[list[int]],
+    weights: Sequence[RowWeights],
+    max_new_tokens: int,
+    **options: Any,
+) -> Tensor:
+    """Continue prompts by the most likely token of Σ_i w_i p_i at each step.
 
     Args:
-        mixtures: what each name stands for. Raises: RowsError as `exact_match`.
+        attachment: in side mode; it stays routed to the copies of these rows.
+        prompts: token ids. weights: of the packs of every row.
+        options: of `generate_greedy`.
+    Returns: the new tokens, (rows, longest continuation).
+    Raises: ConfigError for weights that do not sum to 1; AttachError for an index without a pack,
+        for packs that are merged, and for beam search.
     """
-    tell = progress or silent
-    skills, confusion = {}, {}
-    seconds, done, total = 0.0, 0, sum(map(len, rows.values()))
-    for name, own in rows.items():
-        tell("answering", done, total)
-        started = time.perf_counter()
-        chosen = [route.name for route in router.route([row.prompt for row in own])]
-        seconds += time.perf_counter() - started
-        confusion[name] = dict(Counter(chosen).most_common())
-        skills[name] = _score(live, name, own, chosen, mixtures)
-        done += len(own)
-    tell("answering", total, total)
-    return LibraryScore(skills, confusion, 1000 * seconds / total)
+    copies = RowCopies.of(weights)
+    attachment.route(copies.packs)
+    output = generate_greedy(
+        attachment.model,
+        [prompts[row] for row in copies.rows],
+        max_new_tokens,
+        logits_processor=LogitsProcessorList([_SharedToken(copies)]),
+        **options,
+    )
+    firsts = [copies.rows.index(row) for row in range(len(copies.counts))]
+    return output[firsts]
 
 
-def _score(
-    live: LiveLibrary,
-    name: str,
-    rows: Sequence[Row],
-    chosen: Sequence[str],
-    mixtures: Mapping[str, PackWeights],
-) -> SkillScore:
-    matched = dict.fromkeys(("routed", "oracle", "target"), 0.0)
-    for choice in sorted(set(chosen)):
-        group = [row for row, where in zip(rows, chosen, strict=True) if where == choice]
-        # A row that was routed right, or to the target, is not answered a second time.
-        found = {who: 0.0 for who in (choice, name, TARGET)}
-        for who in found:
-            live.use(mixtures[who])
-            reader = live.voice(mixtures[who]).tokenizer
-            found[who] = exact_match(live.model, reader, group) * len(group)
-        matched["routed"] += found[choice]
-        matched["oracle"] += found[name]
-        matched["target"] += found[TARGET]
-    shares = {who: count / len(rows) for who, count in matched.items()}
-    return SkillScore(len(rows), chosen.count(name) / len(rows), **shares)
+@dataclass(frozen=True)
+class RowCopies:
+    """The rows of a batch, each repeated for every pack that it uses.
+
+    Attributes:
+        packs: of every copy. rows: its row. log_weights: the logarithm of its weight.
+        counts: copies of every row; they stand one behind the other.
+    """
+
+    packs: list[int | None]
+    rows: list[int]
+    log_weights: list[float]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, weights: Sequence[RowWeights]) -> "RowCopies":
+        """Copies for the weights above 0 of every row.
+
+        Raises: ConfigError where there are no rows, or the weights of one do not sum to 1.
+        """
+        if not weights:
+            raise ConfigError("no rows to average for; give one row of weights for each prompt")
+        used = [_check_weights(row, place) for place, row in enumerate(weights)]
+        return cls(
+            packs=[pack for row in used for pack in row],
+            rows=[place for place, row in enumerate(used) for _ in row],
+            log_weights=[math.log(weight) for row in used for weight in row.values()],
+            counts=[len(row) for row in used],
+        )
+
+    def average(self, logits: Tensor) -> Tensor:
+        """log Σ_i w_i softmax(logits_i) of every row, as log-sum-exp: (copies, ...) -> (rows, ...).
+
+        Raises: AttachError when there are not as many logits as copies.
+        """
+        if len(logits) != len(self.rows):
+            raise AttachError(
+                f"{len(logits)} sequences are in the batch for {len(self.rows)} copies of rows; "
+                "beam search cannot share the choice of a token"
+            )
+        weights = torch.tensor(self.log_weights, device=logits.device)
+        log_p = logits.float().log_softmax(dim=-1)
+        log_p += weights.reshape(-1, *[1] * (logits.dim() - 1))
+        return torch.stack([row.logsumexp(dim=0) for row in torch.split(log_p, self.counts)])
+
+
+def _check_weights(weights: RowWeights, row: int) -> dict[int | None, float]:
+    total = sum(weights.values())
+    in_range = all(weight >= 0 for weight in weights.values())
+    if not in_range or not abs(total - 1) <= _SUM_TOLERANCE:
+        raise ConfigError(
+            f"the weights of row {row} are {dict(weights)}, together {total:g}; "
+            "expected shares of at least 0 that sum to 1, the target's under None"
+        )
+    return {pack: weight for pack, weight in weights.items() if weight}
+
+
+class _SharedToken(LogitsProcessor):
+    """Chooses one token for all copies of a row, and leaves `generate` no other."""
+
+    def __init__(self, copies: RowCopies):
+        self._copies = copies
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (copies, vocabulary) that are 0 for the choice and -∞ for all other tokens."""
+        tokens = self._copies.average(scores).argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens[self._copies.rows], 0.0)

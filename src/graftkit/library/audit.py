@@ -1,10 +1,8 @@
-"""What does a pack change, which others lean the same way, and what would stay without it?
+"""Audit: what a pack changes, which other packs are similar, and proof that removal is complete.
 
-Does anything of a pack stay behind? Compared with a library that never had it, bit for bit.
-
-One library is made of all packs. It answers with the pack, forgets it, and answers again. Another
-one, whose target is loaded anew, is made without the pack. Files, scores, routes, logits and tokens
-of the two must be the same.
+The proof compares two copies of a library. One has all packs, answers with the pack in question,
+and then removes it. The other, whose target is loaded anew, never had the pack. Files, routes,
+router scores, logits and generated tokens of the two must be equal, bit for bit.
 """
 
 import gc
@@ -37,13 +35,16 @@ if TYPE_CHECKING:
 MOST_ENERGY = 0.9
 """Share of a delta's energy that stands for most of it."""
 
+NEW_TOKENS = 16
+"""Tokens generated for each prompt of a proof."""
+
 _LAYER = re.compile(r"\.(\d+)\.")
 _VOCABULARY = ("embedding", "head")
 
 
 @dataclass
 class DeltaSize:
-    """A delta, summed over the tensors of one kind or one layer."""
+    """How large a delta is over the tensors of one kind or one layer."""
 
     tensors: int = 0
     """Tensors that the pack changes."""
@@ -57,7 +58,7 @@ class DeltaSize:
     """Σ w² of the target's weights in them."""
 
     def add(self, delta: Tensor, before: Tensor) -> None:
-        """Take one more tensor in."""
+        """Add one tensor."""
         self.tensors += 1
         self.parameters += delta.numel()
         self.moved += int(delta.count_nonzero())
@@ -70,7 +71,7 @@ class DeltaSize:
         return (self.energy / self.target_energy) ** 0.5 if self.target_energy else None
 
     def numbers(self, energy: float) -> dict[str, Any]:
-        """By name; `energy` is that of the whole pack."""
+        """For JSON; `energy` is that of the whole pack."""
         return {
             "tensors": self.tensors,
             "parameters": self.parameters,
@@ -82,7 +83,7 @@ class DeltaSize:
 
 @dataclass
 class Overlap:
-    """How far another pack goes the same way."""
+    """How similar another pack's delta is."""
 
     kinds: dict[str, Interference] = field(default_factory=dict)
     """By module kind."""
@@ -106,21 +107,21 @@ class Overlap:
 
 @dataclass
 class Audit:
-    """Everything that a pack's file and its target tell of it."""
+    """What a pack changes, and how similar the other packs are."""
 
     kinds: dict[str, DeltaSize] = field(default_factory=dict)
     """By module kind."""
     layers: dict[str, DeltaSize] = field(default_factory=dict)
-    """By number in the tensor's name, "" for tensors outside of layers."""
+    """By the layer number in the tensor's name, "" for tensors outside of layers."""
     vocabulary: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Of embedding and head: `rows` in all, those that are `moved`, and the fewest that hold `most`
-    of the energy, MOST_ENERGY of it."""
+    """Of embedding and head: all `rows`, those that are `moved`, and the fewest that together hold
+    MOST_ENERGY of the energy (`most`)."""
     files: list[str] = field(default_factory=list)
     """Side files of the target that the tuned model changed; a library does not use them."""
     omitted: list[str] = field(default_factory=list)
     """Changes of the tuned model that the pack leaves out."""
-    leans: dict[str, Overlap] = field(default_factory=dict)
-    """Other packs by label."""
+    overlaps: dict[str, Overlap] = field(default_factory=dict)
+    """Similarity of the other packs, by label."""
 
     @property
     def energy(self) -> float:
@@ -137,7 +138,7 @@ class Audit:
             "vocabulary": self.vocabulary,
             "files": self.files,
             "omitted": self.omitted,
-            "leans": {label: lean.numbers() for label, lean in self.leans.items()},
+            "leans": {label: overlap.numbers() for label, overlap in self.overlaps.items()},
         }
 
 
@@ -147,88 +148,86 @@ def audit_pack(
     others: Mapping[str, SkillPack],
     progress: Progress | None = None,
 ) -> Audit:
-    """Decode a pack once, tensor by tensor, and every other one beside it.
+    """Decode a pack and all others once, tensor by tensor, and compare them.
 
     Args:
         others: by label; they and the pack must be of this target.
     Raises: CheckpointError, CorruptPackError.
     """
-    tell = progress or silent
-    found = Audit(
+    report = progress or silent
+    audit = Audit(
         files=[record.name for record in pack.manifest.files],
         omitted=[part.name for part in pack.manifest.omitted],
-        leans={label: Overlap(contains=_contains(other, pack)) for label, other in others.items()},
+        overlaps={
+            label: Overlap(contains=_contains(other, pack)) for label, other in others.items()
+        },
     )
     records = pack.manifest.tensors
     for done, record in enumerate(records):
-        tell("comparing", done, len(records))
-        before = _before(target, record)
+        report("comparing", done, len(records))
+        before = _target_tensor(target, record)
         delta = pack.delta(record.name, before)
         if record.codec != "zero":
-            _note(found, record.name, record.kind, delta, before)
+            _add_delta(audit, record.name, record.kind, delta, before)
         if record.base is not None:
             continue  # added; the others have nothing there
-        for label, lean in found.leans.items():
+        for label, overlap in audit.overlaps.items():
             other = others[label]
             if record.codec != "zero" or other.record(record.name).codec != "zero":
                 sums = compare_deltas(delta, other.delta(record.name, before))
-                lean.kinds[record.kind] = lean.kinds.get(record.kind, Interference()) + sums
-    return found
+                overlap.kinds[record.kind] = overlap.kinds.get(record.kind, Interference()) + sums
+    return audit
 
 
-def _before(target: Checkpoint, record: TensorRecord) -> Tensor:
+def _target_tensor(target: Checkpoint, record: TensorRecord) -> Tensor:
     """The target's tensor that a record is coded against; zeros where it is against nothing."""
     if record.target_name is None:
         return torch.zeros(record.shape, dtype=DTYPES[record.dtype])
     return target.read(record.target_name)
 
 
-def _note(found: Audit, name: str, kind: str, delta: Tensor, before: Tensor) -> None:
+def _add_delta(audit: Audit, name: str, kind: str, delta: Tensor, before: Tensor) -> None:
     layer = _LAYER.search(name)
-    found.kinds.setdefault(kind, DeltaSize()).add(delta, before)
-    found.layers.setdefault(layer[1] if layer else "", DeltaSize()).add(delta, before)
+    audit.kinds.setdefault(kind, DeltaSize()).add(delta, before)
+    audit.layers.setdefault(layer[1] if layer else "", DeltaSize()).add(delta, before)
     if kind in _VOCABULARY and delta.dim() == 2:
-        found.vocabulary[name] = _rows(delta)
+        audit.vocabulary[name] = _count_rows(delta)
 
 
-def _rows(delta: Tensor) -> dict[str, int]:
-    """How many of the rows (out, in) count."""
+def _count_rows(delta: Tensor) -> dict[str, int]:
+    """Rows of a delta (rows, columns), those that are not zero, and those of most energy."""
     energy = delta.double().square().sum(dim=1)
-    held = energy.sort(descending=True).values.cumsum(dim=0)
-    fewer = int((held < MOST_ENERGY * energy.sum()).sum())
+    cumulative = energy.sort(descending=True).values.cumsum(dim=0)
+    fewer = int((cumulative < MOST_ENERGY * energy.sum()).sum())
     moved = int(energy.count_nonzero())
     return {"rows": len(energy), "moved": moved, "most": min(fewer + 1, moved)}
 
 
 def _contains(other: SkillPack, pack: SkillPack) -> bool:
-    """Whether `graftkit fuse` made the other of this one."""
-    return any(manifest_digest(pack)[:16] in told for told in other.manifest.provenance.values())
-
-
-NEW_TOKENS = 16
-"""Tokens that each prompt is continued by."""
+    """Whether the other pack was fused from this one, by its provenance."""
+    return any(manifest_digest(pack)[:16] in text for text in other.manifest.provenance.values())
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was compared, and whether it was equal."""
+    """What was compared after a removal, and whether it was equal."""
 
     prompts: int
     """Prompts compared."""
     changed_by_pack: int
-    """Prompts whose logits the pack changes while it is there: what the removal has to undo."""
+    """Prompts whose logits the pack changes before it is removed."""
     files: bool
     """The packs' files are the same, byte for byte."""
     routes: bool
-    """So are all weights and scores of the router."""
+    """All weights and scores of the router are the same."""
     logits: bool
-    """So are the logits of every token of every prompt, bit for bit."""
+    """The logits of every token of every prompt are the same, bit for bit."""
     tokens: bool
-    """So are the tokens that follow."""
+    """The generated tokens are the same."""
 
     @property
     def holds(self) -> bool:
-        """Everything is equal."""
+        """Whether everything is equal."""
         return self.files and self.routes and self.logits and self.tokens
 
     def numbers(self) -> dict[str, int | bool]:
@@ -241,31 +240,33 @@ def prove_removal(
     gone: Sequence[PackEntry],
     prompts: Sequence[str],
     router: RouterName,
-    opened: Callable[[PackFolder], "Library"],
+    open_library: Callable[[PackFolder], "Library"],
 ) -> Proof:
     """Remove packs from a copy of a library and compare it with one that never had them.
 
-    Each of the two loads the target, one after the other; files are linked where the disk can.
+    Each of the two loads the target, one after the other. Files are hard-linked where possible.
 
     Args:
-        opened: the library of a folder.
-    Raises: ConfigError where no prompt can be answered; as `Library.generate`.
+        gone: the packs to remove. open_library: makes the library of a folder.
+    Raises: ConfigError where no prompt can be answered; LibraryError, OutputError.
     """
     with TemporaryDirectory(prefix="graftkit-") as place:
-        had = opened(folder.copy_to(Path(place) / "had", set()))
-        asked = _answerable(had, prompts)
-        with_pack = [_logits(had, prompt, {gone[-1]: 1.0}) for prompt in asked]
+        had = open_library(folder.copy_to(Path(place) / "had", set()))
+        answered = _answerable(had, prompts)
+        with_pack = [_logits(had, prompt, {gone[-1]: 1.0}) for prompt in answered]
         for entry in gone:
             had.remove(entry.label)
-        after = _outcome(had, asked, router)
-        bare = [_logits(had, prompt, {}) for prompt in asked]
+        after = _outcome(had, answered, router)
+        bare = [_logits(had, prompt, {}) for prompt in answered]
         del had
-        gc.collect()  # a model and what is attached to it name each other
-        never = opened(folder.copy_to(Path(place) / "never", {entry.digest for entry in gone}))
-        fresh = _outcome(never, asked, router)
+        gc.collect()  # a model and its attachment refer to each other
+        never = open_library(
+            folder.copy_to(Path(place) / "never", {entry.digest for entry in gone})
+        )
+        fresh = _outcome(never, answered, router)
     changed = sum(not torch.equal(*pair) for pair in zip(with_pack, bare, strict=True))
     return Proof(
-        prompts=len(asked),
+        prompts=len(answered),
         changed_by_pack=changed,
         files=after.files == fresh.files,
         routes=after.routes == fresh.routes,
@@ -309,13 +310,13 @@ def _logits(library: "Library", prompt: str, mixture: Mapping[PackEntry, float])
 
 
 def _answerable(library: "Library", prompts: Sequence[str]) -> list[str]:
-    """Raises: ConfigError where there are none."""
+    """The prompts that can be continued. Raises: ConfigError where there are none."""
     tokens = library.live.encode(prompts)
-    found = [
+    answerable = [
         prompt
         for prompt, ids in zip(prompts, tokens, strict=True)
         if unanswerable(library.live, ids) is None
     ]
-    if not found:
+    if not answerable:
         raise ConfigError("no prompts to answer; a proof compares what a library says to some")
-    return found
+    return answerable

@@ -1,35 +1,36 @@
-"""library.toml: which packs a library holds, and of which target. Text in, text out; no files.
+"""A library on disk: a folder of packs and library.toml, which lists them.
 
-format = 1
+    library.toml                            the target and every pack
+    packs/NAME-VERSION-DIGEST.skillpack     the packs
+    classifier.safetensors                  a trained router, where there is one
+    learning/NAME/                          what `learn` made a pack from
+    .lock                                   held by the process that changes the library
+    .change                                 files that a change in progress adds or removes
 
-[target]
-reference = "/models/base"
-fingerprint = "…"
-config_blake3 = "…"
+library.toml:
 
-[[pack]]
-name = "math"
-version = 1
-digest = "…"            # BLAKE3 of the file
-file = "packs/math-1-0f3c5a7b9d1e.skillpack"
-bytes = 409600
-added = 2026-11-23T04:05:06Z
-has_key = true
+    format = 1
 
-A library on disk: packs and the file that lists them, changed one step at a time.
+    [target]
+    reference = "/models/base"
+    fingerprint = "…"
+    config_blake3 = "…"
 
-    library.toml              what is here (library/folder.py)
-    packs/NAME-VERSION-DIGEST.skillpack
-    classifier.safetensors    a trained router, where there is one
-    learning/NAME/            what `learn` made a pack from
-    .lock                     held by whoever changes the library
-    .change                   files that come or go, while they do
+    [[pack]]
+    name = "math"
+    version = 1
+    digest = "…"            # BLAKE3 of the file
+    file = "packs/math-1-0f3c5a7b9d1e.skillpack"
+    bytes = 409600
+    added = 2026-11-23T04:05:06Z
+    has_key = true
 
-Whoever changes a library holds its lock, which the system takes back from a dead process. A file
-comes under a temporary name and is renamed; library.toml is replaced last when a pack comes and
-first when one goes, so that every pack it lists is there. A change first names its files in
-`.change`: what a killed process leaves behind, those that are not listed and temporary names, goes
-with the next change. Any other file in `packs` stays, so that an older library.toml costs no pack.
+A process holds the lock while it changes a library; the system releases the lock of a process that
+died. A new file is written under a temporary name and renamed. library.toml is replaced last when a
+pack is added and first when one is removed, so that every pack it lists is there. A change first
+writes the names of its files to `.change`. If it is interrupted, the next change deletes those that
+library.toml does not list, and temporary files. Any other file in `packs` stays, so that restoring
+an older library.toml loses no pack.
 """
 
 import os
@@ -42,11 +43,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import tomli_w
 from blake3 import blake3
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
+from graftkit.config import Settings
 from graftkit.errors import ConfigError, LibraryError, OutputError
 from graftkit.files import replaced_file, temporary_of
 from graftkit.route import TARGET
@@ -54,10 +55,19 @@ from graftkit.route.classifier import Classifier
 from graftkit.skillpack import SkillPack
 
 FORMAT = 1
-"""What this package writes, and the newest that it reads."""
+"""Format that this package writes, and the newest that it reads."""
 
+FILE = "library.toml"
+CLASSIFIER = "classifier.safetensors"
+LEARNING = "learning"
 PACKS = "packs"
-"""The folder of the packs inside a library."""
+
+LOCK_SECONDS = 120.0
+"""Longest wait for another process; a pack of 10 GB is copied in less."""
+
+_LOCK = ".lock"
+_CHANGE = ".change"
+_REMEDY = "put back a copy of the file, or make a new library and add the packs again"
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _DIGEST = r"[0-9a-f]{64}"
@@ -65,41 +75,39 @@ _SHORT = 12  # digits of the digest in a file name
 _LEAST_PREFIX = 8  # digits of a digest that may stand for it
 
 PACK_FILE = re.compile(rf"{PACKS}/{_NAME}-[1-9][0-9]*-[0-9a-f]{{{_SHORT}}}\.skillpack")
-"""Places that a library gives to files of packs, and to nothing else."""
+"""Paths that a library gives to packs, and to nothing else."""
 
 
-class _StrictModel(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
+class _StrictSettings(Settings):
+    model_config = ConfigDict(strict=True)
 
 
-class LibraryTarget(_StrictModel):
+class LibraryTarget(_StrictSettings):
     """The target of every pack of a library."""
 
     reference: str = Field(min_length=1)
     """A directory, or a Hub id[@revision]."""
     fingerprint: str = Field(pattern=rf"^{_DIGEST}$")
-    """One digest over all tensors (delta.fingerprint)."""
+    """One digest over all tensors (`Checkpoint.fingerprint`)."""
     config_blake3: str = Field(pattern=rf"^{_DIGEST}$")
     """Digest of config.json."""
 
 
-class PackEntry(_StrictModel):
+class PackEntry(_StrictSettings):
     """One pack of a library."""
 
     name: str = Field(pattern=rf"^{_NAME}$")
-    """What routes and commands call it."""
+    """Its name in routes and commands."""
     version: int = Field(ge=1)
-    """Counts the packs of one name."""
+    """1 for the first pack of a name, and one more for each update."""
     digest: str = Field(pattern=rf"^{_DIGEST}$")
     """BLAKE3 of the file."""
     file: str
-    """Place inside the library; name, version and digest decide it."""
+    """Path inside the library, made of name, version and digest."""
     bytes: int = Field(ge=1)
     """Length of the file."""
     added: datetime
-    """When it came, UTC."""
+    """When it was added, UTC."""
     has_key: bool
     """Whether the pack carries a router key."""
 
@@ -109,54 +117,50 @@ class PackEntry(_StrictModel):
         return f"{self.name}@{self.version}"
 
 
-class LibraryIndex(_StrictModel):
-    """Everything that library.toml says."""
+class LibraryIndex(_StrictSettings):
+    """The content of library.toml."""
 
     format: int = Field(ge=1)
     """Version of this file's format."""
     target: LibraryTarget
     """The target of every pack."""
     pack: Annotated[tuple[PackEntry, ...], Field(strict=False)] = ()
-    """The packs, in the order in which they came."""
+    """The packs, in the order in which they were added."""
 
     @classmethod
     def parse(cls, text: str, where: str) -> Self:
         """Read the text of library.toml; `where` begins every message.
 
-        Raises: LibraryError for what is not TOML, of a newer format, or says what cannot be.
+        Raises: LibraryError for text that is not TOML, is of a newer format, or is not valid.
         """
         try:
             values = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
             raise LibraryError(f"{where}: damaged, it is not TOML ({error}); {_REMEDY}") from error
-        found = values.get("format")
-        if type(found) is int and found > FORMAT:
+        version = values.get("format")
+        if type(version) is int and version > FORMAT:
             raise LibraryError(
-                f"{where}: format {found}; this graftkit reads up to {FORMAT}, upgrade graftkit"
+                f"{where}: format {version}; this graftkit reads up to {FORMAT}, upgrade graftkit"
             )
         try:
             index = cls.model_validate(values)
         except ValidationError as error:
-            raise LibraryError(f"{where}: damaged, {_first(error)}; {_REMEDY}") from error
-        index._check(where)
+            raise LibraryError(f"{where}: damaged, {_first_fault(error)}; {_REMEDY}") from error
+        index._validate(where)
         return index
-
-    def to_toml(self) -> str:
-        """The text of library.toml."""
-        return tomli_w.dumps(self.model_dump(mode="python"))
 
     def with_entry(self, entry: PackEntry) -> "LibraryIndex":
         """This index and one more pack."""
         return self.model_copy(update={"pack": (*self.pack, entry)})
 
-    def without(self, gone: set[str]) -> "LibraryIndex":
+    def without(self, digests: set[str]) -> "LibraryIndex":
         """This index without the packs of these digests."""
-        kept = tuple(entry for entry in self.pack if entry.digest not in gone)
-        return self.model_copy(update={"pack": kept})
+        rest = tuple(entry for entry in self.pack if entry.digest not in digests)
+        return self.model_copy(update={"pack": rest})
 
     @property
     def newest(self) -> dict[str, PackEntry]:
-        """The newest version of every name, in the order of names: what routers choose from."""
+        """The newest version of every name, sorted by name: what routers choose from."""
         by_age = sorted(self.pack, key=lambda entry: (entry.name, entry.version))
         return {entry.name: entry for entry in by_age}
 
@@ -170,25 +174,25 @@ class LibraryIndex(_StrictModel):
     def find_all(self, address: str) -> list[PackEntry]:
         """Every version of NAME, or the one pack of NAME@VERSION or a digest's first digits.
 
-        Raises: LibraryError as `find`.
+        Raises: LibraryError where there is none, or the digits fit several.
         """
         named = [entry for entry in self.pack if address in (entry.name, entry.label)]
         if named:
             return named
         if not re.fullmatch(rf"[0-9a-f]{{{_LEAST_PREFIX},64}}", address):
-            raise LibraryError(f"no pack {address!r} here; {self._known()}")
+            raise LibraryError(f"no pack {address!r} here; {self._list_names()}")
         fitting = [entry for entry in self.pack if entry.digest.startswith(address)]
         if len(fitting) > 1:
             labels = ", ".join(entry.label for entry in fitting)
             raise LibraryError(f"digest {address} fits {labels}; write more digits")
         if not fitting:
-            raise LibraryError(f"no pack with digest {address} here; {self._known()}")
+            raise LibraryError(f"no pack with digest {address} here; {self._list_names()}")
         return fitting
 
     def next_version(self, name: str, update: bool) -> int:
         """The version that a new pack of this name gets.
 
-        Raises: ConfigError for a name that cannot be, or that is taken while `update` is not said.
+        Raises: ConfigError for an invalid name, and for a name that is taken without `update`.
         """
         check_name(name)
         taken = [entry.version for entry in self.pack if entry.name == name]
@@ -205,13 +209,13 @@ class LibraryIndex(_StrictModel):
             if entry.digest == digest:
                 raise LibraryError(f"this very pack is here already, as {entry.label}")
 
-    def _known(self) -> str:
+    def _list_names(self) -> str:
         names = ", ".join(self.newest)
         return f"the packs are {names}" if names else "the library is empty"
 
-    def _check(self, where: str) -> None:
-        """What no single field can say of itself. Raises: LibraryError."""
-        seen: set[str] = set()
+    def _validate(self, where: str) -> None:
+        """Check paths, names and duplicates. Raises: LibraryError."""
+        listed: set[str] = set()
         for entry in self.pack:
             expected = file_of(entry.name, entry.version, entry.digest)
             if entry.file != expected:
@@ -222,18 +226,18 @@ class LibraryIndex(_StrictModel):
             if entry.name == TARGET:
                 raise LibraryError(f"{where}: damaged, a pack is called {TARGET}; {_REMEDY}")
             for key in (entry.label, entry.digest):
-                if key in seen:
+                if key in listed:
                     raise LibraryError(f"{where}: damaged, {key} is listed twice; {_REMEDY}")
-                seen.add(key)
+                listed.add(key)
 
 
 def file_of(name: str, version: int, digest: str) -> str:
-    """Place of a pack's file inside its library."""
+    """Path of a pack's file inside its library."""
     return f"{PACKS}/{name}-{version}-{digest[:_SHORT]}.skillpack"
 
 
 def check_name(name: str) -> None:
-    """Raises: ConfigError for a name that no pack may have."""
+    """Raises: ConfigError for an invalid name, and for "target"."""
     if not re.fullmatch(_NAME, name):
         raise ConfigError(
             f"{name!r} is no name for a pack; expected up to 64 letters, digits, dots, dashes and "
@@ -243,10 +247,7 @@ def check_name(name: str) -> None:
         raise ConfigError(f"{TARGET!r} stands for no pack at all; choose another name")
 
 
-_REMEDY = "put back a copy of the file, or make a new library and add the packs again"
-
-
-def _first(error: ValidationError) -> str:
+def _first_fault(error: ValidationError) -> str:
     """The first fault, in one line."""
     fault: Any = error.errors()[0]
     place = ".".join(map(str, fault["loc"]))
@@ -257,19 +258,8 @@ def _first(error: ValidationError) -> str:
     return f"{place}: {fault['msg'].lower()} (found {str(fault['input'])[:80]!r})"
 
 
-FILE = "library.toml"
-CLASSIFIER = "classifier.safetensors"
-LEARNING = "learning"
-
-LOCK_SECONDS = 120.0
-"""Longest wait for another process; a pack of 10 GB is copied in less."""
-
-_LOCK = ".lock"
-_CHANGE = ".change"
-
-
 class PackFolder:
-    """The folder of a library. It is read when it is asked, never kept open."""
+    """The folder of a library. Every call reads it anew; no file is kept open."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -284,7 +274,7 @@ class PackFolder:
         folder = cls(path)
         with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
-            folder._check_new()  # before a lock is laid into a folder of somebody else
+            folder._check_new()  # before a lock file is made in a folder of somebody else
         with folder._locked():
             with _writing(path):
                 folder._check_new()
@@ -293,8 +283,7 @@ class PackFolder:
         return folder
 
     def read(self) -> LibraryIndex:
-        """What library.toml says now, the same object while it says the same; nothing else is
-        opened. Raises: LibraryError."""
+        """Read library.toml; an unchanged file gives the same object. Raises: LibraryError."""
         file = self.path / FILE
         try:
             content = file.read_bytes()
@@ -316,8 +305,8 @@ class PackFolder:
     def load(self, entry: PackEntry) -> SkillPack:
         """A pack, mapped from its file.
 
-        Raises: LibraryError where the file is missing or another than the listed one;
-            PackFormatError as `SkillPack.load`.
+        Raises: LibraryError where the file is missing or not the listed one; PackFormatError for
+            a file that is not a valid pack.
         """
         file = self.path / entry.file
         try:
@@ -337,8 +326,9 @@ class PackFolder:
     def add(self, source: Path, name: str, has_key: bool, update: bool) -> PackEntry:
         """Copy a pack into the library, byte for byte, as the next version of its name.
 
-        Raises: ConfigError for a name that cannot be or is taken; LibraryError where the library
-            has this very pack; OutputError where the disk refuses. The library is then as before.
+        Raises: ConfigError for a name that is invalid or taken; LibraryError where the library has
+            the same file already; OutputError where it cannot be written. The library is then
+            unchanged.
         """
         with self._changing() as index:
             version = index.next_version(name, update)
@@ -354,7 +344,7 @@ class PackFolder:
                 added=datetime.now(UTC).replace(microsecond=0),
                 has_key=has_key,
             )
-            self._announce([entry])
+            self._log_change([entry])
             with replaced_file(self.path / entry.file) as partial:
                 shutil.copyfile(source, partial)
                 if file_digest(partial) != digest:
@@ -364,23 +354,23 @@ class PackFolder:
         return entry
 
     def remove(self, address: str) -> list[PackEntry]:
-        """Forget a pack and delete its file: every version of NAME, or one by NAME@VERSION or
-        digest. A classifier goes too: it was trained to know the pack.
+        """Delete packs: every version of NAME, or the one of NAME@VERSION or a digest. A trained
+        classifier is deleted too, since it has a class for the pack.
 
         Raises: LibraryError where there is no such pack; OutputError.
         """
         with self._changing() as index:
             gone = index.find_all(address)
-            self._announce(gone)
+            self._log_change(gone)
             with _writing(self.path):
                 (self.path / CLASSIFIER).unlink(missing_ok=True)
             self._write(index.without({entry.digest for entry in gone}))
         return gone
 
     def copy_to(self, path: Path, without: set[str]) -> "PackFolder":
-        """Another library of the same packs, but for those of some digests.
+        """Make another library of the same packs, except those of some digests.
 
-        Files are linked where the disk can, copied elsewhere. Raises: as `create`.
+        Files are hard-linked where possible, else copied. Raises: LibraryError, OutputError.
         """
         index = self.read().without(without)
         copy = PackFolder.create(path, index.target)
@@ -392,21 +382,21 @@ class PackFolder:
         return copy
 
     def save_classifier(self, classifier: Classifier) -> None:
-        """Keep a trained router. Raises: OutputError."""
+        """Save a trained router. Raises: OutputError."""
         with self._locked():
             classifier.save(self.path / CLASSIFIER)
 
     def _check_new(self) -> None:
         """Raises: LibraryError where there is a library, or something else, already."""
-        found = {file.name for file in self.path.iterdir() if not _is_leftover(file)}
-        if FILE in found:
+        names = {file.name for file in self.path.iterdir() if not _is_leftover(file)}
+        if FILE in names:
             raise LibraryError(f"{self.path}: a library already; add packs to it")
-        if found - {_LOCK, _CHANGE, PACKS}:
+        if names - {_LOCK, _CHANGE, PACKS}:
             raise LibraryError(f"{self.path}: holds other files; name a new or an empty folder")
 
     @contextmanager
     def _changing(self) -> Iterator[LibraryIndex]:
-        """The lock, and no leftovers before or after."""
+        """Hold the lock; leftovers are deleted before and after."""
         with self._locked():
             self._clean()
             try:
@@ -431,12 +421,12 @@ class PackFolder:
         finally:
             lock.release()
 
-    def _announce(self, entries: Sequence[PackEntry]) -> None:
-        """Name the files of a change before it begins. Raises: OutputError."""
+    def _log_change(self, entries: Sequence[PackEntry]) -> None:
+        """Write the files of a change to `.change` before it begins. Raises: OutputError."""
         self._replace(_CHANGE, "\n".join(entry.file for entry in entries))
 
     def _clean(self) -> None:
-        """Delete what the last change announced and library.toml does not list."""
+        """Delete files of an interrupted change that library.toml does not list."""
         listed = {entry.file for entry in self.read().pack}
         change = self.path / _CHANGE
         with _writing(self.path):
@@ -457,7 +447,7 @@ class PackFolder:
         self._replace(FILE, index.to_toml())
 
     def _replace(self, name: str, text: str) -> None:
-        """Write a file of the folder, whole or not at all. Raises: OutputError."""
+        """Replace a file of the folder atomically. Raises: OutputError."""
         with _writing(self.path):
             with replaced_file(self.path / name) as partial:
                 partial.write_text(text, encoding="utf-8")
@@ -466,7 +456,7 @@ class PackFolder:
 
 
 def _is_leftover(file: Path) -> bool:
-    """Whether a file is one of ours that a killed process had not written to its end."""
+    """Whether a file of ours was left unfinished by a process that was killed."""
     name = temporary_of(file.name)
     return name in (FILE, CLASSIFIER, _CHANGE) or (
         name is not None and PACK_FILE.fullmatch(f"{PACKS}/{name}") is not None
@@ -481,7 +471,7 @@ def file_digest(file: Path) -> str:
 
 @contextmanager
 def _writing(place: Path) -> Iterator[None]:
-    """Raises: OutputError for what the disk refuses."""
+    """Turn an OSError into an OutputError."""
     try:
         yield
     except OSError as error:
@@ -492,7 +482,7 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

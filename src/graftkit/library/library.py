@@ -1,14 +1,8 @@
-"""Library: packs of one target in a folder, and the model that puts them to use.
+"""The library: packs of one target in a folder, answered by a router.
 
-index    library.toml
-folder   the files: locked, and changed one step at a time
-live     the target in memory
-memory   packs beside it, under a byte limit
-routers  which pack answers a prompt
-answers  generation, rows of different packs together
-scores   routed answers against the right pack's, and the target's
-audit    what a pack changes, and which others lean the same way
-proof    that nothing of a removed pack stays
+library = Library.init("skills", target="base/")
+library.add("math.skillpack", name="math", prompts=[...])
+library.generate("2 + 2 =").text
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +12,13 @@ from tempfile import TemporaryDirectory
 from threading import RLock
 from typing import ParamSpec, Self, TypedDict, TypeVar, Unpack, get_args, overload
 
-from graftkit.attachment.target import check_tokenizer
+from graftkit.attachment.configuration import check_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import read_config, resolve_model
 from graftkit.distill.pipeline import run_distill
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
-from graftkit.library.answers import (
-    LibraryAnswer,
-    LibraryScore,
-    MixMode,
-    generate_texts,
-    score_library,
-    unanswerable,
-)
+from graftkit.library.answers import LibraryAnswer, MixMode, generate_texts, unanswerable
 from graftkit.library.audit import Audit, Proof, audit_pack, prove_removal
 from graftkit.library.folder import LEARNING, LibraryIndex, PackEntry, PackFolder
 from graftkit.library.live import (
@@ -43,6 +30,7 @@ from graftkit.library.live import (
     open_target,
     parse_memory,
 )
+from graftkit.library.scores import LibraryScore, score_library
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
 from graftkit.progress import Progress
@@ -57,7 +45,7 @@ _Result = TypeVar("_Result")
 
 
 class AnswerOptions(TypedDict, total=False):
-    """What `Library.generate` takes beside prompts."""
+    """The options of `Library.generate`."""
 
     route: str
     router: RouterName
@@ -67,7 +55,7 @@ class AnswerOptions(TypedDict, total=False):
 
 
 def _in_turn(method: Callable[_Options, _Result]) -> Callable[_Options, _Result]:
-    """A method of Library that waits until no other thread uses the object."""
+    """Let one thread at a time run the methods of a Library."""
 
     @wraps(method)
     def alone(*args: _Options.args, **options: _Options.kwargs) -> _Result:
@@ -78,15 +66,15 @@ def _in_turn(method: Callable[_Options, _Result]) -> Callable[_Options, _Result]
 
 
 class Library:
-    """Packs of one target, addressed as NAME (its newest version), NAME@VERSION, or the first
-    eight or more digits of a digest.
+    """Packs of one target, and the target that answers with them.
 
-    What another process does to the folder is seen by the next call. The target is loaded when it
-    is first needed, and packs when they are. Any number of threads may use an object: calls that
-    need the model wait for each other.
+    A pack's address is NAME (its newest version), NAME@VERSION, or eight or more first digits of
+    its digest. Changes by another process are seen by the next call. The target and the packs are
+    loaded when they are first needed. Threads may share an object: calls that need the model wait
+    for each other.
 
     Args:
-        memory: most bytes of packs beside the target, such as "2GB"; None for no limit.
+        memory: most bytes of attached packs, such as "2GB"; None for no limit.
     """
 
     def __init__(self, folder: PackFolder, memory: str | int | None = None):
@@ -95,11 +83,11 @@ class Library:
         self._memory = parse_memory(memory)
         self._live: LiveLibrary | None = None
         self._routers: dict[tuple[str, int], Router] = {}
-        self._seen = folder.read()
+        self._last_index = folder.read()
 
     @classmethod
     def init(cls, path: str | Path, target: str | Path) -> Self:
-        """Make an empty library for a target, in a new or empty folder; every tensor is read once.
+        """Make an empty library for a target, in a new or empty folder; reads every tensor once.
 
         Raises: CheckpointError, LibraryError, OutputError.
         """
@@ -117,7 +105,7 @@ class Library:
 
     @property
     def index(self) -> LibraryIndex:
-        """What library.toml says now. Raises: LibraryError."""
+        """The content of library.toml, read anew. Raises: LibraryError."""
         return self._refresh()
 
     @property
@@ -133,11 +121,11 @@ class Library:
         return open_target(self.index.target)
 
     def packs(self) -> tuple[PackEntry, ...]:
-        """All packs, in the order in which they came."""
+        """All packs, in the order in which they were added."""
         return self.index.pack
 
     def load(self, address: str) -> SkillPack:
-        """One pack. Raises: LibraryError where it is not here or another file lies in its place."""
+        """Read one pack. Raises: LibraryError where it is unknown, missing or not the same file."""
         return self._folder.load(self.index.find(address))
 
     @_in_turn
@@ -148,21 +136,22 @@ class Library:
         prompts: Sequence[str] | None = None,
         update: bool = False,
     ) -> PackEntry:
-        """Take a pack in, a copy of the file.
+        """Copy a pack into the library.
 
         Args:
-            prompts: 20 or more that the pack should answer; they become its router key, in place
-                of one that it has.
-            update: the name may be taken; the pack becomes its next version.
+            prompts: 20 or more prompts that the pack should answer. A router key is fitted to them
+                and replaces the pack's own.
+            update: allow a name that is taken; the pack becomes its next version.
         Raises: PackFormatError; PackMismatchError for a pack of another target, or one that
-            changes the vocabulary's size, the tokens of a text, or by its config.json what the
-            model computes; ConfigError for the name or too few prompts;
-            LibraryError, OutputError. The library is then as before.
+            changes the size of the vocabulary, how text is split into tokens, or settings of
+            config.json that change what the model computes; ConfigError for an invalid or taken
+            name; RowsError for too few prompts; LibraryError, OutputError. The library is then
+            unchanged.
         """
         file = Path(file)
         self.index.next_version(name, update)  # before the work of fitting a key
         pack = SkillPack.load(file)
-        self._check(pack, file)
+        self._check_servable(pack, file)
         if prompts is None:
             return self._folder.add(file, name, _has_key(pack, file), update)
         key = fit_key(self.live.model, self.live.tokenizer, prompts)
@@ -173,8 +162,8 @@ class Library:
 
     @_in_turn
     def remove(self, address: str) -> list[PackEntry]:
-        """Take packs out and delete their files: every version of NAME, or the one pack of another
-        address. A classifier goes with them; the others and their routes stay as they are.
+        """Delete packs: every version of NAME, or the one pack of another address. A trained
+        classifier is deleted too; the routes of the other packs do not change.
 
         Raises: LibraryError, OutputError.
         """
@@ -183,19 +172,19 @@ class Library:
         return gone
 
     def remains(self, name: str) -> list[Path]:
-        """What `learn` made packs of this name from, which `remove` leaves to its owner."""
+        """Folders that `learn` made packs of this name from; `remove` does not delete them."""
         learning = self.path / LEARNING
-        places = (learning / name, *learning.glob(f"{name}@*"))
-        return sorted(place for place in places if place.is_dir())
+        folders = (learning / name, *learning.glob(f"{name}@*"))
+        return sorted(folder for folder in folders if folder.is_dir())
 
     @_in_turn
     def route(
         self, prompts: Sequence[str], router: RouterName = "centroid", top_k: int = 1
     ) -> list[Route]:
-        """Which packs, by name, should answer each prompt. Packs without a key are never chosen by
-        `centroid`.
+        """Choose packs, by name, for each prompt. `centroid` never chooses a pack without a key.
 
-        Raises: ConfigError for an unknown router; as the router itself.
+        Raises: ConfigError for an unknown router, or a classifier that is missing or out of date;
+            CheckpointError for a target that the router cannot read.
         """
         return self._router(router, top_k).route(list(prompts))
 
@@ -218,17 +207,19 @@ class Library:
         mix: MixMode = "deltas",
         max_new_tokens: int = 128,
     ) -> LibraryAnswer | list[LibraryAnswer]:
-        """Answer greedily, each prompt by its own packs.
+        """Answer prompts greedily, each with its own packs.
 
-        A prompt without tokens, or as long as the target's context, goes to the target, which has
-        nothing to say to it; the answer's note tells why. What no pack accepts, the target answers.
+        The target answers what no pack accepts. A prompt without tokens, or as long as the
+        target's context, gets an empty answer whose note says why.
 
         Args:
             prompts: one, or several for a list of answers.
             route: "auto", a pack's address, or "target" for no pack.
             router, top_k: as in `route`, where route is "auto".
-            mix: "deltas" or "probabilities", where a prompt has several packs.
-        Raises: LibraryError, ConfigError; as `route`.
+            mix: "deltas" adds the deltas of a prompt's packs in one pass; "probabilities" runs one
+                pass per pack and averages the next-token probabilities.
+        Raises: LibraryError for an unknown pack; ConfigError for an unknown option; CheckpointError
+            for a target that the router cannot read.
         """
         _check_options(mix, max_new_tokens)
         several = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -247,12 +238,12 @@ class Library:
             mix,
             max_new_tokens,
         )
-        for row, (taken, _), text in zip(rows, chosen, texts, strict=True):
-            answers[row] = LibraryAnswer(several[row], text, taken)
+        for row, (used, _), text in zip(rows, chosen, texts, strict=True):
+            answers[row] = LibraryAnswer(several[row], text, used)
         return answers[0] if isinstance(prompts, str) else answers
 
     def mixture(self, route: Route) -> dict[PackEntry, float]:
-        """The packs that a route names."""
+        """The packs that a route names, with their weights."""
         return {self.index.find(name): weight for name, weight in route.weights.items()}
 
     @_in_turn
@@ -262,11 +253,12 @@ class Library:
         router: RouterName = "centroid",
         progress: Progress | None = None,
     ) -> LibraryScore:
-        """Routed answers against those of the right pack, and of the target alone.
+        """Compare routed answers with those of the right pack and of the target alone.
 
         Args:
             rows: by the name of the pack that should answer them; "target" for rows of no pack.
-        Raises: LibraryError for a name without a pack; RowsError.
+        Raises: LibraryError for a name without a pack; ConfigError without rows; RowsError for a
+            row that is too long or has an empty prompt.
         """
         if not rows or not all(rows.values()):
             raise ConfigError("no rows; name a pack and rows that it should answer")
@@ -287,14 +279,15 @@ class Library:
         update: bool = False,
         progress: Progress | None = None,
     ) -> PackEntry:
-        """Distil a skill in learning/NAME, and add its pack; the other packs stay as they are.
+        """Distil a skill in learning/NAME and add its pack; the other packs do not change.
 
-        Interrupted, the same call goes on where it stopped. Its training prompts become the pack's
-        router key, where they are enough for one.
+        If it is interrupted, the same call continues. Where there are enough training prompts, a
+        router key is fitted to them.
 
         Args:
-            config: of `graftkit distill`; its target must be the library's.
-        Raises: PackMismatchError for another target; as `run_distill` and `add`.
+            config: a configuration of `graftkit distill`; its target must be the library's.
+        Raises: PackMismatchError for another target; ConfigError for the configuration or the
+            name; LibraryError, OutputError; the errors of `run_distill`.
         """
         version = self.index.next_version(name, update)
         target = resolve_model(read_config(config).target, Path(config).parent)
@@ -309,12 +302,13 @@ class Library:
 
     @_in_turn
     def train_router(self, rows: Mapping[str, Sequence[Row]]) -> None:
-        """Train the router `classifier` for the packs that are here now.
+        """Train the router `classifier` for the present packs.
 
         Args:
-            rows: held out, by the name of the pack they are meant for; under "target" rows of no
-                pack.
-        Raises: as `graftkit.route.classifier.train_classifier`; OutputError.
+            rows: held out, by the name of the pack that should answer them; under "target" rows of
+                no pack.
+        Raises: ConfigError for rows of an unknown pack; RowsError without rows of no pack;
+            CheckpointError where logits are not finite; OutputError.
         """
         self._live = None  # training attaches the packs itself, to a target of its own
         checkpoint = self.checkpoint()
@@ -327,9 +321,9 @@ class Library:
 
     @_in_turn
     def audit(self, address: str, progress: Progress | None = None) -> Audit:
-        """What a pack changes, and which of the others lean the same way.
+        """Measure what a pack changes, and how similar the other packs are.
 
-        Raises: LibraryError; as `audit_pack`.
+        Raises: LibraryError for an unknown pack; CheckpointError, CorruptPackError.
         """
         own = self.index.find(address)
         others = {
@@ -342,8 +336,8 @@ class Library:
     def prove_removal(
         self, address: str, prompts: Sequence[str], router: RouterName = "centroid"
     ) -> Proof:
-        """Compare this library after `remove(address)` with one that never had those packs, in
-        copies of it; the library itself stays as it is.
+        """Compare a copy of this library after `remove(address)` with one that never had those
+        packs. The library itself does not change.
 
         Raises: LibraryError; ConfigError where no prompt can be answered.
         """
@@ -351,10 +345,10 @@ class Library:
         return prove_removal(self._folder, gone, prompts, router, type(self))
 
     def _refresh(self) -> LibraryIndex:
-        """Read library.toml; packs that it no longer lists leave memory."""
+        """Read library.toml; packs that it no longer lists are detached."""
         index = self._folder.read()
-        if index is not self._seen:
-            self._seen = index
+        if index is not self._last_index:
+            self._last_index = index
             self._routers.clear()
             if self._live is not None:
                 self._live.memory.keep({entry.digest for entry in index.pack})
@@ -363,9 +357,9 @@ class Library:
     def _choose(
         self, prompts: Sequence[str], route: str, router: RouterName, top_k: int
     ) -> list[tuple[Route, PackWeights]]:
-        """The route of each prompt and the packs that it means."""
+        """The route of each prompt, and its packs with their weights."""
         if route == "auto":
-            return [(found, self.mixture(found)) for found in self.route(prompts, router, top_k)]
+            return [(each, self.mixture(each)) for each in self.route(prompts, router, top_k)]
         if route == TARGET:
             return [(Route({}, {}), {}) for _ in prompts]
         entry = self.index.find(route)
@@ -379,8 +373,8 @@ class Library:
             )
         return self._routers[name, top_k]
 
-    def _check(self, pack: SkillPack, file: Path) -> None:
-        """Raises: PackMismatchError for what this library cannot serve."""
+    def _check_servable(self, pack: SkillPack, file: Path) -> None:
+        """Raises: PackMismatchError for a pack that cannot serve beside others of this target."""
         own, made_for = self.index.target, pack.manifest.target
         if made_for.fingerprint != own.fingerprint:
             raise PackMismatchError(
@@ -416,7 +410,7 @@ def _check_options(mix: str, max_new_tokens: int) -> None:
 
 
 def _has_key(pack: SkillPack, file: Path) -> bool:
-    """Raises: PackMismatchError for a key that a library has no use for."""
+    """Whether a pack has a key. Raises: PackMismatchError for a key of a sentence encoder."""
     if pack.router_key is not None and pack.router_key[0].encoder is not None:
         raise PackMismatchError(
             f"{file}: its router key is of encoder {pack.router_key[0].encoder}, a library routes "

@@ -1,8 +1,7 @@
-"""Packs in memory beside one live model, at most so many bytes; the least recently used leave.
+"""A library in memory: the target, loaded once, the packs attached beside it, and its routers.
 
-The target of a library in memory, once, with the packs that come and go beside it.
-
-The routers of a library, made from what its packs carry.
+The packs may take a limited number of bytes; when it is reached, the least recently used ones are
+detached.
 """
 
 from collections import OrderedDict
@@ -14,8 +13,11 @@ from typing import Any, Literal, get_args
 from blake3 import blake3
 
 from graftkit.attachment import Attachment, attach
-from graftkit.attachment.configuration import tuned_generation
-from graftkit.attachment.target import check_tokenizer, tuned_tokenizer
+from graftkit.attachment.configuration import (
+    check_tokenizer,
+    tuned_generation_config,
+    tuned_tokenizer,
+)
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
 from graftkit.errors import AttachError, BudgetError, ConfigError, PackMismatchError
@@ -35,14 +37,14 @@ PackWeights = Mapping[PackEntry, float]
 
 
 class PackMemory:
-    """The packs that are attached now.
+    """The packs that are attached now; the least recently used are detached above a limit.
 
-    A pack's bytes are known once it was loaded: the first time, memory is above the limit by this
-    one pack until others have left.
+    A pack's size is known once it has been loaded. When it is loaded for the first time, memory
+    exceeds the limit by this one pack until others are detached.
 
     Args:
-        attachment: in side mode. load: reads a pack from disk. limit_bytes: of all updates
-            together, None for no limit.
+        attachment: in side mode. load: reads a pack from disk.
+        limit_bytes: of all attached packs together, None for no limit.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class PackMemory:
         limit_bytes: int | None,
     ):
         self._attachment = attachment
-        self._load = load
+        self._read = load
         self._limit = limit_bytes
         self._sizes: dict[str, int] = {}  # of every pack that was ever loaded
         self._indices: OrderedDict[str, int] = OrderedDict()  # least recently used first
@@ -68,30 +70,30 @@ class PackMemory:
         return list(self._indices)
 
     def parts(self, mixtures: Sequence[PackWeights]) -> Iterator[list[int]]:
-        """Rows in parts whose packs are in memory together while the caller works on a part.
+        """Split rows into parts; the packs of a part are attached while the caller works on it.
 
         Raises: ConfigError where the packs of one row alone are larger than the limit.
         """
         part: list[int] = []
-        held: set[PackEntry] = set()
+        packs: set[PackEntry] = set()
         for row in sorted(range(len(mixtures)), key=lambda row: _labels(mixtures[row])):
             needed = set(mixtures[row])
-            if part and not self._hold(held | needed):
+            if part and not self._try_load(packs | needed):
                 yield part
-                part, held = [], set()
+                part, packs = [], set()
             if not part:
-                self.hold(needed)
+                self.load(needed)
             part.append(row)
-            held |= needed
+            packs |= needed
         if part:
             yield part
 
-    def hold(self, entries: Iterable[PackEntry]) -> None:
-        """Have these packs in memory together. Raises: ConfigError where they do not fit."""
-        wanted = set(entries)
-        if not self._hold(wanted):
+    def load(self, entries: Iterable[PackEntry]) -> None:
+        """Attach these packs together. Raises: ConfigError where they do not fit."""
+        needed = set(entries)
+        if not self._try_load(needed):
             raise ConfigError(
-                f"{' and '.join(_labels(wanted))} do not fit into {self._limit:,} bytes of memory "
+                f"{' and '.join(_labels(needed))} do not fit into {self._limit:,} bytes of memory "
                 "for packs; allow more"
             )
 
@@ -102,7 +104,7 @@ class PackMemory:
         )
 
     def keep(self, digests: set[str]) -> None:
-        """Forget every pack but these."""
+        """Detach every pack but these."""
         for digest in set(self._indices) - digests:
             self._drop(digest)
 
@@ -110,28 +112,29 @@ class PackMemory:
         """The attachment's index of a pack in memory."""
         return self._indices[entry.digest]
 
-    def _hold(self, wanted: set[PackEntry]) -> bool:
-        """Whether these packs fit together; then they are there. Others may have left."""
-        if self._is_over(sum(self._sizes.get(entry.digest, 0) for entry in wanted)):
+    def _try_load(self, needed: set[PackEntry]) -> bool:
+        """Attach these packs if they fit together; others may be detached for them."""
+        if self._is_over(sum(self._sizes.get(entry.digest, 0) for entry in needed)):
             return False
-        kept = {entry.digest for entry in wanted}
-        for entry in sorted(wanted, key=lambda entry: entry.label):
+        digests = {entry.digest for entry in needed}
+        for entry in sorted(needed, key=lambda entry: entry.label):
             if entry.digest in self._indices:
                 self._indices.move_to_end(entry.digest)
                 continue
-            self._make_room(kept, self._sizes.get(entry.digest, 0))
-            index = self._attachment.add(self._load(entry))
+            self._make_room(digests, self._sizes.get(entry.digest, 0))
+            index = self._attachment.add(self._read(entry))
             self._indices[entry.digest] = index
             self._sizes[entry.digest] = self._attachment.nbytes(index)
-            self._make_room(kept, 0)
+            self._make_room(digests, 0)
             if self._is_over(self.nbytes):
                 self._drop(entry.digest)
                 return False
         return True
 
-    def _make_room(self, kept: set[str], coming: int) -> None:
-        for digest in [digest for digest in self._indices if digest not in kept]:
-            if not self._is_over(self.nbytes + coming):
+    def _make_room(self, needed: set[str], nbytes: int) -> None:
+        """Detach packs that are not needed until so many more bytes fit."""
+        for digest in [digest for digest in self._indices if digest not in needed]:
+            if not self._is_over(self.nbytes + nbytes):
                 return
             self._drop(digest)
 
@@ -161,10 +164,10 @@ def _labels(entries: Iterable[PackEntry]) -> list[str]:
 
 @dataclass(frozen=True)
 class GenerationStyle:
-    """How one model ends and writes its texts; equal where `end` and `settings` are.
+    """How one model generates text; rows of equal styles can share a batch.
 
     Attributes:
-        tokenizer: reads what was generated. generation: defaults of `generate`.
+        tokenizer: decodes what was generated. generation: a GenerationConfig.
         end: the token that ends a text. settings: `generation` as text.
     """
 
@@ -197,39 +200,39 @@ class LiveLibrary:
             raise AttachError(f"{checkpoint.path}: {type(self.model).__name__} generates no text")
         self.tokenizer: Any = usable_tokenizer(checkpoint)
         self._checkpoint, self._load = checkpoint, load
-        self._own_voice = GenerationStyle.of(self.tokenizer, self.model.generation_config)
-        self._voices: dict[str, GenerationStyle] = {}
+        self._target_style = GenerationStyle.of(self.tokenizer, self.model.generation_config)
+        self._styles: dict[str, GenerationStyle] = {}
         self.context: int | None = context_length(self.model)
         self.attachment = attach(self.model, [], mode="side")
         self.memory = PackMemory(self.attachment, load, memory_bytes)
 
     def use(self, mixture: PackWeights) -> None:
-        """Have the same packs answer every row from now on."""
-        self.memory.hold(mixture)
+        """Route every row to the same packs from now on."""
+        self.memory.load(mixture)
         self.memory.route([mixture])
 
-    def voice(self, mixture: PackWeights) -> GenerationStyle:
-        """How the packs of a row end and write their texts: the target's way where they differ."""
-        voices = {self._voice_of(entry) for entry in mixture}
-        return voices.pop() if len(voices) == 1 else self._own_voice
+    def style(self, mixture: PackWeights) -> GenerationStyle:
+        """How the packs of a row generate; where their styles differ, the target's style."""
+        styles = {self._pack_style(entry) for entry in mixture}
+        return styles.pop() if len(styles) == 1 else self._target_style
 
-    def _voice_of(self, entry: PackEntry) -> GenerationStyle:
-        if entry.digest not in self._voices:
-            pack, voice = self._load(entry), self._own_voice
+    def _pack_style(self, entry: PackEntry) -> GenerationStyle:
+        if entry.digest not in self._styles:
+            pack, style = self._load(entry), self._target_style
             if any(not is_template(file.name) for file in pack.manifest.files):
                 check_tokenizer(self._checkpoint, pack)
                 tokenizer = tuned_tokenizer(self._checkpoint, pack)
-                voice = GenerationStyle.of(tokenizer, tuned_generation(self.model, pack))
-            self._voices[entry.digest] = voice
-        return self._voices[entry.digest]
+                style = GenerationStyle.of(tokenizer, tuned_generation_config(self.model, pack))
+            self._styles[entry.digest] = style
+        return self._styles[entry.digest]
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """The tokens that an answer to each prompt starts from."""
+        """Token ids of each prompt."""
         return [list(self.tokenizer.encode(prompt)) for prompt in prompts]
 
 
 def describe_target(reference: str | Path) -> LibraryTarget:
-    """Reads every tensor once. Raises: CheckpointError."""
+    """The place of a checkpoint and its digests; reads every tensor. Raises: CheckpointError."""
     checkpoint = Checkpoint.open(reference)
     if checkpoint.revision is None:
         place = str(checkpoint.path.resolve())
@@ -238,17 +241,17 @@ def describe_target(reference: str | Path) -> LibraryTarget:
     return LibraryTarget(
         reference=place,
         fingerprint=checkpoint.fingerprint(),
-        config_blake3=_config(checkpoint),
+        config_blake3=_config_digest(checkpoint),
     )
 
 
 def open_target(target: LibraryTarget) -> Checkpoint:
-    """The target of a library; its tensors are checked when a pack is attached.
+    """The target's checkpoint; its tensors are checked when a pack is attached.
 
-    Raises: CheckpointError where it has gone, PackMismatchError where its config has changed.
+    Raises: CheckpointError where it is missing, PackMismatchError where its config has changed.
     """
     checkpoint = Checkpoint.open(target.reference)
-    if _config(checkpoint) != target.config_blake3:
+    if _config_digest(checkpoint) != target.config_blake3:
         raise PackMismatchError(
             f"{target.reference}: config.json is not what it was when the library was made; put "
             "that one back, or make a new library"
@@ -256,7 +259,7 @@ def open_target(target: LibraryTarget) -> Checkpoint:
     return checkpoint
 
 
-def _config(checkpoint: Checkpoint) -> str:
+def _config_digest(checkpoint: Checkpoint) -> str:
     return blake3(checkpoint.side_file("config.json") or b"").hexdigest()
 
 
@@ -274,9 +277,10 @@ def make_router(
     """A router over the newest version of every pack.
 
     Args:
-        top_k: packs that a prompt may be given to, more than one by `centroid` only.
+        top_k: most packs for one prompt; more than one by `centroid` only.
         entries: by name. load: reads one from disk. folder: the library's.
-    Raises: ConfigError for a router that there is not; as the routers themselves.
+    Raises: ConfigError for an unknown router, or a classifier that is missing or out of date;
+        CheckpointError for a target that no router can read.
     """
     if name not in get_args(RouterName):
         names = ", ".join(get_args(RouterName))

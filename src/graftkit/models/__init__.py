@@ -7,12 +7,12 @@ views         every tensor on disk as a view into the live model's own parameter
 
 from graftkit.models.architecture import ModuleKind, TensorRole, tensor_roles, tied_names
 from graftkit.models.loading import empty_model, load_model, load_tokenizer, stream_model
-from graftkit.models.views import View, checkpoint_views, find_view
+from graftkit.models.views import TensorView, checkpoint_views, find_view
 
 __all__ = [
     "ModuleKind",
     "TensorRole",
-    "View",
+    "TensorView",
     "checkpoint_views",
     "empty_model",
     "find_view",

@@ -19,7 +19,7 @@ from graftkit.checkpoint import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, Checkpoint, T
 from graftkit.errors import CheckpointError, CheckpointMismatchError
 from graftkit.models.loading import empty_model, refuse_quantized, unwrapped_name
 from graftkit.models.views import (
-    View,
+    TensorView,
     backbone_name,
     checkpoint_views,
     find_views,
@@ -114,7 +114,7 @@ class _Layout:
         self.shapes = {
             self.key(name): tuple(value.shape) for name, value in self.model.state_dict().items()
         }
-        self._pieces: dict[str, list[tuple[str, View]]] = {}
+        self._pieces: dict[str, list[tuple[str, TensorView]]] = {}
         for name, view in self.views.items():
             for owner in view.owners if view is not None else ():
                 first = view is not None and owner == view.parameter
@@ -135,7 +135,7 @@ class _Layout:
         """Whether a tensor counts: transformers loads it, or nobody knows what it is."""
         return self.live[name] is not None or not is_unused(self.model, name)
 
-    def pieces(self, key: str) -> list[tuple[str, View]]:
+    def pieces(self, key: str) -> list[tuple[str, TensorView]]:
         """Names on disk and places of the tensors that make up a live parameter."""
         found = self._pieces.get(key, [])
         own = [(name, view) for name, view in found if self.key(view.parameter) == key]
@@ -187,7 +187,7 @@ class _Part:
 
     checkpoint: Checkpoint
     name: str
-    view: View
+    view: TensorView
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -213,8 +213,8 @@ class _Assembled:
     """A part of a live parameter, put together from the tensors on disk that make it up."""
 
     checkpoint: Checkpoint
-    pieces: tuple[tuple[str, View], ...]
-    view: View
+    pieces: tuple[tuple[str, TensorView], ...]
+    view: TensorView
     whole: tuple[int, ...]
 
     @property
@@ -283,11 +283,11 @@ def _same_kind(first: TensorInfo, second: TensorInfo) -> bool:
     return floats and first.shape == second.shape
 
 
-def _geometry(view: View) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+def _geometry(view: TensorView) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     return view.shape, view.stride, view.offset
 
 
-def _end(view: View) -> int:
+def _end(view: TensorView) -> int:
     """The last place of a view in its parameter."""
     steps = zip(view.shape, view.stride, strict=True)
     return view.offset + sum((extent - 1) * stride for extent, stride in steps)

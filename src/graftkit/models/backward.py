@@ -49,7 +49,7 @@ from graftkit.rows import Row, batches_by_length, pad_batch
 BACKWARD_TOKENS = 2_048  # padded tokens of one pass: inputs of 32 layers of width 4,096 are 1 GB
 _CHUNK_BYTES = 2**26  # float32 logits of one chunk; a backward pass holds about five copies
 
-Visit = Callable[[Tensor, slice], Tensor | None]
+LogitsVisitor = Callable[[Tensor, slice], Tensor | None]
 """Given float32 logits (n, vocabulary) and their place among the scored positions, returns the
 gradient with respect to them, in their shape; asked for only in a backward pass."""
 
@@ -77,17 +77,17 @@ def visit_logits(
     ids: Tensor,
     mask: Tensor,
     scored: Tensor,
-    visit: Visit,
+    visit: LogitsVisitor,
     *,
     backward: bool,
-    also: Callable[[], Tensor] | None = None,
+    extra_loss: Callable[[], Tensor] | None = None,
 ) -> None:
     """Run a batch forward and, with `backward`, back again from the gradients `visit` returns.
 
     Args:
         ids, mask, scored: (rows, tokens); `scored` is true where logits are wanted. They are
             visited row by row, in chunks.
-        also: one more loss of the same pass, a scalar, asked for in a backward pass only.
+        extra_loss: one more loss of the same pass, a scalar, asked for in a backward pass only.
     """
     inputs = {"input_ids": ids, "attention_mask": mask}
     with torch.set_grad_enabled(backward):
@@ -95,13 +95,13 @@ def visit_logits(
             logits = model(**inputs).logits[scored]
             given = visit(logits.detach().float(), slice(0, len(logits)))
             gradient = None if given is None else given.to(logits.dtype)
-            _backward((logits, gradient), backward, also)
+            _backward((logits, gradient), backward, extra_loss)
             return
         output = model.base_model(**inputs)
         hidden = output[0][scored]
         leaf = hidden.detach().requires_grad_(backward)
         _visit_chunks(model, output, leaf, ids[:1, :1], visit, backward)
-        _backward((hidden, leaf.grad), backward, also)
+        _backward((hidden, leaf.grad), backward, extra_loss)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def layer_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _visit_chunks(
-    model: Any, output: Any, leaf: Tensor, token: Tensor, visit: Visit, backward: bool
+    model: Any, output: Any, leaf: Tensor, token: Tensor, visit: LogitsVisitor, backward: bool
 ) -> None:
     """Logits of the hidden states `leaf` (n, hidden), a few at a time; leaf.grad adds up."""
     size = max(1, _CHUNK_BYTES // (4 * vocabulary_size(model)))
@@ -140,14 +140,14 @@ def _visit_chunks(
 
 
 def _backward(
-    root: tuple[Tensor, Tensor | None], backward: bool, also: Callable[[], Tensor] | None
+    root: tuple[Tensor, Tensor | None], backward: bool, extra_loss: Callable[[], Tensor] | None
 ) -> None:
     """One backward pass from a tensor with its gradient and from a further loss."""
     if not backward:
         return
     roots: list[tuple[Tensor, Tensor | None]] = [root] if root[1] is not None else []
-    if also is not None:
-        roots.append((also(), None))
+    if extra_loss is not None:
+        roots.append((extra_loss(), None))
     tensors = [tensor for tensor, _ in roots if tensor.requires_grad]
     gradients = [gradient for tensor, gradient in roots if tensor.requires_grad]
     if tensors:

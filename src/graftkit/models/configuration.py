@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel, cache_utils, masking
 from transformers import modeling_rope_utils as rope_utils
 
 from graftkit.errors import GraftError
-from graftkit.models.loading import LOAD_ERRORS, quiet
+from graftkit.models.loading import LOAD_ERRORS, silence_transformers
 
 CALLER_KEYS = frozenset(
     {
@@ -106,7 +106,7 @@ def tuned_config(config: PretrainedConfig, settings: dict[str, Any]) -> Pretrain
     """
     _check_integers(settings)
     try:
-        with quiet():
+        with silence_transformers():
             tuned: Any = type(config).from_dict(deepcopy(settings))
             tuned._attn_implementation = config._attn_implementation
             tuned._experts_implementation = config._experts_implementation
@@ -161,7 +161,12 @@ def skeleton(
     handle = register_module_parameter_registration_hook(empty)
     try:
         # Initial weights draw numbers where a buffer is random; the caller's are not disturbed.
-        with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+        with (
+            silence_transformers(),
+            torch.random.fork_rng(devices=[]),
+            torch.no_grad(),
+            torch.device("cpu"),
+        ):
             built: Any = model_class
             model: PreTrainedModel = built(deepcopy(config)).eval()
     except (*LOAD_ERRORS, ArithmeticError, AssertionError, LookupError) as error:
@@ -211,7 +216,7 @@ def changed_keys(
             yield path, key
 
 
-def computing_keys(
+def effective_keys(
     model_class: type[PreTrainedModel], before: PretrainedConfig, after: PretrainedConfig
 ) -> list[str]:
     """The changed keys that change, or may change, what a model in eval mode computes.
@@ -238,14 +243,14 @@ def computing_keys(
     return found or ([path + key for path, key in changed] if built else [])
 
 
-def may_compute(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
+def possibly_effective_keys(before: PretrainedConfig, after: PretrainedConfig) -> list[str]:
     """The changed keys but for those that compute nothing in any model."""
     keys = [path + key for path, key in changed_keys(before, after) if not _is_inert(key)]
     return keys if before.model_type == after.model_type else ["model_type", *keys]
 
 
 def differing_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """`may_compute` of two config.json whose architecture is not known here."""
+    """`possibly_effective_keys` of two config.json whose architecture is not known here."""
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     return [key for key in keys if key not in CALLER_KEYS and not _is_inert(key)]
 

@@ -79,7 +79,7 @@ def empty_model(reference: str | Path | Checkpoint) -> PreTrainedModel:
     """
     checkpoint = _opened(reference)
     config, model_class = _model_class(checkpoint)
-    with _one_line_errors(checkpoint), quiet(), torch.device("meta"):
+    with _one_line_errors(checkpoint), silence_transformers(), torch.device("meta"):
         model: Any = (
             model_class.from_config(config)
             if hasattr(model_class, "from_config")
@@ -102,7 +102,7 @@ def load_tokenizer(reference: str | Path | Checkpoint) -> PreTrainedTokenizerBas
     """
     path = reference.path if isinstance(reference, Checkpoint) else reference
     try:
-        with quiet():
+        with silence_transformers():
             return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise CheckpointError(
@@ -118,7 +118,7 @@ def _opened(reference: str | Path | Checkpoint) -> Checkpoint:
 def _model_class(checkpoint: Checkpoint) -> tuple[PretrainedConfig, Any]:
     """Config and class: the named architecture, else what the Auto classes know of it."""
     names = checkpoint.config.get("architectures") or []
-    with _one_line_errors(checkpoint), quiet():
+    with _one_line_errors(checkpoint), silence_transformers():
         config = transformers.AutoConfig.from_pretrained(
             str(checkpoint.path), trust_remote_code=False
         )
@@ -136,7 +136,7 @@ def _model_class(checkpoint: Checkpoint) -> tuple[PretrainedConfig, Any]:
 
 def _from_pretrained(checkpoint: Checkpoint, **options: Any) -> PreTrainedModel:
     _, model_class = _model_class(checkpoint)
-    with _one_line_errors(checkpoint), quiet():
+    with _one_line_errors(checkpoint), silence_transformers():
         model, report = model_class.from_pretrained(
             str(checkpoint.path),
             output_loading_info=True,
@@ -173,7 +173,7 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """No progress bars, notices or warnings of transformers and accelerate."""
     accelerate = logging.getLogger("accelerate")
     level, verbosity = accelerate.level, hf_logging.get_verbosity()

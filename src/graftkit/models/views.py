@@ -37,8 +37,8 @@ from transformers.models.auto import modeling_auto
 from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, write_checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.files import WorkFolder, writing
-from graftkit.models.loading import quiet
-from graftkit.side_files import written_files
+from graftkit.models.loading import silence_transformers
+from graftkit.side_files import files_beside_weights
 
 
 def backbone_name(model: PreTrainedModel, live: str) -> str:
@@ -94,7 +94,7 @@ def _classes(model_type: str) -> list[type[PreTrainedModel]]:
 def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedModel | None:
     """A model on the meta device; None where this class refuses the configuration."""
     try:
-        with quiet(), torch.device("meta"):
+        with silence_transformers(), torch.device("meta"):
             model: PreTrainedModel = model_class(copy.deepcopy(config))
     except Exception:  # whatever a constructor raises: such a class owns nothing here
         return None
@@ -102,7 +102,7 @@ def _without_weights(model_class: Any, config: PretrainedConfig) -> PreTrainedMo
 
 
 @dataclass(frozen=True)
-class View:
+class TensorView:
     """One checkpoint tensor inside one live parameter.
 
     Attributes:
@@ -144,7 +144,7 @@ class View:
         return parameter.detach().as_strided(self.shape, self.stride, start)
 
 
-def checkpoint_views(model: PreTrainedModel) -> dict[str, View]:
+def checkpoint_views(model: PreTrainedModel) -> dict[str, TensorView]:
     """A view for every tensor this model would save, tied aliases and persistent buffers included.
 
     Works on a model without weights too. A tensor on disk that is put together from several live
@@ -179,14 +179,16 @@ def checkpoint_views(model: PreTrainedModel) -> dict[str, View]:
     }
 
 
-def find_view(model: PreTrainedModel, views: Mapping[str, View], name: str) -> View | None:
+def find_view(
+    model: PreTrainedModel, views: Mapping[str, TensorView], name: str
+) -> TensorView | None:
     """The view of one checkpoint tensor. See `find_views`."""
     return find_views(model, views, [name])[name]
 
 
 def find_views(
-    model: PreTrainedModel, views: Mapping[str, View], names: Sequence[str]
-) -> dict[str, View | None]:
+    model: PreTrainedModel, views: Mapping[str, TensorView], names: Sequence[str]
+) -> dict[str, TensorView | None]:
     """The views of checkpoint tensors, also of those that another class or version saved.
 
     GPT2Model saves `h.0...`, GPT2LMHeadModel `transformer.h.0...`; both load into the other. Old
@@ -195,7 +197,7 @@ def find_views(
     """
     prefix = f"{model.base_model_prefix}."
 
-    def saved(name: str) -> View | None:
+    def saved(name: str) -> TensorView | None:
         candidates = (name, prefix + name, name.removeprefix(prefix))
         return next((views[other] for other in candidates if other in views), None)
 
@@ -341,10 +343,10 @@ def _affine(index: Tensor, blank: Tensor) -> Tensor | None:
 
 def _view(
     name: str, parameter: str, owners: tuple[str, ...], place: Tensor, whole: torch.Size
-) -> View:
+) -> TensorView:
     is_whole = place.shape == whole and place.is_contiguous()
     shape, stride = tuple(place.shape), place.stride()
-    return View(name, parameter, owners, shape, stride, int(place.storage_offset()), is_whole)
+    return TensorView(name, parameter, owners, shape, stride, int(place.storage_offset()), is_whole)
 
 
 def _owners(state: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
@@ -386,7 +388,7 @@ class CheckpointWriter:
         names = sorted(self.origin.tensors)
         called = self.origin.name
         note = f"Trained by graftkit from {called}. What follows is the card of {called}."
-        files = written_files(self.origin.path, {}, note)
+        files = files_beside_weights(self.origin.path, {}, note)
         work.open_empty()
         result = work.path / "result"
         try:

@@ -62,7 +62,7 @@ from graftkit.packing.pairs import TensorPair, match_tensors
 from graftkit.packing.train import TrainingPlan, train_packed_codes
 from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress
-from graftkit.side_files import check_carried
+from graftkit.side_files import check_side_files
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import FORMAT_VERSION, RouterInfo
 from graftkit.skillpack.pack import changed_files
@@ -109,7 +109,7 @@ class PackingJob:
         self.calibration, self.router = calibration, router
         self.work, self.progress = work, progress
         self.pairs = match_tensors(target, self.tuned)
-        check_carried(target.path, tuned.path)
+        check_side_files(target.path, tuned.path)
         self.files = changed_files(target, tuned)
         self.tied_owners = set(tied_names(self.tuned).values())
         self.gate = MemoryGate(max(pair.target.numel for pair in self.pairs))

@@ -251,7 +251,7 @@ class _Distillation:
 
         self.student_states.clear()
         model = self.student.model
-        visit_logits(model, ids, mask, scored, visit, backward=backward, also=hidden_loss)
+        visit_logits(model, ids, mask, scored, visit, backward=backward, extra_loss=hidden_loss)
         return total
 
     def _inputs(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,4 @@
-"""Route: which packs answer a prompt, or none of them.
-
-pooling     a prompt as one vector: what the target makes of it
-key         what a pack carries so that prompts find it
-centroid    the pack whose key a prompt fits best, or the target
-classifier  a small trained net; labels are the packs of lowest loss
-fixed       by name
-spectral    from the packs' weights alone
-responses   how strongly packs' deltas answer what a target's modules read
-averaging   several packs for one prompt, by their next-token distributions
-
-The router that was told: one pack, by name, for every prompt.
-"""
+"""What a router is: prompts in, packs and their weights out."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,16 +7,16 @@ from typing import Protocol
 from graftkit.errors import ConfigError
 
 TARGET = "target"
-"""The name of "no pack"; no pack may be called so."""
+"""The name that stands for no pack; no pack may have it."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """What was chosen for one prompt.
+    """The packs chosen for one prompt.
 
     Attributes:
-        weights: by pack name, above 0 and at most 1 together; what is missing to 1 is the target's.
-        scores: of every pack considered; higher fits better, the scale is the router's.
+        weights: by pack name, each above 0, together at most 1; the rest is the target's.
+        scores: by pack name; higher is better, the scale depends on the router.
     """
 
     weights: dict[str, float]
@@ -36,7 +24,7 @@ class Route:
 
     @property
     def name(self) -> str:
-        """The pack of the largest weight, TARGET where there is none."""
+        """The pack of the largest weight, or TARGET."""
         return max(self.weights, key=self.weights.__getitem__, default=TARGET)
 
 
@@ -44,7 +32,7 @@ class Router(Protocol):
     """Chooses packs for prompts.
 
     A prompt's route does not depend on the other prompts of a call, nor a pack's score on the other
-    packs. A prompt without tokens is the target's.
+    packs. A prompt without tokens goes to the target.
     """
 
     def route(self, prompts: Sequence[str]) -> list[Route]:
@@ -52,17 +40,15 @@ class Router(Protocol):
 
 
 class FixedRouter:
-    """Sends every prompt but an empty one to one pack, or to the target.
+    """Sends every prompt, except an empty one, to one pack or to the target.
 
-    Raises: ConfigError for a name that is none of `packs`, nor "target".
+    Raises: ConfigError for a name that is neither in `packs` nor "target".
     """
 
     def __init__(self, name: str, packs: Iterable[str]):
-        known = sorted(packs)
-        if name not in (*known, TARGET):
-            raise ConfigError(
-                f"no pack is called {name!r}; there are {', '.join([*known, TARGET])}"
-            )
+        names = [*sorted(packs), TARGET]
+        if name not in names:
+            raise ConfigError(f"no pack is called {name!r}; there are {', '.join(names)}")
         self.name = name
 
     def route(self, prompts: Sequence[str]) -> list[Route]:

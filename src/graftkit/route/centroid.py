@@ -1,15 +1,15 @@
-"""A prompt as one vector: what the first layers of a model make of its tokens.
+"""The default router: the pack whose key a prompt fits best, or the target.
 
-    h = (mean over tokens t of u_t, u_last)        u_t = x_t / ‖x_t‖,  x_t behind layer `layer`
+A prompt is represented by one vector, pooled from the hidden states of the target's first layers:
 
-The mean says what a prompt is about, the last token what it asks for (a fixed word such as
-"Intent:" above all). Unit vectors, for a few tokens of most models have states a hundred times as
-long as the rest. A router reads the target: what is attached to the model does not count here.
+    h = (mean over tokens t of u_t, u_last)        u_t = x_t / ‖x_t‖,  x_t after layer `layer`
 
-The default router: the pack whose key a prompt fits best, or the target.
+The mean says what a prompt is about, the last token what it asks for (such as "Intent:"). The
+states are normalized because a few tokens of most models have states a hundred times as long as the
+rest. Attached packs are bypassed: a router always reads the bare target.
 
-Keys are fitted apart from each other, on a pack's own prompts and the target; adding or removing a
-pack leaves the scores of the others as they were.
+Keys (graftkit.route.key) are fitted independently, each to its pack's own prompts. Adding or
+removing a pack does not change the scores of the others.
 """
 
 import json
@@ -25,7 +25,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
-from graftkit.attachment import bare
+from graftkit.attachment import without_packs
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError
 from graftkit.models.encoding import (
@@ -42,13 +42,12 @@ from graftkit.route.key import MAX_PROMPTS, RouterKey
 from graftkit.rows import batches_by_length, pad_batch
 
 MAX_TOKENS = 128
-"""Last tokens of a prompt that a router reads: a long prompt must not make routing a large part of
-its answer's time."""
+"""A router reads the last tokens of a prompt, so that routing stays cheap for long prompts."""
 
 
 @dataclass(frozen=True)
 class PromptReader:
-    """What turns prompts into states: the target, or a sentence encoder in its place.
+    """Turns prompts into vectors: the target, or a sentence encoder in its place.
 
     Attributes:
         encoder: name of the sentence encoder, None for the target.
@@ -60,7 +59,7 @@ class PromptReader:
 
     @property
     def layer(self) -> int:
-        """The layer behind which prompts are compared: halfway, or an encoder's last."""
+        """The layer whose output is pooled: the middle one, or an encoder's last."""
         layers = layer_count(self.model)
         return max(1, layers // 2) if self.encoder is None else layers
 
@@ -70,9 +69,9 @@ class PromptReader:
         return state_width(self.model) // (1 if self.encoder is None else 2)
 
     def states(self, prompts: Sequence[str], layer: int, tokens_together: int = 1) -> Tensor:
-        """`pooled_states`, of a sentence encoder the mean over the tokens alone: (prompts, width).
+        """Pooled states of prompts, (prompts, width); a sentence encoder gives the mean part only.
 
-        The last token of an encoder sees no more than the others.
+        In an encoder the last token has no wider context than the others.
         """
         states = pooled_states(self.model, self.tokenizer, prompts, layer, tokens_together)
         return states[:, : self.width]
@@ -90,32 +89,32 @@ def pooled_states(
 ) -> Tensor:
     """One state per prompt, by the formula above.
 
-    The pass ends behind that layer. Of a long prompt the last tokens are read: MAX_TOKENS, or as
-    many as the model's context holds.
+    The forward pass stops after `layer`. Of a long prompt the last MAX_TOKENS tokens are read, or
+    fewer where the model's context is shorter.
 
     Args:
         layer: 1 for the output of the first layer, up to `layer_count(model)`.
-        tokens_together: prompts of similar length share a pass of that many padded tokens. The
-            default runs each prompt alone, so that its state does not depend on the others by a
-            bit; together the last bits may differ.
-    Returns: (prompts, `state_width(model)`) float32 on the CPU; zeros for one without tokens.
+        tokens_together: padded tokens of one pass, which prompts of similar length share. By
+            default each prompt runs alone, so that its state does not depend on the others at all;
+            in a shared pass the last bits may differ.
+    Returns: (prompts, `state_width(model)`) float32 on the CPU; zeros for a prompt without tokens.
     Raises: CheckpointError for a layer that the model lacks, another model's tokenizer, or states
         that are not finite.
     """
-    found = layer_count(model)
-    if not 1 <= layer <= found:
+    layers = layer_count(model)
+    if not 1 <= layer <= layers:
         raise CheckpointError(
-            f"{type(model).__name__} has {found} layers, asked is a state behind layer {layer}; "
+            f"{type(model).__name__} has {layers} layers, asked is a state behind layer {layer}; "
             "use the model that the router was made for"
         )
-    encoded = [_encoded(model, tokenizer, prompt) for prompt in prompts]
+    encoded = [_encode_prompt(model, tokenizer, prompt) for prompt in prompts]
     states = torch.zeros(len(prompts), state_width(model))
-    with torch.no_grad(), bare(model):
+    with torch.no_grad(), without_packs(model):
         for batch in batches_by_length([len(ids) for ids in encoded], tokens_together):
             filled = [index for index in batch if encoded[index]]
             if filled:
                 ids, mask = pad_batch([encoded[index] for index in filled], pad_id(tokenizer))
-                states[filled] = _pooled(_behind_layer(model, layer, ids, mask), mask)
+                states[filled] = _pooled(_layer_output(model, layer, ids, mask), mask)
     if not bool(states.isfinite().all()):
         raise CheckpointError(
             f"{type(model).__name__}: states behind layer {layer} are not finite (NaN or infinity) "
@@ -134,7 +133,7 @@ def state_width(model: Any) -> int:
     return 2 * int(model.config.get_text_config().hidden_size)
 
 
-def _encoded(model: Any, tokenizer: Any, prompt: str) -> list[int]:
+def _encode_prompt(model: Any, tokenizer: Any, prompt: str) -> list[int]:
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=True) if prompt else []
     if ids and max(ids) >= vocabulary_size(model):
         raise CheckpointError(
@@ -152,23 +151,23 @@ def _pooled(states: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([units.sum(dim=1) / counts[:, None], last], dim=1)
 
 
-class _Enough(Exception):
+class _StopForward(Exception):
     """No error: it ends a forward pass, and never leaves this module."""
 
 
-def _behind_layer(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
+def _layer_output(model: Any, layer: int, ids: Tensor, mask: Tensor) -> Tensor:
     """(rows, tokens, width): the output of a layer; no later one runs."""
     outputs: list[Tensor] = []
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         outputs.append(output[0] if isinstance(output, tuple) else output)
-        raise _Enough
+        raise _StopForward
 
-    # A model that is streamed from disk lies nowhere, and takes its inputs from the CPU.
+    # A model that is streamed from disk is on no device, and takes its inputs from the CPU.
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     handle = _layers(model)[layer - 1].register_forward_hook(stop)
     try:
-        with suppress(_Enough):
+        with suppress(_StopForward):
             model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device))
     finally:
         handle.remove()
@@ -195,15 +194,15 @@ def fit_key(
     encoder: PromptReader | None = None,
     seed: int = 0,
 ) -> RouterKey:
-    """The key of the prompts of one skill.
+    """Fit a router key to the prompts of one skill.
 
     Args:
         model, tokenizer: the target.
-        prompts: 20 or more different ones; of more than 200, a seeded choice.
-        encoder: what `load_encoder` gives, to read prompts in place of the target.
+        prompts: 20 or more different ones; of more than 200, a seeded choice is used.
+        encoder: from `load_encoder`, to read prompts in place of the target.
     Raises: RowsError for too few prompts; CheckpointError for another model's tokenizer.
     """
-    chosen = _choice(prompts, seed)
+    chosen = _sample_prompts(prompts, seed)
     reader = encoder or PromptReader(model, tokenizer)
     with one_thread():
         states = reader.states(chosen, reader.layer, MICRO_BATCH_TOKENS)
@@ -214,11 +213,8 @@ def fit_key(
 class CentroidRouter:
     """Routes each prompt to the best of the packs that accept it, or to the target.
 
-    Scores are log-densities per direction (graftkit.route.key). A rejecting pack has one too, and
-    it may be the highest.
-
-    Attributes:
-        without_key: names of the packs that have no key, and so are never chosen.
+    Scores are log-densities per direction (graftkit.route.key). A pack that rejects a prompt has a
+    score too, which may be the highest.
     """
 
     def __init__(
@@ -230,14 +226,14 @@ class CentroidRouter:
         top_k: int = 1,
         encoder: PromptReader | None = None,
     ):
-        """Route to the packs of `keys`.
+        """Make a router over the packs of `keys`.
 
         Args:
             model, tokenizer: the target of the packs.
-            keys: by pack name, None for a pack without one.
-            top_k: packs that may share a prompt: those of the highest scores that accept it,
-                weighed by the softmax of these scores.
-            encoder: the sentence encoder that the keys name, as `load_encoder` gives it.
+            keys: by pack name; None for a pack without a key, which is never chosen.
+            top_k: most packs for one prompt. The packs of the highest scores that accept it are
+                weighted by the softmax of these scores.
+            encoder: from `load_encoder`, the sentence encoder that the keys name.
         Raises: ConfigError for keys of another model or of several encoders, or top_k below 1.
         """
         if top_k < 1:
@@ -245,7 +241,7 @@ class CentroidRouter:
         self.keys = {name: key for name, key in keys.items() if key is not None}
         self.top_k = top_k
         self._reader = encoder or PromptReader(model, tokenizer)
-        self._check()
+        self._check_keys()
 
     def route(self, prompts: Sequence[str]) -> list[Route]:
         """One route for each prompt; one without tokens has no scores. Raises: CheckpointError."""
@@ -257,16 +253,18 @@ class CentroidRouter:
         ]
 
     def _choose(self, states: Mapping[int, Tensor]) -> Route:
-        """The route of one prompt from its states by layer."""
-        read = {name: states[key.info.layer] for name, key in self.keys.items()}
-        far = {name: self.keys[name].distance(state) for name, state in read.items() if state.any()}
-        scores = {name: self.keys[name].score(distance) for name, distance in far.items()}
-        accepting = [name for name, distance in far.items() if distance <= 1]
+        """The route of one prompt, from its states by layer."""
+        by_pack = {name: states[key.info.layer] for name, key in self.keys.items()}
+        distances = {
+            name: self.keys[name].distance(state) for name, state in by_pack.items() if state.any()
+        }
+        scores = {name: self.keys[name].score(distance) for name, distance in distances.items()}
+        accepting = [name for name, distance in distances.items() if distance <= 1]
         best = sorted(accepting, key=lambda name: (-scores[name], name))[: self.top_k]
         shares = [math.exp(scores[name] - scores[best[0]]) for name in best]
         return Route({n: s / sum(shares) for n, s in zip(best, shares, strict=True)}, scores)
 
-    def _check(self) -> None:
+    def _check_keys(self) -> None:
         encoder, width = self._reader.encoder, self._reader.width
         layers = layer_count(self._reader.model)
         for name, key in self.keys.items():
@@ -284,10 +282,10 @@ class CentroidRouter:
                 )
 
 
-def _choice(prompts: Sequence[str], seed: int) -> list[str]:
+def _sample_prompts(prompts: Sequence[str], seed: int) -> list[str]:
     """Different prompts, in their order, at most MAX_PROMPTS."""
     different = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
     generator = random.Random(seed)
     keys = [generator.random() for _ in different]
-    kept = sorted(range(len(different)), key=keys.__getitem__)[:MAX_PROMPTS]
-    return [different[index] for index in sorted(kept)]
+    picked = sorted(range(len(different)), key=keys.__getitem__)[:MAX_PROMPTS]
+    return [different[index] for index in sorted(picked)]

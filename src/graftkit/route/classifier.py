@@ -1,11 +1,11 @@
-"""A trained router, as GraftLLM's: a small feed-forward net on the target's hidden states.
+"""A trained router, as in GraftLLM: a small feed-forward net on the target's hidden states.
 
     log p(class | h) = log-softmax(W_2 relu(W_1 (h - m) / s + b_1) + b_2)
 
-A class for every pack and one for the target. A row's label is the pack of the lowest loss on its
-completion, or the target unless that pack wins by a margin; the rows must be held out, for a pack
-that has seen a row knows its answer. The net knows its packs by digest: when one comes, goes or
-changes, it has to be trained again.
+There is a class for every pack and one for the target. A row's label is the pack of the lowest loss
+on its completion, or the target unless that pack wins by a margin. The rows must be held out: a
+pack that was trained on a row knows its answer. The net stores the digests of its packs; when a
+pack is added, removed or replaced, it has to be trained again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,7 @@ class Classifier:
     """A trained net.
 
     Attributes:
-        layer: of the target, behind which the states are pooled.
+        layer: of the target, whose output is pooled.
         packs: digests by name, in the order of the classes; the first class is the target.
         tensors: center and scale (width,), weight_1 (hidden, width), bias_1, weight_2
             (classes, hidden), bias_2; float32.
@@ -75,15 +75,17 @@ class Classifier:
         return logits[1:] - logits[0]
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all. Raises: OutputError."""
-        told = _Description(layer=self.layer, packs=self.packs).model_dump_json()
+        """Write a safetensors file atomically. Raises: OutputError."""
+        description = _Description(layer=self.layer, packs=self.packs).model_dump_json()
         with replaced_file(Path(path)) as partial:
-            save_tensors(self.tensors, partial, {"classifier": told})
+            save_tensors(self.tensors, partial, {"classifier": description})
 
     @classmethod
     def load(cls, path: str | Path, packs: Mapping[str, str]) -> Self:
-        """Read the file. `packs`: digests by name of the packs there are now.
+        """Read the file.
 
+        Args:
+            packs: digests of the present packs, by name.
         Raises: ConfigError where the file is missing, damaged, or was trained for other packs.
         """
         if not Path(path).exists():
@@ -95,12 +97,12 @@ class Classifier:
                 metadata = file.metadata() or {}
                 # Copies, for where a mapped tensor lies would change the last bit of a sum.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            told = _Description.model_validate_json(metadata.get("classifier", ""))
+            description = _Description.model_validate_json(metadata.get("classifier", ""))
         except (OSError, SafetensorError, ValidationError) as error:
             raise ConfigError(f"{path}: no router of graftkit; train it again") from error
-        _check_tensors(tensors, 1 + len(told.packs), path)
-        _check_packs(told.packs, packs, path)
-        return cls(told.layer, told.packs, tensors)
+        _check_tensors(tensors, 1 + len(description.packs), path)
+        _check_packs(description.packs, packs, path)
+        return cls(description.layer, description.packs, tensors)
 
 
 def train_classifier(
@@ -116,20 +118,20 @@ def train_classifier(
 
     Args:
         model, tokenizer: the target, nothing attached.
-        rows: held-out rows by the name of the pack they are meant for; under "target", rows of no
-            skill, without which the net could not tell them.
-        labels: "loss", what answers a row best; "task", the name that it stands under.
-        seed: of the first weights; the same call gives the same net.
-    Raises: ConfigError for rows of a pack that is not there; RowsError where the
-            target has no row.
+        rows: held-out rows by the name of the pack that should answer them; under "target", rows of
+            no skill, which the net has to learn too.
+        labels: "loss" for the pack that answers a row best, "task" for the name of the rows.
+        seed: of the initial weights; the same call gives the same net.
+    Raises: ConfigError for rows of an unknown pack; RowsError where the target has no row;
+        CheckpointError where logits are not finite.
     """
     unknown = sorted(rows.keys() - packs.keys() - {TARGET})
     if unknown:
         raise ConfigError(f"rows are given for {unknown[0]}, but no pack is called so")
     every = [row for some in rows.values() for row in some]
     named = [name for name, some in rows.items() for _ in some]
-    found = label_rows(model, tokenizer, packs, every) if labels == "loss" else named
-    if TARGET not in found:
+    row_labels = label_rows(model, tokenizer, packs, every) if labels == "loss" else named
+    if TARGET not in row_labels:
         raise RowsError(
             "no row is best left to the target; give rows of no skill under the name target, or "
             "the router would send every prompt to some pack"
@@ -139,7 +141,7 @@ def train_classifier(
     with one_thread():
         prompts = [row.prompt for row in every]
         states = pooled_states(model, tokenizer, prompts, layer, MICRO_BATCH_TOKENS)
-        tensors = _train(states, [classes.index(name) for name in found], len(classes), seed)
+        tensors = _train(states, [classes.index(name) for name in row_labels], len(classes), seed)
     return Classifier(layer, {name: pack.digest for name, pack in packs.items()}, tensors)
 
 
@@ -156,8 +158,8 @@ def label_rows(
     for pack in packs.values():
         with attached(model, pack):
             losses.append(completion_losses(model, tokenizer, rows))
-    for name, found in zip(names, losses, strict=True):
-        if bool(found.isnan().any()):  # argmin would take it for the least
+    for name, own in zip(names, losses, strict=True):
+        if bool(own.isnan().any()):  # argmin would take it for the least
             raise CheckpointError(
                 f"{name}: the logits are not finite (NaN or infinity) on the rows; check the "
                 "weights and the packs"
@@ -187,7 +189,7 @@ def completion_losses(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor
 
 
 class ClassifierRouter:
-    """Routes each prompt to the pack that the net finds most likely, or to the target.
+    """Routes each prompt to the most likely pack, or to the target.
 
     A pack's score is its log-odds against the target.
     """
@@ -223,7 +225,7 @@ def _logits(tensors: Mapping[str, Tensor], states: Tensor) -> Tensor:
 
 
 def _train(states: Tensor, labels: Sequence[int], classes: int, seed: int) -> dict[str, Tensor]:
-    """Tensors of a net that gives each state (rows, width) its label."""
+    """Fit the net to states (rows, width) and their labels; returns its tensors."""
     generator = torch.Generator().manual_seed(seed)
     width, goal = states.shape[1], torch.tensor(labels)
 
@@ -252,16 +254,16 @@ def _train(states: Tensor, labels: Sequence[int], classes: int, seed: int) -> di
 def _check_tensors(tensors: Mapping[str, Tensor], classes: int, path: str | Path) -> None:
     width = tensors["center"].numel() if "center" in tensors else 0
     shapes = ((width,), (width,), (HIDDEN, width), (HIDDEN,), (classes, HIDDEN), (classes,))
-    wanted = dict(zip(_TENSORS, shapes, strict=True))
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    expected = dict(zip(_TENSORS, shapes, strict=True))
+    actual = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     finite = all(t.dtype == torch.float32 and bool(t.isfinite().all()) for t in tensors.values())
-    if found != wanted or not width or not finite or not bool((tensors["scale"] > 0).all()):
+    if actual != expected or not width or not finite or not bool((tensors["scale"] > 0).all()):
         raise ConfigError(f"{path}: the tensors of the router are damaged; train it again")
 
 
-def _check_packs(known: Mapping[str, str], found: Mapping[str, str], path: str | Path) -> None:
+def _check_packs(trained: Mapping[str, str], present: Mapping[str, str], path: str | Path) -> None:
     changed = sorted(
-        name for name in known.keys() | found.keys() if known.get(name) != found.get(name)
+        name for name in trained.keys() | present.keys() if trained.get(name) != present.get(name)
     )
     if changed:
         raise ConfigError(

@@ -1,18 +1,18 @@
-"""What a pack carries so that prompts find it: an ellipsoid around the states of its prompts.
+"""The router key of a pack: a Gaussian (an ellipsoid) fitted to the states of its prompts.
 
     d²(h) = Σ_k (v_k·(h − μ))² / λ_k + (‖h − μ‖² − Σ_k (v_k·(h − μ))²) / λ_0
 
-μ is the mean state, v_k the directions in which the states differ most, λ_k their variances, λ_0
-that of any other direction: the Mahalanobis distance of a probabilistic PCA (Tipping & Bishop 1999,
-section 3.2), with all variances scaled so that the border of what a pack accepts lies at d² = 1.
-The border is set by prompts held out. Of the packs that accept a prompt, the one fits best that
-would give it the highest density, so that a narrow skill wins inside a broad one:
+This is the Mahalanobis distance of a probabilistic PCA (Tipping & Bishop 1999, section 3.2): μ is
+the mean state, v_k are the r principal directions, λ_k their variances, and λ_0 is the variance of
+every other direction. The variances are scaled, by cross-validation, so that a pack accepts the
+states with d² <= 1. Of the packs that accept a prompt, the one of the highest log-density wins, so
+that a narrow skill is preferred to a broad one:
 
-    score(h) = −(d²(h) + (1/w) Σ_j log λ_j) / 2        w directions j, all but r of them with λ_0
+    score(h) = −(d²(h) + (1/w) Σ_j log λ_j) / 2        over all w directions
 
-w times that is, up to a constant, the log-density of a Gaussian with variances λ / w, whose typical
-states lie at the border. All of it needs the pack's own prompts and the target only, and compares
-between packs.
+Up to a constant, w · score is the log-density of a Gaussian with variances λ / w, whose typical
+states lie at d² = 1. A key depends only on the target and the pack's own prompts, and its scores
+can be compared between packs.
 """
 
 import math
@@ -30,27 +30,27 @@ from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import RouterInfo
 
 MIN_PROMPTS, MAX_PROMPTS = 20, 200
-"""Different prompts that a key is fitted on, at least and at most."""
+"""Least and most different prompts that a key is fitted to."""
 COMPONENTS = 8
-"""Directions kept."""
+"""Principal directions in a key."""
 SHRINKAGE = 0.3
-"""Share of the mean variance mixed into every variance: a few prompts say little of most."""
+"""Share of the mean variance mixed into every variance: few prompts estimate a variance poorly."""
 FOLDS = 5
 ACCEPTED = 0.95
-"""Quantile of the held-out distances that is the unit of the border."""
+"""Quantile of the held-out distances that serves as the unit of distance."""
 REACH = 1.5
-"""Squared distance of the border in that unit. Chosen on training rows (docs/adr/0012)."""
+"""Largest d² that is accepted, in that unit. Chosen on training rows (docs/adr/0012)."""
 ENCODER_REACH = 1.0
-"""The same for states of a sentence encoder, among which all text lies closer together."""
+"""The same for states of a sentence encoder, which lie closer together."""
 _DTYPES = ("<f4", "<f2", "i1")  # of variances, mean and directions, in the order of the payload
 
 
 @dataclass(frozen=True, eq=False)
 class RouterKey:
-    """One pack's key, as precise as its bytes.
+    """The key of one pack, in the precision in which it is stored.
 
     Attributes:
-        info: layer, width, prompts: what the manifest says of it.
+        info: layer, width and number of prompts, as in the manifest.
         mean: μ, (width,) float16. directions: v_k times any length, (components, width) int8.
         variances: λ_0, λ_1, …, (components + 1,) float32.
     """
@@ -62,13 +62,13 @@ class RouterKey:
 
     @classmethod
     def fit(cls, states: Tensor, layer: int, blake3: str, encoder: str | None = None) -> Self:
-        """The key of prompts.
+        """Fit a key to the states of prompts.
 
         Args:
-            states: of the prompts behind `layer`, (prompts, width), unit scale or near it.
+            states: of the prompts after `layer`, (prompts, width), of a norm near 1.
             blake3: digest of the prompts. encoder: name of the model, None for the target.
-        Raises: RowsError for fewer than MIN_PROMPTS states, or states that are all alike, or that
-            no file keeps.
+        Raises: RowsError for fewer than MIN_PROMPTS states, states that are all alike, or states
+            whose key cannot be stored.
         """
         if len(states) < MIN_PROMPTS:
             raise RowsError(
@@ -77,7 +77,9 @@ class RouterKey:
         with one_thread():
             states = states.double()
             mean, directions, variances = _ellipsoid(states)
-            variances = variances * (_held_out(states) * (ENCODER_REACH if encoder else REACH))
+            variances = variances * (
+                _held_out_distance(states) * (ENCODER_REACH if encoder else REACH)
+            )
         if not variances.isfinite().all() or not variances.min() > 0:
             raise RowsError("the prompts are all alike to the target; give prompts that differ")
         info = RouterInfo(
@@ -100,12 +102,12 @@ class RouterKey:
 
     @classmethod
     def of(cls, pack: SkillPack) -> Self | None:
-        """The key that a pack carries, None where it has none. Raises: CorruptPackError."""
+        """The key of a pack, None where it has none. Raises: CorruptPackError."""
         stored = pack.router_key
         return None if stored is None else cls.from_bytes(*stored)
 
     def into(self, pack: SkillPack) -> SkillPack:
-        """The pack with this key in place of its own. Raises: ConfigError as `with_router_key`."""
+        """The pack with this key in place of its own."""
         return pack.with_router_key(self.info, self.to_bytes())
 
     def to_bytes(self) -> bytes:
@@ -123,21 +125,21 @@ class RouterKey:
                 f"the router key has {len(content)} bytes, its description says {info.nbytes}"
             )
         count, width = info.components, info.width
-        variances, rest = _cut(content, _DTYPES[0], (count + 1,))
-        mean, rest = _cut(rest, _DTYPES[1], (width,))
-        directions, _ = _cut(rest, _DTYPES[2], (count, width))
+        variances, rest = _read_tensor(content, _DTYPES[0], (count + 1,))
+        mean, rest = _read_tensor(rest, _DTYPES[1], (width,))
+        directions, _ = _read_tensor(rest, _DTYPES[2], (count, width))
         scaled = bool((variances > 0).all()) and bool(directions.any(dim=1).all())
         if not scaled or not variances.isfinite().all() or not mean.isfinite().all():
             raise CorruptPackError("the router key holds a number that is no scale, or not finite")
         return cls(info, mean, directions, variances)
 
     def distance(self, state: Tensor) -> float:
-        """d² of a state (width,): the pack accepts it up to 1."""
+        """d² of a state (width,); the pack accepts it where d² <= 1."""
         moved = state.double() - self.mean.double()
         return float(_distances(moved[None], self._axes, self.variances.double()))
 
     def score(self, distance: float) -> float:
-        """How well a state at this d² fits the pack, to be compared with other packs."""
+        """Log-density per direction of a state at this d²; comparable between packs."""
         return -(distance + self._log_volume) / 2
 
     @cached_property
@@ -159,11 +161,11 @@ def _ellipsoid(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = states.mean(dim=0)
     _, singular, directions = torch.linalg.svd(states - mean, full_matrices=False)
     observed = singular.square() / (count - 1)
-    kept = min(COMPONENTS, count - 2, width - 1)
-    rest = observed[kept:].sum() / (width - kept)
-    variances = torch.cat([rest[None], observed[:kept]])
-    typical = observed.sum() / width
-    return mean, directions[:kept], torch.lerp(variances, typical, SHRINKAGE)
+    rank = min(COMPONENTS, count - 2, width - 1)
+    rest = observed[rank:].sum() / (width - rank)
+    variances = torch.cat([rest[None], observed[:rank]])
+    average = observed.sum() / width
+    return mean, directions[:rank], torch.lerp(variances, average, SHRINKAGE)
 
 
 def _distances(moved: Tensor, directions: Tensor, variances: Tensor) -> Tensor:
@@ -173,8 +175,8 @@ def _distances(moved: Tensor, directions: Tensor, variances: Tensor) -> Tensor:
     return (along / variances[1:]).sum(dim=1) + rest / variances[0]
 
 
-def _held_out(states: Tensor) -> Tensor:
-    """The ACCEPTED quantile of the distances of prompts to a key that did not see them."""
+def _held_out_distance(states: Tensor) -> Tensor:
+    """The ACCEPTED quantile of the distances of prompts to keys fitted without them."""
     fold = torch.arange(len(states)) % FOLDS
     distances = []
     for number in range(FOLDS):
@@ -183,10 +185,10 @@ def _held_out(states: Tensor) -> Tensor:
     return torch.cat(distances).quantile(ACCEPTED)
 
 
-def _cut(
+def _read_tensor(
     content: bytes | memoryview, dtype: str, shape: tuple[int, ...]
 ) -> tuple[Tensor, bytes | memoryview]:
-    """The first tensor of the bytes, and what follows it."""
+    """Read the first tensor of the bytes; returns it and the bytes behind it."""
     count = math.prod(shape)
     numbers = np.frombuffer(content, dtype, count).astype(np.dtype(dtype).newbyteorder("="))
     return torch.from_numpy(numbers).reshape(shape), content[numbers.nbytes :]

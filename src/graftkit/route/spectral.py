@@ -1,17 +1,13 @@
-"""How strongly packs' deltas answer the inputs of a target's linear modules.
+"""Routing from the packs' weights alone: the pack whose delta responds most to a prompt's states.
 
     ρ = d_in ‖ΔW x‖² / (‖ΔW‖_F² ‖x‖²)          x (d_in,): the input of a linear module, one token
 
-SpectR (arXiv 2504.03454) scores by ‖ΔW x‖, the norm of the delta's answer. Divided by the delta's
-own norm it does not depend on a pack's scale, and an x that has nothing to do with the pack gives
-ρ ≈ 1. The states of a model are far from having nothing to do with each other. So their mean and
-first principal directions are taken out before (all-but-the-top, arXiv 1702.01417), and log ρ
-counts in standard deviations above what neutral text gives, module by module. The target writes
-that text itself: no prompts of any pack are needed.
-
-Routing by the packs' weights alone: whose delta answers what the target makes of a prompt?
-
-The scores are those of graftkit.route.spectral.
+SpectR (arXiv 2504.03454) scores by ‖ΔW x‖, the norm of the delta's output. Dividing by the norms of
+ΔW and x removes the scale of the pack; an x that is independent of the pack gives ρ ≈ 1. The inputs
+of a module have much in common, whatever the text. So their mean and first principal directions are
+removed first (all-but-the-top, arXiv 1702.01417), and log ρ is measured in standard deviations
+above its value on neutral text, module by module. The target generates that text itself: no prompts
+of any pack are needed.
 """
 
 import math
@@ -24,23 +20,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftkit.attachment import bare
-from graftkit.attachment.modules import LowRankUpdate, Update
+from graftkit.attachment import without_packs
 from graftkit.attachment.rows import first_tensor
 from graftkit.attachment.side import linear_updates
 from graftkit.attachment.target import LiveTarget, check_packs
+from graftkit.attachment.updates import LowRankUpdate, Update
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.encoding import context_length, vocabulary_size
 from graftkit.route.base import Route
 from graftkit.route.centroid import MAX_TOKENS
 from graftkit.skillpack import SkillPack
 
+THRESHOLD = 2.25
+"""Standard deviations above neutral text from which on a pack is chosen (docs/adr/0013)."""
+
 NEUTRAL_ROWS, NEUTRAL_TOKENS, NEUTRAL_SEED = 128, 32, 0
 _BACKGROUND_ROWS = 32  # of the neutral ones: a thousand tokens show mean and first directions
 _ROWS_TOGETHER = 16  # in one pass: their inputs of all modules are in memory at once
 _WIDTH_PER_DIRECTION = 100  # directions taken out: width / 100, the rule of arXiv 1702.01417
-_LEAST_RHO = 1e-6  # of an input that a delta does not answer at all
+_LEAST_RHO = 1e-6  # of an input that a delta maps to zero
 _LEAST_STD = 1e-6
+
+# Projections to keys recognize inputs: their deltas tell skills apart far better than those of
+# modules that learn what to answer (docs/adr/0013).
+_KEYS = re.compile(r"(^|\.)(k_proj|key)$")
 
 Sketches = Mapping[str, Mapping[str, Tensor]]
 """By module, then by pack."""
@@ -49,7 +52,7 @@ Sketches = Mapping[str, Mapping[str, Tensor]]
 def sketch_update(update: Update) -> Tensor | None:
     """S (k, in) with ‖S x‖² = in · ‖ΔW x‖² / ‖ΔW‖_F², float32; None where ΔW is zero.
 
-    S has the right factor of ΔW's QR decomposition: rotating the outputs changes no norm.
+    S is R of the QR decomposition of ΔW, scaled: rotating the outputs does not change their norm.
     """
     if isinstance(update, LowRankUpdate):
         outer = torch.linalg.qr(update.left.float(), mode="r").R
@@ -96,17 +99,17 @@ class Background:
         return cls(mean, directions.T[:count])
 
     def remove(self, x: Tensor) -> Tensor:
-        """What is peculiar to inputs x (..., in), float32."""
+        """Inputs x (..., in) without what they have in common, float32."""
         x = x.float() - self.mean
         return x - (x @ self.directions.T) @ self.directions
 
 
 @dataclass(frozen=True)
 class NeutralStatistics:
-    """log ρ of one pack in one module on neutral text: its mean, and how far it strays.
+    """log ρ of one pack in one module on neutral text.
 
     Attributes:
-        std: of the means of whole rows.
+        mean: over all tokens. std: of the means of the rows.
     """
 
     mean: float
@@ -120,13 +123,17 @@ class NeutralStatistics:
 
 
 class Responses:
-    """log ρ of several packs, in standard deviations above neutral text, on the bare target.
+    """log ρ of several packs on the bare target, in standard deviations above neutral text.
 
-    A pack's numbers depend on nothing but the pack, the target and the text.
+    A pack's numbers depend only on the pack, the target and the text.
     """
 
     def __init__(self, model: Any, sketches: Sketches):
-        """Have the model write neutral text, and measure it; `sketches` as of `sketch_pack`."""
+        """Generate neutral text and measure it.
+
+        Args:
+            sketches: by module, then by pack, from `sketch_pack`.
+        """
         self._model = model
         rows = neutral_tokens(model)
         inputs: dict[str, list[Tensor]] = {}
@@ -139,47 +146,47 @@ class Responses:
         values: dict[tuple[str, str], list[Tensor]] = {}
         for batch in torch.split(rows, _ROWS_TOGETHER):
             for module, x in module_inputs(model, batch, self._sketches).items():
-                for pack, found in self._log_rho(module, x).items():
-                    values.setdefault((module, pack), []).append(found)
+                for pack, log_ratio in self._log_rho(module, x).items():
+                    values.setdefault((module, pack), []).append(log_ratio)
         self._neutral = {
-            place: NeutralStatistics.of(torch.cat(found)) for place, found in values.items()
+            place: NeutralStatistics.of(torch.cat(parts)) for place, parts in values.items()
         }
 
     def of_row(self, ids: Sequence[int]) -> dict[str, dict[str, float]]:
         """By module and pack: the mean over one row's tokens, in deviations of neutral rows."""
-        found = {}
+        scores = {}
         tokens = torch.tensor([ids])
         for module, x in module_inputs(self._model, tokens, self._sketches).items():
             means = {
                 pack: float(values.mean()) for pack, values in self._log_rho(module, x).items()
             }
             neutral = {pack: self._neutral[module, pack] for pack in means}
-            found[module] = {
+            scores[module] = {
                 pack: (mean - neutral[pack].mean) / neutral[pack].std
                 for pack, mean in means.items()
             }
-        return found
+        return scores
 
     def _log_rho(self, module: str, x: Tensor) -> dict[str, Tensor]:
-        peculiar = self._backgrounds[module].remove(x)
-        return {pack: log_rho(sketch, peculiar) for pack, sketch in self._sketches[module].items()}
+        centred = self._backgrounds[module].remove(x)
+        return {pack: log_rho(sketch, centred) for pack, sketch in self._sketches[module].items()}
 
 
 def sketch_pack(
-    target: LiveTarget, pack: SkillPack, wanted: Callable[[str], bool]
+    target: LiveTarget, pack: SkillPack, selects: Callable[[str], bool]
 ) -> dict[str, Tensor]:
-    """Sketches of a checked pack's deltas in the linear modules that are wanted by name."""
-    updates = linear_updates(target, pack, wanted)
-    found = {name: sketch_update(update) for name, update in updates.items()}
-    return {name: sketch for name, sketch in found.items() if sketch is not None}
+    """Sketches of a checked pack's deltas in the linear modules whose names `selects` accepts."""
+    updates = linear_updates(target, pack, selects)
+    sketches = {name: sketch_update(update) for name, update in updates.items()}
+    return {name: sketch for name, sketch in sketches.items() if sketch is not None}
 
 
 def neutral_tokens(model: Any) -> Tensor:
-    """Text that the target writes by itself after one random token: (rows, tokens), seeded."""
+    """Text that the target generates after one random token: (rows, tokens), seeded."""
     generator = torch.Generator().manual_seed(NEUTRAL_SEED)
     last = torch.randint(vocabulary_size(model), (NEUTRAL_ROWS, 1), generator=generator)
     tokens, past = [last], None
-    with torch.no_grad(), bare(model):
+    with torch.no_grad(), without_packs(model):
         for _ in range(NEUTRAL_TOKENS - 1):
             output = model(input_ids=last.to(model.device), past_key_values=past, use_cache=True)
             past = output.past_key_values
@@ -195,50 +202,42 @@ def neutral_tokens(model: Any) -> Tensor:
 
 
 def module_inputs(model: Any, ids: Tensor, modules: Iterable[str]) -> dict[str, Tensor]:
-    """What modules read while the bare target runs on ids (rows, tokens): (rows, tokens, in).
+    """Inputs of modules while the bare target runs on ids (rows, tokens): (rows, tokens, in).
 
-    Heads do not run. A module that reads other tokens than these, such as an expert, is left out.
+    Heads do not run. A module that sees only some of the tokens, such as an expert, is left out.
     """
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def read(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         x = first_tensor([args, kwargs])
         if x is not None and x.shape[:-1].numel() == ids.numel():
-            found[name] = x.reshape(*ids.shape, -1).clone()
+            inputs[name] = x.reshape(*ids.shape, -1).clone()
 
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(partial(read, name), with_kwargs=True)
         for name in modules
     ]
     try:
-        with torch.no_grad(), bare(model):
+        with torch.no_grad(), without_packs(model):
             model.base_model(input_ids=ids.to(model.device))
     finally:
         for hook in hooks:
             hook.remove()
-    return found
-
-
-THRESHOLD = 2.25
-"""Standard deviations above neutral text from which on a pack is chosen (docs/adr/0013)."""
-
-# Projections to keys recognize inputs: their deltas tell skills apart far better than those of
-# modules that learn what to answer (docs/adr/0013).
-_KEYS = re.compile(r"(^|\.)(k_proj|key)$")
+    return inputs
 
 
 class SpectralRouter:
-    """Gives a prompt to the pack that answers it most, or to the target where none does enough.
+    """Routes a prompt to the pack whose delta responds most, or to the target below THRESHOLD.
 
         score_i = mean over modules m of (mean over tokens of log ρ_im - μ_im) / σ_im
 
-    with μ and σ of neutral text. The modules are a pack's key projections, or all of its linear
-    modules where it changes no keys. A pack that changes no linear module has no score and is never
-    chosen. Every prompt runs alone, so that its route does not depend on the others by a bit.
+    with μ and σ of neutral text. The modules are the key projections that a pack changes, or all of
+    its linear modules where it changes none. A pack that changes no linear module has no score and
+    is never chosen. Every prompt runs alone, so that its route does not depend on the others.
     """
 
     def __init__(self, model: Any, tokenizer: Any, packs: Mapping[str, SkillPack]):
-        """Read the packs' deltas, and measure them on neutral text.
+        """Sketch the packs' deltas, and measure them on neutral text.
 
         Args:
             model, tokenizer: the target of the packs; any packs may be attached beside it.
@@ -259,17 +258,17 @@ class SpectralRouter:
         return [self._route(_prompt_tokens(self._model, self._tokenizer, p)) for p in prompts]
 
     def _route(self, ids: list[int]) -> Route:
-        found: dict[str, list[float]] = {}
+        by_name: dict[str, list[float]] = {}
         for by_pack in (self._responses.of_row(ids) if ids else {}).values():
             for name, score in by_pack.items():
-                found.setdefault(name, []).append(score)
-        scores = {name: sum(values) / len(values) for name, values in found.items()}
+                by_name.setdefault(name, []).append(score)
+        scores = {name: sum(values) / len(values) for name, values in by_name.items()}
         best = _clear_best(scores)
         return Route({} if best is None else {best: 1.0}, scores)
 
 
 def _prompt_tokens(model: Any, tokenizer: Any, prompt: str) -> list[int]:
-    """What a router reads of a prompt: its first tokens, none of an empty one."""
+    """The first tokens of a prompt, which the router reads."""
     ids: list[int] = tokenizer.encode(prompt, add_special_tokens=True) if prompt else []
     return ids[: min(MAX_TOKENS, context_length(model) or MAX_TOKENS)]
 
@@ -295,7 +294,7 @@ def _measure(model: Any, by_pack: Mapping[str, Mapping[str, Tensor]]) -> Respons
     return Responses(
         model,
         {
-            module: {name: found[module] for name, found in by_pack.items() if module in found}
+            module: {name: own[module] for name, own in by_pack.items() if module in own}
             for module in modules
         },
     )

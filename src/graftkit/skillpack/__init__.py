@@ -1,9 +1,13 @@
-"""SkillPack: what a tuned model learned beyond its target, as one file (docs/skillpack-format.md).
+"""SkillPack: the delta of a tuned model as one file (docs/skillpack-format.md).
 
-pack       a pack in memory or mapped from a file: tensors out, file in and out
-manifest   what a pack says about itself, as pydantic models
-container  the bytes of the file: a safetensors header, checked before anything is read
-validate   the rules that a manifest and its payloads keep
+From the file to a tensor:
+
+container  the bytes of the file: header and entries, checked before a payload is read
+manifest   the schema of the manifest: target, side files, one record per tensor
+validate   every rule between the fields of a manifest
+pack       `SkillPack`: the target's tensors and side files in, the tuned model's out
+
+The payloads themselves are checked where they are decoded, in `graftkit.compress`.
 """
 
 from graftkit.skillpack.pack import SkillPack

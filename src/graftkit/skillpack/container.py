@@ -1,10 +1,10 @@
-"""The file around the manifest: written in one stream, read with every check before any use.
+"""The bytes of a pack: a safetensors file with a manifest in its metadata, payloads behind it.
 
-A container is a safetensors file with a manifest in its metadata and contiguous entries of bytes.
+It is written in one stream. When it is read, header, manifest, entries and digests are checked
+before a payload is used (docs/skillpack-format.md, sections 1 and 5).
 """
 
 import json
-import mmap
 import os
 import re
 import struct
@@ -21,7 +21,7 @@ from graftkit.errors import (
     PackFormatError,
     UnsupportedVersionError,
 )
-from graftkit.files import replaced_file
+from graftkit.files import mapped_file, replaced_file
 from graftkit.skillpack.manifest import (
     FILE_PREFIX,
     FORMAT_VERSION,
@@ -82,8 +82,13 @@ def _entries(manifest: Manifest, sizes: Mapping[str, int]) -> list[tuple[str, in
 def write_container(
     path: Path, manifest: Manifest, payload: Callable[[str], bytes | memoryview]
 ) -> None:
-    """Write a pack. `payload(name)` is called once per payload, in the order of the file, twice
-    over: for the sizes and for the bytes. Raises: OutputError, also for what no reader takes."""
+    """Write a pack.
+
+    Args:
+        payload: gives a payload by name; called for all of them in the order of the file, first for
+            their sizes, then for their bytes.
+    Raises: OutputError, also for a pack that a reader would refuse.
+    """
     sizes = {name: len(payload(name)) for name in manifest.payload_order}
     parts = (payload(name) for name in manifest.payload_order)
     try:
@@ -96,7 +101,7 @@ def write_container(
 
 
 def readable_header(manifest: Manifest, sizes: Mapping[str, int]) -> bytes:
-    """`build_header`, after every check that a reader makes before it looks at payloads.
+    """`build_header`, after every check that a reader makes before it reads payloads.
 
     Raises: PackFormatError.
     """
@@ -130,9 +135,9 @@ def _write_parts(path: Path, header: bytes, parts: Iterable[bytes | memoryview])
 
 
 def read_container(path: Path) -> tuple[Manifest, dict[str, memoryview], int]:
-    """Open and check a pack: manifest, payloads by name (mapped, not copied), file bytes.
+    """Open and check a pack: manifest, payloads by name (mapped, not copied), size of the file.
 
-    Raises: PackFormatError and its kinds; the message starts with the path.
+    Raises: PackFormatError, UnsupportedVersionError, CorruptPackError; each names the path.
     """
     with _reading(path) as view:
         manifest, payloads = parse_pack(view)
@@ -141,29 +146,25 @@ def read_container(path: Path) -> tuple[Manifest, dict[str, memoryview], int]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[memoryview]:
-    """A container's bytes, mapped; what the block finds wrong is said of `path`.
+    """The mapped bytes of a file; errors of the block are raised again with the path in front.
 
-    Raises: PackFormatError and its kinds; the message starts with the path.
+    Raises: PackFormatError, UnsupportedVersionError, CorruptPackError.
     """
     try:
-        with path.open("rb") as file:
-            if not os.fstat(file.fileno()).st_size:  # which cannot be mapped
-                raise CorruptPackError("0 bytes are too few for a SkillPack", PackFault.TRUNCATED)
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        yield view
+        yield mapped_file(path)
     except OSError as error:
         raise PackFormatError(
             f"{path}: cannot be read ({error.strerror or error})", PackFault.NOT_A_SKILLPACK
         ) from error
     except PackFormatError as error:
-        # What a hostile file names can be as long as the file.
+        # Names in a hostile file can be as long as the file.
         raise type(error)(f"{path}: {str(error)[:_MAX_MESSAGE]}", error.fault) from error
 
 
 def parse_pack(view: memoryview) -> tuple[Manifest, dict[str, memoryview]]:
     """Manifest and payloads by name of a pack in memory, after all checks.
 
-    Raises: PackFormatError and its kinds.
+    Raises: PackFormatError, UnsupportedVersionError, CorruptPackError.
     """
     text, header, data = _parse_header(view)
     manifest = parse_manifest(text)
@@ -173,7 +174,7 @@ def parse_pack(view: memoryview) -> tuple[Manifest, dict[str, memoryview]]:
 def _parse_header(view: memoryview) -> tuple[str, dict[str, object], memoryview]:
     """The manifest's text, checked against its digest; entries; what follows the header.
 
-    Raises: PackFormatError and its kinds.
+    Raises: PackFormatError, UnsupportedVersionError, CorruptPackError.
     """
     if len(view) < _LENGTH.size:
         raise CorruptPackError(
@@ -208,9 +209,9 @@ def _manifest_text(metadata: object) -> str:
             PackFault.NOT_A_SKILLPACK,
         )
     version = metadata.get("version")
-    if version == "1":
+    if version in [str(older) for older in range(1, FORMAT_VERSION)]:
         raise UnsupportedVersionError(
-            f"format version 1; this graftkit reads version {FORMAT_VERSION}, "
+            f"format version {version}; this graftkit reads version {FORMAT_VERSION}, "
             "pack the models again",
             PackFault.OLDER_VERSION,
         )
@@ -269,7 +270,7 @@ def _payloads(
 def _cut_entries(
     order: tuple[str, ...], header: Mapping[str, object], data: memoryview
 ) -> dict[str, memoryview]:
-    """The bytes of every entry. `order`: the entries there must be, in the order of the file.
+    """The bytes of every entry. `order`: names of the required entries, in the order of the file.
 
     Raises: CorruptPackError.
     """

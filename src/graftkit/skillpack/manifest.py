@@ -1,4 +1,7 @@
-"""The manifest of a pack: frozen settings with a JSON schema (docs/skillpack-format.md, 2)."""
+"""The schema of the manifest: frozen settings, from which the JSON schema is made.
+
+docs/skillpack-format.md, section 2, says what the fields mean.
+"""
 
 import json
 import math
@@ -101,7 +104,7 @@ class FileRecord(Settings):
 
 
 class RouterInfo(Settings):
-    """The key by which a router finds the pack for a prompt."""
+    """Description of a router key, by which a router chooses packs for a prompt."""
 
     layer: Annotated[int, Field(ge=1, le=65_535)]
     """Layers of the target (or encoder) behind which a prompt's states are pooled."""
@@ -179,7 +182,7 @@ class TensorRecord(Settings):
 
 
 class Manifest(Settings):
-    """Everything a pack says about itself."""
+    """The manifest of a pack."""
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)] = FORMAT_VERSION
     """Version of the format."""
@@ -214,7 +217,7 @@ class Manifest(Settings):
     payload_blake3: Digest | None = None
     """Digest of all payloads, one behind the other; absent where nothing is stored."""
     router: RouterInfo | None = None
-    """The key by which prompts find the pack; absent where it has none."""
+    """Description of the router key; absent where there is none."""
 
     def to_json(self) -> str:
         """Compact JSON without defaults; the same manifest gives the same text."""

@@ -1,10 +1,8 @@
-"""SkillPack: what a tuned model learned beyond its target, as one file (docs/skillpack-format.md).
+"""SkillPack: the target's tensors and side files in, the tuned model's out.
 
-A pack knows nothing of live models: it turns the target's tensors into the tuned model's.
-
-Side files in a pack: the middle part that differs from the target's file, deflated.
-
-What a pack holds, in numbers: for `pack --json`, `inspect` and tables.
+A pack is in memory or mapped from a file, and knows nothing of live models. Of a side file it holds
+the middle part that differs from the target's, deflated. `pack_summary` gives its sizes and errors
+for tables and `--json`.
 """
 
 import zlib
@@ -33,7 +31,7 @@ from graftkit.compress.exact import decode_exact
 from graftkit.compress.factors import Factors
 from graftkit.compress.factors import load as load_plain_factors
 from graftkit.errors import ConfigError, CorruptPackError, GraftError, PackFault, PackMismatchError
-from graftkit.side_files import SIDE_FILES, carried_names, is_side_file
+from graftkit.side_files import SIDE_FILES, copied_names, is_side_file
 from graftkit.skillpack.container import (
     build_header,
     file_entry,
@@ -119,9 +117,7 @@ class SkillPack:
 
     def __copy__(self) -> Self:
         """Another object with the same manifest and payloads."""
-        twin = type(self).__new__(type(self))
-        twin.__dict__.update(self.__dict__)
-        return twin
+        return type(self)(self.manifest, self._payloads)
 
     def __deepcopy__(self, memo: object) -> Self:
         """The pack itself: nothing in it ever changes."""
@@ -167,7 +163,7 @@ class SkillPack:
             return describe_payload(record.codec, body, self._common_shape(record), record.layout)
 
     def decode(self, name: str, target: Tensor) -> Tensor:
-        """The tuned model's tensor as the pack knows it.
+        """Rebuild the tuned model's tensor.
 
         Args:
             target: the target's tensor of that name (or of `record.base`), in the checkpoint's
@@ -267,7 +263,7 @@ class SkillPack:
 
     @property
     def router_key(self) -> tuple[RouterInfo, memoryview] | None:
-        """Description and bytes of the key by which prompts find this pack, None where it has none.
+        """Description and bytes of the router key of this pack, None where it has none.
 
         `graftkit.route.key.RouterKey.from_bytes` reads them.
         """
@@ -275,7 +271,7 @@ class SkillPack:
         return None if router is None else (router, self._payloads[ROUTER_ENTRY])
 
     def with_router_key(self, info: RouterInfo, content: bytes) -> Self:
-        """The same pack with this key in place of its own.
+        """The same pack with this router key in place of its own.
 
         Raises: ConfigError for a target whose tensor takes the name of the key's payload;
             CorruptPackError for bytes that the description does not fit.
@@ -294,7 +290,7 @@ class SkillPack:
     def check_target(
         self, read: Callable[[str], Tensor], names: set[str], where: str, digests: bool = True
     ) -> None:
-        """Refuse everything but the pack's own target; nothing is changed.
+        """Refuse any model but the pack's own target.
 
         Args:
             read: gives a tensor of the candidate by name. names: all its tensor names.
@@ -353,11 +349,9 @@ class SkillPack:
 
 
 def _finite(tensor: Tensor, target: Tensor | None = None) -> Tensor:
-    """Refuse what no writer wrote: NaN or infinite weights where the target's are finite.
+    """The tensor, with the target's weights where those are NaN or infinite.
 
-    Where the target's are not, they are unchanged to the bit.
-
-    Raises: CorruptPackError.
+    Raises: CorruptPackError for NaN or infinite weights where the target's are finite.
     """
     if not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor)):
         return tensor
@@ -368,7 +362,7 @@ def _finite(tensor: Tensor, target: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def _naming(record: TensorRecord) -> Iterator[None]:
-    """Put the tensor's name in front of what its payload is accused of."""
+    """Name the tensor in the error of a damaged payload."""
     try:
         yield
     except CorruptPackError as error:
@@ -384,9 +378,9 @@ _STORED_WHOLE = ("config.json", "generation_config.json")
 
 
 def changed_files(target: Checkpoint, tuned: Checkpoint) -> list[tuple[FileRecord, bytes]]:
-    """Records and payloads of the side files that `tuned` has otherwise than `target`."""
+    """Records and payloads of the side files of `tuned` that `target` lacks or that differ."""
     changed = []
-    others = [name for name in carried_names(tuned.path) if is_side_file(name)]
+    others = [name for name in copied_names(tuned.path) if is_side_file(name)]
     for name in dict.fromkeys((*SIDE_FILES, *others)):
         new, old = tuned.side_file(name), target.side_file(name)
         if new is not None and new != old:

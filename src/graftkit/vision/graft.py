@@ -11,7 +11,7 @@ checkpoint for every epoch of a fine-tuning. A run that was killed continues fro
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -41,11 +41,17 @@ from graftkit.vision.choose import (
     paper_head,
 )
 from graftkit.vision.donors import open_donor
-from graftkit.vision.evaluate import Measurement, measure
+from graftkit.vision.evaluate import measure, measure_int8
 from graftkit.vision.features import ALL_VIEWS, UPRIGHT_VIEWS
-from graftkit.vision.images import ImageSet, open_images
+from graftkit.vision.images import open_images
 from graftkit.vision.report import write_report
-from graftkit.vision.results import cuts_record, networks_record, warnings_of, write_json
+from graftkit.vision.results import (
+    MeasuredNetworks,
+    cuts_record,
+    networks_record,
+    warnings_of,
+    write_json,
+)
 from graftkit.vision.rootstock import Rootstock
 from graftkit.vision.training import (
     SoftLabels,
@@ -115,7 +121,7 @@ def graft(
         no rootstock keeps the budget; OutputError when a file cannot be written.
     """
     inputs = [data, *([donor] if isinstance(donor, str | Path) else [])]
-    CostBudget.parse(settings.budget)
+    CostBudget.parse(settings.budget)  # one that is not understood leaves no folder behind
     with own_folder(output, "vision graft", inputs) as folder:
         run = GraftRun(settings, Path(cache or folder / "cache"), progress)
         return run.run(donor, Path(data), folder)
@@ -131,10 +137,10 @@ class GraftRun:
     def __init__(self, settings: GraftSettings, cache: Path, progress: Progress = silent) -> None:
         self.settings, self.cache, self.progress = settings, cache, progress
         self.budget = CostBudget.parse(settings.budget)
+        self.started = time.monotonic()
 
     def run(self, donor: str | Path | nn.Module, data: Path, output: Path) -> dict[str, Any]:
         """All phases, into the folder `output`. Returns: what graft.json holds."""
-        started = time.monotonic()
         _make_folders(self.cache, output / BASELINES)
         cuts = self.prepare(donor, data)
         # An impossible budget is refused here, before an hour of training.
@@ -143,20 +149,13 @@ class GraftRun:
             networks = self.fit(cuts, choice)
         else:
             tuned = trained_donor(self.trainer(cuts), cuts.donor, cuts.images)
-            pretrained, cuts = (
-                cuts,
-                cuts.after_fine_tuning(tuned.rootstock, self.cache, self.progress),
-            )
+            pretrained = cuts
+            cuts = pretrained.after_fine_tuning(tuned.rootstock, self.cache, self.progress)
             choice = self.choose(cuts, thin=True)
             networks = self.train(cuts, choice, tuned, pretrained)
-        measured: dict[str, tuple[TrainedNetwork, Measurement]] = {}
-        notes: list[str] = []
-        for network in networks:
-            if isinstance(network, str):
-                notes.append(network)
-            else:
-                measured[network.name] = network, self.measure(network, cuts, output)
-        return self.report(cuts, choice, measured, notes, started, output)
+        measured, notes = self.measure(networks, cuts, output)
+        int8 = self.quantize(measured, cuts, output)
+        return self.report(cuts, choice, measured, int8, notes, output)
 
     def prepare(self, donor: str | Path | nn.Module, data: Path) -> DonorCuts:
         """Read the images, open the donor, and measure the accuracy and cost of every cut."""
@@ -218,25 +217,43 @@ class GraftRun:
             head = choice.probe.trainable_head()
         return assemble(choice.donor, choice.scion, classes, head)
 
-    def measure(self, network: TrainedNetwork, cuts: DonorCuts, output: Path) -> Measurement:
-        """Export a network, and measure its ONNX file on validation and test images."""
-        if network.name == ROOTSTOCK:
-            file = output / "rootstock.onnx"
-        else:
-            file = output / BASELINES / f"{file_stem(network.name)}.onnx"
-        return measure(network.rootstock, cuts.images, file, cuts.donor.name)
+    def measure(
+        self, networks: Iterable[TrainedNetwork | str], cuts: DonorCuts, output: Path
+    ) -> tuple[MeasuredNetworks, list[str]]:
+        """Export every network as soon as it is trained, and measure its ONNX file.
+
+        Returns: the networks by name, and sentences about those that were left out.
+        """
+        measured: MeasuredNetworks = {}
+        notes: list[str] = []
+        for network in networks:
+            if isinstance(network, str):
+                notes.append(network)
+                continue
+            if network.name == ROOTSTOCK:
+                file = output / "rootstock.onnx"
+            else:
+                file = output / BASELINES / f"{file_stem(network.name)}.onnx"
+            measurement = measure(network.rootstock, cuts.images, file, cuts.donor.name)
+            measured[network.name] = network, measurement
+        return measured, notes
+
+    def quantize(self, measured: MeasuredNetworks, cuts: DonorCuts, output: Path) -> dict[str, Any]:
+        """Quantize the rootstock into rootstock.int8.onnx, and measure that file."""
+        fp32 = measured[ROOTSTOCK][1].file
+        return measure_int8(fp32, cuts.images, output / "rootstock.int8.onnx")
 
     def report(
         self,
         cuts: DonorCuts,
         choice: ScionChoice,
-        measured: dict[str, tuple[TrainedNetwork, Measurement]],
+        measured: MeasuredNetworks,
+        int8: dict[str, Any],
         notes: list[str],
-        started: float,
         output: Path,
     ) -> dict[str, Any]:
-        """Write rootstock.int8.onnx, graft.json and report.html. Returns: what graft.json holds."""
-        settings, (_, rootstock) = self.settings, measured[ROOTSTOCK]
+        """Write graft.json and report.html. Returns: what graft.json holds."""
+        settings = self.settings
         result = {
             "method": settings.method,
             "frozen": settings.freeze,
@@ -245,12 +262,12 @@ class GraftRun:
             "seed": settings.seed,
             "baselines_trained": settings.baselines,
             **cuts_record(cuts, choice, self.budget),
-            **networks_record(measured, cuts.images, output / "rootstock.int8.onnx"),
+            **networks_record(measured, cuts.images),
+            **int8,
         }
-        images: ImageSet = cuts.images
-        warnings = warnings_of(result, self.budget, rootstock)
-        result["warnings"] = [*images.warnings, *cuts.donor.notes, *notes, *warnings]
-        result["seconds"] = round(time.monotonic() - started, 1)
+        warnings = warnings_of(result, self.budget, measured[ROOTSTOCK][1])
+        result["warnings"] = [*cuts.images.warnings, *cuts.donor.notes, *notes, *warnings]
+        result["seconds"] = round(time.monotonic() - self.started, 1)
         write_json(result, output / "graft.json")
         write_report(result, output / "report.html")
         return result

@@ -20,13 +20,15 @@ from graftkit.config import VERSION
 from graftkit.files import replaced_file
 from graftkit.vision.baselines import DONOR, LAST_LAYER, ROOTSTOCK
 from graftkit.vision.choose import CostBudget, DonorCuts, ScionChoice
-from graftkit.vision.evaluate import Measurement, accuracy_lead, measure_int8
+from graftkit.vision.evaluate import Measurement, accuracy_lead
 from graftkit.vision.features import POOLINGS
 from graftkit.vision.images import SPLITS, ImageSet
 from graftkit.vision.thinning import hidden_channels
 from graftkit.vision.training import TrainedNetwork
 
 Result = Mapping[str, Any]
+MeasuredNetworks = dict[str, tuple[TrainedNetwork, Measurement]]
+"""By name: the rootstock, and what it is compared with."""
 SHOWN_MISTAKES = 24
 INT8_DROP = 0.01  # of validation accuracy, above which the report warns
 SAME_SIZE = 1.02  # of the rootstock's bytes: equal parameters in a few more nodes count as equal
@@ -51,13 +53,8 @@ def cuts_record(cuts: DonorCuts, choice: ScionChoice, budget: CostBudget) -> dic
     }
 
 
-def networks_record(
-    measured: Mapping[str, tuple[TrainedNetwork, Measurement]], images: ImageSet, int8_file: Path
-) -> dict[str, Any]:
-    """The rootstock's numbers, and under `baselines` those of the others with its lead over them.
-
-    Writes the rootstock's int8 form to `int8_file`, and measures it.
-    """
+def networks_record(measured: MeasuredNetworks, images: ImageSet) -> dict[str, Any]:
+    """The rootstock's numbers, and under `baselines` the others' with its lead over them."""
     network, rootstock = measured[ROOTSTOCK]
     records = {
         name: one.to_record(images.classes) | {"draws": list(trained.draws)}
@@ -69,7 +66,6 @@ def networks_record(
         record |= {"lead": lead, "lead_interval": list(interval)}
     return {
         **own,
-        **measure_int8(rootstock.file, images, int8_file),
         "confusion": [list(row) for row in rootstock.test.confusion],
         "baselines": records,
         "mistakes": _mistakes(rootstock, images),

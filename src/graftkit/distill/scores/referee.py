@@ -10,9 +10,9 @@ plain arguments. Any other object of the answer stays in its process, and the te
 compare it, or to compute with it, is refused, and the verdict is REFUSED. The answer can request
 nothing, so the worst that it can send is a wrong value.
 
-The tests' process alone writes the verdict, to standard output: PASSED, REFUSED, or the class of
-the exception that ended the tests; nothing where the answer's process is gone. This file imports
-nothing of graftkit, and the sandbox shows no other file of it.
+The tests' process alone writes the verdict, to standard output: PASSED, REFUSED, or RAISED and
+the class of the exception that ended the tests; nothing where the answer's process is gone. This
+file imports nothing of graftkit, and the sandbox shows no other file of it.
 """
 
 import _thread
@@ -29,7 +29,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-PASSED, REFUSED = "passed:", "refused:"  # with a colon, which no class has in its name
+PASSED, REFUSED, RAISED = "passed", "refused", "raised "  # the last with a class, of any name
 MESSAGE_BYTES = 2**26
 FILES_BYTES, MOST_FILES = 2**26, 256  # of each process
 BUILTINS = {name: value for name, value in vars(builtins).items() if name[0] != "_"}
@@ -339,7 +339,7 @@ class Tests:
             exec(compile(source, "<tests>", "exec"), names)
             verdict = PASSED
         except BaseException as error:
-            verdict = type(error).__name__
+            verdict = RAISED + type(error).__name__
         return REFUSED if Tests.refused else verdict
 
     def request(self, operation: str, *arguments: Any) -> Any:

@@ -22,7 +22,7 @@ from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
 from graftkit.errors import CheckpointError, SourceError
 from graftkit.models.encoding import context_length, pad_id, usable_tokenizer, vocabulary_size
-from graftkit.models.loading import empty_model, load_model, quiet
+from graftkit.models.loading import empty_model, load_model, silence_transformers
 from graftkit.rows import batches_by_length, pad_batch
 
 _Options: Any = GenerationConfig  # its constructor has no types
@@ -189,7 +189,7 @@ class LocalModel:
         options = {"eos_token_id": stops or None, "pad_token_id": pad_id(self.tokenizer)}
         room = self._room(max(map(len, encoded)))
         try:
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), silence_transformers():
                 cache = self._read(model, ids[:, :-1], mask[:, :-1])
                 ids, mask = (each.repeat_interleave(self._samples, dim=0) for each in (ids, mask))
                 sampler = Sampler(self.settings, stops, mask, seed)

@@ -139,3 +139,11 @@ def test_the_order_of_answers_of_other_prompts_does_not_matter():
     second = [scored(1, "a", 0, 0.65), scored(1, "a", 1, 0.6)]
     together, turned = run(first + second), run(second + first)
     assert set(chosen(together)) == set(chosen(turned))
+
+
+def test_an_answer_that_a_rule_cannot_judge_is_neither_chosen_nor_rejected():
+    answers = [scored(0, "a", 0, 1.0), scored(0, "a", 1, 0.0, failed="error: code: more")]
+    found = run(answers, graded=False, pairs="checked")
+    assert [row.answer.key for row in found.rows] == [(0, "a", 0)]
+    assert not found.pairs
+    assert found.dropped_pairs == {"all pass": 1}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from distill.server import CompletionServer, Fault, Reply, echo
 from distill.tiny import tiny_llama, write_jsonl
+from killing import Forked
 
 from graftkit.distill.config import DistillConfig, Prompts
 from graftkit.distill.records import Prompt, read_lines
@@ -257,29 +258,17 @@ def test_the_key_is_in_no_file_that_a_run_leaves(tmp_path, monkeypatch):
     assert not any(b"very-secret" in each for each in content)
 
 
-KILLED = """
-import sys, torch
-from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
-torch.set_num_threads(1)
-from distill.test_sampling import configuration, sample
-settings = {"kind": "model", "model": sys.argv[3], "max_new_tokens": 32}
-sample(configuration(settings), Path(sys.argv[4]))
-"""
-
-
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path, tiny):
     config = configuration({"kind": "model", "model": str(tiny), "max_new_tokens": 32})
     expected = sample(config, tmp_path / "whole")
     folder = tmp_path / "killed"
     journal = folder / "samples.partial" / "model.jsonl"
-    arguments = [SRC, SRC.parent / "tests", tiny, folder]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, arguments)])
-    while process.poll() is None and not (journal.exists() and journal.stat().st_size > 400):
+    killed = Forked(lambda: len(sample(config, folder)) and None)
+    while not (journal.exists() and journal.stat().st_size > 400):
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.end() == -signal.SIGKILL
     kept = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
     assert 1 < len(kept) < 13
     assert sample(config, folder) == expected
