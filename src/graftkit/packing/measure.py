@@ -381,7 +381,7 @@ def load_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
     if content is None:
         return None
     arrays = {name: np.array(content[name]) for name in ("energies", "norms", "spread")}
-    kept_energy = tuple((share, kept) for share, kept in content["kept_energy"])
+    kept_energy = tuple((share, energy) for share, energy in content["kept_energy"])
     fields = {"shape": tuple(content["shape"]), "kept_energy": kept_energy}
     return MatrixFacts(**(content | arrays | fields))
 
