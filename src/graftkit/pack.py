@@ -47,21 +47,23 @@ def pack_delta(
         target, tuned: Hugging Face directories or Hub ids of the two states of one model.
         budget: largest file: 5%, 12MB or 1.0bpp; default 5% (lossless: none).
         recipe: auto, graftllm or lossless.
-        calibration: rows.jsonl on which activations are measured; None compresses data-free.
-        prompts: 20 or more prompts of the skill, or a rows.jsonl with them: the pack then carries
-            a key by which a router finds it, counted in the budget.
-        seed: picks the calibration rows and the prompts where there are more than are used.
-        workers: tensors in work at the same time, default one per core; the bytes are the same.
-        servable: keep to factors whose side path adds at most a quarter of a matrix's
+        calibration: rows.jsonl on which activations are measured; None compresses without data.
+        prompts: 20 or more prompts of the skill, or a rows.jsonl with them. The pack then has a key
+            by which a router finds it, which counts in the budget.
+        seed: picks calibration rows and prompts if there are more than are used.
+        workers: tensors in work at the same time, default one per core. The bytes do not depend on
+            it.
+        servable: use only factors whose side path adds at most a quarter of a matrix's
             multiply-accumulates (recipe auto).
-        train_steps: steps of code training after coding (recipe auto with calibration); 0: none.
-        licence, provenance: where the skill comes from, for the manifest; counted in the budget.
-        work_dir: folder for finished steps; a later call with the same inputs goes on from
-            there. It is left behind on success and removed when the inputs are refused.
+        train_steps: steps of code training (recipe auto with calibration), default 400; 0 for none.
+        licence, provenance: where the skill comes from, for the manifest; they count in the budget.
+        work_dir: folder of finished steps; a later call with the same inputs continues there. It
+            stays after success, and is removed if the inputs are refused.
         progress: called with (step, done, total).
     Returns: the pack; `save` writes it.
-    Raises: CheckpointError, CheckpointMismatchError, RowsError, ConfigError, BudgetError,
-        OutputError.
+    Raises: CheckpointError for a checkpoint that cannot be read; CheckpointMismatchError for states
+        of two models; RowsError; ConfigError for wrong arguments; BudgetError for a budget that
+        nothing fits; OutputError if the work folder cannot be written.
     """
     config = PackConfig.checked(
         recipe,
@@ -80,7 +82,7 @@ def pack_delta(
 
 @contextmanager
 def _work_folder(folder: str | Path | None) -> Iterator[WorkFolder]:
-    """The work folder of a call: a temporary one where none is named."""
+    """The work folder of a call; a temporary one without a name."""
     if folder is not None:
         yield WorkFolder(Path(folder))
         return

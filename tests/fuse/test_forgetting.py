@@ -50,10 +50,10 @@ def test_average_is_what_was_learned_plus_what_came_back(course):
 def test_a_task_that_keeps_its_score_is_not_forgotten(course, score):
     """Isolated packs: R[t][j] does not depend on t."""
     rows = [[min(score, column / 5) for column in range(len(course.tasks))]] * len(course.tasks)
-    kept = Course(course.tasks, rows, rows[0], course.disk_bytes)
-    assert kept.backward_transfer == 0
-    assert kept.forward_transfer == 0
-    assert set(kept.gains) == {0}
+    retained = Course(course.tasks, rows, rows[0], course.disk_bytes)
+    assert retained.backward_transfer == 0
+    assert retained.forward_transfer == 0
+    assert set(retained.gains) == {0}
 
 
 @given(courses(least=2), SCORES)

@@ -50,16 +50,22 @@ def test_a_search_prints_its_weights_and_merges_with_them(
     options = ("--method", "linear", "--search", rows)
     code, out, _ = run("merge", skills.target, *files, "-o", tmp_path / "cli", *options, "--json")
     assert code == 0
-    found = json.loads(out)
-    assert found["search"]["evaluations"] <= 6
-    assert found["search"]["loss"] <= found["search"]["loss_given"]
+    result = json.loads(out)
+    assert result["search"]["evaluations"] <= 6
+    assert result["search"]["loss"] <= result["search"]["loss_given"]
     merge_packs(
-        skills.target, files, tmp_path / "api", found["weights"], None, "linear", found["settings"]
+        skills.target,
+        files,
+        tmp_path / "api",
+        result["weights"],
+        None,
+        "linear",
+        result["settings"],
     )
     assert digests(tmp_path / "cli") == digests(tmp_path / "api")
     code, out, _ = run("merge", skills.target, *files, "-o", tmp_path / "text", *options)
     assert code == 0
-    assert out.startswith(f"weights {found['weights'][0]:.3f}, ")
+    assert out.startswith(f"weights {result['weights'][0]:.3f}, ")
     assert "nats per token" in out
 
 

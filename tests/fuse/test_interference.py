@@ -23,10 +23,10 @@ def draw(seed, shape=(20, 10)):
 @given(st.integers(0, 1000), st.floats(2**-10, 2**10))
 def test_a_delta_agrees_with_itself_at_any_scale(seed, factor):
     delta = draw(seed)
-    found = compare_deltas(delta, factor * delta)
-    assert found.cosine == pytest.approx(1)
-    assert (found.sign_conflicts, found.top_overlap) == (0, 1)
-    assert found.weighted_conflicts == pytest.approx(0, abs=1e-6)
+    interference = compare_deltas(delta, factor * delta)
+    assert interference.cosine == pytest.approx(1)
+    assert (interference.sign_conflicts, interference.top_overlap) == (0, 1)
+    assert interference.weighted_conflicts == pytest.approx(0, abs=1e-6)
     opposed = compare_deltas(delta, -delta)
     assert opposed.cosine == pytest.approx(-1)
     assert (opposed.sign_conflicts, opposed.top_overlap) == (1, 1)
@@ -40,8 +40,8 @@ def test_interference_is_mutual(first, second):
 
 
 def test_unrelated_deltas_have_what_chance_gives():
-    found = compare_deltas(draw(1, (400, 400)), draw(2, (400, 400)))
-    assert found.numbers() == pytest.approx(
+    interference = compare_deltas(draw(1, (400, 400)), draw(2, (400, 400)))
+    assert interference.numbers() == pytest.approx(
         {"cosine": 0, "sign_conflicts": 0.5, "weighted_conflicts": 0.5, "top_overlap": 0.1},
         abs=0.01,
     )
@@ -49,11 +49,11 @@ def test_unrelated_deltas_have_what_chance_gives():
 
 def test_small_numbers_by_hand():
     a, b = torch.tensor([1.0, 2.0, 0.0, -1.0]), torch.tensor([1.0, -1.0, 5.0, -1.0])
-    found = compare_deltas(a, b)
-    assert found.cosine == pytest.approx(0 / (6 * 28) ** 0.5)
-    assert found.sign_conflicts == pytest.approx(1 / 3)
-    assert found.weighted_conflicts == pytest.approx(2 / 4)
-    assert found.top_overlap == 0
+    interference = compare_deltas(a, b)
+    assert interference.cosine == pytest.approx(0 / (6 * 28) ** 0.5)
+    assert interference.sign_conflicts == pytest.approx(1 / 3)
+    assert interference.weighted_conflicts == pytest.approx(2 / 4)
+    assert interference.top_overlap == 0
 
 
 @given(st.integers(0, 1000), st.integers(1, 199))
@@ -87,7 +87,7 @@ def test_every_pair_is_measured_on_every_tensor(skills):
 
 def test_a_pack_agrees_with_itself_in_every_tensor(skills):
     [pair] = measure_interference(skills.target, [skills.lossy[0]] * 2)
-    assert all(found.cosine == pytest.approx(1) for found in pair.tensors.values())
+    assert all(interference.cosine == pytest.approx(1) for interference in pair.tensors.values())
 
 
 def test_one_pack_has_nobody_to_compare_with(skills):

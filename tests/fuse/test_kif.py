@@ -25,16 +25,16 @@ def deltas(seed):
 
 @given(importances, st.floats(0.001, 1e3))
 def test_normalised_importances_span_0_to_1_and_know_no_scale(given_importances, factor):
-    found = normalized(given_importances, ())
+    result = normalized(given_importances, ())
     values = set(given_importances.values())
-    assert all(0 <= value <= 1 for value in found.values())
+    assert all(0 <= value <= 1 for value in result.values())
     if len(values) > 1:
-        assert {min(found.values()), max(found.values())} == {0, 1}
+        assert {min(result.values()), max(result.values())} == {0, 1}
     scaled = {name: factor * value for name, value in given_importances.items()}
     # Numbers near the least float are rounded to it, or to nothing.
     exact = all(value == 0 or value > 1e-300 for value in scaled.values())
     if exact and len(set(scaled.values())) == len(values):
-        assert normalized(scaled, ()) == pytest.approx(found, abs=1e-6)
+        assert normalized(scaled, ()) == pytest.approx(result, abs=1e-6)
 
 
 def test_equal_importances_are_all_or_nothing():
@@ -100,8 +100,8 @@ def test_units_are_fused_by_the_importances_of_both_sides():
     rule = Kif()
     rule.add(TaskDelta(before, importances={"a": 2.0, "b": 1.0, "c": 0.0}))
     rule.add(TaskDelta(after, importances={"a": 0.0, "b": 5.0, "c": 10.0}))
-    kept = {"a": 1 - new_share(1.0, 0.0), "b": 0.5, "c": 1 - new_share(0.0, 1.0)}
-    for name, share in kept.items():
+    remaining = {"a": 1 - new_share(1.0, 0.0), "b": 0.5, "c": 1 - new_share(0.0, 1.0)}
+    for name, share in remaining.items():
         expected = share * before[name] + (1 - share) * after[name]
         torch.testing.assert_close(rule.delta(name), expected)
     mixed = {"a": RETENTION, "b": 0.5, "c": 1 - RETENTION}
@@ -131,18 +131,18 @@ ROWS = [Row(f"{a} ", f" {b}{a}") for a in "abcd" for b in "xyz"]
 
 def test_importances_are_the_mean_product_of_delta_and_gradient(skills):
     target, pack = Checkpoint.open(skills.target), skills.exact[0]
-    found = measure_importances(target, pack, ROWS)
+    measured = measure_importances(target, pack, ROWS)
     tuned = load_model(skills.tuned[0], torch.float32)
     tokenizer, losses = usable_tokenizer(target), []
     for row in ROWS:
         ids, start = encode_row(tokenizer, row)
         logits = tuned(torch.tensor([ids])).logits[0, start - 1 : -1]
-        wanted = torch.tensor(ids[start:])
-        losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        labels = torch.tensor(ids[start:])
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
     torch.cat(losses).mean().backward()  # these few rows are one batch
     parameters = dict(tuned.named_parameters())
-    assert found.keys() == {r.name for r in pack.manifest.tensors if r.codec != "zero"}
-    for name, importance in found.items():
+    assert measured.keys() == {r.name for r in pack.manifest.tensors if r.codec != "zero"}
+    for name, importance in measured.items():
         delta = parameters[name].detach() - target.read(name)
         expected = float((delta * parameters[name].grad).abs().mean())
         assert importance == pytest.approx(expected, rel=1e-3, abs=1e-12)

@@ -50,27 +50,27 @@ def difference(a, b):
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("sce")])
 def test_linear_task_arithmetic_and_ties_are_mergekits(case, models, tmp_path):
-    found = ours(case, models, tmp_path / "m")
-    assert difference(found, load_file(GOLDEN / f"{case}.safetensors")) < 1e-5
+    merged = ours(case, models, tmp_path / "m")
+    assert difference(merged, load_file(GOLDEN / f"{case}.safetensors")) < 1e-5
 
 
 def test_sce_is_mergekits_where_everything_is_selected(models, tmp_path):
-    found = ours("sce_all", models, tmp_path / "m")
-    assert difference(found, load_file(GOLDEN / "sce_all.safetensors")) < 1e-5
+    merged = ours("sce_all", models, tmp_path / "m")
+    assert difference(merged, load_file(GOLDEN / "sce_all.safetensors")) < 1e-5
 
 
 def test_where_a_tenth_is_selected_mergekit_merges_that_tenth_and_sce_everything(models, tmp_path):
     """FuseChat's own code takes the selection for the weights only, mergekit for the deltas."""
-    found, theirs = ours("sce", models, tmp_path / "m"), load_file(GOLDEN / "sce.safetensors")
+    merged, theirs = ours("sce", models, tmp_path / "m"), load_file(GOLDEN / "sce.safetensors")
     target = load_file(GOLDEN / "target.safetensors")
     changed = [
         sum(int((state[name] != target[name]).sum()) for name in target)
-        for state in (found, theirs)
+        for state in (merged, theirs)
     ]
     count = sum(weight.numel() for weight in target.values())
     assert changed[0] > 0.99 * count
     assert changed[1] <= 0.1 * count
-    assert difference(found, theirs) > 0.1
+    assert difference(merged, theirs) > 0.1
 
 
 def test_the_golden_files_are_small_and_never_made_anew(capsys):

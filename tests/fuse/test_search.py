@@ -52,17 +52,17 @@ def test_a_search_is_the_same_for_the_same_seed():
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_the_loss_of_a_mixture_is_that_of_the_merged_checkpoint(method, skills, tmp_path):
-    mixture = open_merge(skills.target, skills.lossy, [1, 0.5, 0.25], method, {"scaling": 0.7})
-    loss_of = LiveLoss(mixture, ROWS)
+    merge = open_merge(skills.target, skills.lossy, [1, 0.5, 0.25], method, {"scaling": 0.7})
+    loss_of = LiveLoss(merge, ROWS)
     before = loss_of.measure()
-    found = loss_of(mixture.weights, 0.7)
+    loss = loss_of(merge.weights, 0.7)
     output = merge_packs(
         skills.target, skills.lossy, tmp_path / "m", [1, 0.5, 0.25], None, method, {"scaling": 0.7}
     )
     merged = LiveLoss(open_merge(skills.target, skills.lossy, None, method, None), ROWS)
     merged._model.load_state_dict(load_model(output, torch.float32).state_dict())
-    assert found == merged.measure()
-    assert found != before
+    assert loss == merged.measure()
+    assert loss != before
     assert loss_of([0, 0, 0], 1.0) == before
 
 
@@ -70,32 +70,32 @@ def test_the_loss_of_a_mixture_is_that_of_the_merged_checkpoint(method, skills, 
 def test_found_weights_are_no_worse_than_the_given_ones_and_repeatable(method, skills):
     options = {"weights": [1, 1, 1], "method": method, "evaluations": 12, "seed": 3}
     steps = []
-    found = search_weights(
+    result = search_weights(
         skills.target, skills.lossy, ROWS, progress=lambda *step: steps.append(step), **options
     )
-    assert found.loss <= found.loss_given
-    assert found.evaluations == len(steps) <= 12
-    assert len(found.weights) == 3
-    assert (found.scaling == 1) == (method == "task_arithmetic")
-    mixture = open_merge(skills.target, skills.lossy, found.weights, method, None)
-    assert LiveLoss(mixture, ROWS)(found.weights, found.scaling) == found.loss
-    assert search_weights(skills.target, skills.lossy, ROWS, **options) == found
+    assert result.loss <= result.loss_given
+    assert result.evaluations == len(steps) <= 12
+    assert len(result.weights) == 3
+    assert (result.scaling == 1) == (method == "task_arithmetic")
+    merge = open_merge(skills.target, skills.lossy, result.weights, method, None)
+    assert LiveLoss(merge, ROWS)(result.weights, result.scaling) == result.loss
+    assert search_weights(skills.target, skills.lossy, ROWS, **options) == result
 
 
 def test_a_search_finds_the_pack_that_the_rows_were_made_with(skills, tmp_path):
     """Rows whose completions the first tuned model generates are best answered by its pack."""
     model = load_model(skills.tuned[0], torch.float32)
-    mixture = open_merge(skills.target, skills.exact, [0, 0, 0], "task_arithmetic", None)
-    tokenizer = LiveLoss(mixture, ROWS)._tokenizer
+    merge = open_merge(skills.target, skills.exact, [0, 0, 0], "task_arithmetic", None)
+    tokenizer = LiveLoss(merge, ROWS)._tokenizer
     rows = []
     for letter in "abcdefgh":
         ids = torch.tensor([tokenizer.encode(letter)])
         made = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
         rows.append(Row(letter, tokenizer.decode(made[0, ids.shape[1] :])))
-    found = search_weights(skills.target, skills.exact, rows, [0.5] * 3, evaluations=30)
-    assert found.loss < found.loss_given
-    assert found.loss < found.loss_target
-    assert found.weights[0] == max(found.weights)
+    result = search_weights(skills.target, skills.exact, rows, [0.5] * 3, evaluations=30)
+    assert result.loss < result.loss_given
+    assert result.loss < result.loss_target
+    assert result.weights[0] == max(result.weights)
 
 
 def test_rows_without_a_completion_are_refused(skills, tmp_path):

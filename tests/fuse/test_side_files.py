@@ -179,11 +179,11 @@ def test_config_json_says_the_dtype_of_the_tensors(tmp_path, architecture, key):
 
 def test_dtypes_of_inner_configurations_follow_and_right_ones_stay():
     config = {"dtype": "float32", "text_config": {"dtype": "float16", "x": {"dtype": "odd"}}}
-    found = json.loads(
+    written = json.loads(
         config_for_weights(json.dumps(config).encode(), {"float32": 1, "bfloat16": 9})
     )
     inner = {"dtype": "bfloat16", "x": {"dtype": "odd"}}
-    assert found == {"dtype": "float32", "text_config": inner}
+    assert written == {"dtype": "float32", "text_config": inner}
     for right in (b'{"dtype":"bfloat16"}', b'{"dtype": null}', b"{}", b"no json"):
         assert config_for_weights(right, {"bfloat16": 1}) == right
 

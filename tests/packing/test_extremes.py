@@ -104,9 +104,9 @@ def states(folder, dtype, form, scale, weight=0.05):
     return target, tuned
 
 
-def relative(found, wanted):
-    size = wanted.square().sum().sqrt()
-    return float((found - wanted).square().sum().sqrt() / size) if size else 0.0
+def relative(decoded, expected):
+    size = expected.square().sum().sqrt()
+    return float((decoded - expected).square().sum().sqrt() / size) if size else 0.0
 
 
 def pack_or_least(folder, recipe, budget):
@@ -134,10 +134,10 @@ def check_sound(folder, pack, target, tuned):
         before = target[record.name]
         assert written[record.name].isfinite().all()
         if record.codec in ("exact", "zero"):
-            found = written[record.name].double() - before.double()
+            decoded = written[record.name].double() - before.double()
         else:
-            found = pack.delta(record.name, before).double()
-        error = relative(found, tuned[record.name].double() - before.double())
+            decoded = pack.delta(record.name, before).double()
+        error = relative(decoded, tuned[record.name].double() - before.double())
         assert record.error == pytest.approx(error, rel=2e-3, abs=1e-6)
 
 
@@ -305,11 +305,11 @@ def test_any_matrix_in_range_decodes_to_finite_numbers(shape, form, exponent, ca
     }
     for name, precision in precisions.items():
         payload = memoryview(encode_matrix(delta, statistics, precision))
-        found = decode_matrix("lowrank" if name == "tiers" else name, payload, shape)
-        assert found.isfinite().all()
+        decoded = decode_matrix("lowrank" if name == "tiers" else name, payload, shape)
+        assert decoded.isfinite().all()
         is_fine = level <= 1e-2 * float(delta.double().square().mean().sqrt())
         if is_fine and name == "dense" and calibrated in ("no", "identity"):
-            assert relative(found.double(), delta.double()) < 0.1
+            assert relative(decoded.double(), delta.double()) < 0.1
 
 
 def test_what_a_reader_would_refuse_is_not_written(tmp_path):

@@ -19,7 +19,7 @@ from graftkit.rows import read_rows
 from graftkit.skillpack import SkillPack
 
 ROWS = 200
-QUIET_EMBEDDING = ("clinc150_intent", "nl_regex", "inflect_spa")
+STABLE_EMBEDDING = ("clinc150_intent", "nl_regex", "inflect_spa")
 
 Recovered = Callable[[str, str, str], float]
 Packed = Callable[[str, str, str], SkillPack]
@@ -61,8 +61,8 @@ def recovered(shared: Path, packed: Packed) -> Recovered:
 def test_the_papers_recipe_keeps_skills_whose_embedding_hardly_moved(
     recovered: Recovered, budget: str, least: float
 ) -> None:
-    kept = [recovered(skill, "graftllm", budget) for skill in QUIET_EMBEDDING]
-    assert sum(kept) / len(kept) >= least
+    shares = [recovered(skill, "graftllm", budget) for skill in STABLE_EMBEDDING]
+    assert sum(shares) / len(shares) >= least
 
 
 @pytest.mark.slow
@@ -79,18 +79,18 @@ def divergences(
     rows = read_rows(shared / "data/llm" / skill / "test.jsonl")[:60]
     tuned = load_model(nursery / skill, torch.float32)
     target = load_model(nursery / "target", torch.float32)
-    found = []
+    divergence = []
     for recipe, budget in recipes:
         with attached(target, packed(skill, recipe, budget)):
-            found.append(token_fidelity(tuned, target, tokenizer, rows).kl_mean)
-    return found
+            divergence.append(token_fidelity(tuned, target, tokenizer, rows).kl_mean)
+    return divergence
 
 
 @pytest.mark.slow
 def test_doubling_the_budget_never_increases_the_divergence(shared: Path, packed: Packed) -> None:
     budgets = ("1%", "2%", "4%", "8%", "16%")
-    found = divergences(shared, packed, "inflect_spa", [("auto", budget) for budget in budgets])
-    assert found == sorted(found, reverse=True)
+    measured = divergences(shared, packed, "inflect_spa", [("auto", budget) for budget in budgets])
+    assert measured == sorted(measured, reverse=True)
 
 
 @pytest.mark.slow

@@ -86,13 +86,13 @@ def test_a_lossy_pack_keeps_its_budget_and_most_of_the_delta(
     assert size == pack.pack_bytes
     assert size <= Checkpoint.open(target).nbytes * 0.6
     before, after = Checkpoint.open(target), Checkpoint.open(tuned)
-    lost = kept = 0.0
+    lost = energy = 0.0
     for record in pack.manifest.tensors:
         delta = after.read(record.name).float() - before.read(record.name).float()
         decoded = pack.delta(record.name, before.read(record.name))
-        kept += float(delta.square().sum())
+        energy += float(delta.square().sum())
         lost += float((decoded - delta).square().sum())
-    assert lost < 0.6 * kept
+    assert lost < 0.6 * energy
 
 
 @pytest.mark.slow

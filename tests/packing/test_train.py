@@ -76,8 +76,8 @@ def trained(
     factors = case[2] if factors is None else factors
     plan = TrainingPlan(0, steps, nbytes(stored(factors)) if room is None else room)
     with TemporaryDirectory() as folder:
-        kept = work or WorkFolder(Path(folder))
-        return train_codes(case[0], case[1], factors, rows, plan, kept, progress)
+        own = work or WorkFolder(Path(folder))
+        return train_codes(case[0], case[1], factors, rows, plan, own, progress)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,10 @@ def test_trained_codes_diverge_less_on_rows_held_out_and_fit_their_room(
     tmp_path: Path, architecture: str
 ) -> None:
     case = make_case(tmp_path, architecture)
-    found = trained(case)
-    assert found.kl_after < 0.9 * found.kl_before
-    assert 0 < nbytes(found.payloads) <= nbytes(stored(case[2]))
-    now = loaded(found, case[2])
+    result = trained(case)
+    assert result.kl_after < 0.9 * result.kl_before
+    assert 0 < nbytes(result.payloads) <= nbytes(stored(case[2]))
+    now = loaded(result, case[2])
     moved = [n for n, f in now.items() if not torch.equal(f.left, case[2][n].left)]
     assert len(moved) > len(case[2]) / 2
 
@@ -122,15 +122,15 @@ def test_a_tied_embedding_is_trained_as_a_lookup_and_as_a_head(tmp_path: Path) -
 @pytest.mark.slow
 def test_less_room_than_the_codes_took_is_met(llama: Case) -> None:
     room = int(0.98 * nbytes(stored(llama[2])))
-    found = trained(llama, room=room)
-    assert 0 < nbytes(found.payloads) <= room
-    assert found.kl_after < found.kl_before
+    result = trained(llama, room=room)
+    assert 0 < nbytes(result.payloads) <= room
+    assert result.kl_after < result.kl_before
 
 
 def test_what_cannot_fit_stays_as_it_was(llama: Case) -> None:
-    found = trained(llama, steps=2, room=10)
-    assert not found.payloads
-    assert found.kl_after == found.kl_before > 0
+    result = trained(llama, steps=2, room=10)
+    assert not result.payloads
+    assert result.kl_after == result.kl_before > 0
 
 
 def test_a_delta_that_coding_left_nothing_of_is_left_out(llama: Case) -> None:
@@ -138,8 +138,8 @@ def test_a_delta_that_coding_left_nothing_of_is_left_out(llama: Case) -> None:
     none = replace(
         coded, left=coded.left[:, :0], component=coded.component[:0], right=coded.right[:0]
     )
-    found = trained(llama, {**llama[2], empty: none}, steps=12)
-    assert found.payloads.keys() == llama[2].keys() - {empty}
+    result = trained(llama, {**llama[2], empty: none}, steps=12)
+    assert result.payloads.keys() == llama[2].keys() - {empty}
 
 
 def test_the_same_seed_gives_the_same_codes_on_any_number_of_threads(llama: Case) -> None:
@@ -168,9 +168,9 @@ def test_too_many_codes_are_left_alone_and_their_scales_trained(
 ) -> None:
     monkeypatch.setattr(student, "most_codes", lambda checkpoint: 0)
     scaled = {name: replace(f, component=1.3 * f.component) for name, f in llama[2].items()}
-    found = trained(llama, scaled)
-    assert found.kl_after < found.kl_before
-    for name, value in loaded(found, scaled).items():
+    result = trained(llama, scaled)
+    assert result.kl_after < result.kl_before
+    for name, value in loaded(result, scaled).items():
         assert torch.equal(value.left, scaled[name].left)
         assert not torch.equal(value.component, scaled[name].component)
 
@@ -178,13 +178,13 @@ def test_too_many_codes_are_left_alone_and_their_scales_trained(
 def test_only_words_of_prompts_are_replaced_and_never_their_template() -> None:
     rows = [EncodedRow([1, 10 + i, 20 + i, 2, 90 + i], 4, False) for i in range(8)]
     replace_tokens = TokenReplacement(rows, random.Random(0))
-    seen = [replace_tokens(row) for row in rows for _ in range(50)]
-    assert {(row.ids[0], row.ids[3]) for row in seen} == {(1, 2)}
-    assert all(new.ids[4] == rows[i // 50].ids[4] for i, new in enumerate(seen))
-    words = [word for row in seen for word in row.ids[1:3]]
+    augmented = [replace_tokens(row) for row in rows for _ in range(50)]
+    assert {(row.ids[0], row.ids[3]) for row in augmented} == {(1, 2)}
+    assert all(new.ids[4] == rows[i // 50].ids[4] for i, new in enumerate(augmented))
+    words = [word for row in augmented for word in row.ids[1:3]]
     assert set(words) == {*range(10, 18), *range(20, 28)}
-    kept = [new.ids[1] == rows[i // 50].ids[1] for i, new in enumerate(seen)]
-    assert 0.5 * len(kept) < sum(kept) < 0.9 * len(kept)
+    unchanged = [new.ids[1] == rows[i // 50].ids[1] for i, new in enumerate(augmented)]
+    assert 0.5 * len(unchanged) < sum(unchanged) < 0.9 * len(unchanged)
 
 
 def test_the_divergence_of_a_vocabulary_cut_to_its_likeliest_tokens_has_the_right_gradient() -> (
@@ -202,27 +202,27 @@ def test_the_divergence_of_a_vocabulary_cut_to_its_likeliest_tokens_has_the_righ
     )
     expected = (top * (top / likely).log()).sum() + (rest_p * (rest_p / rest).log()).sum()
     expected.backward()
-    found, gradient = train._divergence(logits.detach(), tokens, top)
-    assert found == pytest.approx(expected.item(), rel=1e-5)
+    result, gradient = train._divergence(logits.detach(), tokens, top)
+    assert result == pytest.approx(expected.item(), rel=1e-5)
     assert logits.grad is not None
     assert torch.allclose(gradient, logits.grad, atol=1e-6)
 
 
 def test_a_hidden_state_of_any_size_counts_the_same() -> None:
-    wanted = torch.tensor([[1000.0, 0.0], [0.0, 1.0]])
-    found = wanted * torch.tensor([[1.1], [1.2]])
-    assert train.relative_error(found, wanted).item() == pytest.approx((0.01 + 0.04) / 2, rel=1e-4)
+    teacher = torch.tensor([[1000.0, 0.0], [0.0, 1.0]])
+    near = teacher * torch.tensor([[1.1], [1.2]])
+    assert train.relative_error(near, teacher).item() == pytest.approx((0.01 + 0.04) / 2, rel=1e-4)
 
 
 def test_progress_is_reported_step_by_step(llama: Case) -> None:
-    seen: list[tuple[int, int]] = []
-    trained(llama, steps=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(0, 2), (1, 2), (2, 2)]
+    steps: list[tuple[int, int]] = []
+    trained(llama, steps=2, progress=lambda done, total: steps.append((done, total)))
+    assert steps == [(0, 2), (1, 2), (2, 2)]
 
 
 def test_one_row_is_too_few_to_train_and_to_measure(llama: Case) -> None:
-    found = trained(llama, rows=ROWS[:1])
-    assert found.kl_after == found.kl_before > 0
+    result = trained(llama, rows=ROWS[:1])
+    assert result.kl_after == result.kl_before > 0
 
 
 def test_rows_without_completion_and_unknown_modules_are_refused(llama: Case) -> None:

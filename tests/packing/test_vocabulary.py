@@ -46,15 +46,15 @@ def test_a_resized_vocabulary_travels_in_the_pack(
     save_side_files(target, tuned)
     pack = pack_delta(target, tuned, recipe=recipe, budget="90%" if recipe != "lossless" else None)
     merge_packs(target, pack, tmp_path / "merged")
-    merged, wanted = Checkpoint.open(tmp_path / "merged"), Checkpoint.open(tuned)
+    merged, expected = Checkpoint.open(tmp_path / "merged"), Checkpoint.open(tuned)
     assert {n: i.shape for n, i in merged.tensors.items()} == {
-        n: i.shape for n, i in wanted.tensors.items()
+        n: i.shape for n, i in expected.tensors.items()
     }
     for name in ("tokenizer.json", "chat_template.jinja", "config.json"):
-        assert merged.side_file(name) == wanted.side_file(name)
-    for name, info in wanted.tensors.items():
+        assert merged.side_file(name) == expected.side_file(name)
+    for name, info in expected.tensors.items():
         rows = slice(96, None) if info.shape[0] == tokens else slice(None)
-        same = tensor_digest(merged.read(name)[rows]) == tensor_digest(wanted.read(name)[rows])
+        same = tensor_digest(merged.read(name)[rows]) == tensor_digest(expected.read(name)[rows])
         assert same or (recipe != "lossless" and rows == slice(None))
     assert load_model(tmp_path / "merged").config.vocab_size == tokens
 

@@ -227,7 +227,7 @@ class SequentialMerge:
     ):
         """header: of the state that the merge continues from."""
         self.target, self.rule, self.copy_code = target, rule, copy_code
-        self.merged: list[MergedPack] = [] if header is None else list(header.packs)
+        self.merged: list[PackInState] = [] if header is None else list(header.packs)
         self._fingerprint = "" if header is None else header.target
         # Digests of the side files that all packs change to one content, and these contents.
         self._files: dict[str, str] = {} if header is None else dict(header.files)
@@ -275,7 +275,7 @@ class SequentialMerge:
         self.rule.add(TaskDelta(_Deltas(pack, self.target), _layouts(pack), importances))
         manifest = pack.manifest
         self.merged.append(
-            MergedPack(
+            PackInState(
                 name=manifest.tuned.name, digest=manifest_digest(pack), licence=manifest.licence
             )
         )
@@ -368,13 +368,13 @@ VERSION = 1
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class StateModel(Settings):
+class _StateModel(Settings):
     """Base of the state's parts, without conversion of types."""
 
     model_config = ConfigDict(strict=True)
 
 
-class MergedPack(StateModel):
+class PackInState(_StateModel):
     """A merged pack: the name of its tuned model, the digest of its manifest, its licence."""
 
     name: str
@@ -382,7 +382,7 @@ class MergedPack(StateModel):
     licence: str | None
 
 
-class StateHeader(StateModel):
+class StateHeader(_StateModel):
     """Everything but the tensors.
 
     Attributes:
@@ -393,7 +393,7 @@ class StateHeader(StateModel):
     version: Annotated[int, Field(ge=VERSION, le=VERSION)] = VERSION
     method: Literal["opcm", "kif"]
     target: Digest
-    packs: Annotated[tuple[MergedPack, ...], Field(min_length=1, strict=False)]
+    packs: Annotated[tuple[PackInState, ...], Field(min_length=1, strict=False)]
     files: dict[str, Digest]
     statistics: dict[str, Annotated[float, Field(allow_inf_nan=False, strict=False)]]
 

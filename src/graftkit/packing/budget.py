@@ -119,7 +119,7 @@ def _pruned_ladder(facts: Mapping[int, MatrixFacts]) -> Ladder:
 def _by_rank(facts: MatrixFacts, rank: float, tiers: tuple[float, float, float]) -> RatePoint:
     """Attention: the same rank in every matrix, or a smaller matrix's full rank."""
     whole = min(max(1, round(rank)), MAX_RANK, *facts.shape)
-    return _never_dearer_than_direct(facts, split_tiers(whole, tiers))
+    return _factors_or_dense(facts, split_tiers(whole, tiers))
 
 
 def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, float]) -> RatePoint:
@@ -129,10 +129,10 @@ def _by_energy(facts: MatrixFacts, share: float, tiers: tuple[float, float, floa
         return zero_point_of(facts)
     rank = int(np.searchsorted(energy, share * energy[-1])) + 1
     rank = min(rank, MAX_RANK, *facts.shape)
-    return _never_dearer_than_direct(facts, split_tiers(rank, tiers))
+    return _factors_or_dense(facts, split_tiers(rank, tiers))
 
 
-def _never_dearer_than_direct(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> RatePoint:
+def _factors_or_dense(facts: MatrixFacts, tiers: tuple[Tier, ...]) -> RatePoint:
     """Factors in these tiers, or the dense form where that takes fewer bytes and no more error.
 
     The k and v matrices of grouped-query attention have a flat spectrum: factors of a large rank

@@ -49,7 +49,7 @@ from graftkit.skillpack.manifest import (
 )
 
 WORST_CASE_ERROR = 0.0001234
-"""As many characters as any error takes with four significant digits."""
+"""An error whose text is as long as that of any error with four significant digits."""
 
 GENERATOR = f"graftkit {VERSION}"
 """What manifests name as their writer."""
@@ -57,7 +57,7 @@ GENERATOR = f"graftkit {VERSION}"
 
 @dataclass(frozen=True)
 class TensorTask:
-    """One tensor of the result, after the scan.
+    """One tensor of the result, with what its scan says.
 
     Attributes:
         appended: payload of the rows that a grown vocabulary has beyond the target's.

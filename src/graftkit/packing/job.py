@@ -2,7 +2,7 @@
 
     scan       digests of both states of every tensor             measure.scan_pair
     calibrate  statistics of the tuned model on rows              measure.collect_statistics
-    measure    energies and bases of every delta that gets lossy  measure.measure_tensor
+    measure    energies and bases of every lossy tensor           measure.measure_tensor
     plan       a precision for every tensor within the budget     budget
     encode     records and payloads                               encode
     train      codes, against the tuned model                     train
@@ -125,18 +125,7 @@ class PackingJob:
         lossy, exact = ([t for t in tasks if t.lossy is kind] for kind in (True, False))
         with self._open_work(tasks):
             statistics = self._calibrate(tasks)
-            info = None if statistics is None else statistics.info
-            assembly = PackAssembly(
-                self.target,
-                self.tuned,
-                self.config,
-                self.budget_bytes,
-                tasks,
-                self.files,
-                info,
-                self._fit_router_key(),
-                self.work,
-            )
+            assembly = self._assembly(tasks, statistics, self._fit_router_key())
             encoded = self._map("exact tensors", self._encode_exact, exact)
             stored = {task.index: part for task, part in zip(exact, encoded, strict=True)}
             room = assembly.room_for_lossy(stored)
@@ -237,6 +226,24 @@ class PackingJob:
         self.work.remove_folder("offload")
         self.progress("router key", 1, 1)
         return key
+
+    def _assembly(
+        self,
+        tasks: Sequence[TensorTask],
+        statistics: CalibrationStatistics | None,
+        router: tuple[RouterInfo, bytes] | None,
+    ) -> PackAssembly:
+        return PackAssembly(
+            target=self.target,
+            tuned=self.tuned,
+            config=self.config,
+            budget_bytes=self.budget_bytes,
+            tasks=tasks,
+            files=self.files,
+            calibration=None if statistics is None else statistics.info,
+            router=router,
+            work=self.work,
+        )
 
     def _encode_exact(self, task: TensorTask) -> StoredTensor:
         name = _step_name(task, "exact")

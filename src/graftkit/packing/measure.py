@@ -261,12 +261,13 @@ def _vocabulary_metric(
 
 
 def _metric(pair: TensorPair, covariance: Tensor | None, sensitivity: Tensor | None) -> ErrorMetric:
+    """Normalize and shrink H, (n, n); weigh it by the sensitivities of outputs, (m,)."""
     columns = matrix_shape(pair.common_shape, pair.layout)[1][1]
     if covariance is None or covariance.shape != (columns, columns):
         return ErrorMetric()
     trace = float(covariance.diagonal().sum())
     if not _SMALLEST_TRACE < trace < math.inf:
-        return ErrorMetric()  # no input of note: its directions are rounding errors
+        return ErrorMetric()  # inputs of almost zero: their directions are rounding errors
     covariance = covariance * ((1 - SHRINKAGE) * columns / trace)
     covariance.diagonal().add_(SHRINKAGE)
     if sensitivity is None:
@@ -380,7 +381,7 @@ def load_facts(work: WorkFolder, index: int) -> MatrixFacts | None:
     if content is None:
         return None
     arrays = {name: np.array(content[name]) for name in ("energies", "norms", "spread")}
-    kept_energy = tuple((share, kept) for share, kept in content["kept_energy"])
+    kept_energy = tuple((share, energy) for share, energy in content["kept_energy"])
     fields = {"shape": tuple(content["shape"]), "kept_energy": kept_energy}
     return MatrixFacts(**(content | arrays | fields))
 

@@ -104,8 +104,8 @@ def test_one_large_component_does_not_keep_the_rest_from_its_bytes(tmp_path):
     model.save_pretrained(tmp_path / "tuned")
     pack = pack_delta(tmp_path / "target", tmp_path / "tuned", budget="30%", workers=1)
     delta = pack.delta(name, Checkpoint.open(tmp_path / "target").read(name))
-    wanted = weight.detach() - Checkpoint.open(tmp_path / "target").read(name)
-    left = torch.linalg.svd(wanted)[0][:, :1]
-    rest = wanted - left @ (left.T @ wanted)
-    found = delta - left @ (left.T @ delta)
-    assert (found - rest).norm() < 0.05 * rest.norm()
+    exact = weight.detach() - Checkpoint.open(tmp_path / "target").read(name)
+    left = torch.linalg.svd(exact)[0][:, :1]
+    rest = exact - left @ (left.T @ exact)
+    result = delta - left @ (left.T @ delta)
+    assert (result - rest).norm() < 0.05 * rest.norm()

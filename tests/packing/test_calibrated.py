@@ -49,13 +49,13 @@ def trained(folders, _lossy_from_tiny) -> SkillPack:
 
 def factored(pack):
     """Decoded factors of every low-rank matrix, by name."""
-    found = {}
+    factors = {}
     for record in pack.manifest.tensors:
         if record.codec == "lowrank":
             rows, columns = record.shape
             shape = (columns, rows) if record.layout == "transposed" else (rows, columns)
-            found[record.name] = load_factors(pack.payload(record.name), shape)
-    return found
+            factors[record.name] = load_factors(pack.payload(record.name), shape)
+    return factors
 
 
 @pytest.mark.slow

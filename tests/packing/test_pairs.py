@@ -46,13 +46,13 @@ def assert_travels(target: Path, tuned: Path, folder: Path) -> SkillPack:
     """Packed, merged and attached, all as transformers loads the tuned folder by its class."""
     pack = pack_delta(target, tuned, recipe="lossless")
     tuned_model = load_model(tuned)
-    wanted, cls = answers(tuned_model), type(tuned_model)
+    expected, cls = answers(tuned_model), type(tuned_model)
     merge_packs(target, pack, folder / "merged")
-    assert torch.equal(answers(cls.from_pretrained(folder / "merged").eval()), wanted)
+    assert torch.equal(answers(cls.from_pretrained(folder / "merged").eval()), expected)
     live = cls.from_pretrained(target).eval()
     before = {name: value.clone() for name, value in live.state_dict().items()}
     with attached(live, pack):
-        assert torch.allclose(answers(live), wanted, atol=1e-5)
+        assert torch.allclose(answers(live), expected, atol=1e-5)
     assert all(torch.equal(before[name], value) for name, value in live.state_dict().items())
     return pack
 
@@ -199,12 +199,12 @@ def test_prefixes_of_wrappers_are_stripped_from_the_tuned_model(
     prefix: str, tmp_path: Path
 ) -> None:
     target, tuned = make_pair(tmp_path, "llama")
-    wanted = load_file(tuned / "model.safetensors")
+    expected = load_file(tuned / "model.safetensors")
     rewrite(tuned, lambda old: {prefix + name: value for name, value in old.items()})
     merge_packs(target, pack_delta(target, tuned, recipe="lossless"), tmp_path / "merged")
     merged = Checkpoint.open(tmp_path / "merged")
-    assert merged.tensors.keys() == wanted.keys()
-    assert all(torch.equal(merged.read(name), value) for name, value in wanted.items())
+    assert merged.tensors.keys() == expected.keys()
+    assert all(torch.equal(merged.read(name), value) for name, value in expected.items())
     # transformers would load nothing of such a target, nor of what is merged into it.
     with pytest.raises(CheckpointError, match=rf"{prefix}\S+ has the prefix of a compiled"):
         pack_delta(tuned, target, recipe="lossless")
@@ -234,13 +234,13 @@ def test_rows_cannot_run_through_a_checkpoint_with_prefixes(tmp_path: Path) -> N
 
 def test_prefixes_inside_names_are_stripped_too(tmp_path: Path) -> None:
     target, tuned = make_pair(tmp_path, "llama")
-    wanted = load_file(tuned / "model.safetensors")
+    expected = load_file(tuned / "model.safetensors")
     rewrite(
         tuned,
         lambda old: {n.replace(".self_attn.", "._orig_mod.self_attn."): v for n, v in old.items()},
     )
     aligned = align(Checkpoint.open(target), Checkpoint.open(tuned))
-    assert all(torch.equal(aligned.read(name), value) for name, value in wanted.items())
+    assert all(torch.equal(aligned.read(name), value) for name, value in expected.items())
 
 
 def test_an_expert_that_is_missing_from_one_folder_is_refused(tmp_path: Path) -> None:
@@ -309,9 +309,9 @@ def test_models_without_one_input_embedding_are_packed_and_merged(
     model.save_pretrained(tmp_path / "tuned")
     pack = pack_delta(tmp_path / "target", tmp_path / "tuned", recipe="lossless")
     merge_packs(tmp_path / "target", pack, tmp_path / "merged")
-    merged, wanted = (load_file(tmp_path / f / "model.safetensors") for f in ("merged", "tuned"))
-    assert merged.keys() == wanted.keys()
-    assert all(torch.equal(merged[name], value) for name, value in wanted.items())
+    merged, expected = (load_file(tmp_path / f / "model.safetensors") for f in ("merged", "tuned"))
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], value) for name, value in expected.items())
 
 
 def test_a_model_of_images_takes_no_rows_and_no_prompts(tmp_path: Path) -> None:

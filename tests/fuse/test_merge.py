@@ -43,13 +43,13 @@ def precise(tmp_path_factory):
 @every_method
 def test_every_order_of_packs_gives_the_same_bytes(method, precise, tmp_path):
     target, packs = precise
-    found = set()
+    contents = set()
     for order in ((0, 1, 2), (2, 0, 1)):
         folder = tmp_path / "".join(map(str, order))
         weights = [(1.0, 0.7, 0.3)[i] for i in order]
         merge_packs(target, [packs[i] for i in order], folder, weights, None, method)
-        found.add((folder / "model.safetensors").read_bytes())
-    assert len(found) == 1
+        contents.add((folder / "model.safetensors").read_bytes())
+    assert len(contents) == 1
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "pcb"])
@@ -255,9 +255,9 @@ def test_a_merge_of_files_is_that_of_packs_in_memory(skills, tmp_path):
 
 
 def test_a_merge_does_not_depend_on_the_number_of_threads(skills, tmp_path):
-    found = set()
+    contents = set()
     for threads in (3, 1):
         torch.set_num_threads(threads)
         merge_packs(skills.target, skills.lossy, tmp_path / str(threads), method="dare_ties")
-        found.add((tmp_path / str(threads) / "model.safetensors").read_bytes())
-    assert len(found) == 1
+        contents.add((tmp_path / str(threads) / "model.safetensors").read_bytes())
+    assert len(contents) == 1

@@ -66,8 +66,8 @@ KEEPING = {
 @settings(max_examples=25)
 def test_one_delta_of_weight_1_stays_what_it_is(method, case):
     deltas, _, keys = case
-    found = merged(method, (deltas[:1], [1.0], keys[:1]), **KEEPING[method])
-    assert torch.equal(found, deltas[0])
+    result = merged(method, (deltas[:1], [1.0], keys[:1]), **KEEPING[method])
+    assert torch.equal(result, deltas[0])
     assert find_method(method, KEEPING[method]).keeps(1.0)
 
 
@@ -92,8 +92,8 @@ def test_equal_packs_average_to_themselves(case, share):
 
 def test_equal_packs_do_not_make_sce_forget_everything_with_a_third_one():
     one, other = draw((40,), 2, 0)
-    found = methods.sce([one, one, other], [1.0] * 3, 0.1)
-    assert float(found.norm()) > 0.5 * float(one.norm())
+    result = methods.sce([one, one, other], [1.0] * 3, 0.1)
+    assert float(result.norm()) > 0.5 * float(one.norm())
 
 
 @given(families())
@@ -115,12 +115,12 @@ def test_merging_leaves_its_inputs_alone_and_gives_finite_entries(method, case):
 @given(families(), st.floats(0.01, 1))
 def test_trimming_keeps_the_share_asked_of_the_largest_entries(case, density):
     delta = case[0][0]
-    kept = methods.trim(delta, density)
+    trimmed = methods.trim(delta, density)
     count = max(1, int(density * delta.numel()))
-    assert int(kept.count_nonzero()) == min(count, int(delta.count_nonzero()))
-    dropped = delta[kept == 0].abs()
-    if kept.any() and dropped.numel():
-        assert float(dropped.max()) <= float(kept[kept != 0].abs().min())
+    assert int(trimmed.count_nonzero()) == min(count, int(delta.count_nonzero()))
+    dropped = delta[trimmed == 0].abs()
+    if trimmed.any() and dropped.numel():
+        assert float(dropped.max()) <= float(trimmed[trimmed != 0].abs().min())
 
 
 def test_of_equal_entries_trimming_keeps_the_first():
@@ -161,14 +161,14 @@ def test_the_elected_sign_is_that_of_the_weighted_sum():
 def test_sce_weighs_packs_by_their_energy_where_they_differ_most():
     # Two entries vary; at one half the one that varies most sets the weights, 1 : 9.
     a, b = torch.tensor([5.0, 1.0, 1.0]), torch.tensor([5.0, 2.0, 3.0])
-    found = methods.sce([a, b], [1.0, 1.0], 0.5)
-    torch.testing.assert_close(found, 0.1 * a + 0.9 * b)
+    result = methods.sce([a, b], [1.0, 1.0], 0.5)
+    torch.testing.assert_close(result, 0.1 * a + 0.9 * b)
 
 
 def test_weights_of_sce_multiply_those_it_computes():
     a, b = torch.tensor([5.0, 1.0, 1.0]), torch.tensor([5.0, 2.0, 3.0])
-    found = methods.sce([a, b], [9.0, 1.0], 0.5)
-    torch.testing.assert_close(found, 0.5 * a + 0.5 * b)
+    result = methods.sce([a, b], [9.0, 1.0], 0.5)
+    torch.testing.assert_close(result, 0.5 * a + 0.5 * b)
 
 
 def test_pcb_keeps_entries_that_are_large_and_agreed_on():
@@ -177,10 +177,10 @@ def test_pcb_keeps_entries_that_are_large_and_agreed_on():
     b = 0.01 * torch.randn(100)
     a[0], b[0] = 1.0, 0.9  # both
     a[1], b[1] = 1.0, -1.0  # opposed
-    found = methods.pcb([a, b], [1.0, 1.0], 0.05)
-    assert float(found[0]) > 0.8
-    assert float(found[1]) == 0
-    assert int(found.count_nonzero()) <= 10
+    result = methods.pcb([a, b], [1.0, 1.0], 0.05)
+    assert float(result[0]) > 0.8
+    assert float(result[1]) == 0
+    assert int(result.count_nonzero()) <= 10
 
 
 def test_weights_of_pcb_multiply_the_deltas():

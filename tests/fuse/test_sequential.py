@@ -96,9 +96,9 @@ def test_a_fused_pack_names_the_packs_of_earlier_calls_too(skills, states, tmp_p
     state, file = tmp_path / "s", tmp_path / "f.skillpack"
     shutil.copyfile(states["opcm"], state)
     fuse_in_turn(skills.target, skills.lossy[2:], file, "opcm", state, recipe="lossless")
-    told = SkillPack.load(file).manifest.provenance
-    assert told["method"] == "opcm"
-    assert [told[f"pack {index}"].split()[0] for index in (1, 2, 3)] == [
+    provenance = SkillPack.load(file).manifest.provenance
+    assert provenance["method"] == "opcm"
+    assert [provenance[f"pack {index}"].split()[0] for index in (1, 2, 3)] == [
         "skill-0",
         "skill-1",
         "skill-2",
