@@ -1,5 +1,6 @@
 """Endpoints that are not trusted: slow, large, talkative, or making no sense."""
 
+import asyncio
 import base64
 import contextlib
 import gzip
@@ -9,6 +10,7 @@ import socket
 import threading
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 import pytest
@@ -312,3 +314,18 @@ def test_a_servers_words_are_no_markup_of_the_data_card():
     )
     line = r"s: refused: `<script>x</script> 'code' ![a](http://b) | \x1b[2J` 2."
     assert line in text.splitlines()
+
+
+def test_first_requests_of_many_threads_share_one_event_loop():
+    async def running_loop():
+        return asyncio.get_running_loop()
+
+    def first(_):
+        together.wait(timeout=10)
+        return endpoint.finish_within(10, running_loop())
+
+    for _ in range(20):
+        together = threading.Barrier(8)
+        endpoint._start_loop.cache_clear()
+        with ThreadPoolExecutor(8) as pool:
+            assert len(set(pool.map(first, range(8)))) == 1

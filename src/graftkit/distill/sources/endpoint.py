@@ -114,11 +114,16 @@ def finish_within(seconds: float, work: Coroutine[Any, Any, Any]) -> Any:
     async def limited() -> Any:
         return await asyncio.wait_for(work, seconds)
 
-    return asyncio.run_coroutine_threadsafe(limited(), _loop(os.getpid())).result()
+    with _LOOP_LOCK:  # threads whose first requests come together share one loop
+        loop = _start_loop(os.getpid())
+    return asyncio.run_coroutine_threadsafe(limited(), loop).result()
+
+
+_LOOP_LOCK = threading.Lock()
 
 
 @cache
-def _loop(process: int) -> asyncio.AbstractEventLoop:
+def _start_loop(process: int) -> asyncio.AbstractEventLoop:
     """One event loop for all requests of a process, because connections belong to a loop."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="endpoints", daemon=True).start()
