@@ -22,7 +22,7 @@ from graftkit.attachment import Attachment
 from graftkit.errors import AttachError, ConfigError
 from graftkit.evaluate import BATCH_TOKENS
 from graftkit.generate import generate_greedy
-from graftkit.library.live import GenerationStyle, LiveLibrary, PackWeights
+from graftkit.library.live import EntryWeights, GenerationStyle, LiveLibrary
 from graftkit.models.encoding import pad_id
 from graftkit.route import Route
 from graftkit.rows import batches_by_length
@@ -65,7 +65,7 @@ def unanswerable(live: LiveLibrary, ids: Sequence[int]) -> str | None:
 def generate_texts(
     live: LiveLibrary,
     prompts: Sequence[list[int]],
-    mixtures: Sequence[PackWeights],
+    mixtures: Sequence[EntryWeights],
     mix: MixMode,
     max_new_tokens: int,
 ) -> list[str]:
@@ -121,7 +121,7 @@ def _ending_order(ending: tuple[int, GenerationStyle]) -> tuple[int, str, str]:
 def _generate_batch(
     live: LiveLibrary,
     prompts: Sequence[list[int]],
-    mixtures: Sequence[PackWeights],
+    mixtures: Sequence[EntryWeights],
     mix: MixMode,
     max_new_tokens: int,
 ) -> list[str]:
@@ -143,7 +143,7 @@ def _generate_batch(
     ]
 
 
-def _with_target(live: LiveLibrary, mixture: PackWeights) -> dict[int | None, float]:
+def _with_target(live: LiveLibrary, mixture: EntryWeights) -> dict[int | None, float]:
     """Weights that sum to 1: what the packs leave is the target's."""
     weights: dict[int | None, float] = {
         live.memory.index(entry): weight for entry, weight in mixture.items()

@@ -22,8 +22,8 @@ from graftkit.library.answers import LibraryAnswer, MixMode, generate_texts, una
 from graftkit.library.audit import Audit, Proof, audit_pack, prove_removal
 from graftkit.library.folder import LEARNING, LibraryIndex, PackEntry, PackFolder
 from graftkit.library.live import (
+    EntryWeights,
     LiveLibrary,
-    PackWeights,
     RouterName,
     describe_target,
     make_router,
@@ -356,7 +356,7 @@ class Library:
 
     def _choose(
         self, prompts: Sequence[str], route: str, router: RouterName, top_k: int
-    ) -> list[tuple[Route, PackWeights]]:
+    ) -> list[tuple[Route, EntryWeights]]:
         """The route of each prompt, and its packs with their weights."""
         if route == "auto":
             return [(each, self.mixture(each)) for each in self.route(prompts, router, top_k)]

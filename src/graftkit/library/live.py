@@ -32,7 +32,7 @@ from graftkit.route.spectral import SpectralRouter
 from graftkit.side_files import is_template
 from graftkit.skillpack import SkillPack
 
-PackWeights = Mapping[PackEntry, float]
+EntryWeights = Mapping[PackEntry, float]
 """The packs of one row and their weights; empty for the target alone."""
 
 
@@ -69,7 +69,7 @@ class PackMemory:
         """Digests of the packs in memory, the least recently used first."""
         return list(self._indices)
 
-    def parts(self, mixtures: Sequence[PackWeights]) -> Iterator[list[int]]:
+    def parts(self, mixtures: Sequence[EntryWeights]) -> Iterator[list[int]]:
         """Split rows into parts; the packs of a part are attached while the caller works on it.
 
         Raises: ConfigError where the packs of one row alone are larger than the limit.
@@ -97,7 +97,7 @@ class PackMemory:
                 "for packs; allow more"
             )
 
-    def route(self, mixtures: Sequence[PackWeights]) -> None:
+    def route(self, mixtures: Sequence[EntryWeights]) -> None:
         """Choose the packs of every row of the next batches; they must be in memory."""
         self._attachment.route(
             [{self.index(entry): weight for entry, weight in row.items()} for row in mixtures]
@@ -206,12 +206,12 @@ class LiveLibrary:
         self.attachment = attach(self.model, [], mode="side")
         self.memory = PackMemory(self.attachment, load, memory_bytes)
 
-    def use(self, mixture: PackWeights) -> None:
+    def use(self, mixture: EntryWeights) -> None:
         """Route every row to the same packs from now on."""
         self.memory.load(mixture)
         self.memory.route([mixture])
 
-    def style(self, mixture: PackWeights) -> GenerationStyle:
+    def style(self, mixture: EntryWeights) -> GenerationStyle:
         """How the packs of a row generate; where their styles differ, the target's style."""
         styles = {self._pack_style(entry) for entry in mixture}
         return styles.pop() if len(styles) == 1 else self._target_style

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from graftkit.evaluate import exact_match
-from graftkit.library.live import LiveLibrary, PackWeights
+from graftkit.library.live import EntryWeights, LiveLibrary
 from graftkit.progress import Progress, silent
 from graftkit.route import TARGET, Router
 from graftkit.rows import Row
@@ -88,7 +88,7 @@ def score_library(
     live: LiveLibrary,
     router: Router,
     rows: Mapping[str, Sequence[Row]],
-    mixtures: Mapping[str, PackWeights],
+    mixtures: Mapping[str, EntryWeights],
     progress: Progress | None = None,
 ) -> LibraryScore:
     """Route every row, and answer it with the routed pack, the right pack and the target.
@@ -118,7 +118,7 @@ def _score(
     name: str,
     rows: Sequence[Row],
     chosen: Sequence[str],
-    mixtures: Mapping[str, PackWeights],
+    mixtures: Mapping[str, EntryWeights],
 ) -> SkillScore:
     matched = dict.fromkeys(("routed", "oracle", "target"), 0.0)
     for choice in sorted(set(chosen)):
