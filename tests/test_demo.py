@@ -157,7 +157,7 @@ def test_a_target_that_does_not_get_its_bytes_back_is_an_error(tmp_path, monkeyp
     rebuild_models(out, story, silent)
     for skill in SKILLS:
         out.pack(skill).write_bytes(skill.lossless.read_bytes())
-    monkeypatch.setattr("graftkit.attachment.merged.MergedPack.undo", lambda self: None)
+    monkeypatch.setattr("graftkit.attachment.merged.MergedWeights.undo", lambda self: None)
     with pytest.raises(GraftError, match="should restore every byte"):
         MeasuredTarget(out, story, silent).measure()
 

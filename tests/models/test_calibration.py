@@ -250,7 +250,7 @@ def test_a_module_that_shares_its_input_only_sometimes_is_refused(tmp_path):
     checkpoint = save_model(tmp_path / "tuned")
     model = load_model(checkpoint)
     store = CovarianceStore(tmp_path / "store")
-    collector = calibration._Collector(model, [], store, "tuned")
+    collector = calibration._CovarianceCollector(model, [], store, "tuned")
     one, other = torch.ones(2, 3), torch.zeros(2, 3)
     collector._add(["a"], one)
     collector._add(["b"], one)

@@ -1,8 +1,8 @@
 """Attach packs to a live model, choose among them row by row, and detach.
 
-`attach` returns an `Attachment`, which hands the work to one of two: `MergedPack` writes one pack
-into the model's parameters, `SidePacks` keeps any number beside the model. The package's docstring
-follows a row of a batch to its pack.
+`attach` returns an `Attachment`, which delegates to one of two backends: `MergedWeights` writes one
+pack into the model's parameters, `SidePacks` keeps any number beside the model. The package's
+docstring follows a row of a batch to its pack.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from graftkit.attachment.configuration import check_configuration
-from graftkit.attachment.merged import MergedPack
+from graftkit.attachment.merged import MergedWeights
 from graftkit.attachment.rows import PackChoice, choose_rows
 from graftkit.attachment.side import SidePacks
 from graftkit.attachment.target import (
@@ -50,8 +50,10 @@ class Attachment(NotCopyable):
         with registered(model, self):
             self._target = LiveTarget(model)
             check_packs(self._target, packs)
-            self._backend: MergedPack | SidePacks = (
-                MergedPack(self._target, packs[0]) if mode == "merged" else SidePacks(self._target)
+            self._backend: MergedWeights | SidePacks = (
+                MergedWeights(self._target, packs[0])
+                if mode == "merged"
+                else SidePacks(self._target)
             )
             self._apply(packs)
 
@@ -135,7 +137,7 @@ class Attachment(NotCopyable):
     def _apply(self, packs: Sequence[SkillPack]) -> None:
         try:
             self._backend.apply()
-            if isinstance(self._backend, MergedPack):
+            if isinstance(self._backend, MergedWeights):
                 self.packs = dict(enumerate(packs))
                 return
             for pack in packs:

@@ -19,7 +19,7 @@ from graftkit.skillpack import SkillPack
 _ROW_COUNTS = ("num_embeddings", "out_features", "vocab_size")
 
 
-class MergedPack:
+class MergedWeights:
     """One pack's tuned tensors in place of the target's; `undo` puts every original byte back."""
 
     def __init__(self, target: LiveTarget, pack: SkillPack):

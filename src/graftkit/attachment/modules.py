@@ -14,15 +14,15 @@ from torch.utils.hooks import RemovableHandle
 
 from graftkit.attachment.rows import (
     EntryIndex,
-    PackWeights,
+    PackShare,
     Routing,
-    Share,
+    WeightsByPack,
     first_tensor,
     put_entries,
     take_entries,
 )
 from graftkit.attachment.target import NotCopyable, OpaqueHook
-from graftkit.attachment.updates import TunedPart, Update
+from graftkit.attachment.updates import TunedPart, WeightUpdate
 from graftkit.errors import AttachError
 
 
@@ -55,7 +55,7 @@ class ModuleDeltas(NotCopyable, ABC):
         """Bring the module to its state between two calls, after a call that never ended."""
 
     @abstractmethod
-    def values(self, pack: int) -> list[Update | Tensor]:
+    def values(self, pack: int) -> list[WeightUpdate | Tensor]:
         """Everything in memory for a pack."""
 
     def serves(self, packs: Iterable[int]) -> bool:
@@ -70,7 +70,7 @@ class ModuleDeltas(NotCopyable, ABC):
     def _install(self) -> list[RemovableHandle]:
         """Register the hooks."""
 
-    def shares(self, output: Tensor) -> list[Share]:
+    def shares(self, output: Tensor) -> list[PackShare]:
         """The packs' shares in an output, along dimension 0.
 
         Raises: AttachError where rows of different packs reach a module that may mix them.
@@ -114,12 +114,12 @@ class AddedDeltas(ModuleDeltas):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.weights: dict[int, Update] = {}
+        self.weights: dict[int, WeightUpdate] = {}
         self.biases: dict[int, Tensor] = {}
 
-    def values(self, pack: int) -> list[Update | Tensor]:
+    def values(self, pack: int) -> list[WeightUpdate | Tensor]:
         """The pack's update and bias."""
-        both: tuple[Mapping[int, Update | Tensor], ...] = (self.weights, self.biases)
+        both: tuple[Mapping[int, WeightUpdate | Tensor], ...] = (self.weights, self.biases)
         return [values[pack] for values in both if pack in values]
 
     def drop(self, pack: int) -> bool:
@@ -197,7 +197,7 @@ class SwappedDeltas(ModuleDeltas):
         """Add one tuned tensor of a pack."""
         self._parts.setdefault(pack, {}).setdefault(attribute, []).append(part)
 
-    def values(self, pack: int) -> list[Update | Tensor]:
+    def values(self, pack: int) -> list[WeightUpdate | Tensor]:
         """The pack's tuned tensors."""
         return [part.value for parts in self._parts.get(pack, {}).values() for part in parts]
 
@@ -281,7 +281,7 @@ class SwappedDeltas(ModuleDeltas):
         copy = copy.clone() if copy is whole else copy
         return copy, dict(self.routing.rows.groups(copy.shape[0], copy.device))[kind]
 
-    def _weights(self, kind: int) -> PackWeights:
+    def _weights(self, kind: int) -> WeightsByPack:
         """The weights that a kind of row gives to the packs that change this module."""
         weights = self.routing.rows.weights[kind]
         return tuple((pack, weight) for pack, weight in weights if pack in self._parts)
@@ -371,7 +371,7 @@ def _taps_in(values: list[Any]) -> list[_CacheTap]:
     return [value for value in (*args, *kwargs.values()) if isinstance(value, _CacheTap)]
 
 
-def _accumulate(output: Tensor, share: Share, part: Tensor) -> None:
+def _accumulate(output: Tensor, share: PackShare, part: Tensor) -> None:
     """output[entries] += weight · part, in place: the output belongs to nobody else yet."""
     part = share.scale(part).to(output.dtype)
     if isinstance(share.entries, slice):

@@ -23,7 +23,7 @@ from graftkit.errors import AttachError
 PackChoice = int | None | Mapping[int, float]
 """What one row uses: a pack (its index), the plain target (None), or weights of packs."""
 
-PackWeights = tuple[tuple[int, float], ...]
+WeightsByPack = tuple[tuple[int, float], ...]
 """The same in one form: (pack, weight) in the order of packs, no weight 0. () is the target."""
 
 EntryIndex = slice | Tensor
@@ -31,7 +31,7 @@ EntryIndex = slice | Tensor
 
 
 @dataclass(frozen=True)
-class Share:
+class PackShare:
     """A pack's share in some entries: y[entries] += weight · part.
 
     Attributes:
@@ -61,12 +61,12 @@ class RoutedRows:
         weights: the packs' weights of each kind.
     """
 
-    def __init__(self, kinds: tuple[int, ...], weights: Sequence[PackWeights]):
+    def __init__(self, kinds: tuple[int, ...], weights: Sequence[WeightsByPack]):
         self.kinds = kinds
         self.weights = weights
         self.is_uniform = len(set(kinds)) == 1
         self._groups: dict[tuple[int, torch.device], list[tuple[int, EntryIndex]]] = {}
-        self._shares: dict[tuple[int, torch.device], list[Share]] = {}
+        self._shares: dict[tuple[int, torch.device], list[PackShare]] = {}
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -97,7 +97,7 @@ class RoutedRows:
             ]
         return self._groups[key]
 
-    def shares(self, length: int, device: torch.device) -> list[Share]:
+    def shares(self, length: int, device: torch.device) -> list[PackShare]:
         """The packs' shares in a tensor with `length` entries.
 
         Raises: AttachError when they cannot be dealt out to the rows evenly.
@@ -112,13 +112,15 @@ class RoutedRows:
             ]
         return self._shares[key]
 
-    def _share(self, pack: int, weights: list[float], length: int, device: torch.device) -> Share:
+    def _share(
+        self, pack: int, weights: list[float], length: int, device: torch.device
+    ) -> PackShare:
         entries = self._entries([bool(weight) for weight in weights], length, device)
         used = [weight for weight in weights if weight]
         if len(set(used)) == 1:
-            return Share(pack, entries, used[0])
+            return PackShare(pack, entries, used[0])
         repeated = torch.tensor(used, device=device).repeat_interleave(length // len(self))
-        return Share(pack, entries, repeated)
+        return PackShare(pack, entries, repeated)
 
     def _entries(self, rows: list[bool], length: int, device: torch.device) -> EntryIndex:
         """The entries of the rows that are marked, at least one."""
@@ -153,7 +155,7 @@ def choose_rows(packs: Iterable[int], rows: Sequence[PackChoice]) -> RoutedRows:
     return RoutedRows(tuple(kinds.index(own) for own in weights), kinds)
 
 
-def _pack_weights(choice: PackChoice, attached: set[int]) -> PackWeights:
+def _pack_weights(choice: PackChoice, attached: set[int]) -> WeightsByPack:
     if choice is None:
         return ()
     weights = choice if isinstance(choice, Mapping) else {choice: 1.0}

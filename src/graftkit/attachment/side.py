@@ -25,7 +25,7 @@ from graftkit.attachment.target import (
     TensorChange,
     find_changes,
 )
-from graftkit.attachment.updates import TunedPart, Update, make_update
+from graftkit.attachment.updates import TunedPart, WeightUpdate, make_update
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
 
@@ -106,7 +106,7 @@ class SidePacks:
                 f"{record.name} has {record.tuned_shape[0]} rows in the tuned model and "
                 f'{record.shape[0]} in the target; attach with mode="merged"'
             )
-        update: Update | None = None
+        update: WeightUpdate | None = None
         for slot in change.slots:
             name, _, attribute = slot.rpartition(".")
             deltas = self._deltas_of(name)
@@ -134,8 +134,8 @@ class SidePacks:
         return self._modules[name]
 
     def _update(
-        self, pack: SkillPack, change: TensorChange, slot: str, before: Update | None
-    ) -> Update:
+        self, pack: SkillPack, change: TensorChange, slot: str, before: WeightUpdate | None
+    ) -> WeightUpdate:
         """The delta of a slot's whole weight; `before` holds other parts of the same weight."""
         live = self._live(slot)
         whole = change.view.whole
@@ -179,7 +179,7 @@ class SidePacks:
 
 def linear_updates(
     target: LiveTarget, pack: SkillPack, selects: Callable[[str], bool]
-) -> dict[str, Update]:
+) -> dict[str, WeightUpdate]:
     """ΔW of the linear modules that `selects` accepts by name, of a checked pack. Hooks nothing.
 
     Raises: AttachError, CorruptPackError.

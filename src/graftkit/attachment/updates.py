@@ -15,7 +15,7 @@ from graftkit.models.views import TensorView
 _ROW_SHARE = 0.5
 
 
-class Update(Protocol):
+class WeightUpdate(Protocol):
     """A delta ΔW (out, in) in the orientation y = x Wᵀ."""
 
     def project(self, x: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class DenseUpdate:
 
 def make_update(
     factors: tuple[Tensor, Tensor] | None, matrix: Tensor | None, like: Tensor
-) -> Update:
+) -> WeightUpdate:
     """The smallest form of a delta, on the device and in the dtype of `like`.
 
     Args:
@@ -154,7 +154,7 @@ class TunedPart:
     """
 
     view: TensorView
-    value: Tensor | Update
+    value: Tensor | WeightUpdate
     transposed: bool
 
     def write(self, parameter: Tensor) -> None:

@@ -24,7 +24,7 @@ from graftkit.attachment import without_packs
 from graftkit.attachment.rows import first_tensor
 from graftkit.attachment.side import linear_updates
 from graftkit.attachment.target import LiveTarget, check_packs
-from graftkit.attachment.updates import LowRankUpdate, Update
+from graftkit.attachment.updates import LowRankUpdate, WeightUpdate
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.encoding import context_length, vocabulary_size
 from graftkit.route.base import Route
@@ -49,7 +49,7 @@ Sketches = Mapping[str, Mapping[str, Tensor]]
 """By module, then by pack."""
 
 
-def sketch_update(update: Update) -> Tensor | None:
+def sketch_update(update: WeightUpdate) -> Tensor | None:
     """S (k, in) with ‖S x‖² = in · ‖ΔW x‖² / ‖ΔW‖_F², float32; None where ΔW is zero.
 
     S is R of the QR decomposition of ΔW, scaled: rotating the outputs does not change their norm.
