@@ -28,6 +28,11 @@ class MemoryPack(SkillPack):
         self.tuned = {}
         self.low_rank = {}
 
+    def __copy__(self):
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
     def decode(self, name, target):
         if name in self.tuned:
             return self.tuned[name].clone()
