@@ -28,6 +28,11 @@ class MemoryPack(SkillPack):
         self.tuned = {}
         self.low_rank = {}
 
+    def __copy__(self):
+        other = MemoryPack.__new__(MemoryPack)
+        other.__dict__.update(self.__dict__)
+        return other
+
     def decode(self, name, target):
         if name in self.tuned:
             return self.tuned[name].clone()
