@@ -21,9 +21,8 @@ from vision_report import write_report
 from graftkit.parallel import kept_memory
 from graftkit.vision.baselines import PAPER_SCION, ROOTSTOCK, paper_network, trained_donor
 from graftkit.vision.evaluate import Measurement, accuracy_lead, measure, score
-from graftkit.vision.features import ALL_VIEWS, FeatureTable
 from graftkit.vision.graft import GraftRun, GraftSettings, graft
-from graftkit.vision.probe import fit_probe
+from graftkit.vision.probe import ALL_VIEWS, FeatureTable, fit_probe
 from graftkit.vision.training import SoftLabels
 
 EPOCHS = 12

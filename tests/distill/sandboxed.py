@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from graftkit.distill.scores.sandbox import check_sandbox, run_tests
+from graftkit.distill.scores.code import check_sandbox, run_tests
 from graftkit.errors import GraftError
 
 MEMORY = 2**29

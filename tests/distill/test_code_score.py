@@ -14,9 +14,8 @@ from distill.sandboxed import MEMORY, failure, require_sandbox
 
 from graftkit.distill.config import CodeRule
 from graftkit.distill.records import Prompt, SourceAnswer
-from graftkit.distill.scores import open_scorer, sandbox
-from graftkit.distill.scores.code import find_code
-from graftkit.distill.scores.sandbox import check_sandbox
+from graftkit.distill.scores import code, open_scorer
+from graftkit.distill.scores.code import check_sandbox, find_code
 from graftkit.errors import ConfigError, RowsError, SourceError
 
 DOUBLE = "def double(x):\n    return 2 * x\n"
@@ -238,7 +237,7 @@ def test_files_elsewhere_are_neither_written_nor_left_behind(tmp_path, monkeypat
 
 def test_nothing_outlives_a_killed_run(tmp_path):
     require_sandbox()
-    code = f"from graftkit.distill.scores.sandbox import run_tests as run\nrun('import time; \
+    code = f"from graftkit.distill.scores.code import run_tests as run\nrun('import time; \
 time.sleep(60)', '', 60, {MEMORY})"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as run:
@@ -344,7 +343,7 @@ def test_where_no_namespaces_can_be_made_the_rule_is_refused(monkeypatch, tmp_pa
     bwrap.write_text("#!/bin/sh\necho 'bwrap: No permissions to create a namespace' >&2\nexit 1\n")
     bwrap.chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda name: str(bwrap))
-    sandbox._bubblewrap.cache_clear()
+    code._bubblewrap.cache_clear()
     with pytest.raises(SourceError, match=r"No permissions .* you may make namespaces"):
         check_sandbox()
-    sandbox._bubblewrap.cache_clear()
+    code._bubblewrap.cache_clear()

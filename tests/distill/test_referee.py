@@ -3,7 +3,7 @@
 import pytest
 from distill.sandboxed import failure, require_sandbox
 
-from graftkit.distill.scores.sandbox import run_tests
+from graftkit.distill.scores.code import run_tests
 
 UNJUDGED = "error: the tests use more of the answer than plain values"
 

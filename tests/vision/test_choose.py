@@ -26,7 +26,7 @@ from graftkit.vision.costs import layer_costs, module_cost
 from graftkit.vision.donor import Donor, pool
 from graftkit.vision.donors import open_donor
 from graftkit.vision.donors.architectures import vgg16_chain
-from graftkit.vision.features import FeatureTable
+from graftkit.vision.probe import FeatureTable
 from graftkit.vision.rootstock import Scion
 
 

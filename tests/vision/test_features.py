@@ -11,7 +11,8 @@ from vision.pictures import write_pictures
 from vision.tiny_networks import SIZE, as_images, tiny_donor
 
 from graftkit.vision.donor import pool
-from graftkit.vision.features import (
+from graftkit.vision.images import ImageSet, open_images
+from graftkit.vision.probe import (
     ALL_VIEWS,
     POOLINGS,
     FeatureTable,
@@ -19,7 +20,6 @@ from graftkit.vision.features import (
     read_features,
     turned,
 )
-from graftkit.vision.images import ImageSet, open_images
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,7 @@
 graft       the whole run: prepare, choose, train, measure, report
 images/     files become pixels of one size, with classes and splits
 donor       a pretrained network as a chain of layers; donors/ opens each kind of network
-features    pooled features of every layer for all images
-probe       logistic regression on features
+probe       pooled features of every layer for all images, and logistic regression on them
 costs       parameters, operations, bytes and milliseconds of every cut
 choose      the scion: which layers and features are read within a budget
 rootstock   the network that results, its heads and its batch normalization

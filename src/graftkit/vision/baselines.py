@@ -33,9 +33,8 @@ from graftkit.vision.choose import (
 from graftkit.vision.donor import Donor, pool
 from graftkit.vision.donors.architectures import LAST, NORMALIZATION, STAGES, STEM, InvertedResidual
 from graftkit.vision.evaluate import score
-from graftkit.vision.features import FeatureTable
 from graftkit.vision.images import ImageSet, LabeledImages
-from graftkit.vision.probe import fit_hidden, fit_probe
+from graftkit.vision.probe import FeatureTable, fit_hidden, fit_probe
 from graftkit.vision.rootstock import (
     BATCH,
     HeadFactory,

@@ -27,12 +27,14 @@ from graftkit.parallel import bfloat16_pays
 from graftkit.progress import Progress
 from graftkit.vision.costs import CurvePoint, layer_costs, measure_curve, module_cost
 from graftkit.vision.donor import Donor
-from graftkit.vision.features import FeatureTable, cache_key, read_features
 from graftkit.vision.images import ImageSet
 from graftkit.vision.probe import (
+    FeatureTable,
     LinearProbe,
+    cache_key,
     fit_probe,
     l2_relevance,
+    read_features,
     read_probes,
     taylor_relevance,
     write_probes,

@@ -26,10 +26,9 @@ from graftkit.files import replaced_file
 from graftkit.progress import Progress, silent
 from graftkit.vision.donor import Donor
 from graftkit.vision.export import build_model, describe, strip, write_model
-from graftkit.vision.features import FeatureTable, cache_key
 from graftkit.vision.images import ImageSet
 from graftkit.vision.predict import Predictor
-from graftkit.vision.probe import LinearProbe
+from graftkit.vision.probe import FeatureTable, LinearProbe, cache_key
 from graftkit.vision.rootstock import fold_rootstock, grow
 
 _WARM_UP = 3  # runs before the clock starts: memory is allocated, kernels are chosen

@@ -42,8 +42,8 @@ from graftkit.vision.choose import (
 )
 from graftkit.vision.donors import open_donor
 from graftkit.vision.evaluate import measure, measure_int8
-from graftkit.vision.features import ALL_VIEWS, UPRIGHT_VIEWS
 from graftkit.vision.images import open_images
+from graftkit.vision.probe import ALL_VIEWS, UPRIGHT_VIEWS
 from graftkit.vision.report import write_report
 from graftkit.vision.results import (
     MeasuredNetworks,

@@ -21,8 +21,8 @@ from graftkit.files import replaced_file
 from graftkit.vision.baselines import DONOR, LAST_LAYER, ROOTSTOCK
 from graftkit.vision.choose import CostBudget, DonorCuts, ScionChoice
 from graftkit.vision.evaluate import Measurement, accuracy_lead
-from graftkit.vision.features import POOLINGS
 from graftkit.vision.images import SPLITS, ImageSet
+from graftkit.vision.probe import POOLINGS
 from graftkit.vision.thinning import hidden_channels
 from graftkit.vision.training import TrainedNetwork
 

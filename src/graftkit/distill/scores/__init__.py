@@ -1,7 +1,7 @@
 """The stage `score`: what every answer is worth, and whether it may be trained on.
 
 checks    rules that compare with a reference; agreement of a source with itself; likelihood
-code      the prompt's tests on the answer's code; sandbox and referee run them
+code      the prompt's tests on the answer's code, inside bubblewrap; referee runs there
 graders   reward models, and judges behind an endpoint
 """
 
