@@ -153,7 +153,7 @@ def fine_tune(
     """
     _check_parts(train, val)
     key = _digest(module, train, val, settings, soft_labels)
-    run = _TrainingRun(module, train, val, settings, soft_labels)
+    run = _NetworkTraining(module, train, val, settings, soft_labels)
     file = Path(folder) / CHECKPOINT
     run.resume(file, key)
     for epoch in range(len(run.history), settings.epochs):
@@ -211,7 +211,7 @@ def parameter_groups(module: Rootstock, settings: TrainingSettings) -> list[dict
     return groups
 
 
-class _TrainingRun:
+class _NetworkTraining:
     """Weights, their average, the optimizer's state, the history and the best weights so far."""
 
     def __init__(
