@@ -142,10 +142,10 @@ class States:
 
         def make(folder: Path) -> None:
             start = [1 / len(packs)] * len(packs)
-            found = search_weights(
+            actual = search_weights(
                 self.target, packs, rows, start, evaluations=self.size.search_tries
             )
-            merge_packs(self.target, packs, folder, found.weights)
+            merge_packs(self.target, packs, folder, actual.weights)
 
         return self._made("searched", learned, make)
 

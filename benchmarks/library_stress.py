@@ -92,12 +92,12 @@ class Stress:
     def add(self) -> bool:
         """A pack that is not there, under a new name or as the next version of one; False where
         all are."""
-        found = self.absent()
-        if found is not None:
-            digest, file = found
+        actual = self.absent()
+        if actual is not None:
+            digest, file = actual
             entry = self.library.add(file, self.name(), update=True)
             self.expected[entry.label] = digest
-        return found is not None
+        return actual is not None
 
     def remove(self) -> None:
         """A pack, or every version of a name."""
@@ -112,7 +112,7 @@ class Stress:
         """Prompts of all kinds, the empty one too."""
         prompts = self.prompts()
         names = {*self.library.index.newest, "target"}
-        assert all(found.name in names for found in self.library.route(prompts))
+        assert all(actual.name in names for actual in self.library.route(prompts))
 
     def answer(self) -> None:
         """A batch whose rows use different packs, under a limit that holds two of them."""
@@ -212,8 +212,8 @@ class Stress:
 
     def check(self, everything: bool) -> None:
         """The library is what the list says."""
-        found = {entry.label: entry.digest for entry in self.library.packs()}
-        assert found == self.expected, f"{found} instead of {self.expected}"
+        actual = {entry.label: entry.digest for entry in self.library.packs()}
+        assert actual == self.expected, f"{actual} instead of {self.expected}"
         if not everything:
             return
         for entry in self.library.packs():
@@ -235,8 +235,8 @@ class Stress:
 
     def settle(self, operations: Ops) -> None:
         """After a change that may have failed: it happened or not, and nothing is left of it."""
-        found = {entry.label: entry.digest for entry in self.library.packs()}
-        if found != self.expected:
+        actual = {entry.label: entry.digest for entry in self.library.packs()}
+        if actual != self.expected:
             self.note(operations)
         if not self.add():
             return
@@ -249,9 +249,11 @@ class Stress:
         own = [label for label in sorted(self.expected) if label.startswith(prefix)]
         if own and self.random.random() < 0.4:
             return [("remove", self.random.choice(own), "")]
-        found = self.absent()
+        actual = self.absent()
         return (
-            [] if found is None else [("add", f"{prefix}{self.random.randrange(4)}", str(found[1]))]
+            []
+            if actual is None
+            else [("add", f"{prefix}{self.random.randrange(4)}", str(actual[1]))]
         )
 
     def note(self, operations: Ops) -> None:

@@ -170,7 +170,7 @@ def formed(rows: Sequence[Row], form: str) -> list[Row]:
 
 def routes(library: Library, router: Any, rows: Sequence[Row]) -> list[str]:
     """The pack of every row, or the target."""
-    return [found.name for found in library.route([row.prompt for row in rows], router)]
+    return [actual.name for actual in library.route([row.prompt for row in rows], router)]
 
 
 def _answer(model: Any, ids: torch.Tensor) -> None:

@@ -346,8 +346,8 @@ class Soak:
     def _compare(
         self, results: list[torch.Tensor], row: int, alone: torch.Tensor, effect: float
     ) -> None:
-        for found in results:
-            error = float((found[row] - alone).abs().max())
+        for actual in results:
+            error = float((actual[row] - alone).abs().max())
             if len(results) != 2 or error > SHARE * effect:
                 raise Finding(f"row {row} is {error / effect:.0%} of the pack's effect away")
 

@@ -55,10 +55,10 @@ def pairs_of(shared: Path, out: Path) -> list[Pair]:
     """The nursery's four fine-tunes, and what dpo_tune.py has left in `out`."""
     nursery = shared / "nursery"
     skills = ("clinc150_intent", "nl_regex", "inflect_spa", "cmudict_g2p")
-    found = [Pair(name, nursery / "target", nursery / name, name) for name in skills]
+    actual = [Pair(name, nursery / "target", nursery / name, name) for name in skills]
     dpo = {"DPO": "dpo", "DPO, float32": "dpo_float32"}
     made = [Pair(name, nursery / SKILL, out / at, SKILL) for name, at in dpo.items()]
-    return found + [pair for pair in made if (pair.tuned / "config.json").is_file()]
+    return actual + [pair for pair in made if (pair.tuned / "config.json").is_file()]
 
 
 def measure_pair(pair: Pair, rows_file: Path) -> Iterator[Record]:

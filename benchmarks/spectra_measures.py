@@ -190,16 +190,16 @@ def _feed_back(
     errors = delta.clone()  # columns from j on hold E; those before hold δ still
     for j in range(delta.shape[1] - 1, -1, -1):
         scale = lower[j, j]
-        wanted = delta[:, j] + errors[:, j + 1 :] @ (lower[j + 1 :, j] / scale)
-        variance = float((wanted * scale).square().mean())
+        expected = delta[:, j] + errors[:, j + 1 :] @ (lower[j + 1 :, j] / scale)
+        variance = float((expected * scale).square().mean())
         if variance > water:
             keep = 1 - water / variance
-            noise = torch.randn(len(wanted), generator=generator) / scale
-            coded = keep * wanted + math.sqrt(keep * water) * noise
+            noise = torch.randn(len(expected), generator=generator) / scale
+            coded = keep * expected + math.sqrt(keep * water) * noise
             errors[:, j] -= coded
-            wanted = wanted - coded
+            expected = expected - coded
             bits += math.log2(variance / water) / 2
-        left += float((wanted * scale).square().sum())
+        left += float((expected * scale).square().sum())
     return left, bits / delta.shape[1]
 
 

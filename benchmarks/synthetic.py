@@ -59,22 +59,22 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor, in the order of the layers."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     key_value = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
-    found: dict[str, tuple[int, ...]] = {
+    actual: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], hidden)
     }
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"
-        found[f"{at}.input_layernorm.weight"] = (hidden,)
-        found[f"{at}.post_attention_layernorm.weight"] = (hidden,)
+        actual[f"{at}.input_layernorm.weight"] = (hidden,)
+        actual[f"{at}.post_attention_layernorm.weight"] = (hidden,)
         for name, rows in (("q", hidden), ("k", key_value), ("v", key_value)):
-            found[f"{at}.self_attn.{name}_proj.weight"] = (rows, hidden)
+            actual[f"{at}.self_attn.{name}_proj.weight"] = (rows, hidden)
             if config["model_type"] == "qwen2":
-                found[f"{at}.self_attn.{name}_proj.bias"] = (rows,)
-        found[f"{at}.self_attn.o_proj.weight"] = (hidden, hidden)
-        found[f"{at}.mlp.gate_proj.weight"] = (inner, hidden)
-        found[f"{at}.mlp.up_proj.weight"] = (inner, hidden)
-        found[f"{at}.mlp.down_proj.weight"] = (hidden, inner)
-    return found | {"model.norm.weight": (hidden,)}
+                actual[f"{at}.self_attn.{name}_proj.bias"] = (rows,)
+        actual[f"{at}.self_attn.o_proj.weight"] = (hidden, hidden)
+        actual[f"{at}.mlp.gate_proj.weight"] = (inner, hidden)
+        actual[f"{at}.mlp.up_proj.weight"] = (inner, hidden)
+        actual[f"{at}.mlp.down_proj.weight"] = (hidden, inner)
+    return actual | {"model.norm.weight": (hidden,)}
 
 
 def _tensors(config: dict[str, Any], tuned: bool) -> Iterator[tuple[str, Tensor]]:

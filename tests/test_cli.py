@@ -55,13 +55,13 @@ def test_pack_prints_one_json_object_with_the_sizes_of_the_file(
 ) -> None:
     output = tmp_path / "x.skillpack"
     assert run("pack", *models, "-o", output, "--budget", "95%", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["pack_bytes"] == output.stat().st_size <= found["budget_bytes"]
-    assert found["ratio"] == found["pack_bytes"] / found["target_bytes"]
+    actual = json.loads(capsys.readouterr().out)
+    assert actual["pack_bytes"] == output.stat().st_size <= actual["budget_bytes"]
+    assert actual["ratio"] == actual["pack_bytes"] / actual["target_bytes"]
     for key in ("bits_per_parameter", "bound_bits_per_parameter", "seconds", "peak_rss_bytes"):
-        assert found[key] > 0
-    wanted = {"name", "kind", "codec", "rank", "bits_per_parameter", "relative_error"}
-    assert all(wanted <= tensor.keys() for tensor in found["tensors"])
+        assert actual[key] > 0
+    expected = {"name", "kind", "codec", "rank", "bits_per_parameter", "relative_error"}
+    assert all(expected <= tensor.keys() for tensor in actual["tensors"])
     assert [file.name for file in tmp_path.iterdir()] == ["x.skillpack"]
 
 

@@ -108,8 +108,8 @@ def test_the_report_counts_what_the_metrics_say(tmp_path):
 def test_states_that_do_not_depend_on_the_order_are_measured_once():
     from continual import ORDERS, todo
 
-    found = todo(["ties", "full fine-tuning", "joint training"], ORDERS)
-    assert len(found) == len(set(found))
-    assert [state for way, state in found if way == "joint training"] == [tuple(sorted(ORDERS[0]))]
-    assert len([1 for way, _ in found if way == "full fine-tuning"]) == 12
-    assert len([1 for way, _ in found if way == "ties"]) == 10
+    actual = todo(["ties", "full fine-tuning", "joint training"], ORDERS)
+    assert len(actual) == len(set(actual))
+    assert [state for way, state in actual if way == "joint training"] == [tuple(sorted(ORDERS[0]))]
+    assert len([1 for way, _ in actual if way == "full fine-tuning"]) == 12
+    assert len([1 for way, _ in actual if way == "ties"]) == 10

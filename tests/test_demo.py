@@ -58,10 +58,10 @@ def test_recovered_is_the_share_of_what_was_learned(demo):
 
 def test_no_pack_on_disk_is_larger_than_its_budget(demo):
     result, out, _ = demo
-    for skill, found in zip(SKILLS, result.skills, strict=True):
+    for skill, actual in zip(SKILLS, result.skills, strict=True):
         size = out.pack(skill).stat().st_size
         target = SkillPack.load(out.pack(skill)).manifest.target
-        assert found.pack_bytes == size
+        assert actual.pack_bytes == size
         assert size <= Budget.parse(skill.budget).to_bytes(target.bytes, target.parameters)
 
 
@@ -90,11 +90,11 @@ def test_a_mixed_batch_answers_every_row_with_its_own_pack(demo):
 
 def test_demo_json_says_the_same_as_the_result(demo):
     result, out, _ = demo
-    found = json.loads(out.json.read_text(encoding="utf-8"))
-    assert found == json.loads(json.dumps(result.as_json()))
-    assert found["bytes_restored"] is True
-    assert found["totals"]["pack_bytes"] == result.pack_bytes
-    assert found["skills"][0]["ratio"] == result.skills[0].ratio
+    actual = json.loads(out.json.read_text(encoding="utf-8"))
+    assert actual == json.loads(json.dumps(result.as_json()))
+    assert actual["bytes_restored"] is True
+    assert actual["totals"]["pack_bytes"] == result.pack_bytes
+    assert actual["skills"][0]["ratio"] == result.skills[0].ratio
 
 
 def test_the_commands_name_files_that_exist(demo):

@@ -327,9 +327,9 @@ def test_a_folder_of_results_belongs_to_one_command(tmp_path):
 def check_again(work: Callable[[Path], int | None], folder: Path, expected, where: str) -> None:
     """The same run again, after one that was killed in this folder, ends as if undisturbed."""
     assert not work(folder), f"{where}: the same again is refused"
-    found = tree(folder)
-    assert found.keys() == expected.keys(), where
-    assert found == expected, where
+    actual = tree(folder)
+    assert actual.keys() == expected.keys(), where
+    assert actual == expected, where
     assert not [path for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir())]
 
 
@@ -452,11 +452,11 @@ def check_next_pack(models: Path, tmp_path: Path, changes: Sequence[str]) -> Non
     seen = set()
     for count, folder in killed_at_every_change(work, tmp_path, changes):
         second(models, folder)  # without the first again
-        found, both = tree(folder), (folder / "m").exists()
+        actual, both = tree(folder), (folder / "m").exists()
         seen.add(both)
-        strays = found.keys() - expected[both].keys()
+        strays = actual.keys() - expected[both].keys()
         assert all(name.startswith(("m.partial/", ".m.graftkit-lock")) for name in strays)
-        kept = {name: found.get(name) for name in expected[both]}
+        kept = {name: actual.get(name) for name in expected[both]}
         assert kept == expected[both], f"killed at change {count}"
     assert seen == {True, False}
 

@@ -89,9 +89,9 @@ def test_packs_generate_together_what_their_merged_checkpoints_do(target):
     files = [make_pack(target, name, change) for name, change in CHANGES.items()]
     files += [plain, make_pack(target, "end", ends_with(text[1]))]
     expected = [merged_answer(target, file) for file in files]
-    found = generate_answers(str(target), files, PROMPT, TOKENS)
-    assert [answer["text"] for answer in found] == expected
-    assert [answer["pack"] for answer in found] == [file.name for file in files]
+    actual = generate_answers(str(target), files, PROMPT, TOKENS)
+    assert [answer["text"] for answer in actual] == expected
+    assert [answer["pack"] for answer in actual] == [file.name for file in files]
     assert len(set(expected)) == len(expected)  # every setting has a visible effect
 
 
@@ -122,9 +122,9 @@ def test_rows_of_a_library_end_and_continue_as_their_own_packs_do(target):
     library = Library.init(target.with_name("library"), target)
     for name, file in files.items():
         library.add(file, name)
-    found = {name: library.generate(PROMPT, route=name, max_new_tokens=TOKENS) for name in files}
+    actual = {name: library.generate(PROMPT, route=name, max_new_tokens=TOKENS) for name in files}
     expected = {name: merged_answer(target, file) for name, file in files.items()}
-    assert {name: answer.text for name, answer in found.items()} == expected
+    assert {name: answer.text for name, answer in actual.items()} == expected
     assert len(expected["end"]) < len(expected["plain"])
 
 

@@ -19,9 +19,9 @@ def test_singular_values_are_those_of_the_weighted_delta(measures):
     inputs, outputs = measures.white_noise((9, 20), 2), measures.white_noise((6, 30), 3)
     h, g = inputs @ inputs.T, outputs @ outputs.T
     halves = [_half(g), _half(h)]
-    wanted = torch.linalg.svdvals(halves[0] @ delta @ halves[1])
-    found = measures.singular_values(delta, measures.root(h), measures.root(g).T)
-    torch.testing.assert_close(found, wanted)
+    expected = torch.linalg.svdvals(halves[0] @ delta @ halves[1])
+    actual = measures.singular_values(delta, measures.root(h), measures.root(g).T)
+    torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(measures.singular_values(delta), torch.linalg.svdvals(delta))
 
 
@@ -41,9 +41,9 @@ def test_spikes_on_a_bulk_are_counted_and_noise_has_none(measures):
     other = measures.singular_values(measures.white_noise((100, 150), 5))
     assert measures.spikes_of(values, values)["spikes"] == 0
     spiked = noise + 100 * torch.outer(torch.ones(100) / 10, torch.ones(150) / 150**0.5)
-    found = measures.spikes_of(measures.singular_values(spiked), other)
-    assert found["spikes"] == 1
-    assert found["spike_energy"] == pytest.approx(0.4, abs=0.05)
+    actual = measures.spikes_of(measures.singular_values(spiked), other)
+    assert actual["spikes"] == 1
+    assert actual["spike_energy"] == pytest.approx(0.4, abs=0.05)
 
 
 def test_unchanged_words_cost_nothing_and_zeros_of_both_signs_differ(measures):
@@ -51,19 +51,19 @@ def test_unchanged_words_cost_nothing_and_zeros_of_both_signs_differ(measures):
     assert measures.words_of(target, target) == {"unchanged": 1.0, "exact_bits": 0.0}
     tuned = target.clone()
     tuned[2] = -0.0
-    found = measures.words_of(target, tuned)
-    assert found["unchanged"] == 31 / 32
+    actual = measures.words_of(target, tuned)
+    assert actual["unchanged"] == 31 / 32
     # Only zeros share the exponent of the changed word: 8 of 32 words, one of which differs.
-    assert found["exact_bits"] == pytest.approx(8 / 32 * 0.543564, abs=1e-5)
+    assert actual["exact_bits"] == pytest.approx(8 / 32 * 0.543564, abs=1e-5)
 
 
 def test_entries_of_a_sparse_delta_show_it(measures):
     delta = torch.zeros(100, 100)
     delta[:5] = measures.white_noise((5, 100), 6).float()
-    found = measures.entries_of(delta)
-    assert found["still_rows"] == 0.95
-    assert found["row10"] == pytest.approx(1.0)
-    assert found["kurtosis"] > 30
+    actual = measures.entries_of(delta)
+    assert actual["still_rows"] == 0.95
+    assert actual["row10"] == pytest.approx(1.0)
+    assert actual["kurtosis"] > 30
 
 
 def test_a_shift_that_all_rows_share_is_told_from_what_they_do_not(measures):
@@ -81,16 +81,16 @@ def test_entries_coded_one_by_one_cost_the_gaussian_limit_with_and_without_feedb
     # White rows: ½ log2 of variance over error, both as the geometric mean of the input sees them.
     lower = torch.linalg.cholesky(covariance).diagonal().square()
     total = covariance.trace()
-    wanted = float((12 * lower / (0.0625 * total)).log2().mean()) / 2
-    assert measures.dense_rates(noise, covariance, (0.0625,)) == pytest.approx([wanted], abs=0.05)
+    expected = float((12 * lower / (0.0625 * total)).log2().mean()) / 2
+    assert measures.dense_rates(noise, covariance, (0.0625,)) == pytest.approx([expected], abs=0.05)
 
 
 def test_a_component_costs_its_two_vectors(measures):
     # One component: two vectors with error d each and 2d - d² = .1 together.
     one = torch.tensor([1.0] + [0.0] * 9, dtype=torch.float64)
     d = 1 - 0.9**0.5
-    wanted = 15 / 2 * torch.tensor(1 / d).log2() / 50
-    assert measures.lowrank_rate(one, (10, 5), 0.1) == pytest.approx(float(wanted), rel=1e-3)
+    expected = 15 / 2 * torch.tensor(1 / d).log2() / 50
+    assert measures.lowrank_rate(one, (10, 5), 0.1) == pytest.approx(float(expected), rel=1e-3)
     tighter = [measures.lowrank_rate(one + 0.3, (10, 10), error) for error in (0.5, 0.1, 0.01)]
     assert tighter == sorted(tighter)
 

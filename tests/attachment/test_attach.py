@@ -60,9 +60,9 @@ def test_a_pack_beside_the_model_gives_what_it_gives_merged(pair_of, architectur
     before, plain = bytes_of(model), logits(model)
     with attached(model, pack, mode="side"):
         assert bytes_of(model) == before
-        found = logits(model)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (found - plain).abs().max() > 100 * (found - expected).abs().max()
+        actual = logits(model)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert (actual - plain).abs().max() > 100 * (actual - expected).abs().max()
     assert torch.equal(logits(model), plain)
     assert bytes_of(model) == before
 
@@ -79,14 +79,14 @@ def test_rows_of_one_batch_use_packs_of_their_own(pair_of, architecture):
     with attached(model, packs, mode="side") as attachment:
         for rows in ([0, None, 1, 0], [1, 1, None, None], [None] * 4, [1] * 4):
             attachment.route(rows)
-            found = logits(model)
+            actual = logits(model)
             for row, pack in enumerate(rows):
                 wanted = plain if pack is None else expected[pack]
-                torch.testing.assert_close(found[row], wanted[row], rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(actual[row], wanted[row], rtol=1e-4, atol=1e-5)
             untouched = [row for row, pack in enumerate(rows) if pack is None]
             # Experts multiply the tokens of all rows together, so there the last bit may differ.
             if architecture not in EXPERTS:
-                assert torch.equal(found[untouched], plain[untouched])
+                assert torch.equal(actual[untouched], plain[untouched])
 
 
 @pytest.mark.parametrize("mode", ["merged", "side"])
@@ -114,10 +114,10 @@ def test_generation_in_a_mixed_batch_says_what_each_pack_says_alone(tmp_path, ar
             wanted.append(model.generate(**batch, **options)[row])
     with attached(model, packs, mode="side") as attachment:
         attachment.route([None, 0, 1])
-        found = model.generate(**batch, **options)
-        assert torch.equal(found, torch.stack(wanted))
+        actual = model.generate(**batch, **options)
+        assert torch.equal(actual, torch.stack(wanted))
         beams = model.generate(**batch, **options, num_beams=2)
-        assert beams.shape == found.shape
+        assert beams.shape == actual.shape
 
 
 @pytest.mark.parametrize("mode", ["merged", "side"])

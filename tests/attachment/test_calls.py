@@ -131,9 +131,9 @@ def test_a_model_that_was_compiled_before_answers_with_its_packs(tmp_path):
     with attached(model, exact_pack(target, tuned), mode="side") as attachment:
         torch.testing.assert_close(logits(fast), expected, rtol=1e-4, atol=1e-4)
         attachment.route([None, 0, None, 0])
-        found = logits(fast)
-        torch.testing.assert_close(found[1::2], expected[1::2], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(found[::2], plain[::2], rtol=1e-4, atol=1e-4)
+        actual = logits(fast)
+        torch.testing.assert_close(actual[1::2], expected[1::2], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual[::2], plain[::2], rtol=1e-4, atol=1e-4)
     assert torch.equal(logits(fast), plain)
 
 
@@ -189,9 +189,9 @@ def test_a_model_of_images_keeps_its_rows_apart(tmp_path):
     plain, expected = model(**images).logits, load_model(tuned)(**images).logits
     with attached(model, exact_pack(target, tuned), mode="side") as attachment:
         attachment.route([0, None, 0])
-        found = model(**images).logits
-    torch.testing.assert_close(found[0::2], expected[0::2], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found[1], plain[1], rtol=1e-3, atol=1e-4)
+        actual = model(**images).logits
+    torch.testing.assert_close(actual[0::2], expected[0::2], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actual[1], plain[1], rtol=1e-3, atol=1e-4)
 
 
 def test_trying_a_model_leaves_no_trace(pair_of):
@@ -298,13 +298,13 @@ def test_a_thread_uses_the_only_choice_there_is_and_no_other(pair_of):
     model, expected = load_model(target), logits(load_model(tuned))
     with attached(model, pack, mode="side") as attachment:
         for wanted in (expected, expected):
-            (found,) = in_threads(lambda: logits(model))
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+            (actual,) = in_threads(lambda: logits(model))
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
             attachment.route([0])
         attachment.route([None])
-        (found,) = in_threads(lambda: logits(model))
-        assert isinstance(found, AttachError)
-        assert "in the thread that runs the model" in str(found)
+        (actual,) = in_threads(lambda: logits(model))
+        assert isinstance(actual, AttachError)
+        assert "in the thread that runs the model" in str(actual)
 
 
 def test_answers_that_compare_rows_with_each_other_are_refused_for_rows_of_several_packs(tmp_path):

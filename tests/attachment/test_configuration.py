@@ -75,9 +75,9 @@ def test_a_changed_computation_is_attached_as_it_is_merged_and_undone(architectu
     before = logits(model)
     expected = logits(load(model, merge_packs(target, pack, tmp_path / "merged")))
     with pytest.raises(KeyboardInterrupt), attached(model, pack):  # noqa: PT012
-        found = logits(model)
+        actual = logits(model)
         raise KeyboardInterrupt
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
     assert torch.equal(logits(model), before)
     assert not torch.allclose(before, expected)
     with pytest.raises(AttachError, match=key):
@@ -114,14 +114,16 @@ def parts_of(model):
     }
 
 
-def assert_same_parts(found, expected):
-    assert found.keys() == expected.keys()
+def assert_same_parts(actual, expected):
+    assert actual.keys() == expected.keys()
     for name, (kind, attributes, buffers) in expected.items():
-        assert found[name][0] is kind
-        assert found[name][1].keys() == attributes.keys()
-        assert all(found[name][1][k] is v or found[name][1][k] == v for k, v in attributes.items())
-        assert found[name][2].keys() == buffers.keys()
-        assert all(torch.equal(found[name][2][k], v) for k, v in buffers.items())
+        assert actual[name][0] is kind
+        assert actual[name][1].keys() == attributes.keys()
+        assert all(
+            actual[name][1][k] is v or actual[name][1][k] == v for k, v in attributes.items()
+        )
+        assert actual[name][2].keys() == buffers.keys()
+        assert all(torch.equal(actual[name][2][k], v) for k, v in buffers.items())
 
 
 def test_settings_that_compute_nothing_are_no_obstacle_beside_the_model(tmp_path):

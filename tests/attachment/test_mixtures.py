@@ -77,8 +77,8 @@ def test_a_rows_mixture_does_not_depend_on_the_mixtures_of_other_rows(skills_of,
         for others in (None, 1, {0: 0.5, 1: 0.5}, {0: 0.3, 1: 0.7}, {0: -1.0}):
             attachment.route([{0: 0.3, 1: 0.7}, others, {1: 0.4}, others])
             results.append(logits(attachment.model)[[0, 2]])
-    for found in results[1:]:
-        torch.testing.assert_close(found, results[0], rtol=1e-4, atol=1e-5)
+    for actual in results[1:]:
+        torch.testing.assert_close(actual, results[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", architectures())

@@ -92,8 +92,8 @@ def test_a_row_does_not_depend_on_the_packs_of_other_rows(pair_of, architecture)
         for others in (None, 0, 1):
             attachment.route([0, others, 1, others])
             results.append(logits(model)[[0, 2]])
-        for found in results[1:]:
-            torch.testing.assert_close(found, results[0], rtol=1e-4, atol=1e-5)
+        for actual in results[1:]:
+            torch.testing.assert_close(actual, results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_padding_on_the_left_is_served_row_by_row(pair_of):
@@ -105,8 +105,8 @@ def test_padding_on_the_left_is_served_row_by_row(pair_of):
         wanted = model.generate(**batch, max_new_tokens=4, do_sample=False)[1]
     with attached(model, packs, mode="side") as attachment:
         attachment.route([0, 1])
-        found = model.generate(**batch, max_new_tokens=4, do_sample=False)[1]
-    assert torch.equal(found, wanted)
+        actual = model.generate(**batch, max_new_tokens=4, do_sample=False)[1]
+    assert torch.equal(actual, wanted)
 
 
 def test_an_exception_in_a_tuned_module_puts_its_parameter_back(tmp_path):

@@ -72,7 +72,7 @@ def test_knowing_the_inputs_saves_error_in_the_outputs():
     delta, metric = spectrum(), covariance()
     blind_payload, blind = factored(delta, None, 0.5)
     tried = (factored(delta, metric, level) for level in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6))
-    seen = next(found[1] for found in tried if len(found[0]) <= len(blind_payload))
+    seen = next(actual[1] for actual in tried if len(actual[0]) <= len(blind_payload))
     assert lost(delta, seen, metric) < 0.7 * lost(delta, blind, metric)
 
 

@@ -358,10 +358,10 @@ def decode_by_the_book(payload, target, width=16):
             prior = book_prior(u, width, mantissa)
             slots[u] = book_slots(counts.setdefault(u, [0] * len(prior)), prior)
         symbols = [coder.pop(slots[contexts[i]]) for i in order]
-        found = dict(zip(order, zip(symbols, book_raw(coder, symbols), strict=True), strict=True))
+        actual = dict(zip(order, zip(symbols, book_raw(coder, symbols), strict=True), strict=True))
         for i, word in enumerate(words):
-            tuned.append(book_word(word, *found[i], width))
-            counts[contexts[i]][found[i][0]] += 1
+            tuned.append(book_word(word, *actual[i], width))
+            counts[contexts[i]][actual[i][0]] += 1
     assert coder.pop_uniform(23) == 2**23 - 1
     assert (coder.state, coder.words) == (0, [])
     return tuned

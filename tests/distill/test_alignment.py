@@ -30,8 +30,8 @@ def pieces(tokenizer, ids):
 def aligned(source, target, text):
     """Texts of the matched tokens, (source, target)."""
     left, right = tokenize_completion(source, text), tokenize_completion(target, text)
-    found = match_tokens(left, right, map_vocabulary(source, target, len(source)))
-    chosen = [(left.ids[i], right.ids[j]) for j, i in enumerate(found) if i != UNKNOWN]
+    actual = match_tokens(left, right, map_vocabulary(source, target, len(source)))
+    chosen = [(left.ids[i], right.ids[j]) for j, i in enumerate(actual) if i != UNKNOWN]
     return list(
         zip(
             pieces(source, [s for s, _ in chosen]),
@@ -65,13 +65,13 @@ def test_of_any_text_matched_tokens_start_at_the_same_character_and_alike(text, 
 def test_of_any_text_pooled_spans_cover_the_same_characters(text, pair):
     left, right = (tokenize_completion(tokenizer, text) for tokenizer in pair)
     pools = span_pools(left.spans, right.spans)
-    found = []
+    actual = []
     for spans, pool in zip((left.spans, right.spans), pools, strict=True):
         assert len(pool) == len(spans)
         groups = [[s for s, n in zip(spans, pool, strict=True) if n == k] for k in set(pool) - {-1}]
-        found.append([(group[0][0], group[-1][1]) for group in groups])
-    assert found[0] == found[1]
-    assert not text.strip() or found[0]
+        actual.append([(group[0][0], group[-1][1]) for group in groups])
+    assert actual[0] == actual[1]
+    assert not text.strip() or actual[0]
 
 
 def test_a_source_token_that_begins_with_the_targets_stands_for_it():
@@ -88,8 +88,8 @@ def test_a_source_token_that_is_shorter_than_the_targets_says_nothing():
 
 def test_the_end_of_the_text_is_matched_with_the_end():
     left, right = tokenize_completion(COARSE, " the cat"), tokenize_completion(FINE, " the cat")
-    found = match_tokens(left, right, map_vocabulary(COARSE, FINE, len(COARSE)))
-    assert found[-1] == len(left.ids) - 1
+    actual = match_tokens(left, right, map_vocabulary(COARSE, FINE, len(COARSE)))
+    assert actual[-1] == len(left.ids) - 1
 
 
 def test_one_vocabulary_maps_to_itself_and_every_token_is_matched():
@@ -117,8 +117,8 @@ def test_no_digit_maps_to_another_digit(source, target):
     for name, token in source.get_vocab().items():
         text = name.replace("Ġ", "").replace("▁", "")
         if text.isdecimal() and vocabulary[token] != UNKNOWN:
-            found = target.decode([int(vocabulary[token])]).strip()
-            assert text.startswith(found)
+            actual = target.decode([int(vocabulary[token])]).strip()
+            assert text.startswith(actual)
 
 
 def test_special_tokens_map_to_nothing_but_every_end_to_the_end():

@@ -249,9 +249,9 @@ time.sleep(60)', '', 60, {MEMORY})"
 
 def _wait_for_processes(parent: psutil.Process, count: int) -> list[psutil.Process]:
     for _ in range(500):
-        found = parent.children(recursive=True)
-        if len(found) >= count:
-            return found
+        actual = parent.children(recursive=True)
+        if len(actual) >= count:
+            return actual
         time.sleep(0.02)
     raise AssertionError("the sandbox did not start")
 

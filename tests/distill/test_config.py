@@ -97,7 +97,7 @@ def test_bfloat16_is_the_default_only_where_the_device_multiplies_in_it(tmp_path
         ({"avx2": True}, "float32"),
         ({"avx512_bf16": True}, "bfloat16"),
     ):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=instructions: found)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda actual=instructions: actual)
         config = DistillConfig.read_toml(tmp_path / "run.toml")
         assert (config.sft.precision, config.dpo.precision) == (expected, expected)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)

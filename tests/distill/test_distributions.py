@@ -56,18 +56,18 @@ def total(row):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_what_the_source_finds_likely_is_kept_in_the_targets_tokens(tmp_path, temperature):
     collect(tmp_path / "d", temperature=temperature)
-    found, vocabulary = DistributionFile(tmp_path / "d"), map_vocabulary(THEIRS, OURS, len(THEIRS))
+    actual, vocabulary = DistributionFile(tmp_path / "d"), map_vocabulary(THEIRS, OURS, len(THEIRS))
     compared = 0
     for index, row in enumerate(ROWS[:6]):
         log_probs, _ = expected(row, temperature)
         target = tokenize_completion(OURS, row.completion)
         pairs = match_tokens(tokenize_completion(THEIRS, row.completion), target, vocabulary)
         for place, other in enumerate(pairs):
-            kept = found[index].log_probs[place] > -math.inf
+            kept = actual[index].log_probs[place] > -math.inf
             listed = dict(
                 zip(
-                    found[index].ids[place][kept].tolist(),
-                    found[index].log_probs[place][kept].exp().tolist(),
+                    actual[index].ids[place][kept].tolist(),
+                    actual[index].log_probs[place][kept].exp().tolist(),
                     strict=True,
                 )
             )
@@ -85,21 +85,21 @@ def test_what_the_source_finds_likely_is_kept_in_the_targets_tokens(tmp_path, te
 
 def test_the_cross_entropy_is_the_sources_whole_surprise_for_each_target_token(tmp_path):
     collect(tmp_path / "d", temperature=3.0)
-    found = DistributionFile(tmp_path / "d")
+    actual = DistributionFile(tmp_path / "d")
     for index, row in enumerate(ROWS):
-        if math.isfinite(found[index].cross_entropy):
+        if math.isfinite(actual[index].cross_entropy):
             log_probs, own = expected(row)
             nats = -log_probs.gather(1, torch.tensor(own)[:, None]).sum()
             tokens = len(tokenize_completion(OURS, row.completion).ids)
-            assert found[index].cross_entropy == pytest.approx(float(nats) / tokens, rel=1e-4)
+            assert actual[index].cross_entropy == pytest.approx(float(nats) / tokens, rel=1e-4)
 
 
 def test_every_position_adds_up_to_one_and_lists_no_token_twice(tmp_path):
     collect(tmp_path / "d")
-    found = DistributionFile(tmp_path / "d")
-    assert len(found) == len(ROWS)
-    for index in range(len(found)):
-        row = found[index]
+    actual = DistributionFile(tmp_path / "d")
+    assert len(actual) == len(ROWS)
+    for index in range(len(actual)):
+        row = actual[index]
         torch.testing.assert_close(total(row), torch.zeros(len(row.ids)), atol=1e-5, rtol=0)
         assert (row.log_probs.diff(dim=1).nan_to_num() <= 0).all()
         for ids, log_probs in zip(row.ids, row.log_probs, strict=True):
@@ -252,8 +252,8 @@ def test_a_safetensors_file_of_another_kind_is_refused(tmp_path):
 def test_duplicates_are_added_up_likeliest_first():
     ids = torch.tensor([[7, 3, 7, 5], [1, 1, 1, 1]])
     chances = torch.tensor([[0.2, 0.3, 0.25, 0.0], [0.1, 0.2, 0.3, 0.4]])
-    found, log_probs = merge_duplicate_tokens(ids, chances.log())
-    assert found.tolist() == [[7, 3], [1, 1]]
+    actual, log_probs = merge_duplicate_tokens(ids, chances.log())
+    assert actual.tolist() == [[7, 3], [1, 1]]
     torch.testing.assert_close(log_probs.exp(), torch.tensor([[0.45, 0.3], [1.0, 0.0]]))
 
 
@@ -274,8 +274,8 @@ def test_the_mean_weighs_with_the_softmax_of_exp_of_minus_the_cross_entropy():
     fused = fuse_distributions(rows, "average_ce")
     rewards = [math.exp(math.exp(-row.cross_entropy)) for row in rows]
     a, b = (reward / sum(rewards) for reward in rewards)
-    found = dict(zip(fused.ids[0].tolist(), fused.log_probs[0].exp().tolist(), strict=True))
-    assert found == pytest.approx({1: 0.5 * a, 2: 0.3 * a + 0.6 * b, 4: 0.4 * b})
+    actual = dict(zip(fused.ids[0].tolist(), fused.log_probs[0].exp().tolist(), strict=True))
+    assert actual == pytest.approx({1: 0.5 * a, 2: 0.3 * a + 0.6 * b, 4: 0.4 * b})
     assert float(total(fused)) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -288,14 +288,14 @@ def test_a_source_that_could_not_read_the_row_is_left_out(fusion):
 
 def test_a_batch_lies_where_the_targets_logits_predict_the_completion(tmp_path):
     collect(tmp_path / "d")
-    found = DistributionFile(tmp_path / "d")
+    actual = DistributionFile(tmp_path / "d")
     indices = [4, 0, 6]
     encoded = [encode_row(OURS, ROWS[index]) for index in indices]
-    batch = distribution_batch([found], indices, encoded, "min_ce")
+    batch = distribution_batch([actual], indices, encoded, "min_ce")
     for line, (index, (ids, start)) in enumerate(zip(indices, encoded, strict=True)):
         places = batch["kl_mask"][line].nonzero()[:, 0].tolist()
         assert places == list(range(start - 1, len(ids) - 1))
-        row = found[index]
+        row = actual[index]
         width = row.ids.shape[1]
         assert torch.equal(batch["kl_ids"][line, places, :width], row.ids)
         assert torch.equal(batch["kl_log_probs"][line, places, :width], row.log_probs)

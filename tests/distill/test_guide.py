@@ -59,9 +59,9 @@ def test_pooled_states_are_those_of_the_source_run_alone_on_the_row():
         with torch.no_grad():
             states = source.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         alone = batch["hidden_source_index"][index : index + 1, : len(ids)]
-        for found, (layer, _) in zip(pooled, source.pairs, strict=True):
-            wanted = pool(states[layer], alone, found.shape[1])
-            torch.testing.assert_close(found[index : index + 1], wanted, atol=1e-4, rtol=1e-4)
+        for actual, (layer, _) in zip(pooled, source.pairs, strict=True):
+            wanted = pool(states[layer], alone, actual.shape[1])
+            torch.testing.assert_close(actual[index : index + 1], wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_beyond_the_sources_context_or_without_tokens_has_no_spans():

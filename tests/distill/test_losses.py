@@ -101,9 +101,9 @@ def test_a_certain_token_counts_with_its_cross_entropy(divergence):
     loss = distribution_loss(
         logits, ids, torch.zeros(6, 1), torch.full((6,), -math.inf), divergence
     )
-    wanted = nn.functional.cross_entropy(logits, ids[:, 0], reduction="none")
-    torch.testing.assert_close(loss, wanted)
-    gradients = [torch.autograd.grad(each.sum(), logits)[0] for each in (loss, wanted)]
+    expected = nn.functional.cross_entropy(logits, ids[:, 0], reduction="none")
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(each.sum(), logits)[0] for each in (loss, expected)]
     torch.testing.assert_close(*gradients)
 
 

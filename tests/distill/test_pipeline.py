@@ -253,12 +253,12 @@ def test_rows_longer_than_the_target_reads_are_dropped_and_counted(place):
 
 def test_a_dry_run_counts_and_writes_nothing(place):
     before = sorted(path.name for path in place.iterdir())
-    found = estimate_run(place / "run.toml")
-    assert found["prompts"] == 8
-    assert found["stages"]["sample"]["answers"] == 24
-    assert found["stages"]["sft"]["steps"] == 4
-    assert found["stages"]["dpo"]["memory_bytes"] > found["stages"]["sft"]["memory_bytes"]
-    assert found["disk_bytes"] > 0
+    actual = estimate_run(place / "run.toml")
+    assert actual["prompts"] == 8
+    assert actual["stages"]["sample"]["answers"] == 24
+    assert actual["stages"]["sft"]["steps"] == 4
+    assert actual["stages"]["dpo"]["memory_bytes"] > actual["stages"]["sft"]["memory_bytes"]
+    assert actual["disk_bytes"] > 0
     assert sorted(path.name for path in place.iterdir()) == before
 
 

@@ -63,9 +63,9 @@ def prompts_of(folder, records, seed=0, reference=False, tests=False, **settings
 
 def test_prompts_are_numbered_by_line_and_the_dropped_are_counted(tmp_path):
     texts = ["a", "  ", "b", "a", "c", " b\n", ""]
-    found = prompts_of(tmp_path, [{"prompt": text, "completion": 4} for text in texts])
-    assert found.prompts == (Prompt(0, "a"), Prompt(2, "b"), Prompt(4, "c"))
-    assert found.dropped == {"empty": 2, "repeated": 2, "over the limit": 0}
+    actual = prompts_of(tmp_path, [{"prompt": text, "completion": 4} for text in texts])
+    assert actual.prompts == (Prompt(0, "a"), Prompt(2, "b"), Prompt(4, "c"))
+    assert actual.dropped == {"empty": 2, "repeated": 2, "over the limit": 0}
 
 
 def test_what_a_rule_compares_with_is_read_only_when_asked(tmp_path):
@@ -77,13 +77,13 @@ def test_what_a_rule_compares_with_is_read_only_when_asked(tmp_path):
 
 def test_a_limit_is_a_seeded_choice_in_the_order_of_the_file(tmp_path):
     records = [{"prompt": f"p{number}"} for number in range(50)]
-    found = prompts_of(tmp_path, records, limit=10)
-    assert [prompt.text for prompt in found.prompts] == [f"p{p.id}" for p in found.prompts]
-    numbers = [prompt.id for prompt in found.prompts]
+    actual = prompts_of(tmp_path, records, limit=10)
+    assert [prompt.text for prompt in actual.prompts] == [f"p{p.id}" for p in actual.prompts]
+    numbers = [prompt.id for prompt in actual.prompts]
     assert numbers == sorted(numbers)
-    assert found.dropped["over the limit"] == 40
-    assert prompts_of(tmp_path, records, limit=10) == found
-    assert prompts_of(tmp_path, records, limit=10, seed=1) != found
+    assert actual.dropped["over the limit"] == 40
+    assert prompts_of(tmp_path, records, limit=10) == actual
+    assert prompts_of(tmp_path, records, limit=10, seed=1) != actual
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def test_a_prompt_without_a_reference_is_named(kind):
     ],
 )
 def test_the_number_of_a_text(text, value):
-    found = find_number(text)
-    assert (None if found is None else found.value) == (value if value is None else float(value))
+    actual = find_number(text)
+    assert (None if actual is None else actual.value) == (value if value is None else float(value))
 
 
 @given(
@@ -120,15 +120,15 @@ def test_the_number_of_a_text(text, value):
 )
 def test_any_number_is_found_behind_any_words(value, form):
     written = form.format(value)
-    found = find_number(f"so 3 and 4 make {written}")
-    assert found is not None
-    assert math.isclose(found.value, float(written.replace(",", "")), rel_tol=1e-12)
+    actual = find_number(f"so 3 and 4 make {written}")
+    assert actual is not None
+    assert math.isclose(actual.value, float(written.replace(",", "")), rel_tol=1e-12)
 
 
 @given(st.text())
 def test_any_text_has_a_finite_number_or_none(text):
-    found = find_number(text)
-    assert found is None or math.isfinite(found.value)
+    actual = find_number(text)
+    assert actual is None or math.isfinite(actual.value)
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
@@ -253,8 +253,8 @@ def test_a_reference_that_is_no_json_is_named():
 
 def agreement(texts, of="text"):
     answers = [said(text, sample) for sample, text in enumerate(texts)]
-    found = verdicts(AgreementScore(kind="agreement", of=of), answers)
-    return [found[index] for index in range(len(texts))]
+    actual = verdicts(AgreementScore(kind="agreement", of=of), answers)
+    return [actual[index] for index in range(len(texts))]
 
 
 def test_agreement_is_the_share_of_the_other_samples():
@@ -277,14 +277,14 @@ def test_unfinished_samples_disagree_and_other_sources_and_prompts_do_not_count(
         said("a", 0, source="other"),
         said("a", 0, prompt_id=1),
     ]
-    found = verdicts(AgreementScore(kind="agreement"), answers)
-    assert found == {0: 1 / 3, 1: 1 / 3, 4: 0.0, 5: 0.0}
+    actual = verdicts(AgreementScore(kind="agreement"), answers)
+    assert actual == {0: 1 / 3, 1: 1 / 3, 4: 0.0, 5: 0.0}
 
 
 def test_the_likelihood_is_what_the_source_said():
     answers = [said("a", log_likelihood=-0.25), said("b", 1)]
-    found = verdicts(LikelihoodScore(kind="likelihood"), answers)
-    assert found == {0: -0.25, 1: "unknown"}
+    actual = verdicts(LikelihoodScore(kind="likelihood"), answers)
+    assert actual == {0: -0.25, 1: "unknown"}
 
 
 # reward
@@ -330,8 +330,8 @@ def test_a_reward_is_the_logit_of_the_whole_row(tmp_path):
     ids = [*tokenizer.encode("Question 0? a"), tokenizer.eos_token_id]
     with torch.no_grad():
         expected = float(model(torch.tensor([ids])).logits)
-    found = verdicts(reward_of(folder), ANSWERS[:1], config_folder=tmp_path)
-    assert found[0] == pytest.approx(expected, abs=1e-5)
+    actual = verdicts(reward_of(folder), ANSWERS[:1], config_folder=tmp_path)
+    assert actual[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_continued_reward_has_the_same_bits(tmp_path):
@@ -350,9 +350,9 @@ def test_a_chat_template_changes_what_the_reward_model_reads(tmp_path):
 
 def test_an_answer_beyond_the_context_has_no_reward(tmp_path):
     settings = reward_of(reward_model(tmp_path / "reward"))
-    found = verdicts(settings, [said("a"), said("b" * 200, 1)], config_folder=tmp_path)
-    assert isinstance(found[0], float)
-    assert found[1] == "longer than the context"
+    actual = verdicts(settings, [said("a"), said("b" * 200, 1)], config_folder=tmp_path)
+    assert isinstance(actual[0], float)
+    assert actual[1] == "longer than the context"
 
 
 def test_a_reward_that_is_no_number_is_a_failure(tmp_path):
@@ -416,8 +416,8 @@ def test_a_judge_grades_every_answer_from_zero_to_one(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "s3cret")
     with CompletionServer(lambda r: "Well.\nGrade: " + ("9" if "good" in r.prompt else "2")) as s:
         settings = judge_at(s.url, key_env="JUDGE_KEY", instruction="Look at style.")
-        found = verdicts(settings, [said("good"), said("bad", 1), said("good", 2)], done={2})
-    assert found == {0: 0.9, 1: 0.2}
+        actual = verdicts(settings, [said("good"), said("bad", 1), said("good", 2)], done={2})
+    assert actual == {0: 0.9, 1: 0.2}
     sent = [{name.lower(): value for name, value in r.headers.items()} for r in s.requests]
     assert {headers["authorization"] for headers in sent} == {"Bearer s3cret"}
     assert all(r.body["temperature"] == 0 and r.body["model"] == "judge" for r in s.requests)
@@ -431,8 +431,8 @@ def test_a_judge_that_gives_no_grade_is_asked_once_more():
         return "Hm."
 
     with CompletionServer(answer) as server:
-        found = verdicts(judge_at(server.url), [said("slow"), said("never", 1)])
-    assert found == {0: 0.4, 1: "no grade"}
+        actual = verdicts(judge_at(server.url), [said("slow"), said("never", 1)])
+    assert actual == {0: 0.4, 1: "no grade"}
     assert len(server.requests) == 4
 
 
@@ -441,8 +441,8 @@ def test_an_answer_that_the_judge_refuses_fails_alone():
         return Fault(400, "too long") if "long" in request.prompt else None
 
     with CompletionServer(lambda request: Reply("Grade: 5"), fault) as server:
-        found = verdicts(judge_at(server.url), [said("long"), said("fine", 1)])
-    assert found == {0: "refused", 1: 0.5}
+        actual = verdicts(judge_at(server.url), [said("long"), said("fine", 1)])
+    assert actual == {0: "refused", 1: 0.5}
 
 
 def test_a_busy_judge_is_asked_again_after_the_time_that_it_names():

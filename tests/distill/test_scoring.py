@@ -48,8 +48,10 @@ def judge(url: str, **more) -> dict:
 def said(
     text, prompt=0, sample=0, source="mini", finish="stop", log_likelihood=-1.0
 ) -> SourceAnswer:
-    asked = PROMPTS[prompt]
-    return SourceAnswer(asked.id, asked.text, source, sample, text, 3, finish, log_likelihood)
+    requested = PROMPTS[prompt]
+    return SourceAnswer(
+        requested.id, requested.text, source, sample, text, 3, finish, log_likelihood
+    )
 
 
 ANSWERS = (
@@ -72,7 +74,7 @@ def run(folder: Path, *scores: dict, answers=ANSWERS, progress=lambda *_: None):
 
 
 @pytest.mark.parametrize(
-    ("scores", "wanted"),
+    ("scores", "expected"),
     [
         ([EXACT], (True, False)),
         ([{"kind": "json"}, LIKELIHOOD], (True, False)),
@@ -81,8 +83,8 @@ def run(folder: Path, *scores: dict, answers=ANSWERS, progress=lambda *_: None):
         ([LIKELIHOOD, AGREEMENT], (False, False)),
     ],
 )
-def test_the_rules_say_what_they_read_of_the_prompts_file(scores, wanted):
-    assert needed_fields(configured(*scores)) == wanted
+def test_the_rules_say_what_they_read_of_the_prompts_file(scores, expected):
+    assert needed_fields(configured(*scores)) == expected
 
 
 def test_where_there_are_rules_only_the_reward_says_whether_they_pass(tmp_path):

@@ -9,8 +9,8 @@ def scored(prompt, source, sample, reward, text=None, failed=None) -> ScoredAnsw
     return ScoredAnswer(answer, failed is None, failed, reward)
 
 
-def chosen(found):
-    return [(pair.chosen.answer.key, pair.rejected.answer.key) for pair in found.pairs]
+def chosen(actual):
+    return [(pair.chosen.answer.key, pair.rejected.answer.key) for pair in actual.pairs]
 
 
 BOTH = {"sft_share": "all"}
@@ -51,9 +51,9 @@ def test_pairs_outside_the_window_of_gaps_are_dropped_and_counted():
         *(scored(1, "a", 0, 0.9), scored(1, "a", 1, 0.1)),
         *(scored(2, "a", 0, 0.55), scored(2, "a", 1, 0.5)),
     ]
-    found = run(answers, gap=(0.01, 0.1))
-    assert chosen(found) == [((2, "a", 0), (2, "a", 1))]
-    assert found.dropped_pairs == {"gap too small": 1, "gap too large": 1}
+    actual = run(answers, gap=(0.01, 0.1))
+    assert chosen(actual) == [((2, "a", 0), (2, "a", 1))]
+    assert actual.dropped_pairs == {"gap too small": 1, "gap too large": 1}
 
 
 def test_a_source_whose_gap_does_not_fit_gives_way_to_one_whose_does():
@@ -81,9 +81,9 @@ def test_checked_pairs_need_one_answer_that_passes_and_one_that_fails():
         *(scored(0, "a", 0, 1.0), scored(0, "a", 1, 1.0)),
         *(scored(1, "a", 0, 0.0, failed="exact"), scored(1, "a", 1, 0.0, failed="exact")),
     ]
-    found = run(answers, graded=False, pairs="checked")
-    assert not found.pairs
-    assert found.dropped_pairs == {"all pass": 1, "all fail": 1}
+    actual = run(answers, graded=False, pairs="checked")
+    assert not actual.pairs
+    assert actual.dropped_pairs == {"all pass": 1, "all fail": 1}
 
 
 def test_without_graded_scores_the_window_does_not_apply():
@@ -97,9 +97,9 @@ def test_mixed_pairs_hold_a_sources_best_and_the_targets_own_best_and_worst():
         scored(0, "me", 0, 0.52),
         scored(0, "me", 1, 0.50),
     ]
-    found = run(answers, pairs="mixed", target_source="me")
-    assert chosen(found) == [((0, "big", 0), (0, "me", 1))]
-    assert found.pairs[0].own.answer.key == (0, "me", 0)
+    actual = run(answers, pairs="mixed", target_source="me")
+    assert chosen(actual) == [((0, "big", 0), (0, "me", 1))]
+    assert actual.pairs[0].own.answer.key == (0, "me", 0)
 
 
 def test_two_equal_texts_make_no_pair():
@@ -109,9 +109,9 @@ def test_two_equal_texts_make_no_pair():
 
 def test_answers_that_do_not_fit_are_dropped_and_counted():
     answers = [scored(0, "a", 0, 0.9, "long"), scored(1, "a", 0, 0.9, "ok")]
-    found = run(answers, fits=lambda one: one.answer.text != "long")
-    assert [row.answer.prompt_id for row in found.rows] == [1]
-    assert found.dropped_rows == {"too long": 1}
+    actual = run(answers, fits=lambda one: one.answer.text != "long")
+    assert [row.answer.prompt_id for row in actual.rows] == [1]
+    assert actual.dropped_rows == {"too long": 1}
 
 
 def test_a_prompt_whose_answers_all_fail_says_why():
@@ -120,9 +120,9 @@ def test_a_prompt_whose_answers_all_fail_says_why():
 
 
 def test_rewards_below_the_least_are_not_trained_on():
-    found = run([scored(0, "a", 0, 0.2)], least_reward=0.5)
-    assert not found.rows
-    assert found.dropped_rows == {"reward too low": 1}
+    actual = run([scored(0, "a", 0, 0.2)], least_reward=0.5)
+    assert not actual.rows
+    assert actual.dropped_rows == {"reward too low": 1}
 
 
 def test_prompts_are_split_once_by_seed_and_none_serves_both():
@@ -143,7 +143,7 @@ def test_the_order_of_answers_of_other_prompts_does_not_matter():
 
 def test_an_answer_that_a_rule_cannot_judge_is_neither_chosen_nor_rejected():
     answers = [scored(0, "a", 0, 1.0), scored(0, "a", 1, 0.0, failed="error: code: more")]
-    found = run(answers, graded=False, pairs="checked")
-    assert [row.answer.key for row in found.rows] == [(0, "a", 0)]
-    assert not found.pairs
-    assert found.dropped_pairs == {"all pass": 1}
+    actual = run(answers, graded=False, pairs="checked")
+    assert [row.answer.key for row in actual.rows] == [(0, "a", 0)]
+    assert not actual.pairs
+    assert actual.dropped_pairs == {"all pass": 1}

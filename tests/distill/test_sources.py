@@ -88,10 +88,10 @@ def test_draws_follow_temperature_and_top_p(spread, top_p):
     settings = ModelSource(kind="model", name="a", model="a", temperature=0.8, top_p=top_p)
     sampler = Sampler(settings, [], torch.ones(rows, 1), seed=5)
     sampler(torch.zeros(rows, 1, dtype=torch.int64), logits.repeat(rows, 1))
-    found = sampler._steps[0].bincount(minlength=vocabulary) / rows
-    assert not found[expected == 0].any()
+    actual = sampler._steps[0].bincount(minlength=vocabulary) / rows
+    assert not actual[expected == 0].any()
     # Five standard deviations of a binomial share.
-    assert ((found - expected).abs() <= 5 * (expected / rows).sqrt() + 1e-6).all()
+    assert ((actual - expected).abs() <= 5 * (expected / rows).sqrt() + 1e-6).all()
 
 
 def test_the_repetition_penalty_ignores_padding():
@@ -99,10 +99,10 @@ def test_the_repetition_penalty_ignores_padding():
     mask = torch.tensor([[0, 0, 1], [1, 1, 1]])
     logits = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
     settings = ModelSource(kind="model", name="a", model="a", repetition_penalty=1.5)
-    found = Sampler(settings, [], mask, seed=0)._penalized(logits, ids, mask.bool())
+    actual = Sampler(settings, [], mask, seed=0)._penalized(logits, ids, mask.bool())
     theirs = RepetitionPenaltyLogitsProcessor(1.5)
-    assert torch.equal(found[:1], theirs(ids[:1, 2:], logits[:1].clone()))
-    assert torch.equal(found[1:], theirs(ids[1:], logits[1:].clone()))
+    assert torch.equal(actual[:1], theirs(ids[:1, 2:], logits[:1].clone()))
+    assert torch.equal(actual[1:], theirs(ids[1:], logits[1:].clone()))
 
 
 def recurrent():

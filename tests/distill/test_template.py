@@ -28,11 +28,13 @@ def test_a_turn_of_chat_is_the_tokens_that_the_template_gives(tmp_path, model):
     tokenizer = byte_tokenizer(tmp_path, chat=True)
     row = Template(tokenizer, model, True, 99).row("say one", "one!")
     turns = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "one!"}]
-    wanted = tokenizer.apply_chat_template(turns, return_dict=False)
+    expected = tokenizer.apply_chat_template(turns, return_dict=False)
     ids, start = encode_row(tokenizer, row)
-    assert ids == [*wanted, tokenizer.eos_token_id]
-    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
-    assert ids[:start] == asked
+    assert ids == [*expected, tokenizer.eos_token_id]
+    requested = tokenizer.apply_chat_template(
+        turns[:1], add_generation_prompt=True, return_dict=False
+    )
+    assert ids[:start] == requested
 
 
 def test_an_end_of_turn_that_is_the_eos_is_not_written_twice(tmp_path, model):

@@ -47,12 +47,12 @@ def test_it_is_imported_as_peft_merges_it(tmp_path, architecture, tokens, option
     target, adapter, merged = make(tmp_path, architecture, tokens, **options)
     pack = import_lora(target, adapter, tmp_path / "x.skillpack")
     merge_packs(target, pack, tmp_path / "merged")
-    found = load_model(tmp_path / "merged")
-    assert found.config.vocab_size == tokens
+    actual = load_model(tmp_path / "merged")
+    assert actual.config.vocab_size == tokens
     if tokens > 90:
-        assert torch.allclose(logits(found), logits(merged), atol=1e-5)
+        assert torch.allclose(logits(actual), logits(merged), atol=1e-5)
     for name, value in merged.state_dict().items():
-        assert torch.allclose(found.state_dict()[name], value, atol=1e-6), name
+        assert torch.allclose(actual.state_dict()[name], value, atol=1e-6), name
 
 
 def test_factors_of_a_resized_embedding_are_refused_by_the_vocabulary(tmp_path):

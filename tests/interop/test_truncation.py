@@ -21,33 +21,33 @@ def least_error(delta, rank):
 def test_no_other_factors_of_a_rank_come_closer(rows, columns, own, rank, seed):
     left, right = gaussian(rows, own, seed % 1000), gaussian(own, columns, seed % 997)
     delta = left @ right
-    for found in (truncate(delta, rank), truncate_factors(left, right, rank)):
-        assert found.left.shape[1] == found.right.shape[0] <= rank
-        error = float((delta - found.left @ found.right).norm())
+    for actual in (truncate(delta, rank), truncate_factors(left, right, rank)):
+        assert actual.left.shape[1] == actual.right.shape[0] <= rank
+        error = float((delta - actual.left @ actual.right).norm())
         assert error <= least_error(delta, rank) * 1.001 + 1e-4 * float(delta.norm())
         energy = torch.linalg.svdvals(delta).square().double()
-        size = min(len(energy), len(found.energies))
+        size = min(len(energy), len(actual.energies))
         torch.testing.assert_close(
-            found.energies[:size], energy[:size], rtol=1e-3, atol=1e-4 * float(energy[0])
+            actual.energies[:size], energy[:size], rtol=1e-3, atol=1e-4 * float(energy[0])
         )
 
 
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20)])
 def test_both_factors_of_a_component_are_equally_loud_and_the_loudest_comes_first(shape):
-    for found in (
+    for actual in (
         truncate(gaussian(*shape), 5),
         truncate_factors(gaussian(20, 8), gaussian(8, 6), 5),
     ):
-        loudness = found.right.norm(dim=1)
-        torch.testing.assert_close(found.left.norm(dim=0), loudness, rtol=1e-3, atol=1e-6)
+        loudness = actual.right.norm(dim=1)
+        torch.testing.assert_close(actual.left.norm(dim=0), loudness, rtol=1e-3, atol=1e-6)
         assert torch.equal(loudness, loudness.sort(descending=True).values)
 
 
 def test_a_delta_of_zero_has_factors_of_zero():
-    found = truncate(torch.zeros(6, 4), 3)
-    assert not (found.left @ found.right).any()
-    found = truncate_factors(torch.zeros(6, 2), gaussian(2, 4), 3)
-    assert not (found.left @ found.right).any()
+    actual = truncate(torch.zeros(6, 4), 3)
+    assert not (actual.left @ actual.right).any()
+    actual = truncate_factors(torch.zeros(6, 2), gaussian(2, 4), 3)
+    assert not (actual.left @ actual.right).any()
 
 
 def test_the_smallest_rank_counts_the_energy_of_all_matrices_together():
@@ -69,10 +69,10 @@ def test_padding_adds_components_that_change_nothing():
 @pytest.mark.parametrize("shape", [(20, 12), (12, 20), (1, 5), (5, 1)])
 def test_squares_that_float32_does_not_hold_take_no_component_away(scale, shape):
     delta = (gaussian(*shape).double() * scale).float()
-    found = truncate(delta, 20)
-    assert found.left.isfinite().all()
-    assert found.right.isfinite().all()
-    error = (found.left.double() @ found.right.double() - delta.double()).norm()
+    actual = truncate(delta, 20)
+    assert actual.left.isfinite().all()
+    assert actual.right.isfinite().all()
+    error = (actual.left.double() @ actual.right.double() - delta.double()).norm()
     assert float(error) <= 1e-4 * float(delta.double().norm()) + 1e-43
     energy = float(delta.double().square().sum())
-    assert float(found.energies.sum()) == pytest.approx(energy, rel=1e-4)
+    assert float(actual.energies.sum()) == pytest.approx(energy, rel=1e-4)

@@ -13,18 +13,18 @@ PROMPTS = [prompts_of(name, 1, seed=8)[0] for name in NAMES] + ["!?;;" * 2]
 
 
 def test_energy_and_changes_are_those_of_the_decoded_delta(full, world):
-    found = Library.open(full).audit("digits")
+    actual = Library.open(full).audit("digits")
     target, pack = Checkpoint.open(world.target), SkillPack.load(world.packs["digits"])
     deltas = {name: pack.delta(name, target.read(name)) for name in target.tensors}
     total = sum(float(delta.double().square().sum()) for delta in deltas.values())
-    assert found.energy == pytest.approx(total)
-    shares = [change["energy_share"] for change in found.numbers()["kinds"].values()]
+    assert actual.energy == pytest.approx(total)
+    shares = [change["energy_share"] for change in actual.numbers()["kinds"].values()]
     assert sum(shares) == pytest.approx(1)
-    layers = found.numbers()["layers"]
+    layers = actual.numbers()["layers"]
     assert list(layers) == ["", "0", "1"]
     first = [delta for name, delta in deltas.items() if ".layers.0." in name]
     assert layers["0"]["moved"] == sum(int(delta.count_nonzero()) for delta in first)
-    rows = found.vocabulary["lm_head.weight"]
+    rows = actual.vocabulary["lm_head.weight"]
     assert (rows["rows"], rows["moved"]) == (96, 96)
     energy = deltas["lm_head.weight"].square().sum(dim=1).sort(descending=True).values
     assert energy[: rows["most"]].sum() >= 0.9 * energy.sum() > energy[: rows["most"] - 1].sum()

@@ -301,16 +301,16 @@ def test_threads_that_share_a_library_get_the_answers_of_one_thread(full):
     library = Library.open(full)
     prompts = [[*prompts_of(name, 2, seed=5)] for name in NAMES]
     expected = [[answer.text for answer in library.generate(p, max_new_tokens=6)] for p in prompts]
-    found = {}
+    actual = {}
 
     def work(place):
         for _ in range(3):
             answers = library.generate(prompts[place], max_new_tokens=6)
-            found.setdefault(place, []).append([answer.text for answer in answers])
+            actual.setdefault(place, []).append([answer.text for answer in answers])
 
     threads = [threading.Thread(target=work, args=(place,)) for place in range(len(NAMES))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {place: [texts] * 3 for place, texts in enumerate(expected)}
+    assert actual == {place: [texts] * 3 for place, texts in enumerate(expected)}

@@ -10,7 +10,7 @@ from graftkit.library import Library
 
 
 @pytest.fixture
-def told(capsys):
+def reported(capsys):
     """What a command prints on stdout, as JSON."""
 
     def run_json(*arguments: object):
@@ -54,38 +54,42 @@ def rows_file(path: Path, prompts: list[str]) -> Path:
     return path
 
 
-def test_a_library_is_made_filled_listed_and_emptied(world, tmp_path, told):
+def test_a_library_is_made_filled_listed_and_emptied(world, tmp_path, reported):
     folder = tmp_path / "library"
-    made = told("library", "init", folder, "--target", world.target)
+    made = reported("library", "init", folder, "--target", world.target)
     assert made["target"]["reference"] == str(world.target)
     prompts = rows_file(tmp_path / "rows.jsonl", prompts_of("lower"))
-    added = told("library", "add", folder, world.plain, "--name", "plain", "--prompts", prompts)
+    added = reported("library", "add", folder, world.plain, "--name", "plain", "--prompts", prompts)
     assert (added["name"], added["version"], added["has_key"]) == ("plain", 1, True)
-    assert told("library", "list", folder)["packs"] == [added]
-    updated = told("library", "add", folder, world.packs["upper"], "--name", "plain", "--update")
+    assert reported("library", "list", folder)["packs"] == [added]
+    updated = reported(
+        "library", "add", folder, world.packs["upper"], "--name", "plain", "--update"
+    )
     assert updated["version"] == 2
-    assert told("library", "remove", folder, "plain") == {
+    assert reported("library", "remove", folder, "plain") == {
         "removed": [added, updated],
         "remains": [],
     }
-    assert told("library", "list", folder)["packs"] == []
+    assert reported("library", "list", folder)["packs"] == []
 
 
-def test_prompts_without_completions_do_for_a_key_and_for_routing(world, folder, tmp_path, told):
+def test_prompts_without_completions_do_for_a_key_and_for_routing(
+    world, folder, tmp_path, reported
+):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": p}) for p in prompts_of("lower", seed=3)))
-    added = told("library", "add", folder, world.plain, "--name", "plain", "--prompts", prompts)
+    added = reported("library", "add", folder, world.plain, "--name", "plain", "--prompts", prompts)
     assert added["has_key"]
-    assert len(told("library", "route", folder, "--rows", prompts)) == 30
+    assert len(reported("library", "route", folder, "--rows", prompts)) == 30
 
 
-def test_routes_come_in_order_with_the_score_of_every_pack(full, tmp_path, told):
+def test_routes_come_in_order_with_the_score_of_every_pack(full, tmp_path, reported):
     prompts = [prompts_of(name, 1, seed=5)[0] for name in NAMES]
     rows = rows_file(tmp_path / "rows.jsonl", [*prompts, "", "!?!?;;"])
-    found = told("library", "route", full, "--rows", rows)
-    assert [row["route"] for row in found][:4] == [*NAMES, "target"]
-    assert all(row.keys() == {"route", "scores"} for row in found)
-    assert found[0]["scores"].keys() == set(NAMES)
+    actual = reported("library", "route", full, "--rows", rows)
+    assert [row["route"] for row in actual][:4] == [*NAMES, "target"]
+    assert all(row.keys() == {"route", "scores"} for row in actual)
+    assert actual[0]["scores"].keys() == set(NAMES)
 
 
 def test_packs_that_are_never_chosen_are_named(world, folder, tmp_path, capsys):
@@ -96,7 +100,7 @@ def test_packs_that_are_never_chosen_are_named(world, folder, tmp_path, capsys):
     assert "plain without a router key" in capsys.readouterr().err
 
 
-def test_evaluation_reports_routed_oracle_and_target(full, tmp_path, told, shown):
+def test_evaluation_reports_routed_oracle_and_target(full, tmp_path, reported, shown):
     arguments = ["library", "evaluate", full]
     for name in NAMES:
         rows = rows_file(tmp_path / f"{name}.jsonl", prompts_of(name, 3, seed=6))
@@ -104,20 +108,20 @@ def test_evaluation_reports_routed_oracle_and_target(full, tmp_path, told, shown
     rows = rows_file(tmp_path / "target.jsonl", ["!?;!?;!?", ""])
     refused_row = [*arguments, "--rows", f"target={rows}"]
     assert run(*refused_row, "--json") == 1  # an empty prompt cannot be answered
-    found = told(*arguments)
-    assert set(found["confusion"]) == set(NAMES)
-    assert found["router"] == "centroid"
-    wanted = {"rows", "accuracy", "routed", "oracle", "target", "regret"}
-    assert all(score.keys() == wanted for score in found["skills"].values())
+    actual = reported(*arguments)
+    assert set(actual["confusion"]) == set(NAMES)
+    assert actual["router"] == "centroid"
+    expected = {"rows", "accuracy", "routed", "oracle", "target", "regret"}
+    assert all(score.keys() == expected for score in actual["skills"].values())
     assert " % of the rows routed right" in shown(*arguments)
 
 
-def test_an_audit_says_what_changes_and_proves_the_removal(full, tmp_path, told, shown):
+def test_an_audit_says_what_changes_and_proves_the_removal(full, tmp_path, reported, shown):
     rows = rows_file(tmp_path / "rows.jsonl", ["0123", "!?;;"])
-    found = told("library", "audit", full, "digits", "--prove", rows)
-    assert found["pack"]["name"] == "digits"
-    assert found["proof"]["holds"]
-    assert found["leans"].keys() == {"upper@1", "lower@1"}
+    actual = reported("library", "audit", full, "digits", "--prove", rows)
+    assert actual["pack"]["name"] == "digits"
+    assert actual["proof"]["holds"]
+    assert actual["leans"].keys() == {"upper@1", "lower@1"}
     text = shown("library", "audit", full, "digits", "--prove", rows)
     assert "equal to those of a library that never had it, bit for bit" in text
     assert "lm_head.weight: 96 of 96 rows move" in text
@@ -134,26 +138,26 @@ def test_tables_are_printed_for_people(folder, tmp_path, shown):
     assert "are still here" in text
 
 
-def test_generate_takes_a_library_and_routes(full, told):
+def test_generate_takes_a_library_and_routes(full, reported):
     prompt = prompts_of("upper", 1, seed=5)[0]
-    found = told("generate", "--library", full, "--prompt", prompt, "--max-new-tokens", 4)
-    assert found["answers"][0]["pack"] == "upper"
-    by_name = told(
+    actual = reported("generate", "--library", full, "--prompt", prompt, "--max-new-tokens", 4)
+    assert actual["answers"][0]["pack"] == "upper"
+    by_name = reported(
         *("generate", "--library", full, "--prompt", prompt, "--max-new-tokens", 4),
         *("--route", "upper"),
     )
-    assert by_name == found
+    assert by_name == actual
 
 
-def test_generate_routes_among_packs_by_their_keys(world, told, refused):
+def test_generate_routes_among_packs_by_their_keys(world, reported, refused):
     prompt = prompts_of("lower", 1, seed=5)[0]
     packs = [argument for file in world.packs.values() for argument in ("--pack", file)]
     command = ["generate", world.target, *packs, "--prompt", prompt, "--max-new-tokens", 4]
-    answers = {answer["pack"]: answer["text"] for answer in told(*command)["answers"]}
-    (routed,) = told(*command, "--route", "auto")["answers"]
+    answers = {answer["pack"]: answer["text"] for answer in reported(*command)["answers"]}
+    (routed,) = reported(*command, "--route", "auto")["answers"]
     assert routed["pack"] == "lower.skillpack"
     assert routed["text"] == answers["lower.skillpack"]
-    (target,) = told(*command, "--route", "target")["answers"]
+    (target,) = reported(*command, "--route", "target")["answers"]
     assert target["pack"] is None
     assert "no pack is called 'nobody'" in refused(*command, "--route", "nobody")
     plain = ["generate", world.target, "--pack", world.plain, "--prompt", prompt]

@@ -22,8 +22,8 @@ class FirstWord:
         self.names = names
 
     def route(self, prompts):
-        found = [self.names.get(prompt.split(":")[0]) for prompt in prompts]
-        return [Route({name: 1.0} if name else {}, {}) for name in found]
+        actual = [self.names.get(prompt.split(":")[0]) for prompt in prompts]
+        return [Route({name: 1.0} if name else {}, {}) for name in actual]
 
 
 RIGHT = FirstWord(Utterance="clinc150_intent", Description="nl_regex")
@@ -42,8 +42,8 @@ def skilled(tmp_path_factory) -> Library:
 @pytest.fixture(scope="module")
 def rows() -> dict[str, list[Row]]:
     """A few rows of each skill, and of a third one that the library lacks."""
-    found = {name: list(read_rows(skill.test_rows)[:4]) for name, skill in SKILLED.items()}
-    return found | {"target": list(read_rows(SKILLS[2].test_rows)[:1])}
+    actual = {name: list(read_rows(skill.test_rows)[:4]) for name, skill in SKILLED.items()}
+    return actual | {"target": list(read_rows(SKILLS[2].test_rows)[:1])}
 
 
 def scored(library: Library, router: Router, rows: dict[str, list[Row]]):

@@ -12,7 +12,7 @@ def test_random_operations_of_every_kind_lose_nothing_and_leave_nothing(monkeypa
     monkeypatch.syspath_prepend(BENCHMARKS)
     from library_stress import stress
 
-    found = stress(operations=120, seed=4)  # a seed that draws all twelve kinds
-    assert len(found["counts"]) == 12
-    _, middle, last = found["objects"]
+    actual = stress(operations=120, seed=4)  # a seed that draws all twelve kinds
+    assert len(actual["counts"]) == 12
+    _, middle, last = actual["objects"]
     assert last < 1.02 * middle

@@ -62,9 +62,9 @@ def test_padded_batches_give_the_covariances_of_single_rows(tmp_path, architectu
     expected = reference(checkpoint, modules)
     assert set(expected) == {*modules, "head"}
     for name, matrix in expected.items():
-        found = store.get(name)
-        assert found.dtype == torch.float32
-        assert torch.dist(found, matrix) <= 1e-4 * matrix.norm(), name
+        actual = store.get(name)
+        assert actual.dtype == torch.float32
+        assert torch.dist(actual, matrix) <= 1e-4 * matrix.norm(), name
     assert summary.rows == len(ROWS)
     tokenizer = calibration.usable_tokenizer(checkpoint)
     assert summary.tokens == sum(len(encode_row(tokenizer, row)[0]) for row in ROWS)
@@ -74,8 +74,8 @@ def test_token_counts_are_those_of_the_rows(tmp_path):
     checkpoint = save_model(tmp_path / "tuned")
     counts = collect(checkpoint, tmp_path / "store", [Row("aa", " b")])[0].get("tokens")
     assert counts.shape == (tiny_models.VOCABULARY,)
-    found = {token: int(counts[token]) for token in counts.nonzero().flatten().tolist()}
-    assert found == {2: 1, 4: 1, 4 + 65: 2, 4 + 66: 1}
+    actual = {token: int(counts[token]) for token in counts.nonzero().flatten().tolist()}
+    assert actual == {2: 1, 4: 1, 4 + 65: 2, 4 + 66: 1}
 
 
 def test_modules_fed_the_same_tensor_share_one_file(tmp_path):

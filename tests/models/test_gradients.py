@@ -42,8 +42,8 @@ def fixed_answer(logits):
 
 def take_fixed_answers(monkeypatch):
     def sample(self, logits, span):
-        wanted = torch.nn.functional.one_hot(fixed_answer(logits), logits.shape[1])
-        return wanted - logits.softmax(dim=1)
+        expected = torch.nn.functional.one_hot(fixed_answer(logits), logits.shape[1])
+        return expected - logits.softmax(dim=1)
 
     monkeypatch.setattr(backward._SensitivityCollector, "_sample", sample)
 
@@ -61,8 +61,8 @@ def reference(checkpoint, modules):
             logits = logits[row.start - 1 : len(row) - 1]
         count += len(logits)
         score = logits.log_softmax(dim=1).gather(1, fixed_answer(logits)[:, None]).sum()
-        found = torch.autograd.grad(score, [outputs[name] for name in modules])
-        for name, gradient in zip(modules, found, strict=True):
+        actual = torch.autograd.grad(score, [outputs[name] for name in modules])
+        for name, gradient in zip(modules, actual, strict=True):
             squares = gradient.double().square().reshape(-1, gradient.shape[-1]).sum(dim=0)
             sums[name] = sums.get(name, 0) + squares
     return {name: value / count for name, value in sums.items()}
@@ -82,9 +82,9 @@ def test_streamed_padded_batches_give_the_gradients_of_plain_autograd(
     assert summary.rows == len(ROWS)
     assert summary.scored > 0
     for name, vector in reference(checkpoint, modules).items():
-        found = store.get(f"gradient:{name}")
-        assert found.dtype == torch.float32
-        assert torch.dist(found, vector) <= 1e-4 * vector.norm(), name
+        actual = store.get(f"gradient:{name}")
+        assert actual.dtype == torch.float32
+        assert torch.dist(actual, vector) <= 1e-4 * vector.norm(), name
 
 
 def divergence(model, other, rows):

@@ -12,10 +12,10 @@ from graftkit.models.views import CheckpointWriter
 
 
 def tensors(folder):
-    found = {}
+    actual = {}
     for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+        actual |= load_file(file)
+    return actual
 
 
 @pytest.mark.parametrize("architecture", architectures())
@@ -53,12 +53,12 @@ def test_a_tensor_that_the_model_lacks_is_refused_and_nothing_is_written(tmp_pat
     model = load_model(folder, torch.float32)
     other = tmp_path / "other"
     shutil.copytree(folder, other)
-    found = tensors(other)
+    actual = tensors(other)
     from safetensors.torch import save_file
 
     for file in other.glob("*.safetensors*"):
         file.unlink()
-    save_file({**found, "strange.weight": torch.zeros(2)}, other / "model.safetensors")
+    save_file({**actual, "strange.weight": torch.zeros(2)}, other / "model.safetensors")
     origin = Checkpoint.open(other)
     with pytest.raises(CheckpointError, match=r"strange\.weight is no part of one parameter"):
         CheckpointWriter(model, origin).write(dict(model.state_dict()), tmp_path / "written")

@@ -19,9 +19,9 @@ def test_every_tensor_on_disk_has_a_view_that_equals_it_bit_for_bit(tmp_path, ar
     checkpoint, model = Checkpoint.open(target), load_model(target)
     views = checkpoint_views(model)
     for name in checkpoint.tensors:
-        found = tensor_of(model, views[name])
-        assert found.dtype == checkpoint.read(name).dtype
-        assert torch.equal(found, checkpoint.read(name)), name
+        actual = tensor_of(model, views[name])
+        assert actual.dtype == checkpoint.read(name).dtype
+        assert torch.equal(actual, checkpoint.read(name)), name
 
 
 @pytest.mark.parametrize("architecture", architectures())
@@ -92,8 +92,8 @@ def test_a_tensor_whose_alias_is_lost_is_traced_by_its_indices():
     names = {name for name, view in views.items() if view.parameter in stacks}
     for name, (parameter, place) in _trace_indices(model, state, stacks, names).items():
         expected = views[name]
-        found = (parameter, tuple(place.shape), place.stride(), place.storage_offset())
-        assert found == (
+        actual = (parameter, tuple(place.shape), place.stride(), place.storage_offset())
+        assert actual == (
             expected.parameter,
             expected.shape,
             expected.stride,

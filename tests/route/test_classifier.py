@@ -185,8 +185,8 @@ def test_a_damaged_file_is_refused(case, tmp_path, damage):
         else:
             tensors["more"] = torch.zeros(1)
         text = content[8 : 8 + int.from_bytes(content[:8], "little")].decode()
-        told = json.loads(text)["__metadata__"]
-        save_file(tensors, file, metadata=told)
+        reported = json.loads(text)["__metadata__"]
+        save_file(tensors, file, metadata=reported)
     with pytest.raises(ConfigError, match="train it again"):
         Classifier.load(file, case.digests)
 
@@ -209,13 +209,13 @@ def test_a_net_of_another_width_is_refused(case):
 
 def test_a_pack_without_finite_logits_is_no_rows_best(case, monkeypatch):
     def losses(model, tokenizer, rows):
-        found = completion_losses(model, tokenizer, rows)
-        return found if not hasattr(losses, "seen") else found * float("nan")
+        actual = completion_losses(model, tokenizer, rows)
+        return actual if not hasattr(losses, "seen") else actual * float("nan")
 
     def once(*arguments):
-        found = losses(*arguments)
+        actual = losses(*arguments)
         losses.seen = True
-        return found
+        return actual
 
     monkeypatch.setattr(classifier_module, "completion_losses", once)
     with pytest.raises(CheckpointError, match="digits: the logits are not finite"):

@@ -49,8 +49,8 @@ def nursery(shared):
 def test_of_mixed_test_rows_nearly_all_find_their_pack_and_none_another(nursery):
     rows = [(name, prompt) for name in SKILLS for prompt in nursery.prompts(name, "test")]
     random.Random(0).shuffle(rows)
-    found = nursery.names([prompt for _, prompt in rows])
-    pairs = [(name, pack) for (name, _), pack in zip(rows, found, strict=True)]
+    actual = nursery.names([prompt for _, prompt in rows])
+    pairs = [(name, pack) for (name, _), pack in zip(rows, actual, strict=True)]
     assert sum(pack in (name, TARGET) for name, pack in pairs) >= 0.97 * len(pairs)
     assert sum(pack == name for name, pack in pairs) >= 0.97 * len(pairs)
 

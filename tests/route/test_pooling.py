@@ -30,9 +30,9 @@ def test_a_state_is_the_mean_and_the_last_of_the_tokens_directions_behind_a_laye
         hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[1][0]
     units = torch.stack([token / token.norm() for token in hidden])
     expected = torch.cat([units.mean(dim=0), units[-1]])
-    found = pooled_states(model, tokenizer, ["Add 1 2"], 1)
-    assert found.shape == (1, state_width(model)) == (1, 64)
-    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
+    actual = pooled_states(model, tokenizer, ["Add 1 2"], 1)
+    assert actual.shape == (1, state_width(model)) == (1, 64)
+    torch.testing.assert_close(actual[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("architecture", architectures(CAUSAL))
@@ -108,9 +108,9 @@ def test_an_encoder_is_any_model_directory_with_a_tokenizer(tmp_path):
     save_tokenizer(tmp_path)
     encoder = load_encoder(tmp_path)
     assert (encoder.encoder, encoder.layer, encoder.width) == (tmp_path.name, 2, 32)
-    found = encoder.states(["Add 1 2"], 2)
+    actual = encoder.states(["Add 1 2"], 2)
     expected = pooled_states(encoder.model, encoder.tokenizer, ["Add 1 2"], 2)[:, :32]
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_states_that_are_not_finite_are_refused(tokenizer):

@@ -199,11 +199,11 @@ def test_a_route_does_not_depend_on_a_packs_scale(skills, scale):
         name: (left * scale, right) for name, (left, right) in packs["first"].low_rank.items()
     }
     expected = SpectralRouter(model, tokenizer, packs).route(PROMPTS)
-    for route, found in zip(
+    for route, actual in zip(
         expected, SpectralRouter(model, tokenizer, scaled).route(PROMPTS), strict=True
     ):
-        assert found.name == route.name
-        assert found.scores == pytest.approx(route.scores, rel=1e-3, abs=1e-3)
+        assert actual.name == route.name
+        assert actual.scores == pytest.approx(route.scores, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.usefixtures("text_once")

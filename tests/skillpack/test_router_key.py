@@ -55,8 +55,8 @@ def test_a_pack_without_a_key_has_none_and_its_bytes_do_not_change(tmp_path):
 def test_a_new_key_takes_the_place_of_the_old_one(pack, tmp_path):
     info = INFO.model_copy(update={"components": 0, "encoder": "tiny"})
     pack.with_router_key(info, KEY[: info.nbytes]).save(tmp_path / "new.skillpack")
-    found, content = SkillPack.load(tmp_path / "new.skillpack").router_key
-    assert (found, bytes(content)) == (info, KEY[: info.nbytes])
+    actual, content = SkillPack.load(tmp_path / "new.skillpack").router_key
+    assert (actual, bytes(content)) == (info, KEY[: info.nbytes])
 
 
 def test_the_digest_of_a_pack_is_that_of_its_file(pack, tmp_path):
