@@ -208,6 +208,7 @@ def test_an_answer_that_its_tests_cannot_judge_is_an_error(tmp_path):
     assert scored.failed == "error: code: the tests use more of the answer than plain values"
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_code_ends_with_the_same_bytes(tmp_path):
     require_sandbox()
     answers = [said(f"answer = {n}", sample=n) for n in range(20)]

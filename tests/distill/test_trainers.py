@@ -47,7 +47,9 @@ def train(target, folder, sft, guided):
     return train_rows(target, ROWS, sft, 0, folder, lambda done, total: None, guided)
 
 
-@pytest.mark.parametrize("hidden", ["cosine", "mse", "gram"])
+@pytest.mark.parametrize(
+    "hidden", ["mse", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cosine", "gram"))]
+)
 def test_distributions_and_hidden_states_are_learned_beside_the_text(target, tmp_path, hidden):
     guided = guide(target, tmp_path, lm_weight=0.5, kl_weight=0.5, hidden_weight=1.0, hidden=hidden)
     log = train(target, tmp_path / "sft", Sft(epochs=8, **FAST), guided)

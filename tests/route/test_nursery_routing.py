@@ -55,6 +55,7 @@ def test_of_mixed_test_rows_nearly_all_find_their_pack_and_none_another(nursery)
     assert sum(pack == name for name, pack in pairs) >= 0.97 * len(pairs)
 
 
+@pytest.mark.slow
 def test_rows_of_no_skill_are_left_to_the_target(nursery):
     rows = [prompt for name in FOREIGN for prompt in nursery.prompts(name, "test", 40)]
     rows += [
@@ -63,6 +64,7 @@ def test_rows_of_no_skill_are_left_to_the_target(nursery):
     assert sum(name != TARGET for name in nursery.names(rows)) <= 0.05 * len(rows)
 
 
+@pytest.mark.slow
 def test_a_skills_prompt_in_another_language_is_left_to_the_target(nursery):
     texts = ["wie wird das wetter morgen in berlin", "如何更改我的密码", "какая завтра погода"]
     prompts = [f"Äußerung: {text}\nAbsicht:" for text in texts]
