@@ -18,10 +18,10 @@ def resolve_model(reference: str, folder: Path) -> str:
     return str(folder / reference) if (folder / reference).exists() else reference
 
 
-Precision = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["float32", "bfloat16"]
 
 
-def _fastest_precision() -> Precision:
+def _fastest_precision() -> ComputeDtype:
     """bfloat16 where the device multiplies in it; emulated, it takes ten times as long."""
     import torch  # here, so that settings are read without it
 
@@ -252,7 +252,7 @@ class TrainerSettings(Settings):
     """Weight decay of AdamW."""
     max_tokens: int = Field(default=2048, ge=2)
     """Longest row, prompt and answer together; longer rows are dropped and counted."""
-    precision: Precision = Field(default_factory=_fastest_precision)
+    precision: ComputeDtype = Field(default_factory=_fastest_precision)
     """Precision of the computation; weights and optimizer are float32. Default: bfloat16 where the
     GPU, or without one the processor, multiplies in it."""
     gradient_checkpointing: bool = False

@@ -45,6 +45,7 @@ from graftkit.progress import Progress
 from graftkit.rows import Row
 from graftkit.side_files import files_beside_weights
 from graftkit.skillpack import SkillPack
+from graftkit.skillpack.manifest import Digest
 
 RULES: dict[str, type[RunningMerge]] = {rule.method: rule for rule in (Opcm, Kif)}
 """Rules by name; the names are those of `methods.IN_TURN`."""
@@ -364,8 +365,6 @@ def _layouts(pack: SkillPack) -> dict[str, TensorLayout]:
 
 FORMAT = "graftkit-running-merge"
 VERSION = 1
-
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class _StateModel(Settings):

@@ -120,7 +120,7 @@ class _Images:
 
     def __init__(self, pixels: np.ndarray):
         self._pixels = pixels
-        self.set_range(0, len(self))
+        self._left = iter(range(len(self)))
 
     def __len__(self) -> int:
         return -(-len(self._pixels) // BATCH)

@@ -41,7 +41,7 @@ class Refused(BaseException):
     """Something that cannot cross between the two processes."""
 
 
-class Codec:
+class PlainDataCodec:
     """The values of one request and its reply as JSON.
 
     Lists, dicts and sets are numbered in the order of the message, so that both processes know
@@ -54,8 +54,8 @@ class Codec:
 
     def __init__(
         self,
-        encode_other: Callable[["Codec", Any], Any],
-        decoders: dict[str, Callable[["Codec", Any], Any]],
+        encode_other: Callable[["PlainDataCodec", Any], Any],
+        decoders: dict[str, Callable[["PlainDataCodec", Any], Any]],
     ):
         self._encode_other, self._decoders = encode_other, PLAIN_DECODERS | decoders
         self._numbers: dict[int, int] = {}
@@ -122,7 +122,7 @@ class Codec:
         container.extend(items) if isinstance(container, list) else container.update(items)
 
 
-PLAIN_DECODERS: dict[str, Callable[[Codec, Any], Any]] = {
+PLAIN_DECODERS: dict[str, Callable[[PlainDataCodec, Any], Any]] = {
     "int": lambda _, text: int(text, 16),
     "complex": lambda _, parts: complex(*parts),
     "bytes": lambda _, text: bytes.fromhex(text),
@@ -187,19 +187,19 @@ class AnswerProcess:
 
     def serve(self) -> NoReturn:
         """Reply to requests until the tests are over."""
-        decoders: dict[str, Callable[[Codec, Any], Any]] = {
+        decoders: dict[str, Callable[[PlainDataCodec, Any], Any]] = {
             "object": lambda _, handle: self._objects[handle],
             "builtin": lambda _, name: BUILTINS[name],
         }
         while True:
             operation, encoded = self._wire.receive()
-            codec = Codec(self._encode_other, decoders)
+            codec = PlainDataCodec(self._encode_other, decoders)
             try:
                 self._wire.send(self._reply(codec, operation, encoded))
             except (Refused, RecursionError):
                 self._wire.send(["refused", None, []])
 
-    def _reply(self, codec: Codec, operation: str, encoded: list[Any]) -> list[Any]:
+    def _reply(self, codec: PlainDataCodec, operation: str, encoded: list[Any]) -> list[Any]:
         arguments = [codec.decode(item) for item in encoded]
         count = len(codec.containers)
         try:
@@ -212,7 +212,7 @@ class AnswerProcess:
                 return ["raise", [names, ["list", [str(error)]]], []]
         return ["value", codec.encode(result), codec.states(count)]
 
-    def _encode_other(self, codec: Codec, value: Any) -> Any:
+    def _encode_other(self, codec: PlainDataCodec, value: Any) -> Any:
         if value is ... or value is NotImplemented or isinstance(value, types.CoroutineType):
             raise Refused  # what tests do with them cannot be seen
         if isinstance(value, type) and issubclass(value, BaseException):
@@ -321,7 +321,7 @@ class Tests:
         self._wire = wire
         self._references: dict[int, Reference] = {}
         self._errors: dict[tuple[str, type], type] = {}
-        self._decoders: dict[str, Callable[[Codec, Any], Any]] = {
+        self._decoders: dict[str, Callable[[PlainDataCodec, Any], Any]] = {
             "object": lambda _, content: self._reference(*content),
             "copy": lambda codec, content: COPIES[content[0]](codec.decode(content[1])),
             "error": lambda _, names: self._error_class(names),
@@ -344,7 +344,7 @@ class Tests:
 
     def request(self, operation: str, *arguments: Any) -> Any:
         """The result of an operation in the answer's process. Raises: what it raises there."""
-        codec = Codec(self._encode_other, self._decoders)
+        codec = PlainDataCodec(self._encode_other, self._decoders)
         try:
             self._wire.send([operation, [codec.encode(item) for item in arguments]])
         except (Refused, RecursionError):
@@ -364,7 +364,7 @@ class Tests:
             raise _make_error(*value)
         return value
 
-    def _encode_other(self, _: Codec, value: Any) -> Any:
+    def _encode_other(self, _: PlainDataCodec, value: Any) -> Any:
         if isinstance(value, Reference):
             return ["object", value._reference[1]]
         name = getattr(value, "__name__", None)
