@@ -68,6 +68,15 @@ def test_files_and_functions_stay_short(source: Path) -> None:
             assert (node.end_lineno or 0) - node.lineno < FUNCTION_LIMIT_LINES, node.name
 
 
+def test_two_classes_never_share_a_name() -> None:
+    files: dict[str, list[str]] = {}
+    for source in SOURCES:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ClassDef):
+                files.setdefault(node.name, []).append(source.name)
+    assert {name: where for name, where in files.items() if len(where) > 1} == {}
+
+
 def test_every_error_is_a_graft_error_and_is_raised_somewhere() -> None:
     names = [name for name, value in vars(errors).items() if isinstance(value, type)]
     kinds = [name for name in names if name.endswith("Error") and name != "GraftError"]
