@@ -24,6 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    # The longest tests first, so that at the end no worker waits for another.
+    items.sort(key=lambda item: -_time_limit(item))
+
+
+def _time_limit(item: pytest.Item) -> float:
+    """Seconds that a test allows itself, 0 where it says nothing."""
+    marker = item.get_closest_marker("timeout")
+    return float(marker.args[0]) if marker else 0.0
 
 
 @pytest.fixture(scope="session")
