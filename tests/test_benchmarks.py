@@ -33,7 +33,6 @@ def run_frontier(shared, tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_frontier_records_say_what_was_measured_where_and_when(run_frontier):
     (record,) = map(json.loads, (run_frontier / "frontier.jsonl").read_text().splitlines())
     assert record.keys() >= FIELDS
@@ -42,13 +41,11 @@ def test_frontier_records_say_what_was_measured_where_and_when(run_frontier):
     assert "--shared" not in record["command"]
 
 
-@pytest.mark.slow
 def test_a_measured_pack_is_no_larger_than_its_budget(run_frontier):
     record = json.loads((run_frontier / "frontier.jsonl").read_text())
     assert 0 < record["bytes"] <= record["budget_bytes"]
 
 
-@pytest.mark.slow
 def test_frontier_writes_its_tables_and_its_figure(run_frontier):
     from frontier_report import number
 
