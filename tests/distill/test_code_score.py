@@ -278,8 +278,10 @@ def descriptors():
     return len(found)
 """
     here = str(Path(__file__))
+    # Where Python itself is installed below /tmp, its folder is there to read.
+    python = {Path(p).parts[2] for p in (sys.prefix, sys.base_prefix) if p.startswith("/tmp/")}
     tests = f"""
-assert entries("/tmp") == [] and entries(".") == []
+assert entries("/tmp") == entries(".") == {sorted(python)!r}
 assert not shows({here!r}) and not shows("/proc/self") and not shows("/etc/passwd")
 assert entries("/dev") == ["null"]
 assert descriptors() == 5
