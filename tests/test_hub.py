@@ -110,6 +110,7 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_an_uploaded_pack_is_the_file_that_save_writes(hub: str, tmp_path: Path) -> None:
     target, tuned = make_pair(tmp_path, "llama")
     lossless_pack(target, tuned).save(tmp_path / "x.skillpack")

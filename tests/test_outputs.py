@@ -252,6 +252,7 @@ def test_a_full_disk_between_result_and_state_leaves_neither(models, tmp_path, m
 # Two at once
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_for_the_first_and_a_dead_one_blocks_nobody(models, tmp_path, line):
     output = tmp_path / "out"
     first = Forked(lambda: pack(models, output), signal_at(tmp_path, 6, signal.SIGSTOP))

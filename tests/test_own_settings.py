@@ -83,6 +83,7 @@ def merged_answer(target, file):
 CHANGES = {"eps": other_eps, "penalty": penalized, "letters": renamed_letters}
 
 
+@pytest.mark.slow
 def test_packs_generate_together_what_their_merged_checkpoints_do(target):
     plain = make_pack(target, "plain")
     text = merged_answer(target, plain)

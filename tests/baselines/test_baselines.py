@@ -50,6 +50,7 @@ def squared_error(problem, state):
         *(pytest.param(method, 6_000, marks=pytest.mark.slow) for method in ("svd", "pruning")),
     ],
 )
+@pytest.mark.slow
 def test_a_file_is_within_its_budget_and_nearer_to_tuned_than_the_target(
     name, budget, problem, tmp_path
 ):

@@ -179,6 +179,7 @@ def test_progress_tells_rows_up_to_all_of_them(tmp_path):
     assert said == [(3, 8), (6, 8), (8, 8)]
 
 
+@pytest.mark.slow
 def test_a_token_takes_few_bytes(tmp_path):
     summary = collect(tmp_path / "d", ROWS * 20, top_k=5)
     assert (tmp_path / "d").stat().st_size / summary.tokens < 5 * 4 + 4 + 6

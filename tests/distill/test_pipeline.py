@@ -202,6 +202,7 @@ def test_without_preference_optimisation_sft_writes_the_tuned_model(place):
     assert not (place / "out" / "pairs.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_references_of_a_prompts_file_are_not_read_by_scores_without_reference(again):
     rows = [{"prompt": f"say {word}:", "completion": [7]} for word in WORDS]
     write_jsonl(again / "prompts.jsonl", rows)
@@ -275,6 +276,7 @@ def test_every_shipped_configuration_is_understood(file):
         assert rates == expected[file.stem]
 
 
+@pytest.mark.slow
 def test_mixed_pairs_are_trained_with_weighted_rewards(place):
     own = [{"prompt": f"say {w}:", "completion": f" {c}"} for w in WORDS for c in (w, "no", "no")]
     write_jsonl(place / "own.jsonl", own)
@@ -309,6 +311,7 @@ def test_a_launcher_shares_the_trainings_only(place, monkeypatch):
         run(place)
 
 
+@pytest.mark.slow
 def test_stages_killed_at_changes_of_files_end_as_undisturbed(place):
     """At every seventh change, and at the last ones."""
 

@@ -274,6 +274,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(tmp_path, tiny):
     assert sample(config, folder) == expected
 
 
+@pytest.mark.slow
 def test_the_stage_loads_neither_transformers_nor_openai_before_a_source_needs_them():
     code = "import sys, graftkit.distill.sample; print({'transformers', 'openai'} & {*sys.modules})"
     output = subprocess.run(

@@ -291,6 +291,7 @@ def test_a_request_says_all_that_decides_the_answer():
 
 
 @pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.slow
 def test_a_served_model_answers_as_the_same_model_run_here(tiny_chat, chat):
     local = ask(model_source(tiny_chat, temperature=0, chat=chat))
     with CompletionServer(model_answers(tiny_chat)) as server:
@@ -338,6 +339,7 @@ def test_what_passes_is_tried_again_and_changes_no_answer(fault):
 
 
 @pytest.mark.parametrize("date", [False, True])
+@pytest.mark.slow
 def test_retry_after_is_waited_for(date):
     def fault(number, request):
         until = format_datetime(datetime.now(UTC) + timedelta(seconds=2), usegmt=True)

@@ -67,6 +67,7 @@ def test_every_loss_alone_moves_the_target(target, tmp_path, only):
     assert not torch.equal(after.read(name), target.read(name))
 
 
+@pytest.mark.slow
 def test_with_the_text_alone_the_loss_is_that_of_plain_sft(target, tmp_path):
     plain = train(target, tmp_path / "plain", Sft(epochs=2, **FAST), None)
     settings = {"lm_weight": 1.0, "kl_weight": 0.0}
@@ -76,6 +77,7 @@ def test_with_the_text_alone_the_loss_is_that_of_plain_sft(target, tmp_path):
     torch.testing.assert_close(curve(guided, "loss"), curve(plain, "loss"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_of_several_passes_give_the_same_loss(target, tmp_path):
     settings = {"lm_weight": 0.5, "kl_weight": 0.5, "hidden_weight": 1.0, "hidden": "gram"}
     guided = guide(target, tmp_path, **settings)
@@ -92,6 +94,7 @@ def test_an_adapter_has_no_place_for_a_projection(target, tmp_path):
         train(target, tmp_path / "sft", Sft(lora=Lora(rank=2), **FAST), guided)
 
 
+@pytest.mark.slow
 def test_a_run_with_explicit_transfer_probes_its_sources(target, tmp_path):
     THEIRS.save_pretrained(tmp_path / "source")
     gpt2(THEIRS, 128).save_pretrained(tmp_path / "source")

@@ -77,6 +77,7 @@ def test_the_first_loss_of_preference_optimisation_is_log_2(target, tmp_path, lo
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_reference_is_the_model_after_sft_and_not_the_target(target, tmp_path):
     train_rows(
         target, ROWS, Sft(epochs=4, learning_rate=1e-2, **FAST), 0, tmp_path / "sft", nothing

@@ -37,6 +37,7 @@ def test_a_fused_pack_keeps_its_budget_and_names_what_it_is_made_of(skills, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["f.skillpack"]
 
 
+@pytest.mark.slow
 def test_fusing_twice_gives_the_same_bytes(skills, tmp_path):
     for name in "ab":
         fuse_packs(skills.target, skills.lossy, tmp_path / name, method="dare_ties", budget="15%")

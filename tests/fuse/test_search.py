@@ -67,6 +67,7 @@ def test_the_loss_of_a_mixture_is_that_of_the_merged_checkpoint(method, skills, 
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "linear"])
+@pytest.mark.slow
 def test_found_weights_are_no_worse_than_the_given_ones_and_repeatable(method, skills):
     options = {"weights": [1, 1, 1], "method": method, "evaluations": 12, "seed": 3}
     steps = []
@@ -82,6 +83,7 @@ def test_found_weights_are_no_worse_than_the_given_ones_and_repeatable(method, s
     assert search_weights(skills.target, skills.lossy, ROWS, **options) == result
 
 
+@pytest.mark.slow
 def test_a_search_finds_the_pack_that_the_rows_were_made_with(skills, tmp_path):
     """Rows whose completions the first tuned model generates are best answered by its pack."""
     model = load_model(skills.tuned[0], torch.float32)
@@ -145,6 +147,7 @@ def test_a_pack_that_adds_rows_cannot_be_weighted(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
+@pytest.mark.slow
 def test_every_architecture_can_be_searched(architecture, tmp_path):
     target, tuned = make_pair(tmp_path, architecture, scale=0.1)
     for folder in (target, tuned):

@@ -236,6 +236,7 @@ def test_rules_with_a_memory_are_no_plain_methods(method, skills, tmp_path):
         find_method("ocpm", {})
 
 
+@pytest.mark.slow
 def test_packs_that_disagree_on_the_tokenizer_are_refused_also_one_by_one(tmp_path):
     build("llama").save_pretrained(tmp_path / "target")
     for name, words in (("a", ""), ("b", "one"), ("c", "one"), ("d", "two")):

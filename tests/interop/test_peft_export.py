@@ -156,6 +156,7 @@ def test_a_pack_of_low_rank_gives_its_own_factors(tmp_path):
     assert result.relative_error < 1e-6
 
 
+@pytest.mark.slow
 def test_the_default_rank_is_the_smallest_that_keeps_the_energy(tmp_path):
     target, tuned = linear_pair(tmp_path, "llama")
     flat = lossless_pack(target, tuned)

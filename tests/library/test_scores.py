@@ -147,6 +147,7 @@ def lesson(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_learned_skill_joins_the_library_and_leaves_the_others_alone(lesson):
     library = Library.init(lesson / "library", lesson / "target")
     first = library.learn(lesson / "run.toml", "words")

@@ -61,6 +61,7 @@ def assert_travels(target: Path, tuned: Path, folder: Path) -> SkillPack:
     "architecture", architectures(["qwen3_moe", "mixtral"], quick=("mixtral",))
 )
 @pytest.mark.parametrize("stacked", ["target", "tuned"])
+@pytest.mark.slow
 def test_stacked_experts_pair_with_separate_ones(
     architecture: str, stacked: str, tmp_path: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_buffers_that_transformers_ignores_follow_the_target(holder: str, tmp_pa
     assert (name in merged.tensors) == (holder != "tuned")
 
 
+@pytest.mark.slow
 def test_the_first_bert_files_pair_with_a_classifier_saved_today(tmp_path: Path) -> None:
     config = build("bert").config
     torch.manual_seed(0)

@@ -142,6 +142,7 @@ def test_a_delta_that_coding_left_nothing_of_is_left_out(llama: Case) -> None:
     assert result.payloads.keys() == llama[2].keys() - {empty}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_codes_on_any_number_of_threads(llama: Case) -> None:
     first = trained(llama, steps=12)
     torch.set_num_threads(2)
@@ -153,6 +154,7 @@ def test_the_same_seed_gives_the_same_codes_on_any_number_of_threads(llama: Case
     assert first.payloads == second.payloads
 
 
+@pytest.mark.slow
 def test_a_model_streamed_from_disk_learns_as_much(
     llama: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_a_loss_is_that_of_the_completion_alone_whatever_is_in_the_batch(case):
     torch.testing.assert_close(together[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_rows_and_seed_give_the_same_net_bit_for_bit(case, tmp_path):
     for number in range(2):
         case.train("loss").save(tmp_path / str(number))

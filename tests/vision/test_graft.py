@@ -216,6 +216,7 @@ def test_channels_that_nobody_reads_are_dropped_and_the_answers_stay() -> None:
         pytest.param({0: tuple(range(16)), 1: (3,), 2: (0, 1)}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_the_expected_bytes_of_a_file_are_close_to_its_bytes(
     channels: dict[int, tuple[int, ...]], donor: nn.Module, data: Path, cache: Path, tmp_path: Path
 ) -> None:

@@ -318,6 +318,7 @@ def test_a_folder_that_goes_away_is_waited_for(tmp_path: Path) -> None:
     assert arrivals.poll() == [camera / "x.jpg"]
 
 
+@pytest.mark.slow
 def test_the_command_watches_until_it_is_interrupted(model: Path, tmp_path: Path) -> None:
     (tmp_path / "old.png").write_bytes(encoded(picture(0, 0)))
     # Whoever runs the tests may ignore Ctrl-C, and a child inherits that.
