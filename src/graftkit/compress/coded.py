@@ -91,6 +91,8 @@ def encode_factors(
         return CodedFactors(nothing.int(), torch.zeros(0), codes.int(), base, octaves)
     weighted = right if covariance is None else right @ covariance
     gram = (weighted @ right.T).double()
+    if not gram.diagonal().all():  # squares below what float32 holds
+        gram = weighted.double() @ right.double().T
     refitted = _refit(weighted, gram) @ delta.T
     finest = refitted.abs().amax(dim=1).double() / _LARGEST_ROUNDED
     stored, peak = _stored_scales(torch.maximum(level / gram.diagonal().sqrt(), finest))
@@ -229,7 +231,7 @@ def _refit(weighted: Tensor, gram: Tensor) -> Tensor:
     weighted: V̂ Σ. gram: V̂ Σ V̂ᵀ, float64. Solving here is cheaper than solving for all rows of U.
     """
     ridged = gram.clone()
-    ridged.diagonal().add_(1e-4 * gram.diagonal().mean().clamp(min=1e-30))
+    ridged.diagonal().add_(1e-4 * gram.diagonal().mean().clamp(min=1e-300))
     return torch.linalg.solve(ridged, weighted.double()).float()
 
 
