@@ -96,6 +96,21 @@ def test_all_components_at_8_bits_give_the_delta_back(shape, calibrated):
     assert energy(decoded - delta, covariance) < 5e-4 * energy(delta, covariance)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("exponent", [-60, -65, -70])
+def test_a_delta_whose_squares_float32_does_not_hold_is_given_back(shape, calibrated, exponent):
+    delta = gaussian(*shape) * 2.0**exponent
+    covariance = correlated(shape[1]) if calibrated else None
+    rank = min(shape)
+    left = left_vectors(delta, eigenbasis(delta, covariance)[1], rank)
+    decoded = decode(memoryview(encode(delta, left, covariance, (Tier(8, rank),))), shape).delta()
+    scaled = delta.double() * 2.0**-exponent
+    lost = decoded.double() * 2.0**-exponent - scaled
+    metric = None if covariance is None else covariance.double()
+    assert energy(lost, metric) < 5e-4 * energy(scaled, metric)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [2, 10])
 def test_a_delta_of_lower_rank_needs_no_more_components_and_suffers_none(shape, rank):

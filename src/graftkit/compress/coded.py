@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from graftkit.compress.entropy import LARGEST_CODE, decode_codes, encode_codes
-from graftkit.compress.quantize import cholesky, feedback_codes, round_codes
+from graftkit.compress.quantize import (
+    cholesky,
+    feedback_codes,
+    gram_matrix,
+    round_codes,
+    solve_ridged,
+)
 from graftkit.errors import CorruptPackError
 
 CODED = 0
@@ -29,6 +35,7 @@ _UNIFORM_STEPS = 1
 """Flag: one step for all input columns."""
 _STEP_RANGE = 120
 _LARGEST_ROUNDED = 0.9 * LARGEST_CODE  # error feedback may add to a code
+_RIDGE = 1e-4
 _SMALLEST_SCALE = 6.2e-5  # smallest normal float16: relative to the component of largest norm
 
 
@@ -89,11 +96,9 @@ def encode_factors(
     if len(right) == 0:
         nothing = torch.zeros(delta.shape[0], 0)
         return CodedFactors(nothing.int(), torch.zeros(0), codes.int(), base, octaves)
-    weighted = right if covariance is None else right @ covariance
-    gram = (weighted @ right.T).double()
-    if not gram.diagonal().all():  # squares below what float32 holds
-        gram = weighted.double() @ right.double().T
-    refitted = _refit(weighted, gram) @ delta.T
+    weighted, gram = gram_matrix(right, covariance)
+    # W with U = δ Wᵀ minimizing ‖(δ − U V̂) Σ^½‖: cheaper than solving for all rows of U.
+    refitted = solve_ridged(gram, weighted, _RIDGE).float() @ delta.T
     finest = refitted.abs().amax(dim=1).double() / _LARGEST_ROUNDED
     stored, peak = _stored_scales(torch.maximum(level / gram.diagonal().sqrt(), finest))
     left = round_codes(refitted.div_((stored.double() * peak).float()[:, None]))
@@ -223,16 +228,6 @@ def decode_hybrid(payload: memoryview, shape: tuple[int, int]) -> RowDecoder:
     left, right = load_factors(reader.part(), shape).factors()
     entries = decode_entries(reader.rest(), shape)
     return lambda rows: entries(rows).addmm_(left[rows], right)
-
-
-def _refit(weighted: Tensor, gram: Tensor) -> Tensor:
-    """W (r, n) with U = δ Wᵀ minimizing ‖(δ − U V̂) Σ^½‖, with a small ridge.
-
-    weighted: V̂ Σ. gram: V̂ Σ V̂ᵀ, float64. Solving here is cheaper than solving for all rows of U.
-    """
-    ridged = gram.clone()
-    ridged.diagonal().add_(1e-4 * gram.diagonal().mean().clamp(min=1e-300))
-    return torch.linalg.solve(ridged, weighted.double()).float()
 
 
 def _steps(base: float, octaves: np.ndarray) -> Tensor:

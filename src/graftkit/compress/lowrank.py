@@ -18,11 +18,13 @@ from graftkit.compress.quantize import (
     cholesky,
     expand_groups,
     gptq_codes,
+    gram_matrix,
     inverse_factor,
     minmax_grid,
     pack_rows,
     quantize_rows,
     rows_bytes,
+    solve_ridged,
     unpack_rows,
 )
 from graftkit.errors import CorruptPackError
@@ -36,6 +38,7 @@ _HEAD = struct.Struct("<BH")
 _TIER = struct.Struct("<BH")
 _PEAK = struct.Struct("<f")
 MAX_RANK = 2**16 - 1
+_RIDGE = 1e-6
 _PRECISE_SIDE = 512  # up to this side, a Gram matrix is summed in float64: it costs next to nothing
 
 
@@ -170,10 +173,10 @@ def encode(
         for tier, part in zip(tiers, _split(right / norms[:, None], tiers), strict=True)
     ]
     decoded = torch.cat([part.dequantize() for part in quantized]) * values[:, None]
-    weighted = decoded if covariance is None else decoded @ covariance
-    gram = (weighted @ decoded.T).double()
-    refit = _refit(weighted @ delta.T, gram).float()
-    left_parts = _quantize_left(refit, None if covariance is None else gram.float(), tiers)
+    weighted, gram = gram_matrix(decoded, covariance)
+    # U minimizing ‖(δ − U S V̂h) H^½‖, transposed: (r, m).
+    refitted = solve_ridged(gram, weighted @ delta.to(weighted.dtype).T, _RIDGE).float()
+    left_parts = _quantize_left(refitted, None if covariance is None else gram.float(), tiers)
     parts = [_HEAD.pack(len(tiers), GROUP_SIZE)]
     parts += [_TIER.pack(tier.bits, tier.rank) for tier in tiers]
     parts += [_PEAK.pack(peak), stored.numpy().astype("<f2").tobytes()]
@@ -235,13 +238,6 @@ def _read_head(payload: memoryview, shape: tuple[int, int]) -> tuple[tuple[Tier,
 
 def _split(rows: Tensor, tiers: tuple[Tier, ...]) -> list[Tensor]:
     return list(rows.split([tier.rank for tier in tiers]))
-
-
-def _refit(cross: Tensor, gram: Tensor) -> Tensor:
-    """U minimizing ‖(δ − U S V̂h) H^½‖, transposed: (r, m), float64, with a small ridge."""
-    ridged = gram.clone()
-    ridged.diagonal().add_(1e-6 * gram.diagonal().mean().clamp(min=1e-30))
-    return torch.linalg.solve(ridged, cross.double())
 
 
 def _quantize_left(

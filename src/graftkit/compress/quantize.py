@@ -408,6 +408,28 @@ def cholesky(covariance: Tensor) -> Tensor:
     raise ValueError("the covariance holds NaN or infinity")
 
 
+def gram_matrix(rows: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """V Σ, (r, n), and V Σ Vᵀ, (r, r) float64, of rows V (r, n); covariance: Σ, None for I.
+
+    The products are float32 unless a square is below what float32 holds to full precision; then
+    both are float64.
+    """
+    weighted = rows if covariance is None else rows @ covariance
+    gram = weighted @ rows.T
+    limits = torch.finfo(torch.float32)
+    if gram.diagonal().min() > limits.tiny / limits.eps:
+        return weighted, gram.double()
+    weighted = rows.double() if covariance is None else rows.double() @ covariance.double()
+    return weighted, weighted @ rows.double().T
+
+
+def solve_ridged(gram: Tensor, right_side: Tensor, ridge: float) -> Tensor:
+    """X, float64, with (G + ridge · mean(diagonal of G) · I) X = right_side, G (r, r) float64."""
+    ridged = gram.clone()
+    ridged.diagonal().add_(ridge * gram.diagonal().mean().clamp(min=1e-300))
+    return torch.linalg.solve(ridged, right_side.double())
+
+
 def round_codes(values: Tensor) -> Tensor:
     """Integers with a dead zone around 0."""
     return values.abs().add_(DEAD_ZONE).floor_().copysign_(values)
