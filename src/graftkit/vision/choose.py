@@ -63,7 +63,6 @@ GLOBAL_AVERAGE = ("mean",)
 """Pooling of the paper, and of the usual transfer to another task."""
 PAPER_HIDDEN = 256
 PAPER_LAYERS = 3  # of one stage, that the paper's rootstock reads
-PAPER_TRUNK_SHARE = 1 / 8  # of the donor's parameters; the paper's trunk has 0.118 of VGG16's
 
 CostKind = Literal["bytes", "ms", "macs"]
 FitsBudget = Callable[[Scion], bool]
@@ -408,29 +407,26 @@ def layer_scion(table: FeatureTable, layers: Sequence[int]) -> Scion:
     return table.scion(table.columns(layers, GLOBAL_AVERAGE), GLOBAL_AVERAGE)
 
 
-def paper_scion(donor: Donor, limit: float | None = None) -> tuple[int, tuple[int, ...]]:
-    """The layers that the paper's method would read of any donor: the last three of one stage.
+def paper_layers(donor: Donor, limits: Sequence[float]) -> list[tuple[int, ...] | None]:
+    """The layers that the paper's method reads of any donor: the last three of one stage.
 
     A stage is a run of layers whose outputs have one shape. Tokens have one shape throughout, so
     among them any three layers in a row will do. The deepest three that fit are taken; if none
     fits, fewer layers of a stage that is too short for three. For VGG16 at the paper's own share
-    of the donor this is its third block.
+    of the donor's parameters, 0.118, this is its third block.
 
     Args:
-        limit: most parameters that the trunk may have; None: an eighth of the donor's.
-    Returns: layers of the trunk (the cut), and indices of the layers to read.
-    Raises: BudgetError when no stage ends within that many parameters.
+        limits: most parameters that the trunk may have, which ends with the last layer read.
+    Returns: by limit, indices of the layers; None where no stage ends within the limit.
     """
-    stages = _paper_stages(donor)
-    if limit is None:
-        limit = PAPER_TRUNK_SHARE * sum(cost.parameters for cost in layer_costs(donor))
-    read = _deepest_stage(stages, limit)
-    if read is None:
-        raise BudgetError(
-            f"no stage of {donor.name} ends within {int(limit):,} parameters; "
-            f"the first one has {stages[0][0]:,}: allow that many"
-        )
-    return read[-1] + 1, read
+    trunks = list(accumulate(cost.parameters for cost in layer_costs(donor)))
+    stages = [run for run in layers_of_one_stage(donor) if not _goes_on(donor, run[-1])]
+
+    def deepest(limit: float) -> tuple[int, ...] | None:
+        fitting = [run for run in stages if trunks[run[-1]] <= limit]
+        return max(fitting, key=lambda run: (len(run), run[-1]), default=None)
+
+    return [deepest(limit) for limit in limits]
 
 
 def paper_scion_of_equal_size(cuts: DonorCuts, rootstock: Rootstock) -> Scion | None:
@@ -463,20 +459,6 @@ def layers_of_one_stage(donor: Donor) -> list[tuple[int, ...]]:
     return runs
 
 
-def _paper_stages(donor: Donor) -> list[tuple[int, tuple[int, ...]]]:
-    """Parameters of the trunk, and the layers that are read, for every end of a stage."""
-    trunks = list(accumulate(cost.parameters for cost in layer_costs(donor)))
-    runs = layers_of_one_stage(donor)
-    return [(trunks[run[-1]], run) for run in runs if not _goes_on(donor, run[-1])]
-
-
-def _deepest_stage(
-    stages: Sequence[tuple[int, tuple[int, ...]]], limit: float
-) -> tuple[int, ...] | None:
-    fitting = [run for parameters, run in stages if parameters <= limit]
-    return max(fitting, key=lambda run: (len(run), run[-1]), default=None)
-
-
 def _goes_on(donor: Donor, end: int) -> bool:
     """Whether the stage has more layers behind this one; among tokens every layer may end one."""
     shape = donor.shapes[end]
@@ -485,9 +467,8 @@ def _goes_on(donor: Donor, end: int) -> bool:
 
 def _paper_scions(cuts: DonorCuts) -> list[Scion]:
     """What the paper's method reads, by the number of parameters that the trunk may have."""
-    stages = _paper_stages(cuts.donor)
-    runs = [_deepest_stage(stages, point.trunk_parameters) for point in cuts.curve]
-    return [layer_scion(cuts.table, run) for run in runs if run is not None]
+    reads = paper_layers(cuts.donor, [point.trunk_parameters for point in cuts.curve])
+    return [layer_scion(cuts.table, layers) for layers in reads if layers is not None]
 
 
 def _paper_candidates(cuts: DonorCuts, fits: FitsBudget) -> list[ScionChoice]:
