@@ -5,7 +5,7 @@ from tiny_models import save_tokenizer
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
-from graftkit.models import backward, load_model, tensor_roles
+from graftkit.models import backward, calibration, load_model, tensor_roles
 from graftkit.models.backward import collect_sensitivities
 from graftkit.models.calibration import CovarianceStore, collect_covariances
 from graftkit.models.encoding import encode_rows, usable_tokenizer
@@ -157,9 +157,9 @@ def test_the_head_is_measured_where_logits_count(measured):
 
 def test_no_weight_stays_in_memory_after_a_pass(tmp_path, monkeypatch):
     models = []
-    stream = backward.stream_model
+    stream = calibration.stream_model
     monkeypatch.setattr(
-        backward, "stream_model", lambda *args: models.append(stream(*args)) or models[0]
+        calibration, "stream_model", lambda *args: models.append(stream(*args)) or models[0]
     )
     collect(save_model(tmp_path / "tuned"), tmp_path / "store")
     assert {value.device.type for value in models[0].parameters()} == {"meta"}
@@ -185,7 +185,7 @@ def test_a_finished_store_is_kept_and_another_seed_fills_it_anew(tmp_path, monke
     assert not torch.equal(first, other.get(name))
     again, _ = collect(checkpoint, tmp_path / "store")
     assert torch.equal(first, again.get(name))
-    monkeypatch.setattr(backward, "stream_model", None)
+    monkeypatch.setattr(calibration, "stream_model", None)
     assert collect(checkpoint, tmp_path / "store")[1] == summary
 
 

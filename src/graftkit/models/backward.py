@@ -17,8 +17,6 @@ completion token, H is that of all tokens (models/calibration.py).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -28,21 +26,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
-from graftkit.models.calibration import CovarianceStore, job_digest
+from graftkit.models.calibration import CovarianceStore, job_digest, streamed_for_rows
 from graftkit.models.encoding import (
     EncodedRow,
-    encode_rows,
-    one_thread,
-    pad_id,
     real_tokens,
     scored_tokens,
     skips_logits,
     submodule,
     tokens_with_logits,
-    usable_tokenizer,
     vocabulary_size,
 )
-from graftkit.models.loading import output_embeddings, stream_model, token_embedding
+from graftkit.models.loading import output_embeddings, token_embedding
 from graftkit.progress import StepProgress, silent
 from graftkit.rows import Row, batches_by_length, pad_batch
 
@@ -233,18 +227,16 @@ def collect_sensitivities(
     if finished is not None:
         return SensitivitySummary(**finished)
     store.clear()
-    tokenizer = usable_tokenizer(checkpoint)
     report = progress or silent
-    with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
-        model: Any = stream_model(checkpoint, Path(offload))
-        encoded = encode_rows(tokenizer, rows, SENSITIVITY_TOKENS, seed, model, checkpoint.name)
+    with streamed_for_rows(checkpoint, rows, SENSITIVITY_TOKENS, seed, store) as prepared:
+        model, encoded, pad = prepared
         collector = _SensitivityCollector(model, modules, seed, checkpoint.name)
         batches = backward_batches(model, list(map(len, encoded)), BACKWARD_TOKENS)
         if output_embeddings(model) is None:
             batches = []
         for done, batch in enumerate(batches):
             report(done, len(batches))
-            collector.run([encoded[index] for index in batch], pad_id(tokenizer))
+            collector.run([encoded[index] for index in batch], pad)
         collector.save(store)
     tokens = sum(map(len, encoded))
     summary = SensitivitySummary(len(encoded), tokens, collector.scored_tokens, seed)
@@ -261,11 +253,6 @@ class _SensitivityCollector:
     """
 
     def __init__(self, model: Any, modules: Sequence[str], seed: int, where: str):
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise CheckpointError(
-                f"{where}: an encoder-decoder model; only models of one stack can be calibrated, "
-                "so pack it without rows"
-            )
         self.model, self.where = model, where
         self.generator = torch.Generator().manual_seed(seed)
         self.sums: dict[str, Tensor] = {}

@@ -7,7 +7,8 @@ neither is ever in memory whole.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -160,16 +161,14 @@ def collect_covariances(
     if finished is not None:
         return CalibrationSummary(**finished)
     store.clear()
-    tokenizer = usable_tokenizer(checkpoint)
     report = progress or silent
-    with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
-        model = stream_model(checkpoint, Path(offload))
-        encoded = encode_rows(tokenizer, rows, CALIBRATION_TOKENS, seed, model, checkpoint.name)
+    with streamed_for_rows(checkpoint, rows, CALIBRATION_TOKENS, seed, store) as prepared:
+        model, encoded, pad = prepared
         collector = _CovarianceCollector(model, modules, store, checkpoint.name)
         batches = pass_batches(model, list(map(len, encoded)))
         for done, batch in enumerate(batches):
             report(done, len(batches))
-            collector.run(*pad_batch([encoded[index].ids for index in batch], pad_id(tokenizer)))
+            collector.run(*pad_batch([encoded[index].ids for index in batch], pad))
         store.put(TOKENS, _token_counts(encoded, model))
     summary = CalibrationSummary(
         rows=len(encoded),
@@ -182,6 +181,33 @@ def collect_covariances(
     return summary
 
 
+@contextmanager
+def streamed_for_rows(
+    checkpoint: Checkpoint,
+    rows: Sequence[Row],
+    tokens_limit: int,
+    seed: int,
+    store: CovarianceStore,
+) -> Iterator[tuple[Any, list[EncodedRow], int]]:
+    """A model of one stack, `encode_rows` of its rows and the token that pads them; one thread.
+
+    Weights that memory does not hold lie in the folder of `store` until the block ends.
+
+    Raises: CheckpointError for an encoder-decoder model and where the tokenizer is missing or does
+        not fit; RowsError for a row beyond the model's context.
+    """
+    tokenizer = usable_tokenizer(checkpoint)
+    with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
+        model = stream_model(checkpoint, Path(offload))
+        encoded = encode_rows(tokenizer, rows, tokens_limit, seed, model, checkpoint.name)
+        if getattr(model.config, "is_encoder_decoder", False):
+            raise CheckpointError(
+                f"{checkpoint.name}: an encoder-decoder model; only models of one stack can be "
+                "calibrated, so pack it without rows"
+            )
+        yield model, encoded, pad_id(tokenizer)
+
+
 class _CovarianceCollector:
     """Forward pre-hooks that add the inputs of modules to a store, one forward pass at a time."""
 
@@ -192,11 +218,6 @@ class _CovarianceCollector:
         self.shares: dict[str, str] = {}
         # The input seen last and the key it was stored under. Holding it keeps its address taken.
         self.last: tuple[Tensor, str] | None = None
-        if getattr(model.config, "is_encoder_decoder", False):
-            raise CheckpointError(
-                f"{where}: an encoder-decoder model; only models of one stack can be calibrated, "
-                "so pack it without rows"
-            )
         self.head = output_embeddings(model)
         self.head_keys = [HEAD]
         model.config.use_cache = False
