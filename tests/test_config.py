@@ -3,7 +3,7 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from graftkit.config import BYTE_UNITS, Budget, Settings, parse_amount
+from graftkit.config import BYTE_UNITS, Budget, Settings, parse_amount, parse_hub_id
 from graftkit.errors import BudgetError, ConfigError
 
 
@@ -105,3 +105,17 @@ def test_a_budget_is_a_share_bytes_or_bits_per_parameter(text, nbytes):
 def test_a_budget_that_means_nothing_is_refused(text, message):
     with pytest.raises(BudgetError, match=message):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "repository", "revision"),
+    [
+        ("me/base", "me/base", None),
+        ("me/base@v1.0", "me/base", "v1.0"),
+        ("gpt2@main", "gpt2", "main"),
+        ("me/base@", "me/base", None),
+        ("me/base@refs/pr/1", "me/base", "refs/pr/1"),
+    ],
+)
+def test_a_hub_id_names_a_repository_and_perhaps_a_revision(text, repository, revision):
+    assert parse_hub_id(text) == (repository, revision)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from graftkit.config import parse_hub_id
 from graftkit.errors import CheckpointError, PackMismatchError
 from graftkit.side_files import HUB_PATTERNS, SIDE_FILES, config_for_weights
 from graftkit.weight_files import ADAPTER_CONFIG, INDEX, describe_file, weight_files
@@ -259,9 +260,9 @@ def _locate(reference: str) -> tuple[Path, str, str | None]:
     path = Path(reference)
     if path.is_dir():
         return path, path.resolve().name, None
-    repository, _, revision = reference.partition("@")
     if path.exists():
         raise CheckpointError(describe_file(path))
+    repository, revision = parse_hub_id(reference)
     if repository.count("/") > 1 or reference.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{reference}: missing; expected a Hugging Face model directory or a Hub id (user/name)"
@@ -269,7 +270,7 @@ def _locate(reference: str) -> tuple[Path, str, str | None]:
     try:
         folder = snapshot_download(
             repository,
-            revision=revision or None,
+            revision=revision,
             allow_patterns=["*.safetensors", INDEX, *_TELLTALES, *HUB_PATTERNS],
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

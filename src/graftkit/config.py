@@ -1,4 +1,4 @@
-"""Settings that users write: their common base, amounts with a unit, and the options of `pack`."""
+"""What users write: settings and their base, amounts with a unit, Hub ids, options of `pack`."""
 
 import math
 import re
@@ -108,6 +108,12 @@ def parse_amount(text: str, units: Collection[str]) -> tuple[float, str] | None:
     if match is None or match[2].upper() not in units:
         return None
     return float(match[1]), match[2].upper()
+
+
+def parse_hub_id(text: str) -> tuple[str, str | None]:
+    """`user/name` or `user/name@revision` as the repository and the revision; None: its newest."""
+    repository, _, revision = text.partition("@")
+    return repository, revision or None
 
 
 _BUDGET_UNITS = frozenset(("%", "BPP", *BYTE_UNITS))

@@ -30,6 +30,7 @@ from graftkit.compress.coded import CodedFactors, load_factors
 from graftkit.compress.exact import decode_exact
 from graftkit.compress.factors import Factors
 from graftkit.compress.factors import load as load_plain_factors
+from graftkit.config import parse_hub_id
 from graftkit.errors import ConfigError, CorruptPackError, GraftError, PackFault, PackMismatchError
 from graftkit.side_files import SIDE_FILES, copied_names, is_side_file
 from graftkit.skillpack.container import (
@@ -81,9 +82,9 @@ class SkillPack:
     @classmethod
     def from_pretrained(cls, reference: str, filename: str = PACK_FILE_NAME) -> Self:
         """Open a pack from a Hub repository (`user/repo` or `user/repo@revision`)."""
-        repository, _, revision = reference.partition("@")
+        repository, revision = parse_hub_id(reference)
         try:
-            path = hf_hub_download(repository, filename, revision=revision or None)
+            path = hf_hub_download(repository, filename, revision=revision)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             raise GraftError(
                 f"{reference}: the Hub gave no {filename} ({str(error).splitlines()[0]})"

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
+from graftkit.config import parse_hub_id
 from graftkit.errors import ConfigError, DonorError
 from graftkit.vision.donor import Chain, Normalization, normalization_of, reason
 from graftkit.vision.donors.modules import module_chain
@@ -46,13 +47,11 @@ def hub_chain(reference: str, size: int, pretrained: bool) -> Chain:
         pretrained: False reads the configuration only and leaves random values.
     Raises: DonorError when it cannot be loaded, lacks weights, or cannot be cut.
     """
-    path, _, revision = (
-        (reference, "", "") if Path(reference).exists() else reference.partition("@")
-    )
+    path, revision = (reference, None) if Path(reference).exists() else parse_hub_id(reference)
     try:
         with _without_notices():
-            model = _load(path, pretrained, revision or None)
-            settings = _preprocessor(path, revision or None)
+            model = _load(path, pretrained, revision)
+            settings = _preprocessor(path, revision)
     except _LOAD_ERRORS as error:
         raise DonorError(
             f"{reference}: cannot be loaded ({reason(error)}); give an .npz file, or a directory "
