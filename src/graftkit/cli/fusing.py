@@ -111,11 +111,9 @@ def fuse(
     search: Search = None,
     state: State = None,
     task_rows: RowsOfTasks = None,
-    budget: Annotated[str | None, typer.Option(help="Largest file, as in pack.")] = None,
-    recipe: Annotated[str, typer.Option(help="auto, graftllm or lossless.")] = "auto",
-    calibration: Annotated[
-        Path | None, typer.Option(help="rows.jsonl of the packs' tasks. Default: use no data.")
-    ] = None,
+    budget: show.Budget = None,
+    recipe: show.Recipe = "auto",
+    calibration: show.Calibration = None,
     force: show.Force = False,
     json_output: show.Json = False,
 ) -> None:

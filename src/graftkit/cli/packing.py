@@ -22,17 +22,9 @@ def pack(
     target: show.Target,
     tuned: show.Tuned,
     output: show.PackOutput,
-    budget: Annotated[
-        str | None,
-        typer.Option(help="Largest file: 5%, 12MB or 1.0bpp. Default 5%; lossless: none."),
-    ] = None,
-    recipe: Annotated[
-        str, typer.Option(help="auto, graftllm (the paper's method) or lossless.")
-    ] = "auto",
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="rows.jsonl to measure activations on. Default: use no data."),
-    ] = None,
+    budget: show.Budget = None,
+    recipe: show.Recipe = "auto",
+    calibration: show.Calibration = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="rows.jsonl of prompts that routers should send to this pack."),

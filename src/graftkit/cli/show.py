@@ -21,6 +21,15 @@ Tuned = Annotated[str, typer.Argument(help="Tuned model: a directory or Hub id[@
 PackFile = Annotated[Path, typer.Argument(help="A .skillpack file.")]
 PackOutput = Annotated[Path, typer.Option("-o", "--output", help="The .skillpack file to write.")]
 FolderOutput = Annotated[Path, typer.Option("-o", "--output", help="Folder to write.")]
+Budget = Annotated[
+    str | None,
+    typer.Option(help="Largest file: 5%, 12MB or 1.0bpp. Default 5%; lossless: none."),
+]
+Recipe = Annotated[str, typer.Option(help="auto, graftllm (the paper's method) or lossless.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="rows.jsonl of the task to measure activations on. Default: use no data."),
+]
 MadeFor = Annotated[str, typer.Option("--target", help="The target that the pack was made for.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
