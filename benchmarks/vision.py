@@ -44,7 +44,8 @@ ORDERS = (0, 1, 2)  # seeds of a fine-tuning: the order of the images, and how t
 POOLED = {"mean": ("mean",), "mean and std": ("mean", "std")}
 VIEWS = {"1": (0,), "2": (0, 4), "8": ALL_VIEWS}
 CUTS = (8, 11, 14, 19)
-QUICK_IMAGES = 8  # of every class and split
+QUICK_IMAGES = 5  # of every class and split
+QUICK = {"epochs": 1, "baselines": False, "size": 64}
 
 
 def run(options: argparse.Namespace, ledger: Ledger) -> None:
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace, ledger: Ledger) -> None:
     cache = options.work / "cache"
     if options.quick:
         images = few_images(images, options.work / "images")
-    quick = {"epochs": 1, "baselines": False} if options.quick else {}
+    quick = QUICK if options.quick else {}
     for name in options.runs:
         settings = GraftSettings.checked(**(RUNS[name] | quick))
         key = {"run": name, "settings": settings.model_dump(), "quick": options.quick}
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, then write the tables."""
     parser = command_line(__doc__)
     parser.add_argument("--runs", nargs="*", default=tuple(RUNS), choices=tuple(RUNS))
-    parser.add_argument("--quick", action="store_true", help="a few images and one epoch")
+    parser.add_argument("--quick", action="store_true", help="a few small images and one epoch")
     parser.add_argument("--no-features", dest="features", action="store_false")
     parser.add_argument("--no-margin", dest="margin", action="store_false")
     options = parser.parse_args(arguments)
