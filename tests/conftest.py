@@ -15,7 +15,7 @@ settings.register_profile("thorough", deadline=None, max_examples=200)
 settings.load_profile("quick")  # `make test-slow` passes --hypothesis-profile thorough
 
 
-SLOW_FIXTURES = {"demo", "run_frontier", "quick_run", "records"}
+SLOW_FIXTURES = {"demo", "stubbed", "run_frontier", "quick_run", "records"}
 """What takes half a minute to make: the tests that look at it are slow ones."""
 
 

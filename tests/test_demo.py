@@ -1,7 +1,12 @@
-"""The demo: its numbers, its files, its promises. It runs once, into a folder with other files."""
+"""The demo: its numbers, its files, its promises.
+
+A whole run takes more than a minute. Its numbers are looked at there; what it prints and leaves,
+in a run whose packs and measurements are made up.
+"""
 
 import io
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -10,7 +15,14 @@ from rich.console import Console
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
-from graftkit.demo import MeasuredTarget, rebuild_models, run_demo
+from graftkit.demo import (
+    DemoResult,
+    MeasuredTarget,
+    MixedAnswer,
+    SkillResult,
+    rebuild_models,
+    run_demo,
+)
 from graftkit.demo.files import DATA, NOTICE, SKILLS, DemoFolder
 from graftkit.demo.story import Story
 from graftkit.errors import GraftError, OutputError
@@ -24,7 +36,32 @@ LEAST_KEPT = 0.85
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """Result, folder and printed story; an unfinished earlier run and foreign files were there."""
+    """Result and folder of a run: the one in the folder that GRAFTKIT_DEMO names, or a new one."""
+    if "GRAFTKIT_DEMO" in os.environ:
+        out = DemoFolder(Path(os.environ["GRAFTKIT_DEMO"]))
+        return read_result(out.json), out
+    out = tmp_path_factory.mktemp("demo")
+    return run_demo(out, console=Console(quiet=True)), DemoFolder(out)
+
+
+def read_result(file):
+    """The result that a run wrote; sums and ratios are computed again."""
+    written = json.loads(file.read_text(encoding="utf-8"))
+    skills = [{k: v for k, v in skill.items() if k != "ratio"} for skill in written["skills"]]
+    return DemoResult(
+        skills=tuple(SkillResult(**skill) for skill in skills),
+        mixed_batch=tuple(MixedAnswer(**answer) for answer in written["mixed_batch"]),
+        bytes_restored=written["bytes_restored"],
+        commands=tuple(written["commands"]),
+    )
+
+
+@pytest.fixture(scope="module")
+def stubbed(tmp_path_factory):
+    """Result, folder and printed story of a run with packs and measurements that are made up.
+
+    An unfinished earlier run and files of others were in the folder.
+    """
     out = tmp_path_factory.mktemp("demo") / "with a blank"
     earlier = out / "checkpoints" / SKILLS[0].name
     earlier.mkdir(parents=True)
@@ -32,13 +69,17 @@ def demo(tmp_path_factory):
     (earlier / "mine.txt").write_text("mine")
     (out / "mine.txt").write_text("mine")
     (out / ".graftkit").write_text("graftkit demo\n")
-    printed = io.StringIO()
-    result = run_demo(out, console=Console(file=printed, width=100))
+    printed, scores = io.StringIO(), iter((0.0, 0.875, 0.75) * len(SKILLS))
+    lossless = {skill.name: SkillPack.load(skill.lossless) for skill in SKILLS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graftkit.demo.pack_delta", lambda target, tuned, **_: lossless[tuned.name])
+        patch.setattr("graftkit.demo.exact_match", lambda *_: next(scores))
+        result = run_demo(out, console=Console(file=printed, width=100))
     return result, DemoFolder(out), printed.getvalue()
 
 
 def test_every_pack_keeps_what_the_tuned_model_can_do(demo):
-    result, _, _ = demo
+    result, _ = demo
     assert [skill.skill for skill in result.skills] == [skill.name for skill in SKILLS]
     for skill in result.skills:
         assert skill.tuned > 0.3
@@ -46,18 +87,18 @@ def test_every_pack_keeps_what_the_tuned_model_can_do(demo):
 
 
 def test_the_target_alone_knows_none_of_the_skills(demo):
-    result, _, _ = demo
+    result, _ = demo
     assert [skill.target for skill in result.skills] == [0, 0, 0]
 
 
 def test_recovered_is_the_share_of_what_was_learned(demo):
-    result, _, _ = demo
+    result, _ = demo
     for skill in result.skills:
         assert skill.recovered == (skill.packed - skill.target) / (skill.tuned - skill.target)
 
 
 def test_no_pack_on_disk_is_larger_than_its_budget(demo):
-    result, out, _ = demo
+    result, out = demo
     for skill, actual in zip(SKILLS, result.skills, strict=True):
         size = out.pack(skill).stat().st_size
         target = SkillPack.load(out.pack(skill)).manifest.target
@@ -66,21 +107,22 @@ def test_no_pack_on_disk_is_larger_than_its_budget(demo):
 
 
 def test_totals_are_sums_over_the_skills(demo):
-    result, out, _ = demo
+    result, out = demo
     files = [out.tuned(skill) / "model.safetensors" for skill in SKILLS]
     assert result.tuned_bytes == sum(file.stat().st_size for file in files)
     assert result.pack_bytes == sum(out.pack(skill).stat().st_size for skill in SKILLS)
     assert result.ratio > 5
 
 
-def test_the_target_has_its_bytes_back(demo):
-    result, _, printed = demo
+def test_the_target_has_its_bytes_back(demo, stubbed):
+    assert demo[0].bytes_restored
+    result, _, printed = stubbed
     assert result.bytes_restored
     assert "the same bytes" in printed
 
 
 def test_a_mixed_batch_answers_every_row_with_its_own_pack(demo):
-    result, _, _ = demo
+    result, _ = demo
     assert [answer.skill for answer in result.mixed_batch] == [skill.name for skill in SKILLS]
     right = [answer for answer in result.mixed_batch if answer.packed == answer.expected]
     # Each row is one that its tuned model answers; a pack may lose one of them.
@@ -88,8 +130,8 @@ def test_a_mixed_batch_answers_every_row_with_its_own_pack(demo):
     assert all(answer.target != answer.expected for answer in result.mixed_batch)
 
 
-def test_demo_json_says_the_same_as_the_result(demo):
-    result, out, _ = demo
+def test_demo_json_says_the_same_as_the_result(stubbed):
+    result, out, _ = stubbed
     actual = json.loads(out.json.read_text(encoding="utf-8"))
     assert actual == json.loads(json.dumps(result.as_json()))
     assert actual["bytes_restored"] is True
@@ -97,8 +139,8 @@ def test_demo_json_says_the_same_as_the_result(demo):
     assert actual["skills"][0]["ratio"] == result.skills[0].ratio
 
 
-def test_the_commands_name_files_that_exist(demo):
-    result, out, printed = demo
+def test_the_commands_name_files_that_exist(stubbed):
+    result, out, printed = stubbed
     assert {shlex.split(command)[1] for command in result.commands} == {
         "inspect", "verify", "generate", "compare", "pack",
     }  # fmt: skip
@@ -112,21 +154,22 @@ def test_the_commands_name_files_that_exist(demo):
         assert all(path.exists() for path in paths)
 
 
-def test_the_story_shows_every_number(demo):
-    result, _, printed = demo
+def test_the_story_shows_every_number(stubbed):
+    result, _, printed = stubbed
     for skill in result.skills:
         line = next(line for line in printed.splitlines() if line.startswith(f" {skill.skill} "))
         assert f"{skill.tuned:.3f}" in line
         assert f"{skill.packed:.3f}" in line
 
 
-def test_files_of_others_are_left_alone_and_nothing_half_done_stays(demo):
-    _, out, _ = demo
+def test_files_of_others_are_left_alone_and_nothing_half_done_stays(demo, stubbed):
+    _, out, _ = stubbed
     for file in (out.out / "mine.txt", out.tuned(SKILLS[0]) / "mine.txt"):
         assert file.read_text() == "mine"
     names = {file.name for file in out.out.iterdir()}
     results = {"checkpoints", "packs", "rows", "demo.json", "NOTICE.md"}
     assert names == results | {"mine.txt", ".graftkit"}
+    assert {file.name for file in demo[1].out.iterdir()} == results | {".graftkit"}
 
 
 def test_the_embedded_data_is_small():
@@ -134,7 +177,7 @@ def test_the_embedded_data_is_small():
 
 
 def test_every_data_set_is_credited_beside_the_rows_and_in_the_packs(demo):
-    _, out, _ = demo
+    _, out = demo
     notice = (out.out / NOTICE.name).read_text(encoding="utf-8")
     for needed in ("CC-BY-3.0", "Stefan Larson", "Copyright (c) 2016 Nick Locascio", "CC0-1.0"):
         assert needed in notice

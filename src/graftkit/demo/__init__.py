@@ -45,7 +45,7 @@ def run_demo(
 ) -> DemoResult:
     """Pack three skills of a built-in model, measure them, and leave everything in `out`.
 
-    Offline; 20 seconds of one core. A later run replaces the demo's own files.
+    Offline; about a minute of one core. A later run replaces the demo's own files.
 
     Args:
         out: folder for checkpoints, packs, rows and demo.json: new, empty, or made by an earlier
