@@ -1,6 +1,7 @@
 """Processes that are killed, stopped or watched at their changes of files below a folder."""
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "open")
-ALIKE = 4
+SAMPLED = 1
 _WRITING = os.O_WRONLY | os.O_RDWR
 
 
@@ -103,7 +104,7 @@ def states_at_changes(
     `work`, of one thread at a time, runs once, in a process of its own that has ended when this
     returns. Each state is a copy of the folder below `copies`. One that equals the state before it
     is left out; so are, of states that differ from the ones before them in files of the same names
-    but for numbers (a step for each tensor, say), all but the first and the last `ALIKE`.
+    but for numbers (a step for each tensor, say), all but the first, the last and `SAMPLED` others.
     """
 
     def copy(seen: int) -> None:
@@ -121,7 +122,11 @@ def states_at_changes(
             kind = frozenset(re.sub(r"[0-9a-f]{8,}|[0-9]+", "#", name) for name in differ)
             alike.setdefault(kind, []).append(state)
         before = entries
-    return sorted({state for kind in alike.values() for state in (*kind[:ALIKE], *kind[-ALIKE:])})
+    seeded, chosen = random.Random(0), set()
+    for kind in alike.values():
+        between = kind[1:-1]
+        chosen |= {kind[0], kind[-1], *seeded.sample(between, min(SAMPLED, len(between)))}
+    return sorted(chosen)
 
 
 def restore(state: Path, folder: Path) -> None:
