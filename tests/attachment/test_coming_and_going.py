@@ -151,7 +151,7 @@ def test_the_bytes_of_a_pack_are_those_of_its_updates_and_tied_ones_count_once(t
             assert attachment.nbytes(1) == 0
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_packs_that_come_and_go_leave_nothing_behind(pair_of, count):
     """Eight of them in each round."""
     target, _, _ = pair_of("llama")
