@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,8 @@ def _check_one(name: str, quick: bool, writer: Connection) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Check what the ledger lacks, then write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", help="comma-separated; default: every one")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
@@ -112,13 +113,12 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true", help="write the page, check nothing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     names = options.types.split(",") if options.types else model_types()
     if unknown := sorted(set(names) - set(model_types())):
         parser.error(f"transformers has no model of type {', '.join(unknown)}")
-    ledger = Ledger(
-        options.out / "architectures.jsonl", "architectures.py", sys.argv[1:], options.fresh
-    )
+    ledger = Ledger(options.out / "architectures.jsonl", "architectures.py", given, options.fresh)
     done = [r for name in names if (r := ledger.find({"type": name, "quick": options.quick}))]
     left = [name for name in names if name not in {record["type"] for record in done}]
     if options.report_only:

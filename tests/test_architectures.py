@@ -1,8 +1,6 @@
 """The architecture sweep of benchmarks/architectures.py in small."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +9,11 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Chosen for what is special in each: fused or repeated experts, states, convolutions, windows,
 # weights that are read without a call, tied or renamed tensors, two inputs, another encoder.
+# What bert, gpt2, llama and mixtral show is tested one by one, in attachment/ and interop/.
 TYPES = (
-    *("afmoe", "bert", "bloom", "clip", "deepseek_v3", "detr", "gemma3", "gpt2", "jetmoe"),
-    *("llama", "llama4_text", "llava", "mamba", "mixtral", "mobilebert", "phi3", "resnet"),
-    *("rwkv", "segformer", "swin", "t5", "wav2vec2", "whisper", "xlnet"),
+    *("afmoe", "bloom", "clip", "deepseek_v3", "detr", "gemma3", "jetmoe", "llama4_text"),
+    *("llava", "mamba", "mobilebert", "phi3", "resnet", "rwkv", "segformer", "swin", "t5"),
+    *("wav2vec2", "whisper", "xlnet"),
 )
 
 
@@ -23,17 +22,16 @@ def benchmark_modules(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def run(folder, *options):
-    command = [sys.executable, str(BENCHMARKS / "architectures.py"), "--json", "--quick"]
-    command += ["--out", str(folder), "--docs", str(folder), *options]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=880)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_an_architecture_is_right_or_refused_in_one_line(tmp_path):
-    records = run(tmp_path, "--jobs", "2", "--types", ",".join(TYPES))
+def test_an_architecture_is_right_or_refused_in_one_line(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the script sets it
+    from architectures import main
+
+    options = ["--json", "--quick", "--types", ",".join(TYPES)]
+    main([*options, "--out", str(tmp_path), "--docs", str(tmp_path)])
+    lines = capfd.readouterr().out.splitlines()
+    records = [json.loads(line) for line in lines if line.startswith("{")]
     assert {record["type"] for record in records} == set(TYPES)
     faults = [
         (record["type"], name, cell["detail"])

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,10 +24,13 @@ def run_frontier(shared, tmp_path_factory):
     """Runs frontier.py on one skill, one method, one budget and few rows."""
     folder = tmp_path_factory.mktemp("frontier")
     (folder / "benchmarks.md").write_text(PAGE)
-    command = [sys.executable, str(BENCHMARKS / "frontier.py"), "--shared", str(shared)]
-    command += ["--skills", "nl_regex", "--methods", "auto", "--budgets", "5%", "--rows", "8"]
-    command += ["--seeds", "0", "--out", str(folder), "--docs", str(folder)]
-    subprocess.run(command, check=True, timeout=240)
+    options = ["--shared", str(shared), "--skills", "nl_regex", "--methods", "auto"]
+    options += ["--budgets", "5%", "--rows", "8", "--seeds", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        from frontier import main
+
+        main([*options, "--out", str(folder), "--docs", str(folder)])
     return folder
 
 
