@@ -14,6 +14,12 @@ from torch import Tensor
 from graftkit.rows import pad_batch
 
 
+def end_tokens(generation: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end a text, by a GenerationConfig and by the tokenizer, in ascending order."""
+    own = generation.eos_token_id
+    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+
+
 def generate_greedy(
     model: Any,
     prompts: Sequence[Sequence[int]],

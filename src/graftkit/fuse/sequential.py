@@ -164,7 +164,7 @@ class _SequentialCall:
         claim of the state is None without a state.
         """
         inputs = named_inputs(self.target, list(self.packs))
-        rows = [[[row.prompt, row.completion] for row in rows] for rows in self.rows or ()]
+        rows = [[row.content for row in rows] for rows in self.rows or ()]
         job = [self.method, *inputs, self.state, rows, Path(output).resolve(), self.packing]
         read = [*inputs, *packing_inputs(self.packing)]
         if self.state is None:

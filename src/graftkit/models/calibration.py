@@ -288,7 +288,7 @@ def job_digest(
         [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         [blake3(checkpoint.side_file(name) or b"").hexdigest() for name in SIDE_FILES],
         list(modules),
-        [(row.prompt, row.completion) for row in rows],
+        [row.content for row in rows],
     ):
         digest.update(json.dumps(part).encode() + b"\n")
     return digest.hexdigest()
