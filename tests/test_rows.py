@@ -111,7 +111,9 @@ def test_the_digest_is_that_of_the_bytes(tmp_path):
 
 
 def test_a_row_is_prompt_with_special_tokens_then_completion_then_eos():
-    assert encode_row(CharacterTokenizer(), Row("ab", " c")) == EncodedRow([1, 97, 98, 32, 99, 2], 3)
+    assert encode_row(CharacterTokenizer(), Row("ab", " c")) == EncodedRow(
+        [1, 97, 98, 32, 99, 2], 3
+    )
 
 
 def test_a_tokenizer_without_eos_adds_none():

@@ -31,11 +31,21 @@ def pack(
     ] = "auto",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="rows.jsonl to measure activations on. Default: use no data."),
+        typer.Option(
+            help="Rows to measure activations on: JSON Lines, Parquet or a data set folder, with "
+            "prompt and completion, messages, or text. Default: use no data."
+        ),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="rows.jsonl of prompts that routers should send to this pack."),
+        typer.Option(help="Rows whose prompts routers should send to this pack."),
+    ] = None,
+    prompt_format: Annotated[
+        str | None,
+        typer.Option(
+            help="How the skill's prompts were given in training, and are when it is asked: raw, "
+            "or chat for the chat template. Default: as the calibration rows are."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed that picks the calibration rows.")] = 0,
     workers: Annotated[
@@ -69,6 +79,7 @@ def pack(
         recipe=recipe,
         calibration=calibration,
         prompts=prompts,
+        prompt_format=prompt_format,
         seed=seed,
         workers=workers,
         servable=servable,
@@ -189,13 +200,22 @@ def _facts(summary: dict[str, Any], file: Path) -> dict[str, str]:
         "tuned": summary["tuned"],
         "recipe": summary["recipe"],
         "calibration": f"{calibration['rows']} rows, {calibration['tokens']} tokens of "
-        f"{calibration['source']}"
+        f"{calibration['source']} ({calibration['format'].replace('_', ' and ')})"
         if calibration
         else "none (data-free)",
+        "prompts": _prompt_format(manifest),
         "bits/parameter": f"{summary['bits_per_parameter']:.3f}"
         + (f", model bound {bound:.3f}" if bound is not None else ""),
         "files": ", ".join(record["name"] for record in manifest["files"]) or "none changed",
     }
+
+
+def _prompt_format(manifest: dict[str, Any]) -> str:
+    template = manifest["template_blake3"]
+    calibration = manifest["calibration"] or {}
+    implied = "raw" if calibration.get("format") == "prompt_completion" else None
+    given = manifest["prompt_format"] or implied or "not recorded"
+    return f"{given}, template {template[:16]}…" if template else given
 
 
 def _detail(tensor: dict[str, Any]) -> str:
@@ -285,7 +305,7 @@ def compare(
     target: show.Target,
     tuned: show.Tuned,
     file: show.PackFile,
-    rows: Annotated[Path, typer.Option("--rows", help='rows.jsonl: {"prompt", "completion"}.')],
+    rows: Annotated[Path, typer.Option("--rows", help="Rows to measure on.")],
     json_output: show.Json = False,
 ) -> None:
     """Compare target + pack with the tuned model on rows.

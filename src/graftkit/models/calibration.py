@@ -22,7 +22,6 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError
 from graftkit.models.encoding import (
     MICRO_BATCH_TOKENS,
-    EncodedRow,
     encode_rows,
     one_thread,
     pad_id,
@@ -35,7 +34,7 @@ from graftkit.models.encoding import (
 )
 from graftkit.models.loading import output_embeddings, stream_model
 from graftkit.progress import StepProgress, silent
-from graftkit.rows import Row, pad_batch
+from graftkit.rows import EncodedRow, Row, pad_batch
 from graftkit.side_files import SIDE_FILES
 
 CALIBRATION_TOKENS = 16_384  # tokens measured: more than any input of a common layer has columns

@@ -5,13 +5,20 @@ row    the three formats, their tokens, samples and batches
 files  JSON Lines, Parquet, and the folders of data sets
 """
 
-from graftkit.rows.chat import chat_template, encode_question, end_of_turn, template_digest
+from graftkit.rows.chat import (
+    chat_template,
+    encode_question,
+    end_of_turn,
+    template_digest,
+    write_messages,
+)
 from graftkit.rows.files import (
     data_files,
     prompt_of_record,
     read_prompts,
     read_records,
     read_rows,
+    row_of_record,
     rows_digest,
     text_field,
 )
@@ -46,8 +53,10 @@ __all__ = [
     "read_prompts",
     "read_records",
     "read_rows",
+    "row_of_record",
     "rows_digest",
     "sample_rows",
     "template_digest",
     "text_field",
+    "write_messages",
 ]

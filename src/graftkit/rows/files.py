@@ -55,7 +55,9 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
 
     Raises: RowsError as `read_rows` does, and for rows that have no prompt.
     """
-    prompts = tuple(prompt_of_record(record, origin).prompt for record, origin in read_records(path))
+    prompts = tuple(
+        prompt_of_record(record, origin).prompt for record, origin in read_records(path)
+    )
     if not prompts:
         raise RowsError(f'{path}: the file holds no rows; expected one {{"prompt": "..."}} a line')
     return prompts

@@ -51,9 +51,7 @@ class HiddenSource:
         self.width: int = config.hidden_size
         self.pairs = layer_pairs(config.num_hidden_layers, target_layers)
 
-    def batch(
-        self, rows: Sequence[Row], encoded: Sequence[EncodedRow]
-    ) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Tokens and spans of some rows, for a collator; the model does not run.
 
         Args:
