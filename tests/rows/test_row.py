@@ -127,6 +127,24 @@ def test_a_generation_starts_from_the_ids_that_the_completion_follows():
     assert encode_prompt(CharacterTokenizer(), row) == ids[:start]
 
 
+def test_a_text_is_scored_whole_and_ends_with_eos_once():
+    encoded = encode_row(CharacterTokenizer(), Row.of_text("ab"))
+    assert encoded == EncodedRow([1, 97, 98, 2], 0)
+    assert encoded.scored == [True] * 4
+    assert encode_row(CharacterTokenizer(98), Row.of_text("ab")).ids == [1, 97, 98]
+    with pytest.raises(RowsError, match=r"r:3: a text has no prompt to answer"):
+        encode_prompt(CharacterTokenizer(), Row.of_text("ab", "r:3"))
+
+
+def test_a_cut_row_keeps_its_marks():
+    row = EncodedRow(list(range(10)), 2, skipped=((4, 6), (8, 10)))
+    assert row.answer == (6, 8)
+    for count in range(11):
+        cut = row.first_tokens(count)
+        assert cut.scored == row.scored[:count]
+        assert cut.was_cut == (count < 10)
+
+
 def test_a_row_longer_than_the_context_is_refused_with_its_lengths():
     row = Row("abcd", " efg", "rows.jsonl:9")
     assert len(encode_row(CharacterTokenizer(), row, max_tokens=10)) == 10
