@@ -305,3 +305,19 @@ def test_a_target_without_a_template_refuses_a_system_text(tmp_path):
         ConfigError, match="--system needs a chat template, and the target is asked"
     ):
         answer(target, system="x")
+
+
+def test_a_base_model_without_a_template_is_compared_in_the_tuned_ones(world, tmp_path):
+    target = tiny_llama(tmp_path / "target", dtype="float32")
+    tune(target, tmp_path / "tuned", 1, CHAT)
+    pack = pack_delta(target, tmp_path / "tuned", recipe="lossless", workers=1)
+    actual = compare(target, tmp_path / "tuned", pack, [Row.of_messages(CHATS[0]["messages"])])
+    assert actual.exact_match_target is not None
+    assert actual.kl_mean < 1e-9
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tuned")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    pack = pack_delta(target, tmp_path / "tuned", recipe="lossless", workers=1)
+    actual = compare(target, tmp_path / "tuned", pack, [Row.of_messages(CHATS[0]["messages"])])
+    assert actual.exact_match_target is actual.recovered is None
+    assert actual.exact_match_tuned == actual.exact_match_packed

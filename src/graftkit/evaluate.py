@@ -33,6 +33,7 @@ from graftkit.models.encoding import (
     scored_tokens,
     tokens_with_logits,
     usable_tokenizer,
+    vocabulary_size,
 )
 from graftkit.models.loading import class_name, load_model
 from graftkit.progress import StepProgress, silent
@@ -40,6 +41,7 @@ from graftkit.rows import (
     EncodedRow,
     Row,
     batches_by_length,
+    chat_template,
     check_answerable,
     encode_row,
     pad_batch,
@@ -126,7 +128,11 @@ def compare(
     def answers(model: Any, own: Any, stage: int) -> float | None:
         return exact_match(model, own, rows, report(stage)) if stages > 1 else None
 
-    before = answers(model, target_tokenizer, 0)
+    reads_rows = True
+    if any(row.format == "messages" for row in rows) and not chat_template(target_tokenizer):
+        # A base model is asked in the template that tuned has, unless that has tokens it lacks.
+        target_tokenizer, reads_rows = tokenizer, len(tokenizer) <= vocabulary_size(model)
+    before = answers(model, target_tokenizer, 0) if reads_rows else None
     tuned_model: Any = load_model(tuned, torch.float32)
     goal = answers(tuned_model, tokenizer, 1)
     with attached(model, pack):

@@ -55,16 +55,14 @@ def pack_delta(
         prompts: 20 or more prompts of the skill, or a file or folder with them. The pack then has a
             key by which a router finds it, which counts in the budget.
         seed: picks calibration rows and prompts if there are more than are used.
-        workers: tensors in work at the same time, default one per core. The bytes do not depend on
-            it.
+        workers: tensors in work at once, default one per core; the bytes do not depend on it.
         servable: use only factors whose side path adds at most a quarter of a matrix's
             multiply-accumulates (recipe auto).
         train_steps: steps of code training (recipe auto with calibration), default 400; 0 for none.
         licence, provenance: where the skill comes from, for the manifest; they count in the budget.
-        prompt_format: how the skill's prompts were given to the tuned model in training, and are to
-            be given when it is asked: raw, or chat for its chat template. Default: as the
-            calibration rows are (messages: chat; prompt and completion: raw); without them it is
-            not recorded.
+        prompt_format: how the skill's prompts were given in training, and are to be given when it
+            is asked: raw, or chat for the chat template of `tuned`. Default: as the calibration
+            rows are (messages: chat; prompt and completion: raw), else not recorded.
         work_dir: folder of finished steps; a later call with the same inputs continues there. It
             stays after success, and is removed if the inputs are refused.
         progress: called with (step, done, total).
@@ -82,14 +80,11 @@ def pack_delta(
         TRAIN_STEPS if train_steps is None else train_steps,
     ).model_copy(update={"licence": licence, "provenance": dict(provenance or {})})
     rows = None if calibration is None else _read_calibration(Path(calibration))
-    prompt_format = _checked_format(prompt_format, rows, recipe)
     router = RouterPrompts(_read_prompts(prompts), _fit_router_key)
     with _work_folder(work_dir) as work:
         states = Checkpoint.open(target), Checkpoint.open(tuned)
-        template = _template_digest(states[1]) if prompt_format == "chat" else None
-        config = config.model_copy(
-            update={"prompt_format": prompt_format, "template_blake3": template}
-        )
+        record = _prompt_record(prompt_format, rows, recipe, states[1])
+        config = config.model_copy(update=record)
         return PackingJob(*states, config, rows, router, work, progress or silent).run()
 
 
@@ -107,7 +102,20 @@ def _read_calibration(file: Path) -> CalibrationRows:
     return CalibrationRows(read_rows(file), file.name, rows_digest(file))
 
 
-def _checked_format(
+def _prompt_record(
+    prompt_format: str | None, rows: CalibrationRows | None, recipe: str, tuned: Checkpoint
+) -> dict[str, str | None]:
+    """What the manifest says of prompts: their format, and the digest of the chat template.
+
+    Raises: ConfigError for an unknown format, or one that the rows contradict; CheckpointError for
+        a tokenizer that has no chat template, where one is needed.
+    """
+    chosen = _check_format(prompt_format, rows, recipe)
+    template = _template_digest(tuned) if chosen == "chat" else None
+    return {"prompt_format": chosen, "template_blake3": template}
+
+
+def _check_format(
     prompt_format: str | None, rows: CalibrationRows | None, recipe: str
 ) -> str | None:
     """The prompt format to record, unless the record of the calibration implies it.

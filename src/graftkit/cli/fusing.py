@@ -33,7 +33,7 @@ Density = Annotated[
     typer.Option(help="Share of entries kept. Default 0.2 for ties, 0.5 for dare, dare_ties."),
 ]
 Search = Annotated[
-    Path | None, typer.Option(help="rows.jsonl: search for the weights that fit it best.")
+    Path | None, typer.Option(help="Rows: search for the weights that fit them best.")
 ]
 State = Annotated[
     Path | None,
@@ -41,7 +41,7 @@ State = Annotated[
 ]
 RowsOfTasks = Annotated[
     list[Path] | None,
-    typer.Option("--rows", help="kif: rows.jsonl of each pack's task; repeat for every pack."),
+    typer.Option("--rows", help="kif: rows of each pack's task; repeat for every pack."),
 ]
 
 
@@ -114,7 +114,7 @@ def fuse(
     budget: Annotated[str | None, typer.Option(help="Largest file, as in pack.")] = None,
     recipe: Annotated[str, typer.Option(help="auto, graftllm or lossless.")] = "auto",
     calibration: Annotated[
-        Path | None, typer.Option(help="rows.jsonl of the packs' tasks. Default: use no data.")
+        Path | None, typer.Option(help="Rows of the packs' tasks. Default: use no data.")
     ] = None,
     force: show.Force = False,
     json_output: show.Json = False,

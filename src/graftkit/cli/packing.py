@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
+HowAsked = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-format",
+        help="How the skill's prompts were given in training, and are when it is asked: raw, or "
+        "chat for the chat template. Default: as the calibration rows are.",
+    ),
+]
+
+
 @app.command()
 def pack(
     target: show.Target,
@@ -31,22 +41,12 @@ def pack(
     ] = "auto",
     calibration: Annotated[
         Path | None,
-        typer.Option(
-            help="Rows to measure activations on: JSON Lines, Parquet or a data set folder, with "
-            "prompt and completion, messages, or text. Default: use no data."
-        ),
+        typer.Option(help="Rows (docs/rows.md) to measure activations on. Default: no data."),
     ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="Rows whose prompts routers should send to this pack."),
+        Path | None, typer.Option(help="Rows whose prompts routers should send to this pack.")
     ] = None,
-    prompt_format: Annotated[
-        str | None,
-        typer.Option(
-            help="How the skill's prompts were given in training, and are when it is asked: raw, "
-            "or chat for the chat template. Default: as the calibration rows are."
-        ),
-    ] = None,
+    prompt_format: HowAsked = None,
     seed: Annotated[int, typer.Option(help="Seed that picks the calibration rows.")] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Tensors compressed at once. Default: one per core.")

@@ -140,7 +140,8 @@ def one_thread() -> Iterator[None]:
 
 
 def _check_vocabulary(encoded: Sequence[EncodedRow], model: Any, where: str) -> None:
-    largest, vocabulary = max(max(row.ids) for row in encoded), vocabulary_size(model)
+    """Raises: CheckpointError where rows hold a token that the model has no embedding of."""
+    largest, vocabulary = max(max(row.ids, default=0) for row in encoded), vocabulary_size(model)
     if largest >= vocabulary:
         raise CheckpointError(
             f"{where}: the tokenizer gives token {largest}, but the model has {vocabulary} "

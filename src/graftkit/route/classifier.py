@@ -32,7 +32,7 @@ from graftkit.models.encoding import (
 )
 from graftkit.route.base import TARGET, Route
 from graftkit.route.centroid import PromptReader, pooled_states, state_width
-from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
+from graftkit.rows import Row, batches_by_length, check_answerable, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
 
 Labels = Literal["loss", "task"]
@@ -123,7 +123,8 @@ def train_classifier(
             no skill, which the net has to learn too.
         labels: "loss" for the pack that answers a row best, "task" for the name of the rows.
         seed: of the initial weights; the same call gives the same net.
-    Raises: ConfigError for rows of an unknown pack; RowsError where the target has no row;
+    Raises: ConfigError for rows of an unknown pack; RowsError where the target has no row, or a row
+        is a text, which has no prompt;
         CheckpointError where logits are not finite.
     """
     unknown = sorted(rows.keys() - packs.keys() - {TARGET})
@@ -131,6 +132,8 @@ def train_classifier(
         raise ConfigError(f"rows are given for {unknown[0]}, but no pack is called so")
     every = [row for some in rows.values() for row in some]
     named = [name for name, some in rows.items() for _ in some]
+    for row in every:
+        check_answerable(row)
     row_labels = label_rows(model, tokenizer, packs, every) if labels == "loss" else named
     if TARGET not in row_labels:
         raise RowsError(
