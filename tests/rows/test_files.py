@@ -1,6 +1,7 @@
 """Rows in the files and folders that people have, and what is wrong with them in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -182,3 +183,14 @@ def test_a_conversation_of_several_turns_is_no_single_prompt():
         Row.of_messages(CHAT["messages"]).single_turn()
     with pytest.raises(RowsError, match="a text; expected one prompt"):
         Row.of_text("x").single_turn()
+
+
+def test_the_cache_of_load_dataset_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    file = lines(tmp_path / "rows.jsonl", CHAT, CHAT)
+    loaded = datasets.load_dataset(
+        "json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    folder = Path(loaded.cache_files[0]["filename"]).parent
+    assert (folder / "dataset_info.json").is_file()
+    assert read_rows(folder) == read_rows(file)
