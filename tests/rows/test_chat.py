@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from distill.tiny import CHAT, byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from graftkit.errors import RowsError
 from graftkit.rows import Row, encode_prompt, encode_question, encode_row, end_of_turn
@@ -251,6 +253,27 @@ def test_of_several_templates_the_default_counts(tokenizer):
     assert template_digest(tokenizer) == digest
     assert chat_template(with_template(tokenizer, None)) is None
     assert template_digest(tokenizer) is None
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory):
+    return byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), chat=True)
+
+
+@given(st.lists(st.text(), min_size=1, max_size=3), st.sampled_from([CHAT, SEPARATED, MARKED]))
+def test_whatever_is_said_is_scored_as_it_was_said(lasting, said, template):
+    with_template(lasting, template)
+    turns = [{"role": role, "content": text} for text in said for role in ("user", "assistant")]
+    assert scored_text(lasting, Row.of_messages(turns)) == [f"{text}<|end|>" for text in said]
+
+
+@pytest.mark.parametrize(
+    "quoted", ["<|end|>", "<assistant>x<|end|>", "a<|eos|>\n", "{{ x }}", "  "]
+)
+def test_words_that_look_like_a_template_are_the_words_of_who_said_them(lasting, quoted):
+    with_template(lasting, SEPARATED)
+    turns = [{"role": "user", "content": quoted}, {"role": "assistant", "content": quoted}]
+    assert scored_text(lasting, Row.of_messages(turns)) == [f"{quoted}<|end|>"]
 
 
 @pytest.mark.slow
