@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.models import load_model
-from graftkit.models.encoding import EncodedRow, pad_id, scored_tokens, usable_tokenizer
+from graftkit.models.encoding import pad_id, scored_tokens, usable_tokenizer
 from graftkit.models.views import CheckpointWriter
 from graftkit.outputs import claimed
 from graftkit.rows import Row, encode_row, pad_batch
@@ -101,7 +101,7 @@ def _train(
 
 
 def _mean_loss(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor:
-    encoded = [EncodedRow(*encode_row(tokenizer, row), was_cut=False) for row in rows]
+    encoded = [encode_row(tokenizer, row) for row in rows]
     ids, mask = pad_batch([row.ids for row in encoded], pad_id(tokenizer))
     scored = scored_tokens(model, encoded, mask)
     with torch.autocast("cpu", torch.bfloat16):

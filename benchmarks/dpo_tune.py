@@ -56,7 +56,8 @@ def sample_pairs(model: Any, tokenizer: Any, rows: Sequence[Row]) -> list[TokenP
                 top_k=0, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad_id(tokenizer),
             )  # fmt: skip
         for index, answer in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-            chosen, start = encode_row(tokenizer, rows[index])
+            row = encode_row(tokenizer, rows[index])
+            chosen, start = row.ids, row.start
             if tokenizer.eos_token_id in answer:
                 answer = answer[: answer.index(tokenizer.eos_token_id) + 1]
                 if answer != chosen[start:]:

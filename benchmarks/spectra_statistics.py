@@ -70,11 +70,11 @@ class _Gradients:
 
     def run(self, tokenizer: Any, rows: Sequence[Row]) -> None:
         encoded = [encode_row(tokenizer, row) for row in rows]
-        for batch in batches_by_length([len(ids) for ids, _ in encoded], BATCH_TOKENS):
-            ids, mask = pad_batch([encoded[i][0] for i in batch], pad_id(tokenizer))
+        for batch in batches_by_length(list(map(len, encoded)), BATCH_TOKENS):
+            ids, mask = pad_batch([encoded[i].ids for i in batch], pad_id(tokenizer))
             scored = mask.bool()
             for place, index in enumerate(batch):
-                scored[place, : encoded[index][1]] = False
+                scored[place, : encoded[index].start] = False
             logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             chosen = torch.log_softmax(logits[:, :-1][scored[:, 1:]], dim=-1)
             labels = torch.multinomial(chosen.detach().exp(), 1, generator=self.generator)

@@ -75,7 +75,8 @@ def reference_divergences(tuned, packed, tokenizer, rows):
     """KL of every completion token, one row at a time in float64."""
     values = []
     for row in rows:
-        ids, start = encode_row(tokenizer, row)
+        encoded = encode_row(tokenizer, row)
+        ids, start = encoded.ids, encoded.start
         with torch.no_grad():
             p, q = (
                 torch.log_softmax(model(torch.tensor([ids])).logits[0, start - 1 : -1].double(), -1)
@@ -226,7 +227,7 @@ def test_prompts_are_padded_on_the_left_and_answers_bounded():
 def test_rows_that_fill_the_context_are_generated_apart(architecture):
     model, tokenizer = tiny_models.build(architecture), make_tokenizer()
     rows = [Row("a" * 59, " bcd"), Row("b", " " + "c" * 61)]
-    assert [len(encode_row(tokenizer, row)[0]) for row in rows] == [64, 64]
+    assert [len(encode_row(tokenizer, row)) for row in rows] == [64, 64]
     assert exact_match(model, tokenizer, rows) == 0
     scripted = ScriptedModel(" " + "c" * 61, tokenizer)
     assert exact_match(scripted, tokenizer, rows) == 0.5

@@ -123,7 +123,7 @@ class Problem:
     def batches(self) -> list[tuple[Tensor, Tensor]]:
         """Token ids and masks of the calibration rows, in the order of the draw."""
         tokenizer = self.pair.tokenizer
-        encoded = [encode_row(tokenizer, row)[0] for row in self.rows]
+        encoded = [encode_row(tokenizer, row).ids for row in self.rows]
         return [
             pad_batch(encoded[start : start + BATCH_ROWS], tokenizer.pad_token_id or 0)
             for start in range(0, len(encoded), BATCH_ROWS)

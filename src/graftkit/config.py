@@ -181,6 +181,10 @@ class PackConfig(Settings):
     """Licence of the pack, as the manifest names it."""
     provenance: dict[str, str] = {}
     """Sources, data and settings behind the tuned model, for the manifest."""
+    prompt_format: Literal["raw", "chat"] | None = None
+    """How the skill's prompts were given to the model; default as the calibration rows are."""
+    template_blake3: str | None = None
+    """Digest of the chat template of prompt format chat, for the manifest."""
 
     @classmethod
     def checked(

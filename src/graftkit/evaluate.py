@@ -26,16 +26,26 @@ from graftkit.attachment import attached
 from graftkit.attachment.configuration import tuned_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, ConfigError, RowsError
-from graftkit.generate import generate_greedy
+from graftkit.generate import end_tokens, generate_greedy
 from graftkit.models.encoding import (
     context_length,
     pad_id,
+    scored_tokens,
     tokens_with_logits,
     usable_tokenizer,
+    vocabulary_size,
 )
 from graftkit.models.loading import class_name, load_model
 from graftkit.progress import StepProgress, silent
-from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
+from graftkit.rows import (
+    EncodedRow,
+    Row,
+    batches_by_length,
+    chat_template,
+    check_answerable,
+    encode_row,
+    pad_batch,
+)
 from graftkit.skillpack import SkillPack
 
 BATCH_TOKENS = 2_048  # padded tokens of one batch; on a CPU 8,192 are a quarter slower (caches)
@@ -58,14 +68,15 @@ class TokenFidelity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Target, tuned and target + pack on the same rows; exact matches are None for encoders."""
+    """Target, tuned and target + pack on the same rows; exact matches are None for encoders, and
+    for rows of plain text, which have no answers."""
 
     kl_mean: float
-    """Mean KL(tuned || target + pack) per completion token, nats."""
+    """Mean KL(tuned || target + pack) per scored token, nats."""
     kl_p99: float
     """99th percentile of that divergence, nats."""
     top1_agreement: float
-    """Share of completion tokens with the same most likely token in both."""
+    """Share of scored tokens with the same most likely token in both."""
     exact_match_target: float | None
     """Share of rows whose greedy generation by the target is the completion."""
     exact_match_tuned: float | None
@@ -75,7 +86,7 @@ class Comparison:
     recovered: float | None
     """(packed - target) / (tuned - target) of the exact matches; None where tuned equals target."""
     tokens: int
-    """Completion tokens measured, EOS included (all tokens for an encoder)."""
+    """Scored tokens measured, EOS included (all tokens for an encoder)."""
     rows: int
     """Rows measured."""
 
@@ -107,7 +118,8 @@ def compare(
     tokenizer, target_tokenizer = usable_tokenizer(tuned), usable_tokenizer(target)
     own = tuned_tokenizer(target, pack)
     model: Any = load_model(target, torch.float32)
-    stages = 4 if model.can_generate() else 1
+    has_answers = model.can_generate() and all(row.format != "text" for row in rows)
+    stages = 4 if has_answers else 1
     report_all = progress or silent
 
     def report(stage: int) -> StepProgress:
@@ -116,7 +128,11 @@ def compare(
     def answers(model: Any, own: Any, stage: int) -> float | None:
         return exact_match(model, own, rows, report(stage)) if stages > 1 else None
 
-    before = answers(model, target_tokenizer, 0)
+    reads_rows = True
+    if any(row.format == "messages" for row in rows) and not chat_template(target_tokenizer):
+        # A base model is asked in the template that tuned has, unless that has tokens it lacks.
+        target_tokenizer, reads_rows = tokenizer, len(tokenizer) <= vocabulary_size(model)
+    before = answers(model, target_tokenizer, 0) if reads_rows else None
     tuned_model: Any = load_model(tuned, torch.float32)
     goal = answers(tuned_model, tokenizer, 1)
     with attached(model, pack):
@@ -143,23 +159,22 @@ def token_fidelity(
 
         KL = Σ_v p(v) (log p(v) - log q(v)),   p of tuned, q of packed, log-softmax in float32
 
-    Causal models are measured where they predict a token of the completion (or EOS), encoders at
-    every token.
+    Causal models are measured where they predict a scored token (of a completion, of the assistant,
+    of a text, or EOS), encoders at every token.
 
     Raises: RowsError for a row that is too long or starts from nothing; CheckpointError where the
         models differ in vocabulary or give logits that are not finite.
     """
     limit = context_length(tuned)
     encoded = [encode_row(tokenizer, row, limit) for row in rows]
-    causal = tuned.can_generate()
-    if causal:
+    if tuned.can_generate():
         _check_prompts(rows, encoded)
     divergences, agreed = [np.empty(0)], 0
     done = 0
     tokens = tokens_with_logits(tuned, BATCH_TOKENS)
-    for batch in batches_by_length([len(ids) for ids, _ in encoded], tokens):
-        ids, mask = pad_batch([encoded[index][0] for index in batch], pad_id(tokenizer))
-        scored = _completion_mask([encoded[i] for i in batch], mask) if causal else mask.bool()
+    for batch in batches_by_length(list(map(len, encoded)), tokens):
+        ids, mask = pad_batch([encoded[index].ids for index in batch], pad_id(tokenizer))
+        scored = scored_tokens(tuned, [encoded[index] for index in batch], mask)
         p, q = (_log_probabilities(model, ids, mask, scored) for model in (tuned, packed))
         divergence, same = _divergence(p, q)
         divergences.append(divergence)
@@ -175,21 +190,24 @@ def exact_match(
 ) -> float:
     """Share of rows (0 to 1) whose greedy generation is the completion, blanks around it ignored.
 
-    Generation stops at EOS. A model without EOS cannot stop, so of its text only as many lines
-    count as the completion has.
+    Of a conversation it is the assistant's last turn. Generation stops at EOS. A model without EOS
+    cannot stop, so of its text only as many lines count as the completion has.
 
-    Raises: RowsError for a row that is too long or starts from nothing.
+    Raises: RowsError for a row that is too long or starts from nothing, and for a text, which has
+        no completion.
     """
     if not rows:
         raise RowsError("no rows; an exact match is a share of at least one row")
+    for row in rows:
+        check_answerable(row)
     limit = context_length(model)
     encoded = [encode_row(tokenizer, row, limit) for row in rows]
     _check_prompts(rows, encoded)
-    lengths = [len(ids) + SLACK_TOKENS for ids, _ in encoded]
+    lengths = [len(row) + SLACK_TOKENS for row in encoded]
     matched = done = 0
-    stops = _end_tokens(model, tokenizer)
+    stops = end_tokens(model.generation_config, tokenizer)
     for batch in batches_by_length(lengths, BATCH_TOKENS):
-        chosen = [(rows[index], *encoded[index]) for index in batch]
+        chosen = [_question(tokenizer, rows[index], encoded[index]) for index in batch]
         matched += sum(_match_rows(model, tokenizer, chosen, stops, limit))
         done += len(batch)
         if progress is not None:
@@ -207,9 +225,9 @@ def _recovered(target: float | None, tuned: float | None, packed: float | None) 
     return (packed - target) / (tuned - target)
 
 
-def _check_prompts(rows: Sequence[Row], encoded: Sequence[tuple[list[int], int]]) -> None:
-    for row, (_, start) in zip(rows, encoded, strict=True):
-        if start == 0:
+def _check_prompts(rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> None:
+    for row, tokens in zip(rows, encoded, strict=True):
+        if tokens.start == 0 and row.format != "text":
             raise RowsError(
                 f"{row.origin}: the prompt has no tokens, and a model needs one to start from; "
                 "give the row a prompt"
@@ -225,14 +243,6 @@ def _fidelity(divergences: np.ndarray, agreed: int) -> TokenFidelity:
         top1_agreement=agreed / divergences.size,
         tokens=divergences.size,
     )
-
-
-def _completion_mask(encoded: Sequence[tuple[list[int], int]], mask: Tensor) -> Tensor:
-    """Positions that predict a token of the completion, (rows, tokens) bool."""
-    scored = torch.zeros_like(mask, dtype=torch.bool)
-    for index, (ids, start) in enumerate(encoded):
-        scored[index, start - 1 : len(ids) - 1] = True
-    return scored
 
 
 def _log_probabilities(model: Any, ids: Tensor, mask: Tensor, scored: Tensor) -> Tensor:
@@ -275,10 +285,25 @@ def _divergence(p: Tensor, q: Tensor) -> tuple[np.ndarray, int]:
     return divergence.double().numpy(), same
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end a generation, by the model's settings and by its tokenizer."""
-    own = model.generation_config.eos_token_id
-    return sorted({*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None})
+@dataclass(frozen=True)
+class _Question:
+    """What is generated from, and what should come.
+
+    Attributes:
+        prompt: token ids. tokens: length of the expected answer. answer: its text.
+    """
+
+    prompt: list[int]
+    tokens: int
+    answer: str
+
+
+def _question(tokenizer: Any, row: Row, encoded: EncodedRow) -> _Question:
+    first, end = encoded.answer
+    answer = row.completion
+    if row.format == "messages":  # tool calls are written by the template
+        answer = tokenizer.decode(encoded.ids[first:end], skip_special_tokens=True)
+    return _Question(encoded.ids[:first], end - first, answer)
 
 
 class _Answers:
@@ -316,24 +341,23 @@ class _Answers:
 def _match_rows(
     model: Any,
     tokenizer: Any,
-    batch: Sequence[tuple[Row, list[int], int]],
+    batch: Sequence[_Question],
     stops: list[int],
     limit: int | None,
 ) -> list[bool]:
-    """Whether greedy generation answers each row; batch: row, its ids, start of the completion."""
-    prompts = [ids[:start] for _, ids, start in batch]
-    width = max(map(len, prompts))
-    longest = max(len(ids) - start for _, ids, start in batch)
+    """Whether greedy generation answers each row."""
+    width = max(len(question.prompt) for question in batch)
+    longest = max(question.tokens for question in batch)
     room = longest + SLACK_TOKENS if limit is None else limit - width
     if room < longest and len(batch) > 1:
         # Together a long prompt and a long completion would leave the context; alone they fit.
         return [
             match for row in batch for match in _match_rows(model, tokenizer, [row], stops, limit)
         ]
-    answers = _Answers(tokenizer, [row.completion for row, _, _ in batch], width, bool(stops))
+    answers = _Answers(tokenizer, [question.answer for question in batch], width, bool(stops))
     generated = generate_greedy(
         model,
-        prompts,
+        [question.prompt for question in batch],
         min(longest + SLACK_TOKENS, room),
         eos_token_id=stops or None,
         pad_token_id=pad_id(tokenizer),

@@ -11,7 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftkit.rows import pad_batch
+from graftkit.rows import end_of_turn, pad_batch
+
+
+def end_tokens(generation: Any, tokenizer: Any, chat: bool = False) -> list[int]:
+    """Tokens that end a text, by a GenerationConfig and by the tokenizer, in ascending order.
+
+    Args:
+        chat: also the token behind an answer in the tokenizer's chat template.
+    """
+    own = generation.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    if chat:
+        ends.add(end_of_turn(tokenizer))
+    return sorted(ends - {None})
 
 
 def generate_greedy(

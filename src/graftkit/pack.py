@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import TRAIN_STEPS, PackConfig
+from graftkit.errors import CheckpointError, ConfigError
 from graftkit.files import WorkFolder
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import stream_model
@@ -19,9 +21,9 @@ from graftkit.packing.job import PackingJob, RouterPrompts
 from graftkit.packing.measure import CalibrationRows
 from graftkit.progress import Progress, silent
 from graftkit.route.centroid import fit_key
-from graftkit.rows import read_prompts, read_rows, rows_digest
+from graftkit.rows import read_prompts, read_rows, rows_digest, template_digest
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.manifest import RouterInfo
+from graftkit.skillpack.manifest import PromptFormat, RouterInfo
 
 
 def pack_delta(
@@ -38,6 +40,7 @@ def pack_delta(
     train_steps: int | None = None,
     licence: str | None = None,
     provenance: Mapping[str, str] | None = None,
+    prompt_format: str | None = None,
     work_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SkillPack:
@@ -47,16 +50,19 @@ def pack_delta(
         target, tuned: Hugging Face directories or Hub ids of the two states of one model.
         budget: largest file: 5%, 12MB or 1.0bpp; default 5% (lossless: none).
         recipe: auto, graftllm or lossless.
-        calibration: rows.jsonl on which activations are measured; None compresses without data.
-        prompts: 20 or more prompts of the skill, or a rows.jsonl with them. The pack then has a key
-            by which a router finds it, which counts in the budget.
+        calibration: file or data set folder of rows (`graftkit.rows.read_rows`) on which
+            activations are measured; None compresses without data.
+        prompts: 20 or more prompts of the skill, or a file or folder with them. The pack then has a
+            key by which a router finds it, which counts in the budget.
         seed: picks calibration rows and prompts if there are more than are used.
-        workers: tensors in work at the same time, default one per core. The bytes do not depend on
-            it.
+        workers: tensors in work at once, default one per core; the bytes do not depend on it.
         servable: use only factors whose side path adds at most a quarter of a matrix's
             multiply-accumulates (recipe auto).
         train_steps: steps of code training (recipe auto with calibration), default 400; 0 for none.
         licence, provenance: where the skill comes from, for the manifest; they count in the budget.
+        prompt_format: how the skill's prompts were given in training, and are to be given when it
+            is asked: raw, or chat for the chat template of `tuned`. Default: as the calibration
+            rows are (messages: chat; prompt and completion: raw), else not recorded.
         work_dir: folder of finished steps; a later call with the same inputs continues there. It
             stays after success, and is removed if the inputs are refused.
         progress: called with (step, done, total).
@@ -77,6 +83,8 @@ def pack_delta(
     router = RouterPrompts(_read_prompts(prompts), _fit_router_key)
     with _work_folder(work_dir) as work:
         states = Checkpoint.open(target), Checkpoint.open(tuned)
+        record = _prompt_record(prompt_format, rows, recipe, states[1])
+        config = config.model_copy(update=record)
         return PackingJob(*states, config, rows, router, work, progress or silent).run()
 
 
@@ -92,6 +100,53 @@ def _work_folder(folder: str | Path | None) -> Iterator[WorkFolder]:
 
 def _read_calibration(file: Path) -> CalibrationRows:
     return CalibrationRows(read_rows(file), file.name, rows_digest(file))
+
+
+def _prompt_record(
+    prompt_format: str | None, rows: CalibrationRows | None, recipe: str, tuned: Checkpoint
+) -> dict[str, str | None]:
+    """What the manifest says of prompts: their format, and the digest of the chat template.
+
+    Raises: ConfigError for an unknown format, or one that the rows contradict; CheckpointError for
+        a tokenizer that has no chat template, where one is needed.
+    """
+    chosen = _check_format(prompt_format, rows, recipe)
+    template = _template_digest(tuned) if chosen == "chat" else None
+    return {"prompt_format": chosen, "template_blake3": template}
+
+
+def _check_format(
+    prompt_format: str | None, rows: CalibrationRows | None, recipe: str
+) -> str | None:
+    """The prompt format to record, unless the record of the calibration implies it.
+
+    Raises: ConfigError for an unknown format, or one that the rows contradict.
+    """
+    if prompt_format not in (None, *get_args(PromptFormat)):
+        names = " or ".join(get_args(PromptFormat))
+        raise ConfigError(f"prompt_format {prompt_format!r} is unknown; choose {names}")
+    given = None if rows is None else rows.rows[0].format
+    if given == "prompt_completion" and prompt_format is None:
+        return "raw" if recipe == "lossless" else None  # which records no calibration
+    if rows is None or given != "messages":
+        return prompt_format
+    if prompt_format == "raw":
+        raise ConfigError(
+            f"{rows.source}: its rows are messages, which the model reads in its chat template, so "
+            "prompt_format cannot be raw; leave it out, or give prompts and completions"
+        )
+    return "chat"
+
+
+def _template_digest(tuned: Checkpoint) -> str:
+    """The digest of a chat template. Raises: CheckpointError where there is none."""
+    digest = template_digest(usable_tokenizer(tuned))
+    if digest is None:
+        raise CheckpointError(
+            f"{tuned.path}: the tokenizer has no chat template, which messages and prompt_format "
+            "chat need; add chat_template.jinja, or give prompts and completions"
+        )
+    return digest
 
 
 def _read_prompts(prompts: str | Path | Sequence[str] | None) -> tuple[str, ...]:

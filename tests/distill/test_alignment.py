@@ -44,7 +44,8 @@ def aligned(source, target, text):
 @pytest.mark.parametrize("tokenizer", [FINE, COARSE, PIECES])
 def test_a_completion_is_cut_as_rows_are_encoded(tokenizer):
     for text in [*TEXTS, "", "  two  blanks \n"]:
-        ids, start = encode_row(tokenizer, Row("a prompt", text))
+        encoded = encode_row(tokenizer, Row("a prompt", text))
+        ids, start = encoded.ids, encoded.start
         assert tokenize_completion(tokenizer, text).ids == ids[start:]
 
 

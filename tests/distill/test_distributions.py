@@ -43,7 +43,8 @@ def collect(
 
 def expected(row, temperature=1.0, model=MODEL, tokenizer=THEIRS):
     """Log-probabilities of the source at each of its completion tokens, run alone."""
-    ids, start = encode_row(tokenizer, row)
+    encoded = encode_row(tokenizer, row)
+    ids, start = encoded.ids, encoded.start
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, max(0, start - 1) : -1]
     return (logits / temperature).log_softmax(dim=1), ids[max(1, start) :]
@@ -293,7 +294,8 @@ def test_a_batch_lies_where_the_targets_logits_predict_the_completion(tmp_path):
     indices = [4, 0, 6]
     encoded = [encode_row(OURS, ROWS[index]) for index in indices]
     batch = distribution_batch([actual], indices, encoded, "min_ce")
-    for line, (index, (ids, start)) in enumerate(zip(indices, encoded, strict=True)):
+    for line, (index, whole) in enumerate(zip(indices, encoded, strict=True)):
+        ids, start = whole.ids, whole.start
         places = batch["kl_mask"][line].nonzero()[:, 0].tolist()
         assert places == list(range(start - 1, len(ids) - 1))
         row = actual[index]

@@ -33,7 +33,7 @@ def encode(rows):
 
 def row_losses(source, target, rows, kind, projections):
     encoded = encode(rows)
-    ids, mask = pad_batch([ids for ids, _ in encoded], OURS.pad_token_id)
+    ids, mask = pad_batch([row.ids for row in encoded], OURS.pad_token_id)
     states = target(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     batch = source.batch(rows, encoded)
     return hidden_batch_loss(states, source.states(batch), batch, kind, source.pairs, projections)
@@ -55,7 +55,7 @@ def test_pooled_states_are_those_of_the_source_run_alone_on_the_row():
     pooled = source.states(batch)
     assert len(pooled) == 2
     for index, row in enumerate(ROWS):
-        ids, _ = encode_row(THEIRS, row)
+        ids = encode_row(THEIRS, row).ids
         with torch.no_grad():
             states = source.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         alone = batch["hidden_source_index"][index : index + 1, : len(ids)]
@@ -115,7 +115,7 @@ def test_a_target_of_another_vocabulary_learns_from_both_signals(tmp_path, kind,
     file = tmp_path / "d"
     collect_distributions(SOURCE, source.model, THEIRS, OURS, rows, settings, file)
     encoded = encode(rows)
-    ids, mask = pad_batch([ids for ids, _ in encoded], OURS.pad_token_id)
+    ids, mask = pad_batch([row.ids for row in encoded], OURS.pad_token_id)
     kl = distribution_batch([DistributionFile(file)], range(6), encoded, settings.fusion)
     hidden = source.batch(rows, encoded)
     wanted = source.states(hidden)

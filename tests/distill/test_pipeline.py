@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from distill.tiny import tiny_llama, write_jsonl
 from killing import Forked, killed_at, tree
+from transformers import AutoTokenizer
 
 from graftkit.__main__ import main
 from graftkit.distill.config import DistillConfig
 from graftkit.distill.pipeline import estimate_run, run_distill, stages_of
 from graftkit.distill.workspace import StageLog, exclusive_run
 from graftkit.errors import ConfigError, OutputError, RowsError, SelectionError
+from graftkit.rows import template_digest
 from graftkit.skillpack import SkillPack
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -102,6 +105,31 @@ def change(place: Path, old: str, new: str) -> None:
 
 def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_skill_that_was_trained_in_a_chat_template_is_asked_in_it(tmp_path):
+    tiny_llama(tmp_path / "target", chat=True)
+    write_inputs(tmp_path)
+    # Three times the words, for a router key needs 20 prompts.
+    words = [f"{word}{i}" for word in WORDS for i in range(3)]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"say {word}:"} for word in words])
+    answers = [
+        {"prompt": f"say {word}:", "completion": text}
+        for word in words
+        for text in (f" {word}!", f" {word}!", " no")
+    ]
+    write_jsonl(tmp_path / "answers.jsonl", answers)
+    change(tmp_path, "[[sources]]", "chat = true\n[[sources]]")
+    change(tmp_path, '[dpo]\nlearning_rate = 1e-3\nbatch_size = 4\nprecision = "float32"\n', "")
+    (tmp_path / "run.toml").write_text("dpo = false\n" + (tmp_path / "run.toml").read_text())
+    run(tmp_path)
+    manifest = SkillPack.load(tmp_path / "out" / "skill.skillpack").manifest
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
+    assert (manifest.answers, manifest.template_blake3) == ("chat", template_digest(tokenizer))
+    assert manifest.router is not None
+    asked = [f"say {word}:" for word in words]
+    assert manifest.router.blake3 == blake3(json.dumps(asked).encode()).hexdigest()
 
 
 def test_a_run_ends_with_everything_that_it_promises(finished):

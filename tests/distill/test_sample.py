@@ -75,6 +75,36 @@ def test_what_a_rule_compares_with_is_read_only_when_asked(tmp_path):
     assert both == (Prompt(0, "a", " 4", "assert f()"),)
 
 
+def turns(*contents):
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]}
+
+
+def test_messages_of_one_turn_are_a_prompt_and_its_reference(tmp_path):
+    actual = prompts_of(tmp_path, [turns("a", "4"), turns("b", "5")], reference=True)
+    assert actual.prompts == (Prompt(0, "a", "4"), Prompt(1, "b", "5"))
+    assert prompts_of(tmp_path, [turns("a")]).prompts == (Prompt(0, "a"),)
+
+
+def test_a_data_set_folder_is_a_prompts_file(tmp_path):
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", [{"prompt": "a"}])
+    assert read_prompts(Prompts(file="set"), 0, False, False, tmp_path).prompts == (Prompt(0, "a"),)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (turns("a", "4", "b"), "the turns user, assistant, user; expected one prompt"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "no message of the user"),
+        ({"text": "a"}, 'key "prompt" is missing'),
+    ],
+)
+def test_what_is_no_single_prompt_is_refused_with_its_line(tmp_path, record, message):
+    with pytest.raises(RowsError, match=rf"prompts\.jsonl:1: .*{message}|:1: {message}"):
+        prompts_of(tmp_path, [record])
+
+
 def test_a_limit_is_a_seeded_choice_in_the_order_of_the_file(tmp_path):
     records = [{"prompt": f"p{number}"} for number in range(50)]
     actual = prompts_of(tmp_path, records, limit=10)

@@ -510,6 +510,14 @@ def answers_source(folder, records):
     return open_source(settings, 0, folder)
 
 
+def test_answers_may_be_messages_of_one_turn(tmp_path):
+    turns = [{"role": "user", "content": "b b b"}, {"role": "assistant", "content": "first"}]
+    answers = ask(answers_source(tmp_path, [{"messages": turns}]))
+    assert answers[3, 0].text == "first"
+    with pytest.raises(RowsError, match=r"answers\.jsonl:1: a text; expected one prompt"):
+        answers_source(tmp_path, [{"text": "b b b"}])
+
+
 def test_lines_are_matched_by_their_prompt_and_counted_as_samples(tmp_path):
     records = [
         {"prompt": "b b b\n", "completion": " first "},

@@ -29,7 +29,8 @@ def test_a_turn_of_chat_is_the_tokens_that_the_template_gives(tmp_path, model):
     row = Template(tokenizer, model, True, 99).row("say one", "one!")
     turns = [{"role": "user", "content": "say one"}, {"role": "assistant", "content": "one!"}]
     expected = tokenizer.apply_chat_template(turns, return_dict=False)
-    ids, start = encode_row(tokenizer, row)
+    encoded = encode_row(tokenizer, row)
+    ids, start = encoded.ids, encoded.start
     assert ids == [*expected, tokenizer.eos_token_id]
     requested = tokenizer.apply_chat_template(
         turns[:1], add_generation_prompt=True, return_dict=False
@@ -41,7 +42,7 @@ def test_an_end_of_turn_that_is_the_eos_is_not_written_twice(tmp_path, model):
     tokenizer = byte_tokenizer(tmp_path, chat=True)
     tokenizer.eos_token = "<|end|>"
     row = Template(tokenizer, model, True, 99).row("say one", "one!")
-    ids, _ = encode_row(tokenizer, row)
+    ids = encode_row(tokenizer, row).ids
     assert row.completion == "one!"
     assert ids.count(tokenizer.eos_token_id) == 2  # behind each turn
 
@@ -50,7 +51,7 @@ def test_a_tokenizer_that_adds_bos_itself_does_not_get_it_twice(tmp_path, model)
     tokenizer = byte_tokenizer(tmp_path, chat=True)
     tokenizer.add_bos_token = True
     row = Template(tokenizer, model, True, 99).row("say one", "one!")
-    ids, _ = encode_row(tokenizer, row)
+    ids = encode_row(tokenizer, row).ids
     assert ids.count(tokenizer.bos_token_id) == 1
 
 

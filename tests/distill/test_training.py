@@ -57,7 +57,8 @@ def test_the_loss_counts_completions_and_their_end_alone(target, tmp_path):
     model = load_model(target, torch.float32)
     tokenizer, total, count = usable_tokenizer(target), 0.0, 0
     for row in ROWS[:4]:
-        ids, start = encode_row(tokenizer, row)
+        encoded = encode_row(tokenizer, row)
+        ids, start = encoded.ids, encoded.start
         with torch.no_grad():
             scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         total -= sum(float(scores[i - 1, ids[i]]) for i in range(start, len(ids)))

@@ -135,7 +135,8 @@ def test_importances_are_the_mean_product_of_delta_and_gradient(skills):
     tuned = load_model(skills.tuned[0], torch.float32)
     tokenizer, losses = usable_tokenizer(target), []
     for row in ROWS:
-        ids, start = encode_row(tokenizer, row)
+        encoded = encode_row(tokenizer, row)
+        ids, start = encoded.ids, encoded.start
         logits = tuned(torch.tensor([ids])).logits[0, start - 1 : -1]
         labels = torch.tensor(ids[start:])
         losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))

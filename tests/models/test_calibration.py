@@ -50,7 +50,7 @@ def reference(checkpoint, modules):
     model.get_output_embeddings().register_forward_pre_hook(hook("head"))
     with torch.no_grad():
         for row in ROWS:
-            model(torch.tensor([encode_row(tokenizer, row)[0]]))
+            model(torch.tensor([encode_row(tokenizer, row).ids]))
     return sums
 
 
@@ -67,7 +67,7 @@ def test_padded_batches_give_the_covariances_of_single_rows(tmp_path, architectu
         assert torch.dist(actual, matrix) <= 1e-4 * matrix.norm(), name
     assert summary.rows == len(ROWS)
     tokenizer = calibration.usable_tokenizer(checkpoint)
-    assert summary.tokens == sum(len(encode_row(tokenizer, row)[0]) for row in ROWS)
+    assert summary.tokens == sum(len(encode_row(tokenizer, row)) for row in ROWS)
 
 
 def test_token_counts_are_those_of_the_rows(tmp_path):

@@ -34,7 +34,8 @@ from graftkit.models.configuration import (
 )
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import LOAD_ERRORS
-from graftkit.side_files import is_tokenizer_file
+from graftkit.rows import template_digest
+from graftkit.side_files import is_template, is_tokenizer_file
 from graftkit.skillpack import SkillPack
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -322,7 +323,7 @@ def tuned_tokenizer(target: Checkpoint, pack: SkillPack) -> Any:
 
     Raises: CheckpointError where there is no usable one; PackMismatchError for another target.
     """
-    if not _tokenizer_files(pack):
+    if not _tokenizer_files(pack) and not any(is_template(f.name) for f in pack.manifest.files):
         return usable_tokenizer(target)
     with TemporaryDirectory(prefix="graftkit-") as folder:
         for name, content in (target.side_files() | pack.side_files(target)).items():
@@ -336,6 +337,31 @@ def tuned_tokenizer(target: Checkpoint, pack: SkillPack) -> Any:
                 f"the tokenizer of {pack.manifest.tuned.name} cannot be read from its pack; merge "
                 "the pack into a checkpoint"
             ) from error
+
+
+def reads_chat(tokenizer: Any, pack: SkillPack | None = None) -> bool:
+    """Whether a prompt is given in the chat template, and not as it is.
+
+    A pack's prompts are given as its manifest says its skill's were. Those of a pack that does not
+    say, and those of the target, are given in the template where there is one.
+
+    Args:
+        tokenizer: of the target, or of the pack (`tuned_tokenizer`).
+    Raises: PackMismatchError where the skill's prompts were given in another template.
+    """
+    template = template_digest(tokenizer)
+    if pack is None or pack.manifest.answers is None:
+        return template is not None
+    if pack.manifest.answers == "raw":
+        return False
+    if template is None or pack.manifest.template_blake3 not in (None, template):
+        raise PackMismatchError(
+            f"the skill of {pack.manifest.tuned.name} was trained in a chat template (digest "
+            f"{(pack.manifest.template_blake3 or 'unknown')[:16]}), and the one here is "
+            f"{'none' if template is None else 'of digest ' + template[:16]}; put back the "
+            "target's chat template, or give prompts raw"
+        )
+    return True
 
 
 def check_tokenizer(target: Checkpoint, pack: SkillPack) -> None:

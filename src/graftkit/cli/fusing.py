@@ -33,7 +33,7 @@ Density = Annotated[
     typer.Option(help="Share of entries kept. Default 0.2 for ties, 0.5 for dare, dare_ties."),
 ]
 Search = Annotated[
-    Path | None, typer.Option(help="rows.jsonl: search for the weights that fit it best.")
+    Path | None, typer.Option(help="Rows: search for the weights that fit them best.")
 ]
 State = Annotated[
     Path | None,
@@ -41,7 +41,7 @@ State = Annotated[
 ]
 RowsOfTasks = Annotated[
     list[Path] | None,
-    typer.Option("--rows", help="kif: rows.jsonl of each pack's task; repeat for every pack."),
+    typer.Option("--rows", help="kif: rows of each pack's task; repeat for every pack."),
 ]
 
 

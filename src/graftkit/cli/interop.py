@@ -53,7 +53,7 @@ def export(
         typer.Option(help="Rank. Default: the smallest of 8 to 256 that keeps 99 % of the energy."),
     ] = None,
     rows: Annotated[
-        Path | None, typer.Option(help="rows.jsonl to measure the loss on, as KL per token.")
+        Path | None, typer.Option(help="Rows to measure the loss on, as KL per token.")
     ] = None,
     json_output: show.Json = False,
 ) -> None:

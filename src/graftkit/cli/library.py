@@ -25,7 +25,7 @@ AsUpdate = Annotated[bool, typer.Option("--update", help="Add it as the next ver
 RouterOption = Annotated[str, typer.Option(help="centroid, spectral or classifier.")]
 NamedRows = Annotated[
     list[str],
-    typer.Option("--rows", help="NAME=rows.jsonl, once per pack; target=rows.jsonl for no pack."),
+    typer.Option("--rows", help="NAME=ROWS, once per pack; target=ROWS for no pack."),
 ]
 
 
@@ -52,7 +52,7 @@ def add(
     name: Name,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="rows.jsonl of 20 or more prompts that the pack should answer."),
+        typer.Option(help="Rows with 20 or more prompts that the pack should answer."),
     ] = None,
     update: AsUpdate = False,
     json_output: show.Json = False,
@@ -97,7 +97,7 @@ def list_(folder: LibraryFolder, json_output: show.Json = False) -> None:
 @app.command()
 def route(
     folder: LibraryFolder,
-    rows: Annotated[Path, typer.Option("--rows", help="rows.jsonl with the prompts to route.")],
+    rows: Annotated[Path, typer.Option("--rows", help="Rows with the prompts to route.")],
     router: RouterOption = "centroid",
     json_output: show.Json = False,
 ) -> None:
@@ -156,7 +156,7 @@ def audit(
     name: Address,
     prove: Annotated[
         Path | None,
-        typer.Option(help="rows.jsonl: prove on its prompts that removal is complete."),
+        typer.Option(help="Rows: prove on their prompts that removal is complete."),
     ] = None,
     json_output: show.Json = False,
 ) -> None:

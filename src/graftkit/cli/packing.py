@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
+HowAsked = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-format",
+        help="How the skill's prompts were given in training, and are when it is asked: raw, or "
+        "chat for the chat template. Default: as the calibration rows are.",
+    ),
+]
+
+
 @app.command()
 def pack(
     target: show.Target,
@@ -26,9 +36,9 @@ def pack(
     recipe: show.Recipe = "auto",
     calibration: show.Calibration = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="rows.jsonl of prompts that routers should send to this pack."),
+        Path | None, typer.Option(help="Rows whose prompts routers should send to this pack.")
     ] = None,
+    prompt_format: HowAsked = None,
     seed: Annotated[int, typer.Option(help="Seed that picks the calibration rows.")] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Tensors compressed at once. Default: one per core.")
@@ -61,6 +71,7 @@ def pack(
         recipe=recipe,
         calibration=calibration,
         prompts=prompts,
+        prompt_format=prompt_format,
         seed=seed,
         workers=workers,
         servable=servable,
@@ -181,13 +192,22 @@ def _facts(summary: dict[str, Any], file: Path) -> dict[str, str]:
         "tuned": summary["tuned"],
         "recipe": summary["recipe"],
         "calibration": f"{calibration['rows']} rows, {calibration['tokens']} tokens of "
-        f"{calibration['source']}"
+        f"{calibration['source']} ({calibration['format'].replace('_', ' and ')})"
         if calibration
         else "none (data-free)",
+        "prompts": _prompt_format(manifest),
         "bits/parameter": f"{summary['bits_per_parameter']:.3f}"
         + (f", model bound {bound:.3f}" if bound is not None else ""),
         "files": ", ".join(record["name"] for record in manifest["files"]) or "none changed",
     }
+
+
+def _prompt_format(manifest: dict[str, Any]) -> str:
+    template = manifest["template_blake3"]
+    calibration = manifest["calibration"] or {}
+    implied = "raw" if calibration.get("format") == "prompt_completion" else None
+    given = manifest["prompt_format"] or implied or "not recorded"
+    return f"{given}, template {template[:16]}…" if template else given
 
 
 def _detail(tensor: dict[str, Any]) -> str:
@@ -277,7 +297,7 @@ def compare(
     target: show.Target,
     tuned: show.Tuned,
     file: show.PackFile,
-    rows: Annotated[Path, typer.Option("--rows", help='rows.jsonl: {"prompt", "completion"}.')],
+    rows: Annotated[Path, typer.Option("--rows", help="Rows to measure on.")],
     json_output: show.Json = False,
 ) -> None:
     """Compare target + pack with the tuned model on rows.

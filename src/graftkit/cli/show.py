@@ -28,7 +28,9 @@ Budget = Annotated[
 Recipe = Annotated[str, typer.Option(help="auto, graftllm (the paper's method) or lossless.")]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="rows.jsonl of the task to measure activations on. Default: use no data."),
+    typer.Option(
+        help="Rows (docs/rows.md) of the task to measure activations on. Default: use no data."
+    ),
 ]
 MadeFor = Annotated[str, typer.Option("--target", help="The target that the pack was made for.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")]

@@ -40,6 +40,7 @@ from graftkit.distill.workspace import (
     file_digest,
     is_main,
     processes,
+    rows_file_digest,
     stage_key,
 )
 from graftkit.errors import ConfigError, OutputError, SelectionError
@@ -197,6 +198,7 @@ def pack(space: Workspace) -> dict[str, Any]:
         train_steps=settings.train_steps,
         licence=cards.licence(config),
         provenance=cards.provenance(config, card),
+        prompt_format="chat" if config.prompts.chat else "raw",
         work_dir=work.path,
         progress=lambda step, done, total: space.progress(f"pack: {step}", done, total),
     )
@@ -212,8 +214,12 @@ def pack(space: Workspace) -> dict[str, Any]:
 
 
 def _router_prompts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The different prompts of the rows; none where they are too few for a router key."""
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows if row["prompt"].strip()))
+    """The different prompts of the rows; none where they are too few for a router key.
+
+    A router reads prompts without a chat template.
+    """
+    asked = [row.get("asked", row["prompt"]) for row in rows]
+    prompts = list(dict.fromkeys(prompt for prompt in asked if prompt.strip()))
     return prompts if len(prompts) >= MIN_PROMPTS else []
 
 
@@ -426,7 +432,7 @@ def _key(stage: str, space: Workspace) -> str:
         return file_digest(space.folder / f"{name}.jsonl")
 
     def prompts() -> list[Any]:
-        return [settings["prompts"], file_digest(space.config_folder / config.prompts.file)]
+        return [settings["prompts"], rows_file_digest(space.config_folder / config.prompts.file)]
 
     def sources() -> list[Any]:
         return [space.source_identity(source) for source in config.sources]

@@ -21,7 +21,13 @@ from graftkit.distill.records import Journal, Prompt, answer_record, read_lines,
 from graftkit.distill.sources import SourceModel, Unit, open_source
 from graftkit.errors import OutputError, RowsError
 from graftkit.progress import Progress
-from graftkit.rows import read_records, sample_rows, text_field
+from graftkit.rows import (
+    prompt_of_record,
+    read_records,
+    row_of_record,
+    sample_rows,
+    text_field,
+)
 
 # Settings that do not change the answers of a source.
 WITHOUT_EFFECT_ON_ANSWERS = {
@@ -63,7 +69,8 @@ class SourceSummary:
 def read_prompts(
     config: Prompts, seed: int, needs_reference: bool, needs_tests: bool, config_folder: Path
 ) -> PromptSet:
-    """Read the prompts of a file. The id of a prompt is its line, from 0, without blank lines.
+    """Read the prompts of a file, or of a data set folder. The id of a prompt is its line, from 0,
+    without blank lines. Of messages, the user's is the prompt and the assistant's the completion.
 
     Prompts that are blank, repeat an earlier one, or exceed the limit (chosen with the seed) are
     dropped and counted.
@@ -71,15 +78,18 @@ def read_prompts(
     Args:
         needs_reference, needs_tests: whether every row must have `completion` or `tests`.
         config_folder: folder of the configuration, to which its paths are relative.
-    Raises: RowsError with file and line for a row that lacks a field, and for no prompts at all.
+    Raises: RowsError with file and line for a row that lacks a field, is a text or a conversation
+        of several turns, and for no prompts at all.
     """
     dropped = {"empty": 0, "repeated": 0, "over the limit": 0}
     prompts: dict[str, Prompt] = {}
     for number, (record, origin) in enumerate(read_records(config_folder / config.file)):
+        row = (row_of_record if needs_reference else prompt_of_record)(record, origin)
+        text, reference = row.single_turn()
         prompt = Prompt(
             number,
-            text_field(record, "prompt", origin),
-            text_field(record, "completion", origin) if needs_reference else None,
+            text,
+            reference if needs_reference else None,
             text_field(record, "tests", origin) if needs_tests else None,
         )
         text = prompt.text.strip()

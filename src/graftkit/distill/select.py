@@ -16,7 +16,7 @@ from graftkit.distill.config import Selection
 from graftkit.distill.records import ScoredAnswer
 from graftkit.errors import CheckpointError, RowsError
 from graftkit.models.encoding import context_length
-from graftkit.rows import Row, encode_row
+from graftkit.rows import Row, encode_row, write_messages
 
 _Item = TypeVar("_Item")
 
@@ -224,17 +224,16 @@ class Template:
 
     def fits(self, scored: ScoredAnswer) -> bool:
         """Whether a row is short enough."""
+        row = self.row(*_texts(scored))
         try:
-            encode_row(self.tokenizer, self.row(*_texts(scored)), self.limit)
+            encode_row(self.tokenizer, row, self.limit)
         except RowsError:
             return False
         return True
 
     def _turn(self, prompt: str) -> str:
         turns = [{"role": "user", "content": prompt}]
-        text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
+        text = write_messages(self.tokenizer, turns, None, "the prompt", reply=True)
         # The tokenizer adds its own BOS when the row is encoded.
         bos = self.tokenizer.bos_token
         adds = bos and self.tokenizer.encode("")[:1] == [self.tokenizer.bos_token_id]
@@ -243,7 +242,7 @@ class Template:
     def _end_of_turn(self) -> str:
         """What the template writes after an answer, such as <end_of_turn>, unless it is the EOS."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ANSWER"}]
-        text: str = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        text = write_messages(self.tokenizer, turns, None, "the target's answer", reply=False)
         end = text.rpartition("ANSWER")[2].strip()
         eos = self.tokenizer.eos_token
         return end.partition(eos)[0] if eos else end

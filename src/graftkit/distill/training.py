@@ -483,14 +483,16 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _row_record(tokenizer: Any, row: Row, limit: int) -> dict[str, Any]:
-    ids, start = encode_row(tokenizer, row, limit)
-    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+    encoded = encode_row(tokenizer, row, limit)
+    labels = [i if scored else -100 for i, scored in zip(encoded.ids, encoded.scored, strict=True)]
+    return {"input_ids": encoded.ids, "labels": labels}
 
 
 def _pair_record(tokenizer: Any, pair: Mapping[str, str], limit: int) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for key in ("chosen", "rejected", "chosen_target"):
         if key in pair:
-            ids, start = encode_row(tokenizer, Row(pair["prompt"], pair[key]), limit)
+            encoded = encode_row(tokenizer, Row(pair["prompt"], pair[key]), limit)
+            ids, start = encoded.ids, encoded.start
             record["prompt_ids"], record[f"{key}_ids"] = ids[:start], ids[start:]
     return record

@@ -15,12 +15,13 @@ from graftkit.distill.config import DistillConfig, ModelSource, Source, resolve_
 from graftkit.distill.sample import WITHOUT_EFFECT_ON_ANSWERS, PromptSet, read_prompts
 from graftkit.distill.scores import needed_fields
 from graftkit.distill.select import Template
-from graftkit.errors import OutputError
+from graftkit.errors import OutputError, RowsError
 from graftkit.files import replaced_file
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model
 from graftkit.outputs import own_folder
 from graftkit.progress import Progress
+from graftkit.rows import rows_digest
 
 
 class Workspace:
@@ -98,7 +99,7 @@ class Workspace:
         """What determines a source's answers."""
         settings = source.model_dump(mode="json", exclude=WITHOUT_EFFECT_ON_ANSWERS)
         if source.kind == "answers":
-            settings["digest"] = file_digest(self.config_folder / source.file)
+            settings["digest"] = rows_file_digest(self.config_folder / source.file)
         return settings
 
 
@@ -170,6 +171,16 @@ def file_digest(path: Path) -> str:
     if not path.is_file():
         return ""
     return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest(length=16)
+
+
+def rows_file_digest(path: Path) -> str:
+    """A digest of a file, or of a data set folder, of rows; "" for a missing one."""
+    if path.is_file():
+        return file_digest(path)
+    try:
+        return rows_digest(path)
+    except RowsError:
+        return ""
 
 
 def processes() -> int:

@@ -31,6 +31,7 @@ from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress, silent
 from graftkit.side_files import code_names, files_beside_weights, is_tokenizer_file
 from graftkit.skillpack import SkillPack
+from graftkit.skillpack.manifest import PromptFormat
 
 Packs = str | Path | SkillPack | Sequence[str | Path | SkillPack]
 
@@ -113,6 +114,7 @@ def fuse_packs(
         name = f"{method}-of-{len(merge.packs)}-packs"
         licences = [pack.manifest.licence for pack in merge.packs]
         provenance = _provenance(merge, method)
+        packing = with_prompt_format(packing, [pack.manifest.answers for pack in merge.packs])
         return pack_merged(target, merge, claim, name, licences, provenance, progress, **packing)
 
 
@@ -430,6 +432,18 @@ def pack_merged(
     )
     fused.save(claim.result)
     return fused
+
+
+def with_prompt_format(
+    packing: Mapping[str, Any], formats: Sequence[PromptFormat | None]
+) -> dict[str, Any]:
+    """Arguments of `pack_delta` with the prompt format that all packs have, if it is one.
+
+    Calibration rows say it themselves.
+    """
+    if packing.get("calibration") is not None or len(set(formats)) != 1:
+        return dict(packing)
+    return {"prompt_format": formats[0], **packing}
 
 
 def _provenance(merge: PackMerge, method: str) -> dict[str, str]:

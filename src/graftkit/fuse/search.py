@@ -27,7 +27,6 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.fuse.merge import PackMerge, Packs, open_merge
 from graftkit.models.encoding import (
-    EncodedRow,
     encode_rows,
     pad_id,
     scored_tokens,
@@ -37,7 +36,7 @@ from graftkit.models.encoding import (
 from graftkit.models.loading import load_model
 from graftkit.parallel import in_threads
 from graftkit.progress import Progress
-from graftkit.rows import Row, batches_by_length, pad_batch
+from graftkit.rows import EncodedRow, Row, batches_by_length, pad_batch
 from graftkit.skillpack import SkillPack
 
 EVALUATIONS = 60

@@ -37,6 +37,7 @@ from graftkit.fuse.merge import (
     named_inputs,
     pack_merged,
     packing_inputs,
+    with_prompt_format,
     write_merged,
 )
 from graftkit.fuse.search import measure_importances
@@ -45,7 +46,7 @@ from graftkit.progress import Progress
 from graftkit.rows import Row
 from graftkit.side_files import files_beside_weights
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.manifest import Digest
+from graftkit.skillpack.manifest import Digest, PromptFormat
 
 RULES: dict[str, type[RunningMerge]] = {rule.method: rule for rule in (Opcm, Kif)}
 """Rules by name; the names are those of `methods.IN_TURN`."""
@@ -122,6 +123,7 @@ def fuse_in_turn(
         merge = call.merge(state_claim, progress)
         name = f"{method}-of-{len(merge.merged)}-packs"
         licences, provenance = [pack.licence for pack in merge.merged], merge.provenance()
+        packing = with_prompt_format(packing, [pack.prompt_format for pack in merge.merged])
         pack = pack_merged(target, merge, claim, name, licences, provenance, progress, **packing)
         _commit_state(merge, state_claim, claim)
         return pack
@@ -164,7 +166,7 @@ class _SequentialCall:
         claim of the state is None without a state.
         """
         inputs = named_inputs(self.target, list(self.packs))
-        rows = [[[row.prompt, row.completion] for row in rows] for rows in self.rows or ()]
+        rows = [[row.content for row in rows] for rows in self.rows or ()]
         job = [self.method, *inputs, self.state, rows, Path(output).resolve(), self.packing]
         read = [*inputs, *packing_inputs(self.packing)]
         if self.state is None:
@@ -277,7 +279,10 @@ class SequentialMerge:
         manifest = pack.manifest
         self.merged.append(
             PackInState(
-                name=manifest.tuned.name, digest=manifest_digest(pack), licence=manifest.licence
+                name=manifest.tuned.name,
+                digest=manifest_digest(pack),
+                licence=manifest.licence,
+                prompt_format=manifest.answers,
             )
         )
         contents = pack.side_files(self.target)
@@ -374,11 +379,13 @@ class _StateModel(Settings):
 
 
 class PackInState(_StateModel):
-    """A merged pack: the name of its tuned model, the digest of its manifest, its licence."""
+    """A merged pack: the name of its tuned model, the digest of its manifest, its licence, and how
+    its prompts were given."""
 
     name: str
     digest: Digest
     licence: str | None
+    prompt_format: PromptFormat | None = None
 
 
 class StateHeader(_StateModel):

@@ -62,84 +62,96 @@ def unanswerable(live: LiveLibrary, ids: Sequence[int]) -> str | None:
     return None
 
 
-def generate_texts(
+@dataclass(frozen=True)
+class PreparedPrompt:
+    """A prompt as the packs of its row read it.
+
+    Attributes:
+        ids: token ids, at least one and fewer than the context.
+        mixture: packs and weights. style: how they generate. limit: most tokens of the answer.
+    """
+
+    ids: list[int]
+    mixture: EntryWeights
+    style: GenerationStyle
+    limit: int
+
+
+def prepare_prompt(
     live: LiveLibrary,
-    prompts: Sequence[list[int]],
-    mixtures: Sequence[EntryWeights],
-    mix: MixMode,
+    prompt: str,
+    mixture: EntryWeights,
     max_new_tokens: int,
-) -> list[str]:
-    """The greedy continuation of each prompt by the packs of its row.
+    raw: bool,
+    system: str | None,
+) -> PreparedPrompt | str:
+    """A prompt for the packs of its row, or why they cannot answer it.
 
     Args:
-        prompts: token ids, at least one each and fewer than the context.
-        mixtures: packs and weights for each prompt.
         max_new_tokens: longest answer; an answer also ends where the context does.
+        raw: without a chat template. system: text of a system turn in the template.
+    Raises: PackMismatchError for a skill of another chat template; RowsError where the template
+        fails.
+    """
+    style = live.style(mixture).raw() if raw else live.style(mixture)
+    if system is not None and style.template is None:
+        return "the prompt is given raw, and a system text needs a chat template"
+    ids = style.encode(prompt, system)
+    note = unanswerable(live, ids)
+    if note is not None:
+        return note
+    room = max_new_tokens if live.context is None else live.context - len(ids)
+    return PreparedPrompt(ids, mixture, style, min(max_new_tokens, room))
+
+
+def generate_texts(live: LiveLibrary, prompts: Sequence[PreparedPrompt], mix: MixMode) -> list[str]:
+    """The greedy continuation of each prompt by the packs of its row.
+
     Raises: ConfigError where the packs of one row do not fit into memory; PackMismatchError,
         CorruptPackError for a pack that cannot be attached.
     """
     texts = [""] * len(prompts)
-    limits = [_tokens_left(live, ids, max_new_tokens) for ids in prompts]
-    styles = [live.style(mixture) for mixture in mixtures]
-    for part in live.memory.parts(mixtures):
-        for rows in _batches(part, prompts, list(zip(limits, styles, strict=True))):
-            batch = [prompts[row] for row in rows], [mixtures[row] for row in rows]
-            answers = _generate_batch(live, *batch, mix, limits[rows[0]])
+    for part in live.memory.parts([prompt.mixture for prompt in prompts]):
+        for rows in _batches(part, prompts):
+            answers = _generate_batch(live, [prompts[row] for row in rows], mix)
             for row, text in zip(rows, answers, strict=True):
                 texts[row] = text
     return texts
 
 
-def _tokens_left(live: LiveLibrary, ids: Sequence[int], max_new_tokens: int) -> int:
-    if live.context is None:
-        return max_new_tokens
-    return min(max_new_tokens, live.context - len(ids))
-
-
-def _batches(
-    part: Sequence[int],
-    prompts: Sequence[list[int]],
-    endings: Sequence[tuple[int, GenerationStyle]],
-) -> Iterator[list[int]]:
-    """Rows of similar length that end alike: no answer is cut short for the sake of another row.
-
-    Args:
-        endings: of each row, the most tokens of its answer, and the settings that end it.
-    """
-    for ending in dict.fromkeys(sorted((endings[row] for row in part), key=_ending_order)):
-        alike = [row for row in part if endings[row] == ending]
-        lengths = [len(prompts[row]) + ending[0] for row in alike]
+def _batches(part: Sequence[int], prompts: Sequence[PreparedPrompt]) -> Iterator[list[int]]:
+    """Rows of similar length that end alike: no answer is cut short for the sake of another row."""
+    for ending in dict.fromkeys(sorted((_ending(prompts[row]) for row in part), key=str)):
+        alike = [row for row in part if _ending(prompts[row]) == ending]
+        lengths = [len(prompts[row].ids) + prompts[row].limit for row in alike]
         for batch in batches_by_length(lengths, BATCH_TOKENS):
             yield [alike[place] for place in batch]
 
 
-def _ending_order(ending: tuple[int, GenerationStyle]) -> tuple[int, str, str]:
-    limit, style = ending
-    return limit, str(style.end), style.settings
+def _ending(prompt: PreparedPrompt) -> tuple[int, tuple[int, ...], str]:
+    """The most tokens of an answer, the tokens that end it, and the settings."""
+    return prompt.limit, prompt.style.ends, prompt.style.settings
 
 
 def _generate_batch(
-    live: LiveLibrary,
-    prompts: Sequence[list[int]],
-    mixtures: Sequence[EntryWeights],
-    mix: MixMode,
-    max_new_tokens: int,
+    live: LiveLibrary, prompts: Sequence[PreparedPrompt], mix: MixMode
 ) -> list[str]:
-    styles = [live.style(mixture) for mixture in mixtures]
+    ids, mixtures = [prompt.ids for prompt in prompts], [prompt.mixture for prompt in prompts]
+    style, limit = prompts[0].style, prompts[0].limit
     options: dict[str, Any] = {
-        "eos_token_id": styles[0].end,
+        "eos_token_id": list(style.ends) or None,
         "pad_token_id": pad_id(live.tokenizer),
-        "settings": styles[0].generation,
+        "settings": style.generation,
     }
     if mix == "deltas":
         live.memory.route(mixtures)
-        output = generate_greedy(live.model, prompts, max_new_tokens, **options)
+        output = generate_greedy(live.model, ids, limit, **options)
     else:
         weights = [_with_target(live, mixture) for mixture in mixtures]
-        output = generate_averaged(live.attachment, prompts, weights, max_new_tokens, **options)
+        output = generate_averaged(live.attachment, ids, weights, limit, **options)
     return [
-        str(style.tokenizer.decode(row, skip_special_tokens=True))
-        for style, row in zip(styles, output, strict=True)
+        str(prompt.style.tokenizer.decode(row, skip_special_tokens=True))
+        for prompt, row in zip(prompts, output, strict=True)
     ]
 
 

@@ -18,7 +18,14 @@ from graftkit.distill.config import DistillConfig, resolve_model
 from graftkit.distill.pipeline import run_distill
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
-from graftkit.library.answers import LibraryAnswer, MixMode, generate_texts, unanswerable
+from graftkit.library.answers import (
+    LibraryAnswer,
+    MixMode,
+    PreparedPrompt,
+    generate_texts,
+    prepare_prompt,
+    unanswerable,
+)
 from graftkit.library.audit import Audit, Proof, audit_pack, prove_removal
 from graftkit.library.folder import LEARNING, LibraryIndex, PackEntry, PackFolder
 from graftkit.library.live import (
@@ -52,6 +59,8 @@ class AnswerOptions(TypedDict, total=False):
     top_k: int
     mix: MixMode
     max_new_tokens: int
+    raw: bool
+    system: str | None
 
 
 def _in_turn(method: Callable[_Options, _Result]) -> Callable[_Options, _Result]:
@@ -206,11 +215,15 @@ class Library:
         top_k: int = 1,
         mix: MixMode = "deltas",
         max_new_tokens: int = 128,
+        raw: bool = False,
+        system: str | None = None,
     ) -> LibraryAnswer | list[LibraryAnswer]:
         """Answer prompts greedily, each with its own packs.
 
         The target answers what no pack accepts. A prompt without tokens, or as long as the
-        target's context, gets an empty answer whose note says why.
+        target's context, gets an empty answer whose note says why. Routers read a prompt as it is.
+        A pack reads it as `graftkit.attachment.configuration.reads_chat` says, the target in its
+        chat template where it has one; packs that differ answer together in the target's way.
 
         Args:
             prompts: one, or several for a list of answers.
@@ -218,28 +231,31 @@ class Library:
             router, top_k: as in `route`, where route is "auto".
             mix: "deltas" adds the deltas of a prompt's packs in one pass; "probabilities" runs one
                 pass per pack and averages the next-token probabilities.
+            raw: give every prompt as it is, without a chat template.
+            system: text of a system turn, in a chat template; a prompt that is given raw then gets
+                an empty answer with a note.
         Raises: LibraryError for an unknown pack; ConfigError for an unknown option; CheckpointError
             for a target that the router cannot read.
         """
         _check_options(mix, max_new_tokens)
         several = [prompts] if isinstance(prompts, str) else list(prompts)
-        tokens = self.live.encode(several)
-        notes = [unanswerable(self.live, ids) for ids in tokens]
         answers = [
-            LibraryAnswer(prompt, "", Route({}, {}), note)
-            for prompt, note in zip(several, notes, strict=True)
+            LibraryAnswer(prompt, "", Route({}, {}), unanswerable(self.live, ids))
+            for prompt, ids in zip(several, self.live.encode(several), strict=True)
         ]
-        rows = [row for row, note in enumerate(notes) if note is None]
+        rows = [row for row, answer in enumerate(answers) if answer.note is None]
         chosen = self._choose([several[row] for row in rows], route, router, top_k)
-        texts = generate_texts(
-            self.live,
-            [tokens[row] for row in rows],
-            [mixture for _, mixture in chosen],
-            mix,
-            max_new_tokens,
-        )
-        for row, (used, _), text in zip(rows, chosen, texts, strict=True):
-            answers[row] = LibraryAnswer(several[row], text, used)
+        routed = dict(zip(rows, chosen, strict=True))
+        prepared: dict[int, PreparedPrompt] = {}
+        for row, (_, mixture) in routed.items():
+            made = prepare_prompt(self.live, several[row], mixture, max_new_tokens, raw, system)
+            if isinstance(made, PreparedPrompt):
+                prepared[row] = made
+            else:
+                answers[row] = LibraryAnswer(several[row], "", Route({}, {}), made)
+        texts = generate_texts(self.live, list(prepared.values()), mix)
+        for row, text in zip(prepared, texts, strict=True):
+            answers[row] = LibraryAnswer(several[row], text, routed[row][0])
         return answers[0] if isinstance(prompts, str) else answers
 
     def mixture(self, route: Route) -> dict[PackEntry, float]:

@@ -15,12 +15,14 @@ from blake3 import blake3
 from graftkit.attachment import Attachment, attach
 from graftkit.attachment.configuration import (
     check_tokenizer,
+    reads_chat,
     tuned_generation_config,
     tuned_tokenizer,
 )
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
 from graftkit.errors import AttachError, BudgetError, ConfigError, PackMismatchError
+from graftkit.generate import end_tokens
 from graftkit.library.folder import CLASSIFIER, LibraryTarget, PackEntry
 from graftkit.models.encoding import context_length, usable_tokenizer
 from graftkit.models.loading import load_model
@@ -29,7 +31,7 @@ from graftkit.route.centroid import CentroidRouter
 from graftkit.route.classifier import Classifier, ClassifierRouter
 from graftkit.route.key import RouterKey
 from graftkit.route.spectral import SpectralRouter
-from graftkit.side_files import is_template
+from graftkit.rows import encode_question, template_digest
 from graftkit.skillpack import SkillPack
 
 EntryWeights = Mapping[PackEntry, float]
@@ -167,20 +169,35 @@ class GenerationStyle:
     """How one model generates text; rows of equal styles can share a batch.
 
     Attributes:
-        tokenizer: decodes what was generated. generation: a GenerationConfig.
-        end: the token that ends a text. settings: `generation` as text.
+        tokenizer: writes prompts, and decodes what was generated. generation: a GenerationConfig.
+        ends: the tokens that end a text. settings: `generation` as text.
+        template: digest of the chat template in which prompts are given; None for raw prompts.
     """
 
     tokenizer: Any = field(compare=False)
     generation: Any = field(compare=False)
-    end: int | None
+    ends: tuple[int, ...]
     settings: str
+    template: str | None
 
     @classmethod
-    def of(cls, tokenizer: Any, generation: Any) -> "GenerationStyle":
-        """Of a tokenizer and a GenerationConfig."""
-        settings = generation.to_json_string(use_diff=True)
-        return cls(tokenizer, generation, tokenizer.eos_token_id, settings)
+    def of(cls, tokenizer: Any, generation: Any, chat: bool) -> "GenerationStyle":
+        """Of a tokenizer and a GenerationConfig. chat: give prompts in the chat template."""
+        return cls(
+            tokenizer,
+            generation,
+            tuple(end_tokens(generation, tokenizer, chat)),
+            generation.to_json_string(use_diff=True),
+            template_digest(tokenizer) if chat else None,
+        )
+
+    def raw(self) -> "GenerationStyle":
+        """The same with raw prompts."""
+        return self if self.template is None else self.of(self.tokenizer, self.generation, False)
+
+    def encode(self, prompt: str, system: str | None = None) -> list[int]:
+        """Token ids from which a prompt is answered. Raises: RowsError, as `encode_question`."""
+        return encode_question(self.tokenizer, prompt, self.template is not None, system)
 
 
 class LiveLibrary:
@@ -200,7 +217,9 @@ class LiveLibrary:
             raise AttachError(f"{checkpoint.path}: {type(self.model).__name__} generates no text")
         self.tokenizer: Any = usable_tokenizer(checkpoint)
         self._checkpoint, self._load = checkpoint, load
-        self._target_style = GenerationStyle.of(self.tokenizer, self.model.generation_config)
+        self._target_style = GenerationStyle.of(
+            self.tokenizer, self.model.generation_config, reads_chat(self.tokenizer)
+        )
         self._styles: dict[str, GenerationStyle] = {}
         self.context: int | None = context_length(self.model)
         self.attachment = attach(self.model, [], mode="side")
@@ -212,22 +231,26 @@ class LiveLibrary:
         self.memory.route([mixture])
 
     def style(self, mixture: EntryWeights) -> GenerationStyle:
-        """How the packs of a row generate; where their styles differ, the target's style."""
+        """How the packs of a row read prompts and generate; where they differ, the target's way.
+
+        Raises: PackMismatchError for a skill that was trained in another chat template.
+        """
         styles = {self._pack_style(entry) for entry in mixture}
         return styles.pop() if len(styles) == 1 else self._target_style
 
     def _pack_style(self, entry: PackEntry) -> GenerationStyle:
         if entry.digest not in self._styles:
-            pack, style = self._load(entry), self._target_style
-            if any(not is_template(file.name) for file in pack.manifest.files):
+            pack, tokenizer = self._load(entry), self.tokenizer
+            if pack.manifest.files:
                 check_tokenizer(self._checkpoint, pack)
                 tokenizer = tuned_tokenizer(self._checkpoint, pack)
-                style = GenerationStyle.of(tokenizer, tuned_generation_config(self.model, pack))
+            settings = tuned_generation_config(self.model, pack)
+            style = GenerationStyle.of(tokenizer, settings, reads_chat(tokenizer, pack))
             self._styles[entry.digest] = style
         return self._styles[entry.digest]
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt."""
+        """Token ids of each raw prompt."""
         return [list(self.tokenizer.encode(prompt)) for prompt in prompts]
 
 

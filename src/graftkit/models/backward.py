@@ -28,7 +28,6 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models.calibration import CovarianceStore, job_digest, streamed_for_rows
 from graftkit.models.encoding import (
-    EncodedRow,
     real_tokens,
     scored_tokens,
     skips_logits,
@@ -38,7 +37,7 @@ from graftkit.models.encoding import (
 )
 from graftkit.models.loading import output_embeddings, token_embedding
 from graftkit.progress import StepProgress, silent
-from graftkit.rows import Row, batches_by_length, pad_batch
+from graftkit.rows import EncodedRow, Row, batches_by_length, pad_batch
 
 BACKWARD_TOKENS = 2_048  # padded tokens of one pass: inputs of 32 layers of width 4,096 are 1 GB
 _CHUNK_BYTES = 2**26  # float32 logits of one chunk; a backward pass holds about five copies

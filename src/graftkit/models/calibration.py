@@ -23,7 +23,6 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError
 from graftkit.models.encoding import (
     MICRO_BATCH_TOKENS,
-    EncodedRow,
     encode_rows,
     one_thread,
     pad_id,
@@ -36,7 +35,7 @@ from graftkit.models.encoding import (
 )
 from graftkit.models.loading import output_embeddings, stream_model
 from graftkit.progress import StepProgress, silent
-from graftkit.rows import Row, pad_batch
+from graftkit.rows import EncodedRow, Row, pad_batch
 from graftkit.side_files import SIDE_FILES
 
 CALIBRATION_TOKENS = 16_384  # tokens measured: more than any input of a common layer has columns
@@ -309,7 +308,7 @@ def job_digest(
         [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         [blake3(checkpoint.side_file(name) or b"").hexdigest() for name in SIDE_FILES],
         list(modules),
-        [(row.prompt, row.completion) for row in rows],
+        [row.content for row in rows],
     ):
         digest.update(json.dumps(part).encode() + b"\n")
     return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from inspect import signature
 from typing import Any
@@ -13,28 +12,10 @@ from torch import Tensor, nn
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, RowsError
 from graftkit.models.loading import load_tokenizer, token_embedding
-from graftkit.rows import Row, batches_by_length, encode_row, sample_rows
+from graftkit.rows import EncodedRow, Row, batches_by_length, encode_row, sample_rows
 
 MICRO_BATCH_TOKENS = 4_096  # padded tokens in one pass: activations of one layer stay below 1 GB
 LOGITS_BYTES = 2**28  # float32 logits of one pass, (tokens, vocabulary)
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """Tokens of one row.
-
-    Attributes:
-        ids: prompt + completion + EOS, at most MICRO_BATCH_TOKENS of them.
-        start: index of the completion's first token.
-        was_cut: the row had more tokens.
-    """
-
-    ids: list[int]
-    start: int
-    was_cut: bool
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 def encode_rows(
@@ -42,15 +23,15 @@ def encode_rows(
 ) -> list[EncodedRow]:
     """A seeded choice of rows of at most `tokens_limit` tokens together, in file order.
 
-    Raises: RowsError when no row has a token or one is beyond the model's context;
-        CheckpointError when the tokenizer gives a token that the model lacks.
+    Raises: RowsError when no row has a token, one is beyond the model's context, or the tokenizer's
+        chat template cannot write one; CheckpointError when the tokenizer gives a token that the
+        model lacks.
     """
     context = context_length(model)
 
     @cache
     def encoded(row: Row) -> EncodedRow:
-        ids, start = encode_row(tokenizer, row, context)
-        return EncodedRow(ids[:MICRO_BATCH_TOKENS], start, len(ids) > MICRO_BATCH_TOKENS)
+        return encode_row(tokenizer, row, context).first_tokens(MICRO_BATCH_TOKENS)
 
     chosen = sample_rows(rows, tokens_limit, seed, lambda row: len(encoded(row)))
     rows_with_tokens = [encoded(row) for row in chosen if len(encoded(row))]
@@ -135,7 +116,7 @@ def real_tokens(inputs: Tensor, mask: Tensor) -> Tensor:
 
 
 def scored_tokens(model: Any, batch: Sequence[EncodedRow], mask: Tensor) -> Tensor:
-    """Positions whose logits count, (rows, tokens) bool: those that predict the completion.
+    """Positions whose logits count, (rows, tokens) bool: those that predict a scored token.
 
     Of a model that does not predict the next token, such as an encoder, every real token.
     """
@@ -143,7 +124,7 @@ def scored_tokens(model: Any, batch: Sequence[EncodedRow], mask: Tensor) -> Tens
         return mask.bool()
     scored = torch.zeros_like(mask, dtype=torch.bool)
     for index, row in enumerate(batch):
-        scored[index, max(0, row.start - 1) : len(row) - 1] = True
+        scored[index, : max(0, len(row) - 1)] = torch.tensor(row.scored[1:], dtype=torch.bool)
     return scored
 
 
@@ -159,7 +140,8 @@ def one_thread() -> Iterator[None]:
 
 
 def _check_vocabulary(encoded: Sequence[EncodedRow], model: Any, where: str) -> None:
-    largest, vocabulary = max(max(row.ids) for row in encoded), vocabulary_size(model)
+    """Raises: CheckpointError where rows hold a token that the model has no embedding of."""
+    largest, vocabulary = max(max(row.ids, default=0) for row in encoded), vocabulary_size(model)
     if largest >= vocabulary:
         raise CheckpointError(
             f"{where}: the tokenizer gives token {largest}, but the model has {vocabulary} "

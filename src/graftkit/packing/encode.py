@@ -405,6 +405,8 @@ class PackAssembly:
             calibration=self.calibration,
             licence=self.config.licence,
             provenance=self.config.provenance,
+            prompt_format=self.config.prompt_format,
+            template_blake3=self.config.template_blake3,
             bound_bits_per_parameter=bound,
             payload_blake3=digest,
             omitted=self._omitted,

@@ -189,6 +189,7 @@ class PackingJob:
             "calibration": self.calibration.digest if self.calibration else None,
             "prompts": list(self.router.prompts),
             "origin": [self.config.licence, self.config.provenance],
+            "prompt_format": [self.config.prompt_format, self.config.template_blake3],
             "files": [record.blake3 for record, _ in self.files],
         }
         tensors = [(t.pair.name, t.scan.target_digest, t.scan.tuned_digest) for t in tasks]

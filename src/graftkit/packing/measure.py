@@ -207,6 +207,7 @@ def collect_statistics(
         rows=summary.rows,
         tokens=summary.tokens,
         seed=seed,
+        format=rows[0].format,
     )
     return CalibrationStatistics(covariances, sensitivities, summary.tokens, info)
 

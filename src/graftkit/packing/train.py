@@ -37,7 +37,6 @@ from graftkit.models.backward import (
     visit_logits,
 )
 from graftkit.models.encoding import (
-    EncodedRow,
     encode_rows,
     one_thread,
     pad_id,
@@ -47,7 +46,7 @@ from graftkit.models.encoding import (
 from graftkit.models.loading import load_model, stream_model
 from graftkit.packing.student import Student
 from graftkit.progress import StepProgress, silent
-from graftkit.rows import Row, pad_batch
+from graftkit.rows import EncodedRow, Row, pad_batch
 from graftkit.skillpack import SkillPack
 
 STEP_TOKENS = 256  # tokens of one step: many noisy steps beat few

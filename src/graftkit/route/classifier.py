@@ -32,7 +32,7 @@ from graftkit.models.encoding import (
 )
 from graftkit.route.base import TARGET, Route
 from graftkit.route.centroid import PromptReader, pooled_states, state_width
-from graftkit.rows import Row, batches_by_length, encode_row, pad_batch
+from graftkit.rows import Row, batches_by_length, check_answerable, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
 
 Labels = Literal["loss", "task"]
@@ -123,7 +123,8 @@ def train_classifier(
             no skill, which the net has to learn too.
         labels: "loss" for the pack that answers a row best, "task" for the name of the rows.
         seed: of the initial weights; the same call gives the same net.
-    Raises: ConfigError for rows of an unknown pack; RowsError where the target has no row;
+    Raises: ConfigError for rows of an unknown pack; RowsError where the target has no row, or a row
+        is a text, which has no prompt;
         CheckpointError where logits are not finite.
     """
     unknown = sorted(rows.keys() - packs.keys() - {TARGET})
@@ -131,6 +132,8 @@ def train_classifier(
         raise ConfigError(f"rows are given for {unknown[0]}, but no pack is called so")
     every = [row for some in rows.values() for row in some]
     named = [name for name, some in rows.items() for _ in some]
+    for row in every:
+        check_answerable(row)
     row_labels = label_rows(model, tokenizer, packs, every) if labels == "loss" else named
     if TARGET not in row_labels:
         raise RowsError(
@@ -169,23 +172,26 @@ def label_rows(
 
 
 def completion_losses(model: Any, tokenizer: Any, rows: Sequence[Row]) -> Tensor:
-    """Mean -log p of the tokens of each row's completion, EOS included, (rows,) float32."""
+    """Mean -log p of the scored tokens of each row, (rows,) float32.
+
+    Raises: RowsError for a row that is too long, or has no prompt or no completion.
+    """
     encoded = [encode_row(tokenizer, row, context_length(model)) for row in rows]
-    for row, (span, start) in zip(rows, encoded, strict=True):
-        if not 0 < start < len(span):
+    for row, tokens_of_row in zip(rows, encoded, strict=True):
+        if not 0 < tokens_of_row.start < len(tokens_of_row):
             raise RowsError(f"{row.origin}: needs a prompt and a completion to learn a route from")
     losses = torch.zeros(len(rows))
     tokens = tokens_with_logits(model, MICRO_BATCH_TOKENS)
     with torch.no_grad():
-        for batch in batches_by_length([len(ids) for ids, _ in encoded], tokens):
-            ids, mask = pad_batch([encoded[index][0] for index in batch], pad_id(tokenizer))
+        for batch in batches_by_length(list(map(len, encoded)), tokens):
+            ids, mask = pad_batch([encoded[index].ids for index in batch], pad_id(tokenizer))
             output = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device))
             surprise = nn.functional.cross_entropy(
                 output.logits[:, :-1].float().transpose(1, 2).cpu(), ids[:, 1:], reduction="none"
             )
             for place, index in enumerate(batch):
-                span, start = encoded[index]
-                losses[index] = surprise[place, start - 1 : len(span) - 1].mean()
+                scored = torch.tensor(encoded[index].scored[1:])
+                losses[index] = surprise[place, : len(scored)][scored].mean()
     return losses
 
 

@@ -28,6 +28,8 @@ Extent = Annotated[int, Field(ge=0, le=MAX_NUMEL)]
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TensorKind = Literal["attention", "mlp", "embedding", "head", "norm", "bias", "router", "other"]
+RowFormat = Literal["prompt_completion", "messages", "text"]
+PromptFormat = Literal["raw", "chat"]
 Codec = Literal["zero", "exact", "sparse", "lowrank", "dense", "hybrid", "factors"]
 
 
@@ -75,6 +77,8 @@ class CalibrationInfo(Settings):
     """Tokens used."""
     seed: Count
     """Seed that chose the rows."""
+    format: RowFormat = "prompt_completion"
+    """Format of the rows."""
 
 
 class Omission(Settings):
@@ -202,6 +206,10 @@ class Manifest(Settings):
     """Rows on which activations were measured; absent for a data-free pack."""
     bound_bits_per_parameter: Finite | None = None
     """Reverse water-filling rate at the distortion reached."""
+    prompt_format: PromptFormat | None = None
+    """How the skill's prompts were given to the model: as they are, or in its chat template."""
+    template_blake3: Digest | None = None
+    """Digest of that chat template."""
     omitted: tuple[Omission, ...] = ()
     """What was left out and why."""
     licence: str | None = None
@@ -228,6 +236,15 @@ class Manifest(Settings):
             sort_keys=True,
             ensure_ascii=False,
         )
+
+    @property
+    def answers(self) -> PromptFormat | None:
+        """How prompts are to be given to the model: as `prompt_format` says, else as the rows of
+        the calibration were given; None where neither is known."""
+        rows = self.calibration
+        if self.prompt_format is None and rows is not None and rows.format == "prompt_completion":
+            return "raw"
+        return self.prompt_format
 
     @property
     def stored_tensors(self) -> tuple[str, ...]:

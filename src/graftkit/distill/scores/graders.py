@@ -92,7 +92,7 @@ class RewardModel:
                     "turn chat off"
                 ) from error
         else:
-            ids, _ = encode_row(self._tokenizer, Row(answer.prompt, " " + answer.text))
+            ids = encode_row(self._tokenizer, Row(answer.prompt, " " + answer.text)).ids
         if max(ids, default=0) >= self._vocabulary:
             raise CheckpointError(
                 f"{self.settings.model}: the tokenizer gives token {max(ids)}, but the model has "

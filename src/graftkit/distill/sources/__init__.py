@@ -103,7 +103,8 @@ class AnswersFile:
 
     Every line of a prompt is one of its samples, in the order of the file. Blanks at the ends of
     prompts and completions do not matter. The number of tokens is unknown, so 0.
-    Raises: RowsError with file and line for a line that is no row.
+    Raises: RowsError with file and line for a line that is no row, and for rows that are texts or
+        conversations of several turns.
     """
 
     def __init__(self, settings: AnswersSource, config_folder: Path):
@@ -111,7 +112,8 @@ class AnswersFile:
         path = config_folder / settings.file
         self._texts: dict[str, list[str]] = defaultdict(list)
         for row in read_rows(path):
-            self._texts[row.prompt.strip()].append(row.completion.strip())
+            prompt, completion = row.single_turn()
+            self._texts[prompt.strip()].append(completion.strip())
         self.identity = rows_digest(path)
 
     def units(self, prompts: Sequence[Prompt]) -> list[Unit]:

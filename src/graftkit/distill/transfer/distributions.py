@@ -36,7 +36,7 @@ from graftkit.files import WorkFolder, replaced_file
 from graftkit.models.backward import visit_logits
 from graftkit.models.encoding import context_length, pad_id, vocabulary_size
 from graftkit.progress import StepProgress, silent
-from graftkit.rows import Row, batches_by_length, pad_batch
+from graftkit.rows import EncodedRow, Row, batches_by_length, pad_batch
 
 NEVER = -math.inf  # log-probability of 0
 _KEY = "graftkit.distributions"  # of the metadata; one key, because the order of several varies
@@ -214,31 +214,30 @@ def fuse_distributions(
 def distribution_batch(
     sources: Sequence[DistributionFile],
     indices: Sequence[int],
-    encoded: Sequence[tuple[Sequence[int], int]],
+    encoded: Sequence[EncodedRow],
     fusion: Literal["min_ce", "average_ce"],
 ) -> dict[str, Tensor]:
     """The fused distributions of a batch of rows, at the positions of the target's logits.
 
     Args:
         indices: of the rows, in the files.
-        encoded: the same rows from `graftkit.rows.encode_row` with the target's tokenizer: ids and
-            the start of the completion.
+        encoded: the same rows from `graftkit.rows.encode_row` with the target's tokenizer.
     Returns: for T tokens of the longest row, padded on the right as input_ids are:
         kl_mask (rows, T) bool, where logits predict a completion token;
         kl_ids, kl_log_probs (rows, T, k) and kl_log_rest (rows, T), valid where kl_mask is true.
     Raises: RowsError for a file of other rows.
     """
     fused = []
-    for index, (ids, start) in zip(indices, encoded, strict=True):
+    for index, whole in zip(indices, encoded, strict=True):
         rows = [source[index] for source in sources]
         for source, row in zip(sources, rows, strict=True):
-            if len(row.ids) != len(ids) - start:
+            if len(row.ids) != len(whole) - whole.start:
                 raise RowsError(
                     f"{source.file}: row {index} has {len(row.ids)} completion tokens, but the "
-                    f"target's has {len(ids) - start}; delete the file and run again"
+                    f"target's has {len(whole) - whole.start}; delete the file and run again"
                 )
         fused.append(fuse_distributions(rows, fusion))
-    shape = (len(fused), max(len(ids) for ids, _ in encoded))
+    shape = (len(fused), max(map(len, encoded)))
     longest = max(row.ids.shape[1] for row in fused)
     batch = {
         "kl_mask": torch.zeros(shape, dtype=torch.bool),
@@ -246,9 +245,9 @@ def distribution_batch(
         "kl_log_probs": torch.full((*shape, longest), NEVER),
         "kl_log_rest": torch.full(shape, NEVER),
     }
-    for line, (row, (ids, start)) in enumerate(zip(fused, encoded, strict=True)):
-        first = max(0, start - 1)  # no logits predict a row's first token
-        places, tokens = slice(first, len(ids) - 1), slice(first + 1 - start, None)
+    for line, (row, whole) in enumerate(zip(fused, encoded, strict=True)):
+        first = max(0, whole.start - 1)  # no logits predict a row's first token
+        places, tokens = slice(first, len(whole) - 1), slice(first + 1 - whole.start, None)
         width = row.ids.shape[1]
         batch["kl_mask"][line, places] = True
         batch["kl_ids"][line, places] = row.ids[tokens, :1]  # beyond `width` the first again

@@ -23,7 +23,7 @@ from graftkit.distill.transfer.losses import (
     pool,
 )
 from graftkit.models.encoding import context_length, pad_id, vocabulary_size
-from graftkit.rows import Row, pad_batch
+from graftkit.rows import EncodedRow, Row, pad_batch
 
 IGNORED = -100  # label of a token that is not learned
 
@@ -51,26 +51,23 @@ class HiddenSource:
         self.width: int = config.hidden_size
         self.pairs = layer_pairs(config.num_hidden_layers, target_layers)
 
-    def batch(
-        self, rows: Sequence[Row], encoded: Sequence[tuple[Sequence[int], int]]
-    ) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[Row], encoded: Sequence[EncodedRow]) -> dict[str, Tensor]:
         """Tokens and spans of some rows, for a collator; the model does not run.
 
         Args:
             rows: as the source reads them. encoded: the same rows from
-                `graftkit.rows.encode_row` with the target's tokenizer: ids and the completion's
-                start.
+                `graftkit.rows.encode_row` with the target's tokenizer.
         Returns: hidden_ids and hidden_attention, (rows, source tokens), the source's input;
             hidden_source_index, of the same shape, and hidden_index, (rows, target tokens): the
             span of each token, -1 for none; hidden_mask, (rows, spans): where there is a span.
             A row beyond the source's context has no spans.
         """
         read, source_spans, target_spans = [], [], []
-        for row, (ids, start) in zip(rows, encoded, strict=True):
-            tokens, own, others = self._row(row, start)
+        for row, whole in zip(rows, encoded, strict=True):
+            tokens, own, others = self._row(row, whole.start)
             read.append(tokens)
             source_spans.append(own)
-            target_spans.append(others + [UNKNOWN] * (len(ids) - len(others)))
+            target_spans.append(others + [UNKNOWN] * (len(whole) - len(others)))
         hidden_ids, attention = pad_batch(read, pad_id(self.tokenizer))
         source_index, _ = pad_batch(source_spans, UNKNOWN)
         index, _ = pad_batch(target_spans, UNKNOWN)
@@ -137,7 +134,7 @@ class Guide:
     def batch(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Tensors for a batch of examples with `row` (its index), `input_ids` and `labels`."""
         indices = [example["row"] for example in examples]
-        encoded = [(e["input_ids"], e["labels"].count(IGNORED)) for e in examples]
+        encoded = [EncodedRow(e["input_ids"], e["labels"].count(IGNORED)) for e in examples]
         batch: dict[str, Tensor] = {}
         if self.files:
             batch |= distribution_batch(self.files, indices, encoded, self.settings.fusion)

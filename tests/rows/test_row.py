@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from graftkit.errors import RowsError
 from graftkit.rows import (
+    EncodedRow,
     Row,
     batches_by_length,
     encode_prompt,
@@ -110,22 +111,43 @@ def test_the_digest_is_that_of_the_bytes(tmp_path):
 
 
 def test_a_row_is_prompt_with_special_tokens_then_completion_then_eos():
-    assert encode_row(CharacterTokenizer(), Row("ab", " c")) == ([1, 97, 98, 32, 99, 2], 3)
+    assert encode_row(CharacterTokenizer(), Row("ab", " c")) == EncodedRow(
+        [1, 97, 98, 32, 99, 2], 3
+    )
 
 
 def test_a_tokenizer_without_eos_adds_none():
-    assert encode_row(CharacterTokenizer(None), Row("a", "b")) == ([1, 97, 98], 2)
+    assert encode_row(CharacterTokenizer(None), Row("a", "b")) == EncodedRow([1, 97, 98], 2)
 
 
 def test_a_generation_starts_from_the_ids_that_the_completion_follows():
     row = Row("ab", " c")
-    ids, start = encode_row(CharacterTokenizer(), row)
+    encoded = encode_row(CharacterTokenizer(), row)
+    ids, start = encoded.ids, encoded.start
     assert encode_prompt(CharacterTokenizer(), row) == ids[:start]
+
+
+def test_a_text_is_scored_whole_and_ends_with_eos_once():
+    encoded = encode_row(CharacterTokenizer(), Row.of_text("ab"))
+    assert encoded == EncodedRow([1, 97, 98, 2], 0)
+    assert encoded.scored == [True] * 4
+    assert encode_row(CharacterTokenizer(98), Row.of_text("ab")).ids == [1, 97, 98]
+    with pytest.raises(RowsError, match=r"r:3: a text has no prompt to answer"):
+        encode_prompt(CharacterTokenizer(), Row.of_text("ab", "r:3"))
+
+
+def test_a_cut_row_keeps_its_marks():
+    row = EncodedRow(list(range(10)), 2, skipped=((4, 6), (8, 10)))
+    assert row.answer == (6, 8)
+    for count in range(11):
+        cut = row.first_tokens(count)
+        assert cut.scored == row.scored[:count]
+        assert cut.was_cut == (count < 10)
 
 
 def test_a_row_longer_than_the_context_is_refused_with_its_lengths():
     row = Row("abcd", " efg", "rows.jsonl:9")
-    assert len(encode_row(CharacterTokenizer(), row, max_tokens=10)[0]) == 10
+    assert len(encode_row(CharacterTokenizer(), row, max_tokens=10)) == 10
     with pytest.raises(RowsError, match=r"rows\.jsonl:9: .*10 tokens \(5 .*at most 9; shorten"):
         encode_row(CharacterTokenizer(), row, max_tokens=9)
 
