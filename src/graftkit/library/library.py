@@ -18,7 +18,14 @@ from graftkit.distill.config import DistillConfig, resolve_model
 from graftkit.distill.pipeline import run_distill
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
-from graftkit.library.answers import LibraryAnswer, MixMode, generate_texts, unanswerable
+from graftkit.library.answers import (
+    LibraryAnswer,
+    LibraryScore,
+    MixMode,
+    generate_texts,
+    score_library,
+    unanswerable,
+)
 from graftkit.library.audit import Audit, Proof, audit_pack, prove_removal
 from graftkit.library.folder import LEARNING, LibraryIndex, PackEntry, PackFolder
 from graftkit.library.live import (
@@ -30,7 +37,6 @@ from graftkit.library.live import (
     open_target,
     parse_memory,
 )
-from graftkit.library.scores import LibraryScore, score_library
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
 from graftkit.progress import Progress

@@ -22,6 +22,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
 from graftkit.errors import AttachError, BudgetError, ConfigError, PackMismatchError
 from graftkit.library.folder import CLASSIFIER, LibraryTarget, PackEntry
+from graftkit.model_files import is_template
 from graftkit.models.encoding import context_length, usable_tokenizer
 from graftkit.models.loading import load_model
 from graftkit.route import Router
@@ -29,7 +30,6 @@ from graftkit.route.centroid import CentroidRouter
 from graftkit.route.classifier import Classifier, ClassifierRouter
 from graftkit.route.key import RouterKey
 from graftkit.route.spectral import SpectralRouter
-from graftkit.side_files import is_template
 from graftkit.skillpack import SkillPack
 
 EntryWeights = Mapping[PackEntry, float]

@@ -31,7 +31,7 @@ from graftkit.compress.exact import decode_exact
 from graftkit.compress.factors import Factors
 from graftkit.compress.factors import load as load_plain_factors
 from graftkit.errors import ConfigError, CorruptPackError, GraftError, PackFault, PackMismatchError
-from graftkit.side_files import SIDE_FILES, copied_names, is_side_file
+from graftkit.model_files import SIDE_FILES, copied_names, is_side_file
 from graftkit.skillpack.container import (
     build_header,
     file_entry,
