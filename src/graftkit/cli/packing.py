@@ -327,9 +327,6 @@ def _print_comparison(result: dict[str, Any], file: Path) -> None:
     table.show()
 
 
-app = typer.Typer()
-
-
 @app.command()
 def import_lora(
     target: show.Target,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from graftkit.errors import ConfigError, ImagesError, RootstockError
 from graftkit.vision.images.files import (
@@ -25,6 +24,13 @@ from graftkit.vision.images.files import (
     is_image_name,
     read_file,
 )
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ConfigError(
+        "a rootstock runs in onnxruntime, which is missing; pip install 'graftkit[vision]'"
+    ) from error
 
 FILE_LIMIT_BYTES = 2**28
 MEMORY_LIMIT_BYTES = 2**31
@@ -186,14 +192,6 @@ def _varint(message: memoryview, place: int) -> tuple[int, int]:
             return value, place
     raise ValueError("truncated, or no ONNX")
 
-
-try:
-    import onnxruntime
-
-except ImportError as error:
-    raise ConfigError(
-        "a rootstock runs in onnxruntime, which is missing; pip install 'graftkit[vision]'"
-    ) from error
 
 BATCH = 32
 """Images that are classified at once."""
