@@ -23,8 +23,7 @@ from graftkit.demo import (
     rebuild_models,
     run_demo,
 )
-from graftkit.demo.files import DATA, NOTICE, SKILLS, DemoFolder
-from graftkit.demo.story import Story
+from graftkit.demo.story import DATA, NOTICE, SKILLS, DemoFolder, Story
 from graftkit.errors import GraftError, OutputError
 from graftkit.progress import silent
 from graftkit.skillpack import SkillPack
@@ -200,7 +199,7 @@ def test_a_target_that_does_not_get_its_bytes_back_is_an_error(tmp_path, monkeyp
     rebuild_models(out, story, silent)
     for skill in SKILLS:
         out.pack(skill).write_bytes(skill.lossless.read_bytes())
-    monkeypatch.setattr("graftkit.attachment.merged.MergedWeights.undo", lambda self: None)
+    monkeypatch.setattr("graftkit.attachment.attachment.MergedWeights.undo", lambda self: None)
     with pytest.raises(GraftError, match="should restore every byte"):
         MeasuredTarget(out, story, silent).measure()
 

@@ -15,11 +15,10 @@ import graftkit
 from graftkit.cli import show
 from graftkit.cli.distilling import print_run
 from graftkit.cli.generating import print_answers
-from graftkit.cli.interop import print_export
 from graftkit.cli.library import _print_routes, _print_scores
-from graftkit.errors import ConfigError
+from graftkit.cli.packing import print_export
+from graftkit.errors import ConfigError, printable
 from graftkit.fuse.interference import Interference, PackPair, draw_interference
-from graftkit.text import printable
 
 NASTY = "zz[/x] [bold]b :smile: \x1b]0;t\x07\x1b[2J\r\n\x85\x9b\u2028\u202eabc\x7f\ud800"
 SHOWN = r"zz[/x] [bold]b :smile: \x1b]0;t\x07\x1b[2J\r\n\x85\x9b\u2028\u202eabc\x7f\ud800"

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.demo.files import DATA, SKILLS
+from graftkit.demo.story import DATA, SKILLS
 from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 

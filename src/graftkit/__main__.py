@@ -3,8 +3,7 @@
 import os
 import sys
 
-from graftkit.errors import GraftError
-from graftkit.text import printable
+from graftkit.errors import GraftError, printable
 
 
 def main() -> None:

@@ -24,8 +24,15 @@ from torch import Tensor
 
 from graftkit.config import parse_hub_id
 from graftkit.errors import CheckpointError, PackMismatchError
-from graftkit.side_files import HUB_PATTERNS, SIDE_FILES, config_for_weights
-from graftkit.weight_files import ADAPTER_CONFIG, INDEX, describe_file, weight_files
+from graftkit.model_files import (
+    ADAPTER_CONFIG,
+    HUB_PATTERNS,
+    INDEX,
+    SIDE_FILES,
+    config_for_weights,
+    describe_file,
+    weight_files,
+)
 
 DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,

@@ -11,8 +11,7 @@ from typing import Any, Literal, Self, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from graftkit.errors import BudgetError, ConfigError
-from graftkit.text import nearest_name
+from graftkit.errors import BudgetError, ConfigError, nearest_name
 
 VERSION = "0.1.0"
 """Version of graftkit; packs name it as their generator."""

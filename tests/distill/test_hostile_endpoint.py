@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 import pytest
 
-from graftkit.distill.card import data_card
 from graftkit.distill.config import EndpointSource
 from graftkit.distill.records import Prompt
+from graftkit.distill.select import data_card
 from graftkit.distill.sources import endpoint, open_source
 from graftkit.distill.sources.endpoint import KeyMask
 from graftkit.errors import ConfigError, SourceError

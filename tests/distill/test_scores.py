@@ -21,8 +21,13 @@ from graftkit.distill.config import (
 )
 from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import finished, open_scorer, why_unusable
-from graftkit.distill.scores.checks import find_number, json_form, same_number
-from graftkit.distill.scores.graders import question, read_grade
+from graftkit.distill.scores.graders import (
+    find_number,
+    json_form,
+    question,
+    read_grade,
+    same_number,
+)
 from graftkit.errors import CheckpointError, ConfigError, RowsError, SourceError
 
 

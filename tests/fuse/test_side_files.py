@@ -15,9 +15,9 @@ from graftkit.errors import CheckpointError, ConfigError, CorruptPackError, Pack
 from graftkit.fuse.merge import fuse_packs, merge_packs
 from graftkit.fuse.sequential import merge_in_turn
 from graftkit.interop import export_lora
+from graftkit.model_files import card_with_note, config_for_weights, copied_names, is_side_file
 from graftkit.models.views import CheckpointWriter
-from graftkit.side_files import card_with_note, config_for_weights, copied_names, is_side_file
-from graftkit.skillpack.validate import parse_manifest
+from graftkit.skillpack.manifest import parse_manifest
 
 CARRIED = {
     "preprocessor_config.json": b"{}",

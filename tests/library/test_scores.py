@@ -5,10 +5,10 @@ from distill.test_pipeline import CONFIG, WORDS
 from distill.tiny import tiny_llama, write_jsonl
 from library.conftest import NAMES, prompts_of
 
-from graftkit.demo.files import SKILLS, TARGET
+from graftkit.demo.story import SKILLS, TARGET
 from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.library import Library
-from graftkit.library.scores import score_library
+from graftkit.library.answers import score_library
 from graftkit.route import Route, Router
 from graftkit.rows import Row, read_rows
 

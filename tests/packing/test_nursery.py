@@ -11,7 +11,7 @@ import torch
 
 from graftkit.attachment import attached
 from graftkit.checkpoint import Checkpoint
-from graftkit.demo.files import SKILLS, DemoFolder
+from graftkit.demo.story import SKILLS, DemoFolder
 from graftkit.evaluate import exact_match, token_fidelity
 from graftkit.models.calibration import usable_tokenizer
 from graftkit.models.loading import load_model

@@ -4,7 +4,7 @@ import pytest
 
 from graftkit.errors import ConfigError
 from graftkit.route import TARGET, Route
-from graftkit.route.base import FixedRouter
+from graftkit.route.key import FixedRouter
 
 
 def test_every_prompt_goes_to_the_named_pack_and_an_empty_one_to_the_target():

@@ -12,7 +12,7 @@ from tiny_models import make_pair
 from graftkit.errors import CorruptPackError, PackFormatError
 from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
-from graftkit.skillpack.validate import parse_manifest
+from graftkit.skillpack.manifest import parse_manifest
 
 SCHEMA = json.loads((ROOT / "docs" / "skillpack-v2.schema.json").read_text("utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

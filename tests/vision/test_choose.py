@@ -21,10 +21,10 @@ from graftkit.vision.choose import (
     paper_layers,
     probe_cuts,
 )
-from graftkit.vision.costs import layer_costs, module_cost
 from graftkit.vision.donor import Donor, pool
 from graftkit.vision.donors import open_donor
 from graftkit.vision.donors.architectures import vgg16_chain
+from graftkit.vision.evaluate import layer_costs, module_cost
 from graftkit.vision.probe import FeatureTable
 from graftkit.vision.rootstock import Scion
 

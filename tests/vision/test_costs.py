@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from graftkit.vision.costs import Cost, layer_costs, median_ms, module_cost
 from graftkit.vision.donors import open_donor
+from graftkit.vision.evaluate import Cost, layer_costs, median_ms, module_cost
 
 NPZ = "data/vision/mobilenet_v2_1.0_imagenet_fp16.npz"
 

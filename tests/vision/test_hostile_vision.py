@@ -334,7 +334,7 @@ def test_damage_anywhere_is_a_rootstock_or_an_error_of_ours(tmp_path):
 def test_a_large_file_and_a_message_of_endless_fields_are_refused(tmp_path, monkeypatch):
     file = tmp_path / "a.onnx"
     file.write_bytes(b"\x08\x01" * 3000)
-    monkeypatch.setattr("graftkit.vision.onnx_file.FIELD_LIMIT", 2000)
+    monkeypatch.setattr("graftkit.vision.predict.FIELD_LIMIT", 2000)
     with pytest.raises(RootstockError, match="more than 2,000 fields"):
         predict.Predictor.open(file)
     monkeypatch.setattr(predict, "FILE_LIMIT_BYTES", 5000)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from graftkit.errors import OutputError, RootstockError
 from graftkit.vision.evaluate import inference_rss_bytes, parity
-from graftkit.vision.export import export_onnx
-from graftkit.vision.int8 import dense_codes, quantize_onnx, safe_ranges
+from graftkit.vision.export import dense_codes, export_onnx, quantize_onnx, safe_ranges
 from graftkit.vision.predict import Predictor
 
 SIZE = 24

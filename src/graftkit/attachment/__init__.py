@@ -12,15 +12,13 @@ gets its pack beside the model:
 3. When the model runs, `BatchGuard` (calls) lets one batch through at a time. It also refuses a
    pack of which the model reads a weight without calling the weight's module.
 4. In each module the hook of `ModuleDeltas` (modules) looks up the packs' shares in the rows and
-   adds x ΔWᵀ of each (updates), or runs the module again with tuned parameters.
+   adds x ΔWᵀ of each, or runs the module again with tuned parameters.
 
-attachment     attach, detach, add, drop and route
+attachment     attach, detach, add, drop and route; a pack merged into the model's parameters
 target         the live model as the target of packs
 configuration  what a pack changes beside the weights: config.json, generation settings, tokenizer
-merged         one pack in the model's own parameters, originals kept
 side           packs beside the model
-modules        all packs' deltas in one module, and the hooks that apply them
-updates        one matrix of a delta at run time: low-rank, a few rows, or dense
+modules        all packs' deltas in one module: low-rank, a few rows, or dense; and their hooks
 rows           which packs every row of a batch uses
 calls          one batch at a time, and no weight read without a call of its module
 separation     a trial batch shows whether rows may use different packs

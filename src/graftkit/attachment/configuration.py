@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import AttachError, CheckpointError, CorruptPackError, PackMismatchError
+from graftkit.model_files import is_template, is_tokenizer_file
 from graftkit.models.configuration import (
     Differences,
     UnknownEffectError,
@@ -35,7 +36,6 @@ from graftkit.models.configuration import (
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import LOAD_ERRORS
 from graftkit.rows import template_digest
-from graftkit.side_files import is_template, is_tokenizer_file
 from graftkit.skillpack import SkillPack
 
 CONFIG, GENERATION = "config.json", "generation_config.json"

@@ -1,10 +1,9 @@
 """The command line: one file for each group of commands, with options, call and printed output.
 
-packing     pack, inspect, verify, compare
+packing     pack, inspect, verify, compare, import-lora, export
 fusing      merge, fuse, interference
 generating  generate
 distilling  distill
-interop     import-lora, export
 library     library init, add, remove, list, route, evaluate, learn, audit, train-router
 vision      vision graft, predict
 show        what they share: options, tables, progress
@@ -18,16 +17,7 @@ from typing import Annotated
 
 import typer
 
-from graftkit.cli import (
-    distilling,
-    fusing,
-    generating,
-    interop,
-    library,
-    packing,
-    show,
-    vision,
-)
+from graftkit.cli import distilling, fusing, generating, library, packing, show, vision
 
 app = typer.Typer(
     name="graftkit",
@@ -74,7 +64,7 @@ def demo(
     run_demo(out)
 
 
-for group in (packing, fusing, generating, distilling, interop):
+for group in (packing, fusing, generating, distilling):
     app.add_typer(group.app)
 app.add_typer(library.app, name="library")
 app.add_typer(vision.app, name="vision")

@@ -70,8 +70,8 @@ def merge(
     from graftkit.fuse.merge import merge_packs
     from graftkit.fuse.methods import IN_TURN
     from graftkit.fuse.sequential import merge_in_turn
+    from graftkit.model_files import code_names
     from graftkit.outputs import check_output
-    from graftkit.side_files import code_names
 
     choice = _read_method(method, weights, state, task_rows, scaling, density)
     check_output(output, folder=True, inputs=[target, *files, *_side_inputs(search, state)])

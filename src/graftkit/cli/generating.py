@@ -177,7 +177,7 @@ def _encode_given(
 
 
 def _is_weights_only(pack: "SkillPack") -> bool:
-    from graftkit.side_files import is_template
+    from graftkit.model_files import is_template
 
     return all(is_template(file.name) for file in pack.manifest.files)
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from graftkit.errors import printable
 from graftkit.progress import Progress
-from graftkit.text import printable
 
 Target = Annotated[str, typer.Argument(help="Target: a Hugging Face directory or Hub id[@rev].")]
 Tuned = Annotated[str, typer.Argument(help="Tuned model: a directory or Hub id[@rev].")]

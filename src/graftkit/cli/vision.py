@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from graftkit.cli import show
-from graftkit.text import printable
+from graftkit.errors import printable
 
 if TYPE_CHECKING:
     from graftkit.vision.images.files import Skipped

@@ -1,7 +1,6 @@
 """The demo: three skills of one tiny target are packed, measured, attached and mixed, offline.
 
-files  the target, the tuned models as lossless packs, the rows; the folder of a run
-story  the results, and what is printed
+story  the files that a run reads and writes, its results, and what is printed
 """
 
 import json
@@ -14,9 +13,12 @@ from rich.console import Console
 
 from graftkit.attachment import attached
 from graftkit.checkpoint import fingerprint, tensor_digest
-from graftkit.demo.files import SKILLS, TRAIN_STEPS, DemoFolder, DemoSkill
 from graftkit.demo.story import (
+    SKILLS,
+    TRAIN_STEPS,
+    DemoFolder,
     DemoResult,
+    DemoSkill,
     MixedAnswer,
     SkillResult,
     Story,

@@ -6,10 +6,9 @@ workspace   the folder of a run: finished stages, and what all stages need
 sample      prompts, and the sources' answers to them
 sources/    a local model, an endpoint, or a file of answers
 scores/     what an answer is worth: rules, reward models, judges
-select      rows for SFT and pairs for DPO, in the target's chat template
+select      rows for SFT and pairs for DPO, data card, model card and provenance
 training    SFT and DPO on TRL, with what TRL lacks
 transfer/   explicit transfer: distributions and hidden states of the sources
-card        data card, model card and provenance
 estimate    what a run will take
 records     prompts, answers and scores as JSON Lines
 """

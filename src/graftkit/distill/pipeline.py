@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.distill import card as cards
+from graftkit.distill import select as cards
 from graftkit.distill.config import DistillConfig, Graded, resolve_model
 from graftkit.distill.estimate import estimate
 from graftkit.distill.records import ScoredAnswer, read_lines, write_lines

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress.entries import largest_entries
-from graftkit.errors import ConfigError
+from graftkit.errors import ConfigError, printable
 from graftkit.files import replaced_file
 from graftkit.fuse.merge import open_merge
 from graftkit.progress import Progress
 from graftkit.skillpack import SkillPack
-from graftkit.text import printable
 
 TOP_SHARE = 0.1
 """Share of a tensor's entries that count as its largest. Unrelated packs share a tenth of them."""

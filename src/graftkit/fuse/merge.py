@@ -23,13 +23,13 @@ from graftkit.checkpoint import Checkpoint, write_checkpoint
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
 from graftkit.fuse.methods import Method, check_weights, find_method
+from graftkit.model_files import code_names, files_beside_weights, is_tokenizer_file
 from graftkit.models.configuration import differing_settings
 from graftkit.models.loading import empty_model
 from graftkit.outputs import Claim, claimed
 from graftkit.pack import pack_delta
 from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress, silent
-from graftkit.side_files import code_names, files_beside_weights, is_tokenizer_file
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import PromptFormat
 
@@ -48,7 +48,7 @@ def merge_packs(
 ) -> Path:
     """Write target + λ · merged deltas as a Hugging Face directory.
 
-    The target's files other than weights are copied (graftkit.side_files); config.json names the
+    The target's files other than weights are copied (graftkit.model_files); config.json names the
     dtype that is written.
 
     Tensors are merged one by one. Peak memory is a shard of the result, and the largest tensor's

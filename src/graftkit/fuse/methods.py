@@ -18,8 +18,7 @@ from torch import Tensor
 
 from graftkit.compress.entries import largest_entries
 from graftkit.config import Settings
-from graftkit.errors import ConfigError
-from graftkit.text import nearest_name
+from graftkit.errors import ConfigError, nearest_name
 
 PCB_TAIL = 1e-4  # share of entries clamped at both ends before PCB's min-max; the paper's code
 

@@ -41,10 +41,10 @@ from graftkit.fuse.merge import (
     write_merged,
 )
 from graftkit.fuse.search import measure_importances
+from graftkit.model_files import files_beside_weights
 from graftkit.outputs import Claim, claimed
 from graftkit.progress import Progress
 from graftkit.rows import Row
-from graftkit.side_files import files_beside_weights
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import Digest, PromptFormat
 

@@ -20,10 +20,12 @@ from graftkit.errors import ConfigError, LibraryError, PackMismatchError
 from graftkit.fuse.merge import config_changes
 from graftkit.library.answers import (
     LibraryAnswer,
+    LibraryScore,
     MixMode,
     PreparedPrompt,
     generate_texts,
     prepare_prompt,
+    score_library,
     unanswerable,
 )
 from graftkit.library.audit import Audit, Proof, audit_pack, prove_removal
@@ -37,7 +39,6 @@ from graftkit.library.live import (
     open_target,
     parse_memory,
 )
-from graftkit.library.scores import LibraryScore, score_library
 from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
 from graftkit.progress import Progress

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError
+from graftkit.model_files import SIDE_FILES
 from graftkit.models.encoding import (
     MICRO_BATCH_TOKENS,
     encode_rows,
@@ -36,7 +37,6 @@ from graftkit.models.encoding import (
 from graftkit.models.loading import output_embeddings, stream_model
 from graftkit.progress import StepProgress, silent
 from graftkit.rows import EncodedRow, Row, pad_batch
-from graftkit.side_files import SIDE_FILES
 
 CALIBRATION_TOKENS = 16_384  # tokens measured: more than any input of a common layer has columns
 HEAD, TOKENS = "head", "tokens"  # store keys: H of the output head's input; token counts (vocab,)

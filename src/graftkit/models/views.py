@@ -36,8 +36,8 @@ from transformers.models.auto import modeling_auto
 from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, Checkpoint, write_checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.files import WorkFolder, writing
+from graftkit.model_files import files_beside_weights
 from graftkit.models.loading import ConfigKey, silence_transformers
-from graftkit.side_files import files_beside_weights
 
 
 def backbone_name(model: PreTrainedModel, live: str) -> str:

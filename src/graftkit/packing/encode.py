@@ -31,9 +31,9 @@ from graftkit.compress.exact import encode_exact
 from graftkit.config import VERSION, PackConfig
 from graftkit.errors import BudgetError
 from graftkit.files import WorkFolder, mapped_file
+from graftkit.model_files import changed_code
 from graftkit.packing.measure import Scan
 from graftkit.packing.pairs import TensorPair
-from graftkit.side_files import changed_code
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.container import build_header, file_entry, payloads_digest
 from graftkit.skillpack.manifest import (

@@ -29,6 +29,7 @@ from graftkit.compress.codecs import Precision, matrix_shape
 from graftkit.config import PackConfig
 from graftkit.errors import CheckpointMismatchError, GraftError
 from graftkit.files import WorkFolder
+from graftkit.model_files import check_side_files
 from graftkit.models.aligned import align
 from graftkit.models.architecture import ModuleKind, tied_names
 from graftkit.models.loading import class_name
@@ -62,7 +63,6 @@ from graftkit.packing.pairs import TensorPair, match_tensors
 from graftkit.packing.train import TrainingPlan, train_packed_codes
 from graftkit.parallel import MemoryGate, in_threads
 from graftkit.progress import Progress
-from graftkit.side_files import check_side_files
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import FORMAT_VERSION, RouterInfo
 from graftkit.skillpack.pack import changed_files

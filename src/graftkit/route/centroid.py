@@ -37,8 +37,7 @@ from graftkit.models.encoding import (
     vocabulary_size,
 )
 from graftkit.models.loading import load_model
-from graftkit.route.base import Route
-from graftkit.route.key import MAX_PROMPTS, RouterKey
+from graftkit.route.key import MAX_PROMPTS, Route, RouterKey
 from graftkit.rows import batches_by_length, pad_batch
 
 MAX_TOKENS = 128

@@ -30,8 +30,8 @@ from graftkit.models.encoding import (
     pad_id,
     tokens_with_logits,
 )
-from graftkit.route.base import TARGET, Route
 from graftkit.route.centroid import PromptReader, pooled_states, state_width
+from graftkit.route.key import TARGET, Route
 from graftkit.rows import Row, batches_by_length, check_answerable, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
 

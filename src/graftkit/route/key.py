@@ -1,4 +1,7 @@
-"""The router key of a pack: a Gaussian (an ellipsoid) fitted to the states of its prompts.
+"""What a router is, and the router key of a pack.
+
+A router takes prompts and returns packs with their weights. The router key of a pack is a Gaussian
+(an ellipsoid) fitted to the states of its prompts.
 
     d²(h) = Σ_k (v_k·(h − μ))² / λ_k + (‖h − μ‖² − Σ_k (v_k·(h − μ))²) / λ_0
 
@@ -16,18 +19,70 @@ can be compared between packs.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graftkit.errors import CorruptPackError, RowsError
+from graftkit.errors import ConfigError, CorruptPackError, RowsError
 from graftkit.models.encoding import one_thread
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import RouterInfo
+
+TARGET = "target"
+"""The name that stands for no pack; no pack may have it."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """The packs chosen for one prompt.
+
+    Attributes:
+        weights: by pack name, each above 0, together at most 1; the rest is the target's.
+        scores: by pack name; higher is better, the scale depends on the router.
+    """
+
+    weights: dict[str, float]
+    scores: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """The pack of the largest weight, or TARGET."""
+        return max(self.weights, key=self.weights.__getitem__, default=TARGET)
+
+
+class Router(Protocol):
+    """Chooses packs for prompts.
+
+    A prompt's route does not depend on the other prompts of a call, nor a pack's score on the other
+    packs. A prompt without tokens goes to the target.
+    """
+
+    def route(self, prompts: Sequence[str]) -> list[Route]:
+        """One route for each prompt, in their order."""
+
+
+class FixedRouter:
+    """Sends every prompt, except an empty one, to one pack or to the target.
+
+    Raises: ConfigError for a name that is neither in `packs` nor "target".
+    """
+
+    def __init__(self, name: str, packs: Iterable[str]):
+        names = [*sorted(packs), TARGET]
+        if name not in names:
+            raise ConfigError(f"no pack is called {name!r}; there are {', '.join(names)}")
+        self.name = name
+
+    def route(self, prompts: Sequence[str]) -> list[Route]:
+        """One route for each prompt; the score of the pack is 1."""
+        chosen = {} if self.name == TARGET else {self.name: 1.0}
+        return [Route(dict(chosen if prompt else {}), dict(chosen)) for prompt in prompts]
+
 
 MIN_PROMPTS, MAX_PROMPTS = 20, 200
 """Least and most different prompts that a key is fitted to."""

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.attachment import without_packs
+from graftkit.attachment.modules import LowRankUpdate, WeightUpdate
 from graftkit.attachment.rows import first_tensor
 from graftkit.attachment.side import linear_updates
 from graftkit.attachment.target import LiveTarget, check_packs
-from graftkit.attachment.updates import LowRankUpdate, WeightUpdate
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.encoding import context_length, vocabulary_size
-from graftkit.route.base import Route
 from graftkit.route.centroid import MAX_TOKENS
+from graftkit.route.key import Route
 from graftkit.skillpack import SkillPack
 
 THRESHOLD = 2.25

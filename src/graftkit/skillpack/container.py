@@ -27,8 +27,9 @@ from graftkit.skillpack.manifest import (
     FORMAT_VERSION,
     ROUTER_ENTRY,
     Manifest,
+    load_json,
+    parse_manifest,
 )
-from graftkit.skillpack.validate import load_json, parse_manifest
 
 FORMAT = "skillpack"
 """Value of `format` in the metadata."""

@@ -32,7 +32,7 @@ from graftkit.compress.factors import Factors
 from graftkit.compress.factors import load as load_plain_factors
 from graftkit.config import parse_hub_id
 from graftkit.errors import ConfigError, CorruptPackError, GraftError, PackFault, PackMismatchError
-from graftkit.side_files import SIDE_FILES, copied_names, is_side_file
+from graftkit.model_files import SIDE_FILES, copied_names, is_side_file
 from graftkit.skillpack.container import (
     build_header,
     file_entry,

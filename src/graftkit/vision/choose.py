@@ -25,8 +25,8 @@ from graftkit.config import BYTE_UNITS, parse_amount
 from graftkit.errors import BudgetError
 from graftkit.parallel import bfloat16_pays
 from graftkit.progress import Progress
-from graftkit.vision.costs import CurvePoint, layer_costs, measure_curve, module_cost
 from graftkit.vision.donor import Donor
+from graftkit.vision.evaluate import CurvePoint, layer_costs, measure_curve, module_cost
 from graftkit.vision.images import ImageSet
 from graftkit.vision.probe import (
     FeatureTable,

@@ -20,8 +20,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from graftkit.errors import printable
 from graftkit.files import replaced_file
-from graftkit.text import printable
 from graftkit.vision.results import Result, judge, megabytes, percent, reference_donor
 
 ABSENT = "–"

@@ -1,8 +1,7 @@
 """The stage `score`: what every answer is worth, and whether it may be trained on.
 
-checks    rules that compare with a reference; agreement of a source with itself; likelihood
 code      the prompt's tests on the answer's code, inside bubblewrap; referee runs there
-graders   reward models, and judges behind an endpoint
+graders   rules, agreement of a source with itself, likelihood, reward models, judges
 """
 
 import json
@@ -83,10 +82,10 @@ def open_scorer(score: Score, config_folder: Path) -> Scorer:
 
         return Judge(score, config_folder)
     if isinstance(score, AgreementScore | LikelihoodScore):
-        from graftkit.distill.scores.checks import Agreement, Likelihood
+        from graftkit.distill.scores.graders import Agreement, Likelihood
 
         return Agreement(score) if isinstance(score, AgreementScore) else Likelihood()
-    from graftkit.distill.scores.checks import ReferenceCheck
+    from graftkit.distill.scores.graders import ReferenceCheck
 
     return ReferenceCheck(score)
 
