@@ -20,7 +20,7 @@ from graftkit.fuse import merge_packs
 from graftkit.fuse.search import search_weights
 from graftkit.fuse.sequential import merge_in_turn
 from graftkit.models import load_model
-from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.text import usable_tokenizer
 from graftkit.pack import pack_delta
 from graftkit.route.centroid import fit_key
 from graftkit.rows import Row, read_rows

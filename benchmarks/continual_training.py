@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.models import load_model
-from graftkit.models.encoding import pad_id, scored_tokens, usable_tokenizer
+from graftkit.models.text import pad_id, scored_tokens, usable_tokenizer
 from graftkit.models.views import CheckpointWriter
 from graftkit.outputs import claimed
 from graftkit.rows import Row, encode_row, pad_batch

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
+from graftkit.models.text import usable_tokenizer
 from graftkit.pack import pack_delta
 from graftkit.route.centroid import fit_key
 

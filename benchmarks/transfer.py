@@ -26,7 +26,7 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.distill.pipeline import run_distill
 from graftkit.evaluate import exact_match
 from graftkit.models import load_model
-from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.text import usable_tokenizer
 from graftkit.outputs import MARKER
 from graftkit.rows import read_rows
 from graftkit.skillpack import SkillPack

@@ -14,8 +14,8 @@ from graftkit.cli.generating import generate_answers
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError, RowsError
 from graftkit.evaluate import compare, exact_match
 from graftkit.fuse.merge import fuse_packs, merge_packs
-from graftkit.generate import generate_greedy
 from graftkit.library import Library
+from graftkit.models.text import generate_greedy
 from graftkit.pack import pack_delta
 from graftkit.rows import Row, template_digest
 from graftkit.skillpack import SkillPack

@@ -26,16 +26,17 @@ from graftkit.attachment import attached
 from graftkit.attachment.configuration import tuned_tokenizer
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, ConfigError, RowsError
-from graftkit.generate import end_tokens, generate_greedy
-from graftkit.models.encoding import (
+from graftkit.models.loading import class_name, load_model
+from graftkit.models.text import (
     context_length,
+    end_tokens,
+    generate_greedy,
     pad_id,
     scored_tokens,
     tokens_with_logits,
     usable_tokenizer,
     vocabulary_size,
 )
-from graftkit.models.loading import class_name, load_model
 from graftkit.progress import StepProgress, silent
 from graftkit.rows import (
     EncodedRow,

@@ -15,8 +15,8 @@ from graftkit.checkpoint import Checkpoint
 from graftkit.config import TRAIN_STEPS, PackConfig
 from graftkit.errors import CheckpointError, ConfigError
 from graftkit.files import WorkFolder
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import stream_model
+from graftkit.models.text import usable_tokenizer
 from graftkit.packing.job import PackingJob, RouterPrompts
 from graftkit.packing.measure import CalibrationRows
 from graftkit.progress import Progress, silent

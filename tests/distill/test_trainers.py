@@ -10,9 +10,9 @@ from graftkit.distill.config import Lora, ModelSource, Sft, Transfer
 from graftkit.distill.pipeline import run_distill
 from graftkit.distill.training import train_rows
 from graftkit.distill.transfer.distributions import DistributionFile, collect_distributions
-from graftkit.distill.transfer.guide import Guide, HiddenSource
+from graftkit.distill.transfer.losses import Guide, HiddenSource
 from graftkit.errors import ConfigError
-from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.text import usable_tokenizer
 from graftkit.rows import Row
 
 ROWS = [Row(f"say {word}:", f" {word} and {word}!") for word in ("one", "two", "three") * 4]

@@ -14,7 +14,7 @@ from graftkit.distill.config import Dpo, Lora, Sft
 from graftkit.distill.training import last_checkpoint, train_pairs, train_rows
 from graftkit.errors import ConfigError, RowsError
 from graftkit.models import load_model
-from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.text import usable_tokenizer
 from graftkit.rows import Row, encode_row
 
 ROWS = [Row(f"say {word}:", f" {word}!") for word in ("one", "two", "three", "four") * 4]

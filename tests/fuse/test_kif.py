@@ -10,7 +10,7 @@ from graftkit.errors import RowsError
 from graftkit.fuse.continual import RETENTION, Kif, TaskDelta, energy, new_share, normalized
 from graftkit.fuse.search import measure_importances
 from graftkit.models import load_model
-from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.text import usable_tokenizer
 from graftkit.rows import Row, encode_row
 
 UNITS = ("a", "b", "c")

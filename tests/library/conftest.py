@@ -10,8 +10,8 @@ from tiny_models import build, lossless_pack, perturb, save_tokenizer
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.library import Library
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
+from graftkit.models.text import usable_tokenizer
 from graftkit.pack import pack_delta
 from graftkit.route.centroid import fit_key
 

@@ -10,9 +10,9 @@ from transformers import GenerationConfig
 
 from graftkit.attachment import attach, attached
 from graftkit.errors import AttachError, ConfigError
-from graftkit.generate import generate_greedy
 from graftkit.library.answers import RowCopies, generate_averaged
 from graftkit.models import load_model
+from graftkit.models.text import generate_greedy
 
 LENGTH = 6
 OPTIONS = {"eos_token_id": None, "pad_token_id": 0}

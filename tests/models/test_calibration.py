@@ -9,7 +9,7 @@ from tiny_models import save_tokenizer
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError, RowsError
-from graftkit.models import calibration, encoding, load_model, tensor_roles
+from graftkit.models import calibration, load_model, tensor_roles, text
 from graftkit.models.calibration import CovarianceStore, collect_covariances
 from graftkit.rows import Row, encode_row, read_rows
 
@@ -171,14 +171,14 @@ def test_more_rows_than_needed_are_sampled_by_the_seed(tmp_path, monkeypatch):
 
 
 def test_rows_longer_than_a_micro_batch_are_cut_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "MICRO_BATCH_TOKENS", 8)
+    monkeypatch.setattr(text, "MICRO_BATCH_TOKENS", 8)
     _, summary = collect(save_model(tmp_path / "tuned"), tmp_path / "store")
     assert summary.rows_cut == 2
     assert summary.tokens == 7 + 8 + 4 + 8
 
 
 def test_progress_counts_the_passes(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "MICRO_BATCH_TOKENS", 20)
+    monkeypatch.setattr(text, "MICRO_BATCH_TOKENS", 20)
     seen = []
     report = lambda done, total: seen.append((done, total))  # noqa: E731
     collect(save_model(tmp_path / "tuned"), tmp_path / "store", progress=report)

@@ -16,7 +16,7 @@ from graftkit.compress.lowrank import eigenbasis, leading_rows
 from graftkit.errors import CheckpointError, RowsError
 from graftkit.files import WorkFolder
 from graftkit.models import tensor_roles
-from graftkit.models.encoding import EncodedRow
+from graftkit.models.text import EncodedRow
 from graftkit.packing import student, train
 from graftkit.packing.student import Student
 from graftkit.packing.train import TokenReplacement, TrainedCodes, TrainingPlan, train_codes

@@ -33,8 +33,8 @@ from graftkit.models.configuration import (
     tuned_config,
     volatile_buffers,
 )
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import LOAD_ERRORS
+from graftkit.models.text import usable_tokenizer
 from graftkit.rows import template_digest
 from graftkit.skillpack import SkillPack
 

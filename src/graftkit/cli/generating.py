@@ -117,8 +117,8 @@ def generate_answers(
     from graftkit.attachment.configuration import tuned_tokenizer
     from graftkit.checkpoint import Checkpoint
     from graftkit.errors import AttachError
-    from graftkit.models.encoding import usable_tokenizer
     from graftkit.models.loading import load_model
+    from graftkit.models.text import usable_tokenizer
     from graftkit.skillpack import SkillPack
 
     packs = [SkillPack.load(file) for file in files]
@@ -164,7 +164,7 @@ def _encode_given(
     """A prompt as a pack, or the target, is to read it, and the tokens that end its answer."""
     from graftkit.attachment.configuration import reads_chat, tuned_generation_config
     from graftkit.errors import ConfigError
-    from graftkit.generate import end_tokens
+    from graftkit.models.text import end_tokens
     from graftkit.rows import encode_question
 
     chat = not raw and reads_chat(tokenizer, pack)
@@ -226,8 +226,7 @@ def _generate_texts(
             of all.
     """
     from graftkit.attachment import attached
-    from graftkit.generate import generate_greedy
-    from graftkit.models.encoding import pad_id
+    from graftkit.models.text import generate_greedy, pad_id
 
     ends = starts[0][1]
 

@@ -27,9 +27,8 @@ from graftkit.demo.story import (
 )
 from graftkit.errors import GraftError
 from graftkit.evaluate import SLACK_TOKENS, exact_match
-from graftkit.generate import generate_greedy
-from graftkit.models.encoding import pad_id
 from graftkit.models.loading import load_model, load_tokenizer
+from graftkit.models.text import generate_greedy, pad_id
 from graftkit.outputs import own_folder
 from graftkit.pack import pack_delta
 from graftkit.progress import Progress, silent

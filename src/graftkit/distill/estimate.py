@@ -23,7 +23,7 @@ from graftkit.distill.config import (
     resolve_model,
 )
 from graftkit.distill.records import Prompt
-from graftkit.models.encoding import usable_tokenizer
+from graftkit.models.text import usable_tokenizer
 
 BYTES_OF_TOKEN = 6  # of a sampled token in samples.jsonl, with its share of the JSON
 TRAINED_BYTES = 16  # of a parameter: weight, gradient and two moments, float32

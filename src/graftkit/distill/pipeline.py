@@ -45,8 +45,8 @@ from graftkit.distill.workspace import (
 )
 from graftkit.errors import ConfigError, OutputError, SelectionError
 from graftkit.files import WorkFolder, replaced_file
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model
+from graftkit.models.text import usable_tokenizer
 from graftkit.progress import Progress, silent
 from graftkit.route.key import MIN_PROMPTS
 from graftkit.rows import Row, read_rows
@@ -120,7 +120,7 @@ def probe(space: Workspace) -> dict[str, Any]:
 def _guide(space: Workspace) -> Any:
     """The sources' signals for SFT; None without explicit transfer."""
     from graftkit.distill.transfer.distributions import DistributionFile
-    from graftkit.distill.transfer.guide import Guide, HiddenSource
+    from graftkit.distill.transfer.losses import Guide, HiddenSource
 
     transfer = space.config.transfer
     if transfer is None:

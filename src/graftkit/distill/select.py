@@ -20,7 +20,7 @@ from graftkit.distill.config import DistillConfig, ModelSource, Selection, Sourc
 from graftkit.distill.records import ScoredAnswer
 from graftkit.distill.sample import PromptSet, SourceSummary
 from graftkit.errors import CheckpointError, RowsError, printable
-from graftkit.models.encoding import context_length
+from graftkit.models.text import context_length
 from graftkit.rows import Row, encode_row, write_messages
 
 _Item = TypeVar("_Item")

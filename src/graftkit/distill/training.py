@@ -26,13 +26,18 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.distill.config import Dpo, Sft, TrainerSettings
-from graftkit.distill.transfer.guide import IGNORED, Guide
-from graftkit.distill.transfer.losses import distribution_loss, hidden_batch_loss, make_projections
+from graftkit.distill.transfer.losses import (
+    IGNORED,
+    Guide,
+    distribution_loss,
+    hidden_batch_loss,
+    make_projections,
+)
 from graftkit.distill.workspace import is_main, processes
 from graftkit.errors import ConfigError, OutputError
 from graftkit.files import WorkFolder
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model, silence_transformers
+from graftkit.models.text import usable_tokenizer
 from graftkit.models.views import CheckpointWriter
 from graftkit.progress import StepProgress
 from graftkit.rows import Row, encode_row, pad_batch

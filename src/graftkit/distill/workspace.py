@@ -17,8 +17,8 @@ from graftkit.distill.scores import needed_fields
 from graftkit.distill.select import Template
 from graftkit.errors import OutputError, RowsError
 from graftkit.files import replaced_file
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model
+from graftkit.models.text import usable_tokenizer
 from graftkit.outputs import own_folder
 from graftkit.progress import Progress
 from graftkit.rows import rows_digest

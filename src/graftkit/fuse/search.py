@@ -26,14 +26,14 @@ from graftkit.attachment.target import LiveTarget
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.fuse.merge import PackMerge, Packs, open_merge
-from graftkit.models.encoding import (
+from graftkit.models.loading import load_model
+from graftkit.models.text import (
     encode_rows,
     pad_id,
     scored_tokens,
     tokens_with_logits,
     usable_tokenizer,
 )
-from graftkit.models.loading import load_model
 from graftkit.parallel import in_threads
 from graftkit.progress import Progress
 from graftkit.rows import EncodedRow, Row, batches_by_length, pad_batch

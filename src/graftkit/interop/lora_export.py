@@ -37,8 +37,8 @@ from graftkit.fuse.merge import config_changes
 from graftkit.interop.adapter import CONFIG, KEY_PREFIX, WEIGHTS
 from graftkit.interop.lora_import import read_lora
 from graftkit.models.architecture import ModuleKind, tensor_roles
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import empty_model, load_model, silence_transformers
+from graftkit.models.text import usable_tokenizer
 from graftkit.outputs import claimed
 from graftkit.progress import Progress, silent
 from graftkit.rows import Row

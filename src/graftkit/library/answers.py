@@ -28,9 +28,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from graftkit.attachment import Attachment
 from graftkit.errors import AttachError, ConfigError
 from graftkit.evaluate import BATCH_TOKENS, exact_match
-from graftkit.generate import generate_greedy
 from graftkit.library.live import EntryWeights, GenerationStyle, LiveLibrary
-from graftkit.models.encoding import pad_id
+from graftkit.models.text import generate_greedy, pad_id
 from graftkit.progress import Progress, silent
 from graftkit.route import TARGET, Route, Router
 from graftkit.rows import Row, batches_by_length

@@ -39,8 +39,8 @@ from graftkit.library.live import (
     open_target,
     parse_memory,
 )
-from graftkit.models.encoding import usable_tokenizer
 from graftkit.models.loading import load_model
+from graftkit.models.text import usable_tokenizer
 from graftkit.progress import Progress
 from graftkit.route import TARGET, Route, Router
 from graftkit.route.centroid import fit_key

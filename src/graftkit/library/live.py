@@ -22,10 +22,9 @@ from graftkit.attachment.configuration import (
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
 from graftkit.errors import AttachError, BudgetError, ConfigError, PackMismatchError
-from graftkit.generate import end_tokens
 from graftkit.library.folder import CLASSIFIER, LibraryTarget, PackEntry
-from graftkit.models.encoding import context_length, usable_tokenizer
 from graftkit.models.loading import load_model
+from graftkit.models.text import context_length, end_tokens, usable_tokenizer
 from graftkit.route import Router
 from graftkit.route.centroid import CentroidRouter
 from graftkit.route.classifier import Classifier, ClassifierRouter

@@ -27,7 +27,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models.calibration import CovarianceStore, job_digest, streamed_for_rows
-from graftkit.models.encoding import (
+from graftkit.models.loading import output_embeddings, token_embedding
+from graftkit.models.text import (
     real_tokens,
     scored_tokens,
     skips_logits,
@@ -35,7 +36,6 @@ from graftkit.models.encoding import (
     tokens_with_logits,
     vocabulary_size,
 )
-from graftkit.models.loading import output_embeddings, token_embedding
 from graftkit.progress import StepProgress, silent
 from graftkit.rows import EncodedRow, Row, batches_by_length, pad_batch
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError
 from graftkit.model_files import SIDE_FILES
-from graftkit.models.encoding import (
+from graftkit.models.loading import output_embeddings, stream_model
+from graftkit.models.text import (
     MICRO_BATCH_TOKENS,
     encode_rows,
     one_thread,
@@ -34,7 +35,6 @@ from graftkit.models.encoding import (
     usable_tokenizer,
     vocabulary_size,
 )
-from graftkit.models.loading import output_embeddings, stream_model
 from graftkit.progress import StepProgress, silent
 from graftkit.rows import EncodedRow, Row, pad_batch
 

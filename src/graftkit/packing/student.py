@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress.allocate import bits_per_unit
 from graftkit.compress.coded import LARGEST_CODE, CodedFactors, store_factors
-from graftkit.models.encoding import submodule
 from graftkit.models.loading import input_embeddings, output_embeddings
+from graftkit.models.text import submodule
 
 _FREE_CODES, _CODES_PER_VALUE = 2**25, 0.35
 _SPREAD = 0.25

@@ -36,14 +36,8 @@ from graftkit.models.backward import (
     prepare_backward,
     visit_logits,
 )
-from graftkit.models.encoding import (
-    encode_rows,
-    one_thread,
-    pad_id,
-    scored_tokens,
-    usable_tokenizer,
-)
 from graftkit.models.loading import load_model, stream_model
+from graftkit.models.text import encode_rows, one_thread, pad_id, scored_tokens, usable_tokenizer
 from graftkit.packing.student import Student
 from graftkit.progress import StepProgress, silent
 from graftkit.rows import EncodedRow, Row, pad_batch

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from graftkit.attachment import without_packs
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError
-from graftkit.models.encoding import (
+from graftkit.models.loading import load_model
+from graftkit.models.text import (
     MICRO_BATCH_TOKENS,
     context_length,
     one_thread,
@@ -36,7 +37,6 @@ from graftkit.models.encoding import (
     usable_tokenizer,
     vocabulary_size,
 )
-from graftkit.models.loading import load_model
 from graftkit.route.key import MAX_PROMPTS, Route, RouterKey
 from graftkit.rows import batches_by_length, pad_batch
 

@@ -23,7 +23,7 @@ from graftkit.checkpoint import save_tensors
 from graftkit.config import Settings
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.files import replaced_file
-from graftkit.models.encoding import (
+from graftkit.models.text import (
     MICRO_BATCH_TOKENS,
     context_length,
     one_thread,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.errors import ConfigError, CorruptPackError, RowsError
-from graftkit.models.encoding import one_thread
+from graftkit.models.text import one_thread
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import RouterInfo
 

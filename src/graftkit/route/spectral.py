@@ -26,7 +26,7 @@ from graftkit.attachment.rows import first_tensor
 from graftkit.attachment.side import linear_updates
 from graftkit.attachment.target import LiveTarget, check_packs
 from graftkit.errors import AttachError, CheckpointError
-from graftkit.models.encoding import context_length, vocabulary_size
+from graftkit.models.text import context_length, vocabulary_size
 from graftkit.route.centroid import MAX_TOKENS
 from graftkit.route.key import Route
 from graftkit.skillpack import SkillPack

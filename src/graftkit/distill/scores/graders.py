@@ -34,8 +34,8 @@ from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.scores import Verdict, finished
 from graftkit.distill.sources import Unit, open_source
 from graftkit.errors import CheckpointError, ConfigError, RowsError
-from graftkit.models.encoding import context_length, usable_tokenizer, vocabulary_size
 from graftkit.models.loading import empty_model, load_model
+from graftkit.models.text import context_length, usable_tokenizer, vocabulary_size
 from graftkit.rows import Row, encode_row
 
 FINAL = "####"  # what GSM8K writes before the result

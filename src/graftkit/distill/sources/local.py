@@ -21,8 +21,8 @@ from graftkit.distill.config import ModelSource, resolve_model
 from graftkit.distill.records import Prompt, SourceAnswer
 from graftkit.distill.sources import Replies, Reply, Unit, derive_seed, refused
 from graftkit.errors import CheckpointError, SourceError
-from graftkit.models.encoding import context_length, pad_id, usable_tokenizer, vocabulary_size
 from graftkit.models.loading import empty_model, load_model, silence_transformers
+from graftkit.models.text import context_length, pad_id, usable_tokenizer, vocabulary_size
 from graftkit.rows import batches_by_length, pad_batch
 
 _Options: Any = GenerationConfig  # its constructor has no types

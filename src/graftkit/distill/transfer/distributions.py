@@ -34,7 +34,7 @@ from graftkit.distill.transfer.alignment import (
 from graftkit.errors import RowsError
 from graftkit.files import WorkFolder, replaced_file
 from graftkit.models.backward import visit_logits
-from graftkit.models.encoding import context_length, pad_id, vocabulary_size
+from graftkit.models.text import context_length, pad_id, vocabulary_size
 from graftkit.progress import StepProgress, silent
 from graftkit.rows import EncodedRow, Row, batches_by_length, pad_batch
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from graftkit.errors import ConfigError
 from graftkit.vision.donor import Chain, Donor, Normalization
-from graftkit.vision.donors import architectures, modules
+from graftkit.vision.donors import architectures
 
 
 def open_donor(
@@ -44,7 +44,7 @@ def open_donor(
 
 def _read_chain(reference: str | Path | nn.Module, size: int, pretrained: bool) -> Chain:
     if isinstance(reference, nn.Module) and not hasattr(reference, "base_model_prefix"):
-        return modules.module_chain(reference, size)
+        return architectures.module_chain(reference, size)
     if str(reference) == "vgg16":
         return architectures.vgg16_chain(pretrained)
     if str(reference).endswith(".npz"):

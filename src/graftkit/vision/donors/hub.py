@@ -20,7 +20,7 @@ from transformers.utils.hub import cached_file
 from graftkit.config import parse_hub_id
 from graftkit.errors import ConfigError, DonorError
 from graftkit.vision.donor import Chain, Normalization, normalization_of, reason
-from graftkit.vision.donors.modules import module_chain
+from graftkit.vision.donors.architectures import module_chain
 
 NamedLayers = list[tuple[str, nn.Module]]
 

@@ -8,7 +8,7 @@ from graftkit.errors import CheckpointError
 from graftkit.models import backward, calibration, load_model, tensor_roles
 from graftkit.models.backward import collect_sensitivities
 from graftkit.models.calibration import CovarianceStore, collect_covariances
-from graftkit.models.encoding import encode_rows, usable_tokenizer
+from graftkit.models.text import encode_rows, usable_tokenizer
 from graftkit.rows import Row
 
 ROWS = [Row(f"{a}{b} ", f" {b}{a * n}") for n, a in enumerate("abcdefg", 1) for b in "xyz"]

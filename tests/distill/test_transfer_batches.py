@@ -8,8 +8,8 @@ from graftkit.distill.transfer.distributions import (
     collect_distributions,
     distribution_batch,
 )
-from graftkit.distill.transfer.guide import HiddenSource
 from graftkit.distill.transfer.losses import (
+    HiddenSource,
     distribution_loss,
     hidden_batch_loss,
     make_projections,

@@ -5,7 +5,7 @@ import torch
 from tiny_models import build, inputs
 from transformers import GenerationConfig
 
-from graftkit.generate import generate_greedy
+from graftkit.models.text import generate_greedy
 
 LENGTH = 8
 
