@@ -109,6 +109,7 @@ def test_a_pack_is_asked_as_its_skill_was_trained(world, tmp_path):
         answer(world / "target", [raw], system="be brief")
 
 
+@pytest.mark.slow
 def test_a_pack_brings_its_own_template(world, tmp_path):
     target = world / "target"
     tune(target, tmp_path / "other", 2, OTHER)
@@ -141,6 +142,7 @@ def test_a_skill_of_another_template_is_refused_but_answers_raw(world, tmp_path)
         answer(target, [file])
 
 
+@pytest.mark.slow
 def test_a_library_asks_each_pack_in_its_way(world, tmp_path):
     library = Library.init(tmp_path / "library", world / "target")
     library.add(save_pack(world, tmp_path / "a.skillpack", prompt_format="raw"), "raw")
@@ -178,6 +180,7 @@ def test_a_library_answers_prompts_of_several_packs_at_once(world, tmp_path):
     assert [each.text for each in both] == [alone[0]] * 2 + [alone[1]] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "row_format", "answers"),
     [(PAIRS, "prompt_completion", "raw"), (CHATS, "messages", "chat"), (TEXTS, "text", None)],
@@ -223,6 +226,7 @@ def test_a_prompt_format_that_cannot_be_is_refused(world, tmp_path):
         pack_delta(world / "target", plain, recipe="lossless", calibration=chats, workers=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", [("raw", "raw"), ("chat", "chat"), ("raw", "chat")])
 def test_a_fused_pack_is_asked_as_its_packs_are_where_they_agree(world, tmp_path, formats):
     tune(world / "target", tmp_path / "second", 5)
@@ -307,6 +311,7 @@ def test_a_target_without_a_template_refuses_a_system_text(tmp_path):
         answer(target, system="x")
 
 
+@pytest.mark.slow
 def test_a_base_model_without_a_template_is_compared_in_the_tuned_ones(world, tmp_path):
     target = tiny_llama(tmp_path / "target", dtype="float32")
     tune(target, tmp_path / "tuned", 1, CHAT)

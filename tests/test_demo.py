@@ -194,6 +194,7 @@ def test_a_tuned_model_that_is_not_rebuilt_exactly_is_refused(tmp_path, monkeypa
         out.rebuild(SKILLS[0])
 
 
+@pytest.mark.slow
 def test_a_target_that_does_not_get_its_bytes_back_is_an_error(tmp_path, monkeypatch):
     out, story = DemoFolder(tmp_path), Story(Console(quiet=True))
     rebuild_models(out, story, silent)

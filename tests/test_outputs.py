@@ -223,6 +223,7 @@ def test_what_is_no_file_is_not_replaced(what, models, tmp_path, line):
 # A disk that is full
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_full_disk_is_one_line_and_leaves_nothing(name, models, tmp_path, monkeypatch, line):
     def full(*arguments: object, **options: object) -> None:

@@ -67,6 +67,7 @@ def test_a_pack_beside_the_model_gives_what_it_gives_merged(pair_of, architectur
     assert bytes_of(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", architectures())
 def test_rows_of_one_batch_use_packs_of_their_own(pair_of, architecture):
     target, _, exact = pair_of(architecture)
@@ -101,6 +102,7 @@ def test_an_exception_inside_leaves_every_byte_as_before(pair_of, architecture, 
     assert torch.equal(logits(model), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", architectures(CAUSAL, quick=FEW))
 def test_generation_in_a_mixed_batch_says_what_each_pack_says_alone(tmp_path, architecture):
     target, tuned = make_pair(tmp_path, architecture, torch.float32, scale=0.1)

@@ -148,6 +148,7 @@ def rwkv():
     return transformers.RwkvForCausalLM(transformers.RwkvConfig(**options, num_hidden_layers=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [llama4, rwkv])
 def test_rows_of_several_packs_are_refused_where_the_model_mixes_rows(tmp_path, make):
     target, tuned = states(tmp_path, make())

@@ -23,6 +23,7 @@ def hooks_of(model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "mixtral", "bert"])
 def test_after_a_drop_all_is_as_if_the_pack_had_never_been_there(pair_of, architecture):
     target, _, exact = pair_of(architecture)

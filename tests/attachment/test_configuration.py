@@ -64,6 +64,7 @@ def load(model, folder):
     return type(model).from_pretrained(folder).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture", architectures(CHANGES, quick=("gpt2", "llama", "mistral", "mixtral"))
 )

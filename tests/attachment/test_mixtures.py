@@ -51,6 +51,7 @@ def merged_logits(target, states, mixture):
     return logits(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", architectures(quick=FEW))
 @settings(max_examples=3, database=None)
 @given(first=weights, second=weights)
@@ -69,6 +70,7 @@ def test_a_mixture_beside_the_model_is_the_model_merged_by_task_arithmetic(
     torch.testing.assert_close(mixed[[1, 3]], expected[[1, 3]], rtol=2e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", architectures())
 def test_a_rows_mixture_does_not_depend_on_the_mixtures_of_other_rows(skills_of, architecture):
     target, packs, _ = skills_of(architecture)

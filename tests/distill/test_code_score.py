@@ -168,6 +168,7 @@ def test_tests_have_built_in_names_of_their_own():
 # Ways to do harm, or to hang.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
@@ -235,6 +236,7 @@ def test_files_elsewhere_are_neither_written_nor_left_behind(tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["victim"]
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_run(tmp_path):
     require_sandbox()
     code = f"from graftkit.distill.scores.code import run_tests as run\nrun('import time; \

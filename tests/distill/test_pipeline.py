@@ -221,6 +221,7 @@ def test_one_stage_alone_needs_those_before_it(place):
         run(place, "train")
 
 
+@pytest.mark.slow
 def test_without_preference_optimisation_sft_writes_the_tuned_model(place):
     change(place, '[dpo]\nlearning_rate = 1e-3\nbatch_size = 4\nprecision = "float32"\n', "")
     change(place, 'target = "target"', 'target = "target"\ndpo = false')

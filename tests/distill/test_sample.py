@@ -148,6 +148,7 @@ def test_a_file_without_prompts_or_no_file_is_refused(tmp_path):
 # Whole runs
 
 
+@pytest.mark.slow
 def test_answers_are_sorted_by_prompt_then_source_then_sample(tmp_path, tiny):
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "prompt 3", "completion": "x"}])
     with CompletionServer() as server:

@@ -116,6 +116,7 @@ def sliding():
     return tiny_models._decoder("Mistral", sliding_window=4)()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", sliding, recurrent])
 def test_answers_in_a_padded_batch_are_those_of_each_prompt_alone(architecture, tmp_path):
     build = tiny_models.build if isinstance(architecture, str) else lambda build, scale: build()

@@ -59,6 +59,7 @@ def test_distributions_and_hidden_states_are_learned_beside_the_text(target, tmp
     assert "graft_projections" not in str(Checkpoint.open(tmp_path / "sft").tensors.keys())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", ["lm_weight", "kl_weight", "hidden_weight"])
 def test_every_loss_alone_moves_the_target(target, tmp_path, only):
     weights = {"lm_weight": 0.0, "kl_weight": 0.0, "hidden_weight": 0.0} | {only: 1.0}

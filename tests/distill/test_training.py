@@ -66,6 +66,7 @@ def test_the_loss_counts_completions_and_their_end_alone(target, tmp_path):
     assert log[0]["loss"] == pytest.approx(total / count, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["sigmoid_norm", "sigmoid", "wrpo"])
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)])
 def test_the_first_loss_of_preference_optimisation_is_log_2(target, tmp_path, loss, lora):
@@ -90,6 +91,7 @@ def test_the_reference_is_the_model_after_sft_and_not_the_target(target, tmp_pat
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_low_rank_adapter_is_merged_into_a_whole_model(target, tmp_path):
     sft = Sft(epochs=4, learning_rate=1e-2, lora=Lora(rank=2), **FAST)
     train_rows(target, ROWS, sft, 0, tmp_path / "sft", nothing)
@@ -104,6 +106,7 @@ def test_a_low_rank_adapter_is_merged_into_a_whole_model(target, tmp_path):
     assert torch.equal(before[embedding], after[embedding])
 
 
+@pytest.mark.slow
 def test_embeddings_learn_at_their_own_rate(target, tmp_path):
     sft = Sft(epochs=2, learning_rate=1e-2, embedding_rate=0.0, **FAST)
     train_rows(target, ROWS, sft, 0, tmp_path / "sft", nothing)

@@ -41,6 +41,7 @@ def test_merge_without_json_prints_one_line(run, skills, files, tmp_path):
     assert out == f"{tmp_path / 'm'}: target + 1 pack, an ordinary checkpoint\n"
 
 
+@pytest.mark.slow
 def test_a_search_prints_its_weights_and_merges_with_them(
     run, skills, files, rows, tmp_path, monkeypatch
 ):
@@ -69,6 +70,7 @@ def test_a_search_prints_its_weights_and_merges_with_them(
     assert "nats per token" in out
 
 
+@pytest.mark.slow
 def test_fuse_writes_one_pack_and_its_numbers(run, skills, files, tmp_path):
     file = tmp_path / "f.skillpack"
     options = ("--method", "dare", "--density", 0.9, "--budget", "20%")
@@ -84,6 +86,7 @@ def test_fuse_writes_one_pack_and_its_numbers(run, skills, files, tmp_path):
     assert out.startswith(f"{file}: 3 packs in one, ")
 
 
+@pytest.mark.slow
 def test_interference_prints_a_table_and_draws(run, skills, files, tmp_path):
     figure = tmp_path / "i.png"
     code, out, _ = run("interference", skills.target, *files, "--figure", figure)

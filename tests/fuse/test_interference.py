@@ -95,6 +95,7 @@ def test_one_pack_has_nobody_to_compare_with(skills):
         measure_interference(skills.target, skills.exact[:1])
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_png(skills, tmp_path):
     pairs = measure_interference(skills.target, skills.exact)
     draw_interference(pairs, ["a", "b", "c"], tmp_path / "i.png")

@@ -113,6 +113,7 @@ def test_a_lossy_pack_alone_is_merged_as_it_is_decoded(skills, tmp_path):
     assert digests(tmp_path / "m") == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral", "bert"])
 def test_merging_works_on_every_kind_of_architecture(architecture, tmp_path):
     target, tuned = make_pair(tmp_path, architecture)

@@ -262,6 +262,7 @@ def test_packs_that_disagree_on_the_tokenizer_are_refused_also_one_by_one(tmp_pa
         merge("b", "plain")
 
 
+@pytest.mark.slow
 def test_the_commands_take_packs_in_turn(run, skills, files, tmp_path):
     state, file = tmp_path / "s", tmp_path / "f.skillpack"
     options = ("--method", "opcm", "--state", state)

@@ -82,6 +82,7 @@ def test_links_out_of_the_target_are_not_followed_but_those_of_the_hub_are(tmp_p
     assert copied_names(snapshot) == ["label_names.json", "preprocessor_config.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["source.spm", "preprocessor_config.json", "1_Pooling/config.json", "tekken.json"]
 )
@@ -123,6 +124,7 @@ def test_a_pack_that_names_another_file_is_refused(pair):
         parse_manifest(forged)
 
 
+@pytest.mark.slow
 def test_code_comes_along_only_where_it_is_trusted(pair, tmp_path, capsys):
     target, tuned = pair
     write(target, {"modeling_own.py": b"1"})
@@ -155,6 +157,7 @@ def test_the_targets_card_says_what_the_folder_is(pair, tmp_path):
     assert card_with_note(b"no metadata", "note") == b"\n> note\n\nno metadata"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", architectures(["gpt2", "llama"], quick=("llama",)))
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_config_json_says_the_dtype_of_the_tensors(tmp_path, architecture, key):
@@ -219,6 +222,7 @@ def relu(tmp_path):
     return target, lossless_pack(target, tuned), plain
 
 
+@pytest.mark.slow
 def test_a_change_of_the_computation_is_merged_alone_and_whole_or_refused(relu, tmp_path):
     target, pack, plain = relu
     other = tmp_path / "other"

@@ -35,6 +35,7 @@ def test_an_adapter_becomes_a_pack_that_is_verified_and_used(tmp_path, models, c
     assert "2 matrices by their factors, 1 tensor exactly" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_pack_becomes_an_adapter_with_its_loss_on_rows(tmp_path, models, capsys):
     target, _, tuned = models
     file, rows = tmp_path / "x.skillpack", tmp_path / "rows.jsonl"

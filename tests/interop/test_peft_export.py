@@ -49,6 +49,7 @@ def linear_pair(folder, architecture, dtype=torch.float32):
     return folder / "target", folder / "tuned"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     architectures(
@@ -66,6 +67,7 @@ def test_peft_loads_a_lora_of_full_rank_as_the_tuned_model(tmp_path, architectur
     assert (wanted - logits(load_model(target))).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_lora_comes_out_as_it_went_in(tmp_path, dtype):
     target, adapter = make_adapter(tmp_path, "llama", r=4, lora_alpha=8)
@@ -197,6 +199,7 @@ def _spiked(target, rank, decay=0.5):
     return SkillPack(pack.manifest.model_copy(update=fields), payloads)
 
 
+@pytest.mark.slow
 def test_the_divergence_is_that_of_the_adapter_on_disk_from_the_pack(tmp_path):
     target, tuned = make_pair(tmp_path, "llama")
     save_tokenizer(target)
@@ -214,6 +217,7 @@ def test_the_divergence_is_that_of_the_adapter_on_disk_from_the_pack(tmp_path):
     assert same.top1_agreement == 1
 
 
+@pytest.mark.slow
 def test_what_is_read_back_answers_as_peft_does(tmp_path):
     target, tuned = make_pair(tmp_path, "qwen3", torch.float32)
     pack = lossless_pack(target, tuned)

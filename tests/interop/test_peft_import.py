@@ -75,6 +75,7 @@ CASES |= {f"tied, {name}": ("llama_tied", options) for name, options in TIED_CAS
 QUICK = {*CASES} - {*ARCHITECTURES} | {*DIFFERENT}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", architectures(CASES, quick=QUICK))
 def test_target_and_pack_answer_as_peft_does(tmp_path, case):
     architecture, options = CASES[case]

@@ -35,6 +35,7 @@ def pooling_by_attention():
     return transformers.SiglipVisionModel(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "lost"),
     [

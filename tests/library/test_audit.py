@@ -68,6 +68,7 @@ def test_a_pack_compared_with_itself_overlaps_entirely(folder, world):
     assert all(value == pytest.approx(1) for value in overlap.numbers()["kinds"].values())
 
 
+@pytest.mark.slow
 def test_after_removal_a_library_is_one_that_never_had_the_pack(folder):
     library = Library.open(folder)
     before = library.index
@@ -99,6 +100,7 @@ def test_after_removal_in_use_logits_tokens_routes_and_files_are_equal_bit_for_b
         assert torch.equal(_logits(had, prompt), _logits(never, prompt))
 
 
+@pytest.mark.slow
 def test_a_trace_that_stays_behind_is_found(folder, monkeypatch):
     def forget_nothing(self, digests):
         rows = [{self._indices[digest]: 1.0} for digest in self._indices if digest not in digests]

@@ -114,6 +114,7 @@ def test_every_row_of_a_batch_is_answered_by_its_own_pack(world, library):
         assert answer.text == reference(world, answer.route.name, answer.prompt)
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_its_batch(library):
     together = library.generate(MIXED, max_new_tokens=8)
     alone = [library.generate(prompt, max_new_tokens=8) for prompt in MIXED]
@@ -134,6 +135,7 @@ def test_an_empty_library_is_its_target(world, tmp_path):
     assert library.route(MIXED[:1])[0].scores == {}
 
 
+@pytest.mark.slow
 def test_a_route_by_name_version_or_digest_takes_no_router(world, library):
     entry = library.add(world.plain, "digits", update=True)
     by_name = library.generate("klmn", route="digits", max_new_tokens=8)
@@ -214,6 +216,7 @@ def test_the_target_is_the_same_after_everything(library):
 # Memory.
 
 
+@pytest.mark.slow
 def test_packs_stay_below_the_limit_and_the_least_recently_used_leave(full):
     free = Library.open(full)
     free.generate(MIXED, max_new_tokens=4)
@@ -227,6 +230,7 @@ def test_packs_stay_below_the_limit_and_the_least_recently_used_leave(full):
     assert memory.digests == kept
 
 
+@pytest.mark.slow
 def test_a_batch_that_needs_more_than_the_limit_runs_in_parts(full):
     free = Library.open(full)
     expected = free.generate(MIXED, max_new_tokens=8)

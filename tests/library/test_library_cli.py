@@ -116,6 +116,7 @@ def test_evaluation_reports_routed_oracle_and_target(full, tmp_path, reported, s
     assert " % of the rows routed right" in shown(*arguments)
 
 
+@pytest.mark.slow
 def test_an_audit_says_what_changes_and_proves_the_removal(full, tmp_path, reported, shown):
     rows = rows_file(tmp_path / "rows.jsonl", ["0123", "!?;;"])
     actual = reported("library", "audit", full, "digits", "--prove", rows)

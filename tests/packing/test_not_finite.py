@@ -26,6 +26,7 @@ def put(folder: Path, name: str, value: float, place: object) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("recipe", ["lossless", "auto"])
 def test_a_row_that_is_not_finite_in_both_states_travels_as_it_is(

@@ -122,6 +122,7 @@ def half(folders: Pairs, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return file_bytes(pack, tmp_path_factory.mktemp("half") / "x.skillpack")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_lossy_from_tiny")
 @pytest.mark.parametrize("step", ["exact tensors", "measuring", "compressing"])
 def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(

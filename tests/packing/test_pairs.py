@@ -141,6 +141,7 @@ def test_the_first_bert_files_pair_with_a_classifier_saved_today(tmp_path: Path)
     assert pack.record("classifier.weight").base == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
 @pytest.mark.parametrize("whole", ["target", "tuned"])
 def test_a_backbone_pairs_with_a_causal_model(

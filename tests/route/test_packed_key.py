@@ -58,6 +58,7 @@ def least_budget(folders, prompts):
     return int(re.search(r"at least (\d+)B", str(error.value))[1])
 
 
+@pytest.mark.slow
 def test_the_key_counts_in_the_budget(folders, tmp_path):
     least = least_budget(folders, PROMPTS)
     pack = packed(folders, budget=f"{least}B")
@@ -67,6 +68,7 @@ def test_the_key_counts_in_the_budget(folders, tmp_path):
     assert least >= least_budget(folders, None) + pack.manifest.router.nbytes
 
 
+@pytest.mark.slow
 def test_the_file_opens_with_its_key_and_packs_are_deterministic(folders, rows, tmp_path):
     for number, prompts in enumerate((PROMPTS, rows, str(rows))):
         packed(folders, prompts=prompts).save(tmp_path / f"{number}.skillpack")
@@ -84,6 +86,7 @@ def test_a_lossless_pack_carries_a_key_too(folders):
         assert torch.equal(pack.rebuild(name, target.read), tuned.read(name))
 
 
+@pytest.mark.slow
 def test_other_prompts_are_another_job_for_the_work_folder(folders, tmp_path):
     first = packed(folders, work_dir=tmp_path / "work")
     other = packed(folders, work_dir=tmp_path / "work", prompts=PROMPTS[:30])

@@ -133,6 +133,7 @@ def test_a_decoder_writes_neutral_text_of_its_own(tmp_path, architecture):
     assert len(tokens.unique()) > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     architectures(["gpt2", "qwen3_moe", "phi3", "gpt_neox"], quick=("gpt2", "qwen3_moe")),

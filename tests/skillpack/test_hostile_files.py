@@ -572,6 +572,7 @@ def test_a_damaged_side_file_is_found_when_the_pack_is_opened(tmp_path):
     assert fault_of(lambda: SkillPack.load(path)) == "payload_digest"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(20)
 def test_a_product_of_a_million_extents_is_refused_at_once(tmp_path):
     forgery = Forgery()

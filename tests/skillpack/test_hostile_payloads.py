@@ -343,6 +343,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_no_payload_makes_its_reader_allocate_far_more_than_the_tensor():
     environment = dict(os.environ, PYTHONPATH=str(ROOT / "src"))
     done = subprocess.run(

@@ -45,6 +45,7 @@ def test_a_student_comes_just_under_its_number_of_parameters(
     assert actual(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_student_of_more_parameters_is_wider() -> None:
     widths = [student(CLASSES, parameters, SIZE).scion.features for parameters in (20_000, 80_000)]
     assert widths[0] < widths[1]
@@ -55,6 +56,7 @@ def test_a_student_of_fewer_parameters_than_any_has_is_refused() -> None:
         student(CLASSES, 100, SIZE)
 
 
+@pytest.mark.slow
 def test_seeds_decide_the_weights_of_students_heads_and_random_trunks() -> None:
     rootstock = tiny_rootstock()
     for make in (

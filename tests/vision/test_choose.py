@@ -198,6 +198,7 @@ def test_donor_and_rootstock_have_the_parameters_of_the_paper() -> None:
     assert round(1 - parameters(rootstock) / parameters(donor), 4) == 0.8854
 
 
+@pytest.mark.slow
 def test_the_rootstock_saves_far_fewer_multiplications_than_parameters() -> None:
     trunk = open_donor("vgg16", 128, pretrained=False)
     macs = [cost.macs for cost in layer_costs(trunk)]

@@ -109,6 +109,7 @@ def test_the_file_holds_no_path_and_no_trace_of_the_code(file: Path) -> None:
     assert list(file.parent.iterdir()) == [file]  # no data in a file of its own, nothing left over
 
 
+@pytest.mark.slow
 def test_a_module_in_training_gives_the_same_bytes_and_stays_in_training(
     module: nn.Module, file: Path, tmp_path: Path
 ) -> None:

@@ -67,6 +67,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "bytes_a_pixel"), [("I;16", 4), ("RGBA", 10)])
 def test_a_large_image_takes_few_bytes_a_pixel(tmp_path, mode, bytes_a_pixel):
     file, side = tmp_path / "large.png", 3500

@@ -129,6 +129,7 @@ def test_features_that_tell_the_classes_matter_more_than_noise(rule: str) -> Non
     assert actual[:3].min() > 2 * actual[3:].max()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 1000))
 def test_taylor_relevance_is_the_mean_of_feature_times_gradient(seed: int) -> None:

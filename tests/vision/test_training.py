@@ -179,6 +179,7 @@ def test_a_rootstock_learns_to_tell_colours(tmp_path: Path) -> None:
     assert not rootstock.training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "bfloat16"), [(9, True), (11, False), (12, True)])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path: Path, step: int, bfloat16: bool) -> None:
     settings = SETTINGS.model_copy(update={"bfloat16": bfloat16})
