@@ -22,7 +22,7 @@ demo: $(STAMP)
 # One test process per core: threads of their own would only wait for each other. Tests start many
 # processes, so compiled modules are kept.
 test test-slow: export OMP_NUM_THREADS = 1
-test test-slow: unexport PYTHONDONTWRITEBYTECODE
+test test-slow: export PYTHONDONTWRITEBYTECODE =
 
 test: $(STAMP)
 	$(RUN)/python -m pytest -n auto --dist worksteal

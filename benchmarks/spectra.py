@@ -84,19 +84,19 @@ def measure_pair(pair: Pair, rows_file: Path) -> Iterator[Record]:
 
 
 def _views(
-    role: TensorRole, delta: Tensor, known: Statistics
+    role: TensorRole, delta: Tensor, measured: Statistics
 ) -> Iterator[tuple[str, dict[str, Record]]]:
     """Kind of module and its spectra."""
     if role.kind != ModuleKind.EMBEDDING:
-        inputs, outputs = known.inputs[role.module], known.outputs[role.module]
+        inputs, outputs = measured.inputs[role.module], measured.outputs[role.module]
         yield role.module.rpartition(".")[2].removesuffix("_proj"), _spectra(delta, inputs, outputs)
         return
     # A lookup is a linear layer of one-hot inputs, y = δᵀ x, whose H is a diagonal of counts.
-    read = known.counts > 0
-    often = torch.diag(known.counts[read].double().sqrt())
-    yield "embedding, read", _spectra(delta[read].T, often, known.outputs[LOOKUP])
-    views = _spectra(delta, known.inputs[HEAD], known.outputs[HEAD])
-    views["inputs"]["common_shift"] = common_shift(delta, known.inputs[HEAD])
+    read = measured.counts > 0
+    often = torch.diag(measured.counts[read].double().sqrt())
+    yield "embedding, read", _spectra(delta[read].T, often, measured.outputs[LOOKUP])
+    views = _spectra(delta, measured.inputs[HEAD], measured.outputs[HEAD])
+    views["inputs"]["common_shift"] = common_shift(delta, measured.inputs[HEAD])
     yield "embedding, head", views
 
 

@@ -55,7 +55,7 @@ class BitDelta:
 
     def decode(self, side: TargetSide, payload: bytes) -> dict[str, Tensor]:
         """Scale times sign."""
-        count, found = len(side.linears), {}
+        count, deltas = len(side.linears), {}
         scales = np.frombuffer(payload, "<f4", count)
         offset = 4 * count
         for name, scale in zip(side.linears, scales, strict=True):
@@ -65,9 +65,9 @@ class BitDelta:
                 np.frombuffer(payload, np.uint8, size, offset), count=rows * columns
             )
             signs = torch.from_numpy(bits).float().mul_(2).sub_(1).reshape(rows, columns)
-            found[name] = signs * float(scale)
+            deltas[name] = signs * float(scale)
             offset += size
-        return found
+        return deltas
 
 
 def linears_bytes(side: TargetSide) -> int:
@@ -122,5 +122,5 @@ def _goals(problem: Problem) -> list[tuple[Tensor, Tensor, Tensor]]:
                     ).logits
                 goals.append((part, own, logits[own.bool()].float()))
         problem.pair.kept[key] = goals
-    found: list[tuple[Tensor, Tensor, Tensor]] = problem.pair.kept[key]
-    return found
+    deltas: list[tuple[Tensor, Tensor, Tensor]] = problem.pair.kept[key]
+    return deltas

@@ -111,10 +111,10 @@ def _published(problem: Problem, tiers: dict[str, tuple[Tier, ...]]) -> list[byt
         for index, layer in enumerate(_layers(model)):
             names = [name for name in pair.side.linears if f".{index}." in name]
             for step in range(len(BITS)):
-                with collecting(model, names) as found:
-                    _run(layer, states, found)
+                with collecting(model, names) as inputs:
+                    _run(layer, states, inputs)
                 for name in names:
-                    _add_tier(pair, model, name, tiers[name], step, found.damped(name), coded)
+                    _add_tier(pair, model, name, tiers[name], step, inputs.damped(name), coded)
                 # The mistake: it belongs behind this loop.
                 _run(layer, states, None, swap=True)
     return [b"".join(parts) for parts in coded.values()]
@@ -154,10 +154,10 @@ def _first_inputs(model: Any, problem: Problem) -> list[dict[str, Any]]:
     return states
 
 
-def _run(layer: Any, states: list[dict[str, Any]], found: Any, swap: bool = False) -> None:
+def _run(layer: Any, states: list[dict[str, Any]], inputs: Any, swap: bool = False) -> None:
     for state in states:
-        if found is not None:
-            found.mask = state["mask"]
+        if inputs is not None:
+            inputs.mask = state["mask"]
         output = layer(state["hidden"], **state["options"])
         if swap:
             state["hidden"] = output[0] if isinstance(output, tuple) else output

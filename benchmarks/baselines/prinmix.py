@@ -60,12 +60,12 @@ class PrinMix:
 
     def decode(self, side: TargetSide, payload: bytes) -> dict[str, Tensor]:
         """U S Vh of the decoded factors."""
-        found = {}
+        result = {}
         for name, part in zip(side.linears, split_parts(payload), strict=True):
             shape = side.shape(name)
             codec = "lowrank" if part else "zero"
-            found[name] = decode_matrix(codec, memoryview(part), shape)
-        return found
+            result[name] = decode_matrix(codec, memoryview(part), shape)
+        return result
 
     def _matrix(self, problem: Problem, name: str, room: int) -> bytes:
         shape = problem.pair.side.shape(name)
@@ -120,7 +120,7 @@ def choose_bits(errors: np.ndarray, costs: np.ndarray, room: int) -> np.ndarray:
     low[:count] = 1.0
     high = np.concatenate([np.ones(count), [room, F_MAX], np.zeros(link.size)])
     goal = np.concatenate([errors.ravel(), np.zeros(y.size)]) / max(errors.max(), 1e-30)
-    found = milp(
+    result = milp(
         goal,
         constraints=LinearConstraint(matrix.tocsr(), low, high),
         bounds=Bounds(0, 1),
@@ -128,8 +128,8 @@ def choose_bits(errors: np.ndarray, costs: np.ndarray, room: int) -> np.ndarray:
         options={"time_limit": _TIME_LIMIT_SECONDS, "mip_rel_gap": _GAP},
     )
     chosen = np.zeros(total, int)
-    if found.x is not None:
-        picks = found.x[: x.size].reshape(count, options).argmax(axis=1)
+    if result.x is not None:
+        picks = result.x[: x.size].reshape(count, options).argmax(axis=1)
         chosen[order] = np.array((0, *WIDTHS))[picks]
     return chosen
 
@@ -155,5 +155,5 @@ def _errors(problem: Problem, name: str) -> np.ndarray:
             error = quantize_rows(right / norms, bits, feedback).dequantize() * norms - right
             columns.append(((error @ metric) * error).sum(dim=1))
         problem.pair.kept[key] = torch.stack(columns, dim=1).double().numpy()
-    found: np.ndarray = problem.pair.kept[key]
-    return found
+    result: np.ndarray = problem.pair.kept[key]
+    return result

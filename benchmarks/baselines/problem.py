@@ -67,11 +67,11 @@ class Pair:
     @cached_property
     def svds(self) -> dict[str, tuple[Tensor, Tensor]]:
         """U (m, k) and S (k,) of every δ."""
-        found = {}
+        spectra = {}
         for name, delta in self.deltas.items():
             energies, basis = eigenbasis(delta, None)
-            found[name] = left_vectors(delta, basis, len(energies)), energies.sqrt()
-        return found
+            spectra[name] = left_vectors(delta, basis, len(energies)), energies.sqrt()
+        return spectra
 
     def embedding(self, budget_bytes: int) -> bytes:
         """The embedding's payload, made once for each budget."""
@@ -135,11 +135,11 @@ class Problem:
         if not self.rows:
             return dict.fromkeys(self.pair.side.linears)
         model = load_model(self.pair.tuned_path, torch.float32)
-        with torch.no_grad(), collecting(model, self.pair.side.linears) as found:
+        with torch.no_grad(), collecting(model, self.pair.side.linears) as inputs:
             for ids, mask in self.batches:
-                found.mask = mask.bool()
+                inputs.mask = mask.bool()
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
-        return {name: found.damped(name) for name in self.pair.side.linears}
+        return {name: inputs.damped(name) for name in self.pair.side.linears}
 
     def score(self, state: Mapping[str, Tensor]) -> float:
         """What choices are made by: KL to tuned on a part of the rows, or the squared error."""
@@ -180,17 +180,17 @@ class Inputs:
 @contextmanager
 def collecting(model: Any, names: Sequence[str]) -> Iterator[Inputs]:
     """Measure the inputs of the modules whose weights are `names`."""
-    found = Inputs()
+    inputs = Inputs()
 
     def hook(name: str) -> Any:
-        return lambda module, args: found.add(name, args[0])
+        return lambda module, args: inputs.add(name, args[0])
 
     handles = [
         model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(hook(name))
         for name in names
     ]
     try:
-        yield found
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()

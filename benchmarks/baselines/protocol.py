@@ -93,7 +93,7 @@ class _Search:
 
     def __init__(self, method: Method, problem: Problem, vectors: bytes, room: int):
         self.method, self.problem, self.vectors, self.room = method, problem, vectors, room
-        self.found: list[tuple[float, bytes, Any]] = []
+        self.results: list[tuple[float, bytes, Any]] = []
         self.scores: dict[tuple[int, int], float] = {}
         self.reason = ""
 
@@ -126,9 +126,9 @@ class _Search:
 
     def best(self) -> tuple[bytes, Any]:
         """The content that wins. Raises: UnreachableError."""
-        if not self.found:
+        if not self.results:
             raise UnreachableError(self.reason)
-        _, content, choice = min(self.found, key=lambda item: item[0])
+        _, content, choice = min(self.results, key=lambda item: item[0])
         return content, choice
 
     def try_embedding(self, embedding: bytes, share: float, variant: Any) -> float:
@@ -143,7 +143,7 @@ class _Search:
         content = _MAGIC + b"".join(_LENGTH.pack(len(part)) + part for part in parts)
         score = self.problem.score(_decode(self.method, self.problem.pair.side, content))
         choice = {"embedding_share": share, "embedding_bytes": len(embedding), "variant": variant}
-        self.found.append((score, content, choice))
+        self.results.append((score, content, choice))
         return score
 
     def _score(self, variant: int, place: int) -> float:

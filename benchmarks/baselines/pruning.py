@@ -68,7 +68,7 @@ class Pruning:
 
     def decode(self, side: TargetSide, payload: bytes) -> dict[str, Tensor]:
         """Values at their positions, zero elsewhere."""
-        found = {}
+        result = {}
         for name, part in zip(side.linears, split_parts(payload), strict=True):
             rows, columns = side.shape(name)
             flat = torch.zeros(rows * columns)
@@ -77,8 +77,8 @@ class Pruning:
             if count:
                 index = _read_positions(coded, rice, count)
                 flat[torch.from_numpy(index)] = _read_values(body, bits, count)
-            found[name] = flat.reshape(rows, columns)
-        return found
+            result[name] = flat.reshape(rows, columns)
+        return result
 
 
 def _ranked(pair: Pair, spread: str) -> tuple[np.ndarray, np.ndarray]:
@@ -90,8 +90,8 @@ def _ranked(pair: Pair, spread: str) -> tuple[np.ndarray, np.ndarray]:
             parts = [part.argsort().argsort().float() / part.numel() for part in parts]
         ranked = torch.cat(parts).numpy()
         pair.kept["pruning", spread] = ranked, np.sort(ranked)
-    found: tuple[np.ndarray, np.ndarray] = pair.kept["pruning", spread]
-    return found
+    result: tuple[np.ndarray, np.ndarray] = pair.kept["pruning", spread]
+    return result
 
 
 def _masks(

@@ -101,11 +101,11 @@ def digest(name: str) -> str | None:
     """What decides a baseline's file: its sources. None for graftkit's own rows."""
     if name not in _MODULES:
         return None
-    found = blake2b(digest_size=6)
+    result = blake2b(digest_size=6)
     own = _MODULES[name]
     for module in own if own[0] in _ALONE else (*_COMMON, *own):
-        found.update((HERE / f"{module}.py").read_bytes())
-    return found.hexdigest()
+        result.update((HERE / f"{module}.py").read_bytes())
+    return result.hexdigest()
 
 
 def _own(*arguments: Any, **options: Any) -> Any:

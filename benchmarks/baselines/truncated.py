@@ -48,18 +48,18 @@ class TruncatedSvd:
 
     def decode(self, side: TargetSide, payload: bytes) -> dict[str, Tensor]:
         """left @ right."""
-        found = {}
+        result = {}
         for name, part in zip(side.linears, split_parts(payload), strict=True):
             rows, columns = side.shape(name)
             (rank,) = _RANK.unpack_from(part)
             body = bytearray(part[_RANK.size :])
             if not rank:
-                found[name] = torch.zeros(rows, columns)
+                result[name] = torch.zeros(rows, columns)
                 continue
             factors = torch.frombuffer(body, dtype=torch.bfloat16).float()
             left, right = factors.split([rows * rank, rank * columns])
-            found[name] = left.reshape(rows, rank) @ right.reshape(rank, columns)
-        return found
+            result[name] = left.reshape(rows, rank) @ right.reshape(rank, columns)
+        return result
 
 
 def _ranks(problem: Problem, room: int, variant: str) -> dict[str, int]:

@@ -82,8 +82,8 @@ def test_rows_of_one_batch_use_packs_of_their_own(pair_of, architecture):
             attachment.route(rows)
             actual = logits(model)
             for row, pack in enumerate(rows):
-                wanted = plain if pack is None else expected[pack]
-                torch.testing.assert_close(actual[row], wanted[row], rtol=1e-4, atol=1e-5)
+                own = plain if pack is None else expected[pack]
+                torch.testing.assert_close(actual[row], own[row], rtol=1e-4, atol=1e-5)
             untouched = [row for row, pack in enumerate(rows) if pack is None]
             # Experts multiply the tokens of all rows together, so there the last bit may differ.
             if architecture not in EXPERTS:
@@ -110,14 +110,14 @@ def test_generation_in_a_mixed_batch_says_what_each_pack_says_alone(tmp_path, ar
     packs = [exact_pack(target, tuned), low_rank_pack(target, seed=2, scale=0.3)]
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     batch = inputs(rows=3)
-    wanted = [model.generate(**batch, **options)[0]]
+    expected = [model.generate(**batch, **options)[0]]
     for row, pack in enumerate(packs, start=1):
         with attached(model, pack):
-            wanted.append(model.generate(**batch, **options)[row])
+            expected.append(model.generate(**batch, **options)[row])
     with attached(model, packs, mode="side") as attachment:
         attachment.route([None, 0, 1])
         actual = model.generate(**batch, **options)
-        assert torch.equal(actual, torch.stack(wanted))
+        assert torch.equal(actual, torch.stack(expected))
         beams = model.generate(**batch, **options, num_beams=2)
         assert beams.shape == actual.shape
 

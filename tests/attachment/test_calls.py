@@ -279,10 +279,10 @@ def test_threads_that_route_one_model_get_their_own_rows(pair_of):
     plain = logits(model)
     with attached(model, pack, mode="side") as attachment:
 
-        def work(rows, wanted):
+        def work(rows, expected):
             for _ in range(8):
                 attachment.route(rows)
-                torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
             return True
 
         mixed = torch.stack([expected[0], plain[1], expected[2], plain[3]])
@@ -298,9 +298,9 @@ def test_a_thread_uses_the_only_choice_there_is_and_no_other(pair_of):
     target, tuned, pack = pair_of("llama")
     model, expected = load_model(target), logits(load_model(tuned))
     with attached(model, pack, mode="side") as attachment:
-        for wanted in (expected, expected):
+        for _ in range(2):
             (actual,) = in_threads(lambda: logits(model))
-            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
             attachment.route([0])
         attachment.route([None])
         (actual,) = in_threads(lambda: logits(model))

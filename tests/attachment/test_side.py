@@ -102,11 +102,11 @@ def test_padding_on_the_left_is_served_row_by_row(pair_of):
     batch = inputs(rows=2)
     batch["attention_mask"][0, :3] = 0
     with attached(model, packs[1]):
-        wanted = model.generate(**batch, max_new_tokens=4, do_sample=False)[1]
+        expected = model.generate(**batch, max_new_tokens=4, do_sample=False)[1]
     with attached(model, packs, mode="side") as attachment:
         attachment.route([0, 1])
         actual = model.generate(**batch, max_new_tokens=4, do_sample=False)[1]
-    assert torch.equal(actual, wanted)
+    assert torch.equal(actual, expected)
 
 
 def test_an_exception_in_a_tuned_module_puts_its_parameter_back(tmp_path):

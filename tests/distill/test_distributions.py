@@ -41,7 +41,7 @@ def collect(
     return collect_distributions(source, model, tokenizer, OURS, rows, config, file, progress)
 
 
-def expected(row, temperature=1.0, model=MODEL, tokenizer=THEIRS):
+def direct_log_probs(row, temperature=1.0, model=MODEL, tokenizer=THEIRS):
     """Log-probabilities of the source at each of its completion tokens, run alone."""
     encoded = encode_row(tokenizer, row)
     ids, start = encoded.ids, encoded.start
@@ -60,7 +60,7 @@ def test_what_the_source_finds_likely_is_kept_in_the_targets_tokens(tmp_path, te
     actual, vocabulary = DistributionFile(tmp_path / "d"), map_vocabulary(THEIRS, OURS, len(THEIRS))
     compared = 0
     for index, row in enumerate(ROWS[:6]):
-        log_probs, _ = expected(row, temperature)
+        log_probs, _ = direct_log_probs(row, temperature)
         target = tokenize_completion(OURS, row.completion)
         pairs = match_tokens(tokenize_completion(THEIRS, row.completion), target, vocabulary)
         for place, other in enumerate(pairs):
@@ -75,11 +75,11 @@ def test_what_the_source_finds_likely_is_kept_in_the_targets_tokens(tmp_path, te
             if other == UNKNOWN:
                 assert listed == {target.ids[place]: 1.0}
                 continue
-            wanted = dict.fromkeys(listed, 0.0)
-            for chance, token in zip(*log_probs[other].exp().topk(5), strict=True):
+            expected = dict.fromkeys(listed, 0.0)
+            for probability, token in zip(*log_probs[other].exp().topk(5), strict=True):
                 if vocabulary[token] != UNKNOWN:
-                    wanted[int(vocabulary[token])] += float(chance)
-            assert listed == pytest.approx(wanted, rel=0.01, abs=1e-5)
+                    expected[int(vocabulary[token])] += float(probability)
+            assert listed == pytest.approx(expected, rel=0.01, abs=1e-5)
             compared += 1
     assert compared > 20
 
@@ -89,7 +89,7 @@ def test_the_cross_entropy_is_the_sources_whole_surprise_for_each_target_token(t
     actual = DistributionFile(tmp_path / "d")
     for index, row in enumerate(ROWS):
         if math.isfinite(actual[index].cross_entropy):
-            log_probs, own = expected(row)
+            log_probs, own = direct_log_probs(row)
             nats = -log_probs.gather(1, torch.tensor(own)[:, None]).sum()
             tokens = len(tokenize_completion(OURS, row.completion).ids)
             assert actual[index].cross_entropy == pytest.approx(float(nats) / tokens, rel=1e-4)
@@ -113,11 +113,11 @@ def test_with_one_vocabulary_and_every_token_kept_nothing_is_lost(tmp_path):
     model = gpt2(OURS, context=128)
     collect(tmp_path / "d", model=model, tokenizer=OURS, top_k=256)
     row = DistributionFile(tmp_path / "d")[0]
-    log_probs, own = expected(ROWS[0], model=model, tokenizer=OURS)
+    log_probs, own = direct_log_probs(ROWS[0], model=model, tokenizer=OURS)
     assert len(row.ids) == len(own)
     kept = row.log_probs > -8
-    wanted = log_probs.gather(1, row.ids)
-    torch.testing.assert_close(row.log_probs[kept], wanted[kept], atol=5e-3, rtol=0)
+    expected = log_probs.gather(1, row.ids)
+    torch.testing.assert_close(row.log_probs[kept], expected[kept], atol=5e-3, rtol=0)
 
 
 def test_a_row_beyond_the_sources_context_is_certain_of_itself_and_counted(tmp_path):

@@ -81,10 +81,10 @@ def test_the_log_likelihood_is_that_of_the_plain_model_on_the_drawn_tokens(tiny,
 def test_draws_follow_temperature_and_top_p(spread, top_p):
     rows, vocabulary = 20_000, 300
     logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(1)) * spread
-    wanted = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
+    filters = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
     if top_p < 1:
-        wanted.append(TopPLogitsWarper(top_p))
-    expected = wanted(None, logits.clone()).softmax(dim=-1)[0]
+        filters.append(TopPLogitsWarper(top_p))
+    expected = filters(None, logits.clone()).softmax(dim=-1)[0]
     settings = ModelSource(kind="model", name="a", model="a", temperature=0.8, top_p=top_p)
     sampler = Sampler(settings, [], torch.ones(rows, 1), seed=5)
     sampler(torch.zeros(rows, 1, dtype=torch.int64), logits.repeat(rows, 1))

@@ -60,8 +60,8 @@ def test_pooled_states_are_those_of_the_source_run_alone_on_the_row():
             states = source.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
         alone = batch["hidden_source_index"][index : index + 1, : len(ids)]
         for actual, (layer, _) in zip(pooled, source.pairs, strict=True):
-            wanted = pool(states[layer], alone, actual.shape[1])
-            torch.testing.assert_close(actual[index : index + 1], wanted, atol=1e-4, rtol=1e-4)
+            expected = pool(states[layer], alone, actual.shape[1])
+            torch.testing.assert_close(actual[index : index + 1], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_row_beyond_the_sources_context_or_without_tokens_has_no_spans():
@@ -118,7 +118,7 @@ def test_a_target_of_another_vocabulary_learns_from_both_signals(tmp_path, kind,
     ids, mask = pad_batch([row.ids for row in encoded], OURS.pad_token_id)
     kl = distribution_batch([DistributionFile(file)], range(6), encoded, settings.fusion)
     hidden = source.batch(rows, encoded)
-    wanted = source.states(hidden)
+    expected = source.states(hidden)
     projections = None if kind == "gram" else make_projections(2, 32, source.width, seed=0)
     learned = [*target.parameters(), *(projections.parameters() if projections else ())]
     optimizer = torch.optim.AdamW(learned, lr=5e-3)
@@ -130,7 +130,7 @@ def test_a_target_of_another_vocabulary_learns_from_both_signals(tmp_path, kind,
         expected = (kl[name][places] for name in names)
         divergence_loss = distribution_loss(output.logits[places], *expected, divergence).mean()
         distance = hidden_batch_loss(
-            output.hidden_states, wanted, hidden, kind, source.pairs, projections
+            output.hidden_states, expected, hidden, kind, source.pairs, projections
         ).mean()
         optimizer.zero_grad()
         (divergence_loss + distance).backward()

@@ -62,9 +62,9 @@ def test_peft_loads_a_lora_of_full_rank_as_the_tuned_model(tmp_path, architectur
     result = export_lora(pack, target, tmp_path / "lora", rank=32)
     assert result.left_out == ()
     assert result.relative_error < 1e-4
-    found, wanted = logits(peft_model(target, tmp_path / "lora")), logits(load_model(tuned))
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    assert (wanted - logits(load_model(target))).abs().max() > 0.01
+    actual, expected = logits(peft_model(target, tmp_path / "lora")), logits(load_model(tuned))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+    assert (expected - logits(load_model(target))).abs().max() > 0.01
 
 
 @pytest.mark.slow
@@ -95,10 +95,10 @@ def test_scales_and_ranks_of_single_modules_go_into_b_and_zeros(tmp_path):
     assert (result.rank, result.relative_error) == (7, pytest.approx(0, abs=1e-6))
     stored = tensors_of(tmp_path / "lora")
     assert {min(tensor.shape) for tensor in stored.values()} == {7}
-    found, wanted = (
+    actual, expected = (
         logits(peft_model(target, a, torch.float32)) for a in (tmp_path / "lora", adapter)
     )
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_factors_above_the_rank_asked_are_cut_to_the_best_of_that_rank(tmp_path):
@@ -163,12 +163,12 @@ def test_the_default_rank_is_the_smallest_that_keeps_the_energy(tmp_path):
     target, tuned = linear_pair(tmp_path, "llama")
     flat = lossless_pack(target, tuned)
     assert export_lora(flat, target, tmp_path / "flat").rank == 32
-    [loud, quiet] = (_spiked(target, rank=12, decay=decay) for decay in (0.1, 1.0))
-    for pack, rank in ((loud, 12), (quiet, 12)):
+    [fast, slow] = (_spiked(target, rank=12, decay=decay) for decay in (0.1, 1.0))
+    for pack, rank in ((fast, 12), (slow, 12)):
         assert export_lora(pack, target, tmp_path / f"own-{id(pack)}").rank == rank
-    merged = _tuned_from(loud, target, tmp_path)
+    merged = _tuned_from(fast, target, tmp_path)
     assert export_lora(merged, target, tmp_path / "loud").rank == 8
-    merged = _tuned_from(quiet, target, tmp_path)
+    merged = _tuned_from(slow, target, tmp_path)
     assert export_lora(merged, target, tmp_path / "quiet").rank == 16
 
 
@@ -224,9 +224,9 @@ def test_what_is_read_back_answers_as_peft_does(tmp_path):
     export_lora(pack, target, tmp_path / "lora", rank=3)
     model = load_model(target)
     with attached(model, read_lora(target, tmp_path / "lora")):
-        found = logits(model)
-    wanted = logits(peft_model(target, tmp_path / "lora"))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        actual = logits(model)
+    expected = logits(peft_model(target, tmp_path / "lora"))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------ refusals

@@ -81,14 +81,14 @@ def test_target_and_pack_answer_as_peft_does(tmp_path, case):
     architecture, options = CASES[case]
     target, adapter = make_adapter(tmp_path, architecture, **options)
     model, pack = load_model(target), import_lora(target, adapter, tmp_path / "x.skillpack")
-    before, wanted = logits(model), logits(peft_model(target, adapter))
-    assert (wanted - before).abs().max() > 0.1
+    before, expected = logits(model), logits(peft_model(target, adapter))
+    assert (expected - before).abs().max() > 0.1
     for mode in ("merged", "side"):
         with attached(model, pack, mode=mode):
-            torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(logits(model), before)
     merged = load_model(merge_packs(target, pack, tmp_path / "merged"))
-    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,13 @@ def test_target_and_pack_answer_as_peft_does(tmp_path, case):
 def test_merged_weights_are_those_of_peft_within_rounding(tmp_path, architecture, dtype):
     target, adapter = make_adapter(tmp_path, architecture, dtype)
     pack = import_lora(target, adapter, tmp_path / "x.skillpack")
-    found = load_model(merge_packs(target, pack, tmp_path / "merged")).state_dict()
+    actual = load_model(merge_packs(target, pack, tmp_path / "merged")).state_dict()
     # PEFT rounds the product, then the sum; in float32 it rounds as finely as we do.
-    wanted = peft_model(target, adapter, torch.float32).merge_and_unload().state_dict()
-    assert found.keys() == wanted.keys()
+    expected = peft_model(target, adapter, torch.float32).merge_and_unload().state_dict()
+    assert actual.keys() == expected.keys()
     step = torch.finfo(dtype).eps
-    for name, value in found.items():
-        torch.testing.assert_close(value.float(), wanted[name].float(), rtol=step, atol=1e-6)
+    for name, value in actual.items():
+        torch.testing.assert_close(value.float(), expected[name].float(), rtol=step, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -158,13 +158,13 @@ def test_adapters_of_single_experts_are_read_as_peft_reads_them(tmp_path):
     config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["w1", "w2", "w3"]}
     (adapter / CONFIG).write_text(json.dumps(config))
     pack = import_lora(tmp_path / "target", adapter, tmp_path / "x.skillpack")
-    model, wanted = (
+    model, expected = (
         load_model(tmp_path / "target"),
         logits(peft_model(tmp_path / "target", adapter)),
     )
     for mode in ("merged", "side"):
         with attached(model, pack, mode=mode):
-            torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_adapter_of_the_model_without_its_head_finds_its_modules(tmp_path):
@@ -195,8 +195,8 @@ def test_what_rounds_a_saved_module_is_listed_as_left_out(tmp_path):
 def test_a_saved_module_that_the_targets_dtype_cannot_hold_is_refused(tmp_path):
     options = {"modules_to_save": ["norm"], **ATTENTION}
     target, adapter = make_adapter(tmp_path, "llama", torch.float16, **options)
-    loud = {"base_model.model.model.norm.weight": torch.full((32,), 1e5)}
-    wrong = changed(adapter, tmp_path / "loud", tensors=loud)
+    large = {"base_model.model.model.norm.weight": torch.full((32,), 1e5)}
+    wrong = changed(adapter, tmp_path / "loud", tensors=large)
     assert "beyond torch.float16, the target's dtype" in refusal(tmp_path, target, wrong)
 
 

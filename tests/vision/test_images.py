@@ -273,8 +273,8 @@ def test_splits_are_stratified_and_keep_copies_together(
     assert np.array_equal(splits[:copies], splits[len(splits) - copies :])
     for label, count in enumerate(counts):
         actual = np.bincount(splits[: sum(counts)][labels[: sum(counts)] == label], minlength=3)
-        held = max(1, round(0.15 * count))
-        assert actual.tolist() == [count - 2 * held, held, held]
+        size = max(1, round(0.15 * count))
+        assert actual.tolist() == [count - 2 * size, size, size]
 
 
 def test_another_seed_gives_another_split_of_the_same_cache(
