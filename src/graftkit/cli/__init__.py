@@ -54,11 +54,20 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for packs and results.")] = Path(
         "graftkit-demo"
     ),
+    real: Annotated[
+        Path | None,
+        typer.Option(help="Folder of packs for a real chat model, which comes from PyPI (93 MB)."),
+    ] = None,
 ) -> None:
     """Pack, attach and mix three built-in skills, offline.
 
     Every step says what it does; the packs and the numbers stay in the folder.
     """
+    if real is not None:
+        from graftkit.demo.real import run_real_demo
+
+        run_real_demo(out, real)
+        return
     from graftkit.demo import run_demo
 
     run_demo(out)

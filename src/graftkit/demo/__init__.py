@@ -110,7 +110,7 @@ class MeasuredTarget:
         # float32, as in `compare`: the rounding of activations is no part of the comparison.
         self.model: Any = load_model(folder.target, torch.float32)
         self.tokenizer: Any = load_tokenizer(folder.target)
-        self.digest = _live_digest(self.model)
+        self.digest = live_digest(self.model)
 
     def measure(self) -> tuple[SkillResult, ...]:
         """Exact match of target, tuned and target + pack; the target's bytes after detaching."""
@@ -185,7 +185,7 @@ class MeasuredTarget:
         return read_rows(self.folder.test_rows(skill))
 
     def _check_restored(self, after: str) -> None:
-        actual = _live_digest(self.model)
+        actual = live_digest(self.model)
         if actual != self.digest:
             raise GraftError(
                 f"after {after} the target has digest {actual[:16]} instead of {self.digest[:16]}; "
@@ -216,7 +216,7 @@ def _prefixed(report: Progress, skill: DemoSkill) -> Progress:
     return lambda step, done, total: report(f"{skill.name}: {step}", done, total)
 
 
-def _live_digest(model: Any) -> str:
+def live_digest(model: Any) -> str:
     """One digest over the bytes of all parameters of a live model."""
     return fingerprint(
         (name, str(tensor.dtype), tuple(tensor.shape), tensor_digest(tensor))

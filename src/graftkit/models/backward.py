@@ -26,7 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
-from graftkit.models.calibration import CovarianceStore, job_digest, streamed_for_rows
+from graftkit.models.calibration import CovarianceStore, job_digest, prepared_for_rows
 from graftkit.models.loading import output_embeddings, token_embedding
 from graftkit.models.text import (
     real_tokens,
@@ -40,21 +40,24 @@ from graftkit.progress import StepProgress, silent
 from graftkit.rows import EncodedRow, Row, batches_by_length, pad_batch
 
 BACKWARD_TOKENS = 2_048  # padded tokens of one pass: inputs of 32 layers of width 4,096 are 1 GB
-_CHUNK_BYTES = 2**26  # float32 logits of one chunk; a backward pass holds about five copies
+_CHUNK_BYTES = 2**25  # float32 logits of one chunk; a backward pass holds about five copies
 
 LogitsVisitor = Callable[[Tensor, slice], Tensor | None]
 """Given float32 logits (n, vocabulary) and their place among the scored positions, returns the
 gradient with respect to them, in their shape; None or unused where there is no backward pass."""
 
 
-def prepare_backward(model: Any) -> None:
+def prepare_backward(model: Any, recompute: bool = True) -> None:
     """Freeze a model and let its layers run again in the backward pass; for good.
 
     The layers of a model whose class marks none keep their weights until the backward pass.
+
+    Args:
+        recompute: whether layers run again, or keep their activations.
     """
     model.requires_grad_(False)
     model.config.use_cache = False
-    for layer in _outermost_layers(model):
+    for layer in _outermost_layers(model) if recompute else ():
         layer.forward = _recomputed(layer.forward)
 
 
@@ -227,7 +230,7 @@ def collect_sensitivities(
         return SensitivitySummary(**finished)
     store.clear()
     report = progress or silent
-    with streamed_for_rows(checkpoint, rows, SENSITIVITY_TOKENS, seed, store) as prepared:
+    with prepared_for_rows(checkpoint, rows, SENSITIVITY_TOKENS, seed, store) as prepared:
         model, encoded, pad = prepared
         collector = _SensitivityCollector(model, modules, seed, checkpoint.name)
         batches = backward_batches(model, list(map(len, encoded)), BACKWARD_TOKENS)

@@ -1,8 +1,8 @@
 """Activation statistics of the tuned model: the covariances of the inputs of its linear modules.
 
 For a linear module y = x Wᵀ the error E of a compressed weight costs tr(E H Eᵀ) with H = Σ x xᵀ
-over the calibration tokens, H (in, in). The model streams from disk and the matrices go to disk:
-neither is ever in memory whole.
+over the calibration tokens, H (in, in). A large model streams from disk, and the matrices go
+to disk: neither is ever in memory whole.
 """
 
 import json
@@ -22,11 +22,10 @@ from torch import Tensor, nn
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError
 from graftkit.model_files import SIDE_FILES
-from graftkit.models.loading import output_embeddings, stream_model
+from graftkit.models.loading import load_or_stream, output_embeddings
 from graftkit.models.text import (
     MICRO_BATCH_TOKENS,
     encode_rows,
-    one_thread,
     pad_id,
     pass_batches,
     real_tokens,
@@ -161,7 +160,7 @@ def collect_covariances(
         return CalibrationSummary(**finished)
     store.clear()
     report = progress or silent
-    with streamed_for_rows(checkpoint, rows, CALIBRATION_TOKENS, seed, store) as prepared:
+    with prepared_for_rows(checkpoint, rows, CALIBRATION_TOKENS, seed, store) as prepared:
         model, encoded, pad = prepared
         collector = _CovarianceCollector(model, modules, store, checkpoint.name)
         batches = pass_batches(model, list(map(len, encoded)))
@@ -181,14 +180,14 @@ def collect_covariances(
 
 
 @contextmanager
-def streamed_for_rows(
+def prepared_for_rows(
     checkpoint: Checkpoint,
     rows: Sequence[Row],
     tokens_limit: int,
     seed: int,
     store: CovarianceStore,
 ) -> Iterator[tuple[Any, list[EncodedRow], int]]:
-    """A model of one stack, `encode_rows` of its rows and the token that pads them; one thread.
+    """A model of one stack, `encode_rows` of its rows and the token that pads them.
 
     Weights that memory does not hold lie in the folder of `store` until the block ends.
 
@@ -196,8 +195,8 @@ def streamed_for_rows(
         not fit; RowsError for a row beyond the model's context.
     """
     tokenizer = usable_tokenizer(checkpoint)
-    with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
-        model = stream_model(checkpoint, Path(offload))
+    with TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
+        model = load_or_stream(checkpoint, Path(offload))
         encoded = encode_rows(tokenizer, rows, tokens_limit, seed, model, checkpoint.name)
         if getattr(model.config, "is_encoder_decoder", False):
             raise CheckpointError(

@@ -38,6 +38,7 @@ LOAD_ERRORS = (
 )
 """What from_pretrained raises for a configuration, a file or a tensor it cannot use."""
 
+_RESIDENT_BYTES, _RESIDENT_BYTES_PER_WEIGHT = 2**28, 20
 # Empty models that stay in memory: a command works on a target and a tuned model, seldom on more.
 _EMPTY_MODELS = 4
 
@@ -76,6 +77,24 @@ def stream_model(reference: str | Path | Checkpoint, offload_dir: str | Path) ->
         device_map={"": "disk"},
         offload_folder=str(offload_dir),
     )
+
+
+def load_or_stream(
+    reference: str | Path | Checkpoint, offload_dir: str | Path, models: int = 1
+) -> PreTrainedModel:
+    """The model in memory if `models` of its size fit there while a pack is made, else streamed.
+
+    Both compute alike. Packing may use 24 bytes for each weight of the largest tensor
+    (docs/benchmarks.md); 20 of them may hold models that run.
+
+    Raises: CheckpointError as `stream_model` does.
+    """
+    checkpoint = _open(reference)
+    largest = max(info.numel for info in checkpoint.tensors.values())
+    room = max(_RESIDENT_BYTES, _RESIDENT_BYTES_PER_WEIGHT * largest)
+    if models * checkpoint.parameters * _dtype(checkpoint).itemsize <= room:
+        return load_model(checkpoint)
+    return stream_model(checkpoint, offload_dir)
 
 
 def empty_model(reference: str | Path | Checkpoint) -> PreTrainedModel:

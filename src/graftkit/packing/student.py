@@ -5,6 +5,7 @@
 Gradients pass the rounding unchanged (straight-through estimator, arXiv 1308.3432).
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -90,12 +91,25 @@ class Student:
         """Bytes of all payloads."""
         return sum(len(store_factors(latent.coded(zone))) for latent in self.latents.values())
 
+    def entropy_bytes(self, zone: float = 0.5) -> float:
+        """Bytes of the codes by the entropy of each factor: an estimate that takes no coding."""
+        parts = [part for latent in self.latents.values() for part in (latent.left, latent.right)]
+        return sum(_entropy_bits(part, zone) for part in parts) / 8
+
     def fit(self, room: int) -> bool:
         """Round the codes, with the smallest dead zone whose payloads fit `room` bytes.
 
+        The search starts where the estimated bytes fit.
+
         Returns: whether there is such a dead zone; if not, nothing is rounded.
         """
-        place = bisect_left(_ZONES, True, key=lambda zone: self.nbytes(zone) <= room)
+        scale = self.nbytes() / max(1.0, self.entropy_bytes())
+        place = bisect_left(_ZONES, True, key=lambda zone: scale * self.entropy_bytes(zone) <= room)
+        place = min(place, len(_ZONES) - 1)
+        while place and self.nbytes(_ZONES[place - 1]) <= room:
+            place -= 1
+        while place < len(_ZONES) and self.nbytes(_ZONES[place]) > room:
+            place += 1
         if place == len(_ZONES):
             return False
         for latent in self.latents.values():
@@ -155,6 +169,13 @@ def _rounded(values: Tensor, zone: float = 0.5) -> Tensor:
     """The nearest valid codes; 0 where |value| is below `zone`."""
     codes = values.round().clamp_(-LARGEST_CODE, LARGEST_CODE)
     return codes if zone <= 0.5 else codes.masked_fill_(values.abs() < zone, 0.0)
+
+
+def _entropy_bits(values: Tensor, zone: float) -> float:
+    """Bits of the rounded codes at the entropy of their histogram."""
+    codes = _rounded(values.detach(), zone).int().flatten()
+    counts = torch.bincount(codes - codes.min()).double()
+    return -float(torch.xlogy(counts, counts / len(codes)).sum()) / math.log(2)
 
 
 def _straight_through(values: Tensor) -> Tensor:

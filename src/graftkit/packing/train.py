@@ -36,7 +36,7 @@ from graftkit.models.backward import (
     prepare_backward,
     visit_logits,
 )
-from graftkit.models.loading import load_model, stream_model
+from graftkit.models.loading import load_model, load_or_stream
 from graftkit.models.text import encode_rows, one_thread, pad_id, scored_tokens, usable_tokenizer
 from graftkit.packing.student import Student
 from graftkit.progress import StepProgress, silent
@@ -54,7 +54,7 @@ HELD_OUT, HELD_OUT_TOKENS = 5, 4_096  # every fifth row, up to that many tokens,
 RATE_STEPS = 10  # steps between two updates of λ
 LEAST_RATE, MOST_RATE = 0.01, 10_000.0  # λ over its first value
 LIKELY = 256  # tokens of a position whose probabilities are compared one by one
-RESIDENT_BYTES = 2**28  # a model below this size in float32 is loaded whole
+FLOAT32_BYTES = 2**28  # a model of at most this size in float32 runs in float32
 SAVE_SECONDS = 120.0  # of work that a killed run may lose
 _RESULT = "trained.json"
 
@@ -290,6 +290,7 @@ def _train(
     generator = random.Random(plan.seed)
     replace_tokens, batches = TokenReplacement(rows, generator), _endless_batches(rows, generator)
     rate = _RateLambda(divergence / (8 * plan.room), plan.room)
+    bytes_per_estimate = student.nbytes() / max(1.0, student.entropy_bytes())
     state, done = TrainingState(work, optimizer), 0
     if (saved := state.load()) is not None:
         done, rate.factor = saved
@@ -304,7 +305,7 @@ def _train(
         optimizer.zero_grad()
         distillation.accumulate(batch)
         if step % RATE_STEPS == 0:
-            rate.update(student.nbytes())
+            rate.update(bytes_per_estimate * student.entropy_bytes())
         student.add_rate(rate.nats_per_bit)
         optimizer.step()
         state.save(step + 1, rate.factor)
@@ -323,7 +324,7 @@ class _RateLambda:
     def nats_per_bit(self) -> float:
         return self.first * self.factor
 
-    def update(self, nbytes: int) -> None:
+    def update(self, nbytes: float) -> None:
         excess = 10 * (nbytes / max(1, self.room) - 1)
         factor = self.factor * math.exp(max(-1.0, min(1.0, excess)))
         self.factor = max(LEAST_RATE, min(MOST_RATE, factor))
@@ -393,13 +394,13 @@ def _divergence(logits: Tensor, tokens: Tensor, probabilities: Tensor) -> tuple[
 
 
 def _load(checkpoint: Checkpoint, folder: Path) -> Any:
-    """A frozen model: a small one in memory and in float32, any other streamed from disk."""
-    if 4 * checkpoint.parameters <= RESIDENT_BYTES:
-        model: Any = load_model(checkpoint, torch.float32)
-        model.config.use_cache = False
-        return model.requires_grad_(False)
-    model = stream_model(checkpoint, folder)
-    prepare_backward(model)
+    """A frozen model, in memory if two of its size fit there."""
+    model: Any = (
+        load_model(checkpoint, torch.float32)
+        if 4 * checkpoint.parameters <= FLOAT32_BYTES
+        else load_or_stream(checkpoint, folder, models=2)
+    )
+    prepare_backward(model, recompute=any(value.is_meta for value in model.parameters()))
     return model
 
 
