@@ -103,7 +103,9 @@ def test_a_pack_is_asked_as_its_skill_was_trained(world, tmp_path):
     expected = [expected_answer(tuned), expected_answer(tuned, raw=True), expected_answer(tuned)]
     assert answer(world / "target", [unknown, raw, chat]) == expected
     assert answer(world / "target", [chat], raw=True) == [expected[1]]
-    formats = [SkillPack.load(file).manifest.answers for file in (unknown, raw, chat)]
+    formats = [
+        SkillPack.load(file).manifest.effective_prompt_format for file in (unknown, raw, chat)
+    ]
     assert formats == [None, "raw", "chat"]
     with pytest.raises(ConfigError, match="the pack of tuned is asked without one"):
         answer(world / "target", [raw], system="be brief")
@@ -195,7 +197,7 @@ def test_the_manifest_says_what_a_pack_was_calibrated_on(
     manifest = pack.manifest
     assert manifest.calibration is not None
     assert (manifest.calibration.format, manifest.calibration.rows) == (row_format, 6)
-    assert manifest.answers == answers
+    assert manifest.effective_prompt_format == answers
     tokenizer = AutoTokenizer.from_pretrained(world / "tuned")
     expected = template_digest(tokenizer) if row_format == "messages" else None
     assert manifest.template_blake3 == expected
@@ -243,7 +245,9 @@ def test_a_fused_pack_is_asked_as_its_packs_are_where_they_agree(world, tmp_path
     fused = fuse_packs(
         world / "target", [first, second], tmp_path / "f.skillpack", recipe="lossless"
     )
-    assert fused.manifest.answers == (formats[0] if len(set(formats)) == 1 else None)
+    assert fused.manifest.effective_prompt_format == (
+        formats[0] if len(set(formats)) == 1 else None
+    )
 
 
 def test_conversations_and_texts_are_compared(world, tmp_path):

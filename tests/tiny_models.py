@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from graftkit.models import loading
 from graftkit.pack import pack_delta
 from graftkit.skillpack import SkillPack
 
@@ -192,3 +193,9 @@ def inputs(rows: int = 4, length: int = 7, seed: int = 0) -> dict[str, torch.Ten
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def stream_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model counts as small enough for memory."""
+    monkeypatch.setattr(loading, "_RESIDENT_BYTES", 0)
+    monkeypatch.setattr(loading, "_RESIDENT_BYTES_PER_WEIGHT", 0)

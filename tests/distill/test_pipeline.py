@@ -126,7 +126,10 @@ def test_a_skill_that_was_trained_in_a_chat_template_is_asked_in_it(tmp_path):
     run(tmp_path)
     manifest = SkillPack.load(tmp_path / "out" / "skill.skillpack").manifest
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "target")
-    assert (manifest.answers, manifest.template_blake3) == ("chat", template_digest(tokenizer))
+    assert (manifest.effective_prompt_format, manifest.template_blake3) == (
+        "chat",
+        template_digest(tokenizer),
+    )
     assert manifest.router is not None
     asked = [f"say {word}:" for word in words]
     assert manifest.router.blake3 == blake3(json.dumps(asked).encode()).hexdigest()

@@ -1,7 +1,7 @@
 import pytest
 import tiny_models
 import torch
-from tiny_models import save_tokenizer
+from tiny_models import save_tokenizer, stream_all
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
@@ -74,6 +74,7 @@ def test_streamed_padded_batches_give_the_gradients_of_plain_autograd(
 ):
     monkeypatch.setattr(backward, "_CHUNK_BYTES", 4 * tiny_models.VOCABULARY * 5)
     take_fixed_answers(monkeypatch)
+    stream_all(monkeypatch)
     checkpoint = save_model(tmp_path / "tuned", architecture)
     head = load_model(checkpoint).get_output_embeddings()
     live = dict(load_model(checkpoint).named_modules())
@@ -156,10 +157,11 @@ def test_the_head_is_measured_where_logits_count(measured):
 
 
 def test_no_weight_stays_in_memory_after_a_pass(tmp_path, monkeypatch):
+    stream_all(monkeypatch)
     models = []
-    stream = calibration.stream_model
+    stream = calibration.load_or_stream
     monkeypatch.setattr(
-        calibration, "stream_model", lambda *args: models.append(stream(*args)) or models[0]
+        calibration, "load_or_stream", lambda *args: models.append(stream(*args)) or models[0]
     )
     collect(save_model(tmp_path / "tuned"), tmp_path / "store")
     assert {value.device.type for value in models[0].parameters()} == {"meta"}
@@ -185,7 +187,7 @@ def test_a_finished_store_is_kept_and_another_seed_fills_it_anew(tmp_path, monke
     assert not torch.equal(first, other.get(name))
     again, _ = collect(checkpoint, tmp_path / "store")
     assert torch.equal(first, again.get(name))
-    monkeypatch.setattr(calibration, "stream_model", None)
+    monkeypatch.setattr(calibration, "load_or_stream", None)
     assert collect(checkpoint, tmp_path / "store")[1] == summary
 
 

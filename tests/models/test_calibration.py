@@ -5,7 +5,7 @@ import tiny_models
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import save_tokenizer
+from tiny_models import save_tokenizer, stream_all
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, OutputError, RowsError
@@ -117,10 +117,19 @@ def test_two_runs_write_the_same_bytes_whatever_the_threads(tmp_path):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
+def test_a_model_streamed_from_disk_gives_the_bytes_of_one_in_memory(tmp_path, monkeypatch):
+    checkpoint = save_model(tmp_path / "tuned")
+    collect(checkpoint, tmp_path / "whole")
+    stream_all(monkeypatch)
+    collect(checkpoint, tmp_path / "streamed")
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "streamed" / file.name).read_bytes()
+
+
 def test_a_finished_calibration_is_reused(tmp_path, monkeypatch):
     checkpoint = save_model(tmp_path / "tuned")
     store, summary = collect(checkpoint, tmp_path / "store")
-    monkeypatch.setattr(calibration, "stream_model", None)
+    monkeypatch.setattr(calibration, "load_or_stream", None)
     again, reused = collect(checkpoint, tmp_path / "store")
     assert reused == summary
     assert torch.equal(again.get("head"), store.get("head"))

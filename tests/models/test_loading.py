@@ -10,6 +10,7 @@ from graftkit import merge_packs, pack_delta
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models import empty_model, load_model, load_tokenizer, loading, stream_model
+from graftkit.models.loading import load_or_stream
 
 
 def test_a_model_is_loaded_in_eval_mode_by_the_class_its_config_names(tmp_path):
@@ -139,3 +140,14 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     target, _ = make_pair(tmp_path, "llama")
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
         load_tokenizer(target)
+
+
+def test_models_that_fit_are_loaded_and_larger_ones_streamed(tmp_path, monkeypatch):
+    target, _ = make_pair(tmp_path, "llama")
+    checkpoint = Checkpoint.open(target)
+    nbytes = load_model(target).dtype.itemsize * checkpoint.parameters
+    monkeypatch.setattr(loading, "_RESIDENT_BYTES", 2 * nbytes)
+    monkeypatch.setattr(loading, "_RESIDENT_BYTES_PER_WEIGHT", 0)
+    for models, is_streamed in ((1, False), (2, False), (3, True)):
+        model = load_or_stream(checkpoint, tmp_path / f"offload-{models}", models)
+        assert any(value.is_meta for value in model.parameters()) == is_streamed

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from tiny_models import build, save_tokenizer
+from tiny_models import build, save_tokenizer, stream_all
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress.coded import CodedFactors, encode_factors, load_factors, store_factors
@@ -16,7 +16,6 @@ from graftkit.compress.lowrank import eigenbasis, leading_rows
 from graftkit.errors import CheckpointError, RowsError
 from graftkit.files import WorkFolder
 from graftkit.models import tensor_roles
-from graftkit.models.loading import stream_model
 from graftkit.models.text import EncodedRow
 from graftkit.packing import student, train
 from graftkit.packing.student import Student
@@ -160,7 +159,7 @@ def test_a_model_streamed_from_disk_learns_as_much(
     llama: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained(llama, steps=12)
-    monkeypatch.setattr(train, "load_or_stream", lambda a, b, models: stream_model(a, b))
+    stream_all(monkeypatch)
     monkeypatch.setattr(train, "FLOAT32_BYTES", 0)
     streamed = trained(llama, steps=12)
     assert streamed.kl_after == pytest.approx(whole.kl_after, rel=0.02)

@@ -350,9 +350,9 @@ def reads_chat(tokenizer: Any, pack: SkillPack | None = None) -> bool:
     Raises: PackMismatchError where the skill's prompts were given in another template.
     """
     template = template_digest(tokenizer)
-    if pack is None or pack.manifest.answers is None:
+    if pack is None or pack.manifest.effective_prompt_format is None:
         return template is not None
-    if pack.manifest.answers == "raw":
+    if pack.manifest.effective_prompt_format == "raw":
         return False
     if template is None or pack.manifest.template_blake3 not in (None, template):
         raise PackMismatchError(

@@ -331,6 +331,8 @@ class Story:
         self.console.print()
         for command in result.commands:
             self.say(command, wrap=False)
+        self.console.print()
+        self.say("On a real chat model: make demo-real")
 
 
 def explore_commands(folder: DemoFolder, skill: DemoSkill, row: Row) -> tuple[str, ...]:

@@ -114,7 +114,9 @@ def fuse_packs(
         name = f"{method}-of-{len(merge.packs)}-packs"
         licences = [pack.manifest.licence for pack in merge.packs]
         provenance = _provenance(merge, method)
-        packing = with_prompt_format(packing, [pack.manifest.answers for pack in merge.packs])
+        packing = with_prompt_format(
+            packing, [pack.manifest.effective_prompt_format for pack in merge.packs]
+        )
         return pack_merged(target, merge, claim, name, licences, provenance, progress, **packing)
 
 

@@ -282,7 +282,7 @@ class SequentialMerge:
                 name=manifest.tuned.name,
                 digest=manifest_digest(pack),
                 licence=manifest.licence,
-                prompt_format=manifest.answers,
+                prompt_format=manifest.effective_prompt_format,
             )
         )
         contents = pack.side_files(self.target)

@@ -26,6 +26,7 @@ from graftkit.models.loading import load_or_stream, output_embeddings
 from graftkit.models.text import (
     MICRO_BATCH_TOKENS,
     encode_rows,
+    one_thread,
     pad_id,
     pass_batches,
     real_tokens,
@@ -187,7 +188,7 @@ def prepared_for_rows(
     seed: int,
     store: CovarianceStore,
 ) -> Iterator[tuple[Any, list[EncodedRow], int]]:
-    """A model of one stack, `encode_rows` of its rows and the token that pads them.
+    """A model of one stack, `encode_rows` of its rows and the token that pads them; one thread.
 
     Weights that memory does not hold lie in the folder of `store` until the block ends.
 
@@ -195,7 +196,7 @@ def prepared_for_rows(
         not fit; RowsError for a row beyond the model's context.
     """
     tokenizer = usable_tokenizer(checkpoint)
-    with TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
+    with one_thread(), TemporaryDirectory(dir=store.folder, prefix="offload-") as offload:
         model = load_or_stream(checkpoint, Path(offload))
         encoded = encode_rows(tokenizer, rows, tokens_limit, seed, model, checkpoint.name)
         if getattr(model.config, "is_encoder_decoder", False):

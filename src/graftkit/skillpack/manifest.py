@@ -244,7 +244,7 @@ class Manifest(Settings):
         )
 
     @property
-    def answers(self) -> PromptFormat | None:
+    def effective_prompt_format(self) -> PromptFormat | None:
         """How prompts are to be given to the model: as `prompt_format` says, else as the rows of
         the calibration were given; None where neither is known."""
         rows = self.calibration
