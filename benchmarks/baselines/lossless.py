@@ -53,7 +53,7 @@ class XorZstd:
         parts = [coder.decompress(coded[5 : 5 + first])]
         if coded[0] == 1:
             parts.append(coder.decompress(coded[5 + first :]))
-        return _restored(pair, _joined(coded[0], parts))
+        return restored(pair, _joined(coded[0], parts))
 
 
 class ZipNN:
@@ -65,7 +65,7 @@ class ZipNN:
     def pack(self, problem: Problem, file: Path, budget_bytes: int | None) -> Any:
         """Write the smaller form behind a byte that names it."""
         pair = problem.pair
-        before, after = (_all(pair, tensors) for tensors in (pair.side.before, pair.after))
+        before, after = (all_bytes(pair, tensors) for tensors in (pair.side.before, pair.after))
         forms: dict[str, Callable[[], bytes]] = {
             "delta": lambda: self._delta(pair).compress(after, delta_second_data=before),
             "bf16 of the XOR": lambda: self._plain().compress(_xor(pair).tobytes()),
@@ -79,12 +79,12 @@ class ZipNN:
         """Tuned's tensors."""
         coded = file.read_bytes()
         if coded[0] == 0:
-            before = _all(pair, pair.side.before)
+            before = all_bytes(pair, pair.side.before)
             plain = bytes(self._delta(pair).decompress(coded[1:], delta_second_data=before))
             words = np.frombuffer(plain, np.uint16) ^ np.frombuffer(before, np.uint16)
         else:
             words = np.frombuffer(bytes(self._plain().decompress(coded[1:])), np.uint16)
-        return _restored(pair, words)
+        return restored(pair, words)
 
     def _delta(self, pair: Pair) -> Any:
         import zipnn
@@ -99,13 +99,15 @@ class ZipNN:
         return zipnn.ZipNN(bytearray_dtype="bfloat16", input_format="byte")
 
 
-def _all(pair: Pair, tensors: dict[str, Tensor]) -> bytes:
+def all_bytes(pair: Pair, tensors: dict[str, Tensor]) -> bytes:
+    """The bytes of all tensors in the order of their names."""
     return b"".join(bytes(tensor_bytes(tensors[name])) for name in sorted(pair.side.before))
 
 
 def _xor(pair: Pair) -> np.ndarray:
     before, after = (
-        np.frombuffer(_all(pair, tensors), np.uint16) for tensors in (pair.side.before, pair.after)
+        np.frombuffer(all_bytes(pair, tensors), np.uint16)
+        for tensors in (pair.side.before, pair.after)
     )
     return before ^ after
 
@@ -124,8 +126,9 @@ def _joined(arrangement: int, parts: list[bytes]) -> np.ndarray:
     return np.ascontiguousarray(both[::-1].T).view(np.uint16).reshape(-1)
 
 
-def _restored(pair: Pair, xor: np.ndarray) -> dict[str, Tensor]:
-    before = np.frombuffer(_all(pair, pair.side.before), np.uint16)
+def restored(pair: Pair, xor: np.ndarray) -> dict[str, Tensor]:
+    """Tuned's tensors from the XOR of all bf16 words with the target's."""
+    before = np.frombuffer(all_bytes(pair, pair.side.before), np.uint16)
     flat = torch.from_numpy((before ^ xor).view(np.int16)).view(torch.bfloat16)
     names = sorted(pair.side.before)
     shapes = [pair.side.before[name].shape for name in names]

@@ -202,9 +202,9 @@ def knowledge(live: LiveModel, chat: Path, state: State, data: Path) -> dict[str
     """What the target knew before: chat answers, spam messages, and solutions of gsm8k.
 
     Returns:
-        chat_right: share of FACTS answered. chat_kl: KL(target ‖ state) per token of the target's own
-        answers. spam_auc: of log p(" spam") − log p(" ham"), without examples. gsm8k_loss: nats per
-        token of the given solutions.
+        chat_right: share of FACTS answered. chat_kl: KL(target ‖ state) per token of the target's
+        own answers. spam_auc: of log p(" spam") − log p(" ham"), without examples. gsm8k_loss: nats
+        per token of the given solutions.
     """
     from safetensors import safe_open
 

@@ -3,24 +3,30 @@
 A stage makes one file or folder of the work folder, and is skipped when that is there: an
 interrupted run goes on where it stopped. A stage runs in a process of its own, writes under another
 name and is renamed at the end. Its settings are in its name, so a changed setting is another stage.
-Stages whose settings another stage chooses (the learning rate of LoRA) appear once that one is made.
+Stages whose settings another stage chooses (the learning rate of LoRA) appear when that is made.
 
-`--list` shows the stages, `--only NAME` runs those whose names match (`lora-*`).
+`--list` shows the stages, `--only NAME` runs those whose names match (`lora-*`). The tables are
+written at the end, of what there is: `--only report` makes no stage and writes them.
 """
 
 import argparse
-import fcntl
-import fnmatch
 import json
 import os
-import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+from frontier import (
+    adapter_stages,
+    cell_stages,
+    chat_stage,
+    first_cells,
+    other_cells,
+    reference_stages,
+)
+from report import write_report
+from stages import Setup, Stage, run_pending, run_stage
 from tasks import (
     BATCH_ROWS,
     DPO_RATE,
@@ -43,56 +49,48 @@ LORA_CHOICE_RANK = 4
 LORA_CHOICE_SKILL = "snips_function_call"
 LORA_RANKS = (1, 16, 64)
 MORE_LORA_RANKS = (2, 8, 32)
-ALLOCATOR = {
-    # Freed memory is kept for the next step instead of returned to the system.
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**35),
-}
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where things are. shared: fine-tunes that need not be trained anew, None to train them."""
-
-    work: Path
-    data: Path
-    target: Path | None
-    shared: Path | None
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One output in the work folder, and what makes it (a function of the path to write)."""
-
-    name: str
-    make: Callable[[Path], None]
-    needs: tuple[str, ...] = ()
 
 
 def all_stages(setup: Setup) -> list[Stage]:
     """Every stage whose settings are known by now, in the order in which they run."""
-    return training_stages(setup)
-
-
-def training_stages(setup: Setup) -> list[Stage]:
-    """The target, and every model that is trained from it."""
-    chooser = next(skill for skill in SKILLS if skill.name == LORA_CHOICE_SKILL)
-    trials = [_lora_stage(setup, chooser, LORA_CHOICE_RANK, rate) for rate in LORA_RATES]
-    choice = Stage(
-        LORA_RATE_FILE, lambda out: _choose_rate(setup, chooser, out), tuple(t.name for t in trials)
-    )
-    tuned = [_tuned_stage(setup, pair) for pair in all_pairs()]
+    pairs = all_pairs()
+    skills, others = pairs[: len(SKILLS)], pairs[len(SKILLS) :]
     stages = [Stage("target", lambda out: _make_target(setup, out))]
-    stages += [*tuned[: len(SKILLS)], *trials, choice]
-    rate = lora_rate(setup.work)
-    if rate is not None:
-        others = [skill for skill in SKILLS if skill is not chooser]
-        stages += [_lora_stage(setup, skill, LORA_CHOICE_RANK, rate) for skill in others]
-        stages += [_lora_stage(setup, s, rank, rate) for rank in LORA_RANKS for s in SKILLS]
-    stages += tuned[len(SKILLS) :]
-    if rate is not None:
-        stages += [_lora_stage(setup, s, rank, rate) for rank in MORE_LORA_RANKS for s in SKILLS]
+    stages += [_tuned_stage(setup, pair) for pair in skills]
+    stages += [chat_stage(setup), *(s for pair in skills for s in reference_stages(setup, pair))]
+    stages += _rate_stages(setup)
+    stages += _adapter_stages(setup, (LORA_CHOICE_RANK, *LORA_RANKS))
+    stages += [_tuned_stage(setup, pair) for pair in others]
+    stages += [stage for pair in others for stage in reference_stages(setup, pair)]
+    stages += cell_stages(setup, first_cells(setup.tag))
+    stages += _adapter_stages(setup, MORE_LORA_RANKS)
+    stages += cell_stages(setup, other_cells(setup.tag))
     return stages
+
+
+def _rate_stages(setup: Setup) -> list[Stage]:
+    """LoRA at every learning rate on one skill, and the choice."""
+    skill = next(pair.skill for pair in all_pairs() if _is_chooser(pair))
+    trials = [_lora_stage(setup, skill, LORA_CHOICE_RANK, rate) for rate in LORA_RATES]
+    needs = tuple(trial.name for trial in trials)
+    return [*trials, Stage(LORA_RATE_FILE, lambda out: _choose_rate(setup, skill, out), needs)]
+
+
+def _adapter_stages(setup: Setup, ranks: Sequence[int]) -> list[Stage]:
+    """LoRA adapters of all skills at the chosen rate, and their scores; none before the choice."""
+    rate = lora_rate(setup.work)
+    if rate is None:
+        return []
+    stages: list[Stage] = []
+    for rank in ranks:
+        for pair in all_pairs()[: len(SKILLS)]:
+            stages.append(_lora_stage(setup, pair.skill, rank, rate))
+            stages += adapter_stages(setup, pair, stages[-1].name)
+    return stages
+
+
+def _is_chooser(pair: Pair) -> bool:
+    return pair.skill is not None and pair.skill.name == LORA_CHOICE_SKILL
 
 
 def lora_name(skill: Skill, rank: int, rate: float) -> str:
@@ -179,59 +177,17 @@ def _lora_stage(setup: Setup, skill: Skill, rank: int, rate: float) -> Stage:
     return Stage(lora_name(skill, rank, rate), make, ("target",))
 
 
-def run_pending(setup: Setup, pattern: str, arguments: Sequence[str]) -> list[str]:
-    """Run what is not there yet, each stage in a process. Returns: the stages that failed."""
-    failed: list[str] = []
-    while True:
-        pending = [
-            stage
-            for stage in all_stages(setup)
-            if fnmatch.fnmatchcase(stage.name, pattern)
-            and stage.name not in failed
-            and not (setup.work / stage.name).exists()
-        ]
-        ready = [s for s in pending if all((setup.work / n).exists() for n in s.needs)]
-        if not ready:
-            return [*failed, *(stage.name for stage in pending)]
-        name, began = ready[0].name, time.perf_counter()
-        print(f"[{time.strftime('%H:%M:%S')}] {name}", file=sys.stderr, flush=True)
-        command = [sys.executable, __file__, *arguments, "--child", name]
-        environment = {**os.environ, **ALLOCATOR}
-        if subprocess.run(command, env=environment, check=False).returncode:
-            failed.append(name)
-        seconds = time.perf_counter() - began
-        state = "failed after" if name in failed else "took"
-        print(f"{name} {state} {seconds:.0f} s", file=sys.stderr, flush=True)
-
-
-def run_stage(setup: Setup, name: str, threads: int) -> None:
-    """Make one stage in this process: under another name, then renamed. One at a time."""
-    import torch
-
-    torch.set_num_threads(threads)
-    stage = next(stage for stage in all_stages(setup) if stage.name == name)
-    partial = setup.work / f".partial-{name}"
-    with (setup.work / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (setup.work / name).exists():
-            return  # another run made it while this one waited
-        if partial.is_dir() and not partial.is_symlink():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
-        stage.make(partial)
-        partial.rename(setup.work / name)
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     shared = Path(os.environ.get("GRAFTKIT_SHARED", ROOT.parent / "shared"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--work", type=Path, default=ROOT / "benchmarks" / "out" / "real")
     parser.add_argument("--shared", type=Path, default=shared, help="folder of the data")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--target", type=Path, help="the target's folder, if it is made already")
     parser.add_argument("--only", default="*", metavar="STAGE", help="a name or a pattern")
     parser.add_argument("--list", action="store_true", help="show the stages and end")
     parser.add_argument("--train-all", action="store_true", help="use no fine-tune that is shared")
+    parser.add_argument("--tag", default="", help="names packs of another version of graftkit")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -241,15 +197,19 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     packs = None if options.train_all else options.shared / "real"
-    setup = Setup(options.work, options.shared / "data" / "llm", options.target, packs)
+    data = options.shared / "data" / "llm"
+    setup = Setup(options.work, data, options.target, packs, options.tag)
     if options.child:
-        run_stage(setup, options.child, options.threads)
+        run_stage(setup, all_stages, options.child, options.threads)
         return 0
     if options.list:
         for stage in all_stages(setup):
             print("made   " if (setup.work / stage.name).exists() else "pending", stage.name)
         return 0
-    failed = run_pending(setup, options.only, arguments)
+    command = [sys.executable, __file__, *arguments]
+    failed = run_pending(setup, all_stages, options.only, command)
+    for file in write_report(options.work, options.docs):
+        print(file, file=sys.stderr)
     for name in failed:
         print(f"not made: {name}", file=sys.stderr)
     return 1 if failed else 0
