@@ -122,8 +122,10 @@ def _choose_rate(setup: Setup, skill: Skill, out: Path) -> None:
 def _make_target(setup: Setup, out: Path) -> None:
     import tune
 
+    from graftkit.demo.real import make_chat_model
+
     if setup.target is None:
-        tune.make_target(out)
+        make_chat_model(out)
     else:
         tune.check_target(setup.target)
         out.symlink_to(setup.target.resolve())

