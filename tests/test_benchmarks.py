@@ -122,6 +122,7 @@ def line(method, skill, budget, divergence, recovered, size=100, **others):
     return {**stamp, **key, **values, **out, **others}
 
 
+@pytest.mark.slow
 def test_the_frontier_names_what_is_lost_out_of_reach_and_equal(tmp_path):
     from frontier_report import write_report
 

@@ -132,6 +132,7 @@ def test_a_pack_brings_its_own_template(world, tmp_path):
     assert texts == expected
 
 
+@pytest.mark.slow
 def test_a_skill_of_another_template_is_refused_but_answers_raw(world, tmp_path):
     file = save_pack(world, tmp_path / "chat.skillpack", prompt_format="chat")
     target = shutil.copytree(world / "target", tmp_path / "target")
@@ -169,6 +170,7 @@ def test_a_library_asks_each_pack_in_its_way(world, tmp_path):
     assert "tokens, and the target reads 128 in all" in long.note
 
 
+@pytest.mark.slow
 def test_a_library_answers_prompts_of_several_packs_at_once(world, tmp_path):
     library = Library.init(tmp_path / "library", world / "target")
     library.add(save_pack(world, tmp_path / "a.skillpack", prompt_format="raw"), "raw")
@@ -205,6 +207,7 @@ def test_the_manifest_says_what_a_pack_was_calibrated_on(
     assert SkillPack.load(tmp_path / "a.skillpack").manifest == manifest
 
 
+@pytest.mark.slow
 def test_a_record_of_prompts_and_completions_takes_no_byte_of_a_pack(world, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", PAIRS)
     pack = pack_delta(
@@ -250,6 +253,7 @@ def test_a_fused_pack_is_asked_as_its_packs_are_where_they_agree(world, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_conversations_and_texts_are_compared(world, tmp_path):
     pack = SkillPack.load(save_pack(world, tmp_path / "a.skillpack"))
     chats = [Row.of_messages(record["messages"]) for record in CHATS]
@@ -285,6 +289,7 @@ def test_an_answer_of_a_conversation_matches_word_for_word(world, monkeypatch):
         exact_match(model, tokenizer, [Row.of_text("x")])
 
 
+@pytest.mark.slow
 def test_the_command_takes_raw_and_system(world, tmp_path, capsys):
     target = world / "target"
     command = ["generate", target, "--prompt", PROMPT, "--max-new-tokens", TOKENS, "--json"]
@@ -300,6 +305,7 @@ def test_the_command_takes_raw_and_system(world, tmp_path, capsys):
     assert "leave out --raw" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_inspect_shows_how_a_pack_is_asked(world, tmp_path, capsys):
     file = save_pack(world, tmp_path / "a.skillpack", prompt_format="chat")
     assert run("inspect", file) == 0

@@ -167,6 +167,7 @@ def test_a_calibration_file_that_cannot_be_used_is_refused(
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_calibration_row_longer_than_the_context_is_refused(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -186,6 +186,7 @@ def test_every_data_set_is_credited_beside_the_rows_and_in_the_packs(demo):
         assert provenance["training_data"] == skill.attribution
 
 
+@pytest.mark.slow
 def test_a_tuned_model_that_is_not_rebuilt_exactly_is_refused(tmp_path, monkeypatch):
     out = DemoFolder(tmp_path)
     out.fill()

@@ -240,6 +240,7 @@ def save_pair(folder, architecture):
     return target, tuned
 
 
+@pytest.mark.slow
 def test_an_exact_pack_has_no_distance_from_tuned(tmp_path):
     target, tuned = save_pair(tmp_path, "llama")
     lossless_pack(target, tuned).save(tmp_path / "own.skillpack")
@@ -248,6 +249,7 @@ def test_an_exact_pack_has_no_distance_from_tuned(tmp_path):
     assert result.rows == len(ROWS)
 
 
+@pytest.mark.slow
 def test_an_encoder_has_no_exact_match(tmp_path):
     target, tuned = save_pair(tmp_path, "bert")
     result = compare(target, tuned, lossless_pack(target, tuned), ROWS)

@@ -106,6 +106,7 @@ def test_help_shows_its_square_brackets(said):
     assert "id[@rev]" in said()
 
 
+@pytest.mark.slow
 def test_a_picture_takes_names_with_dollar_signs(tmp_path):
     pytest.importorskip("matplotlib")
     name = r"$\frac{$ \x1b"

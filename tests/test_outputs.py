@@ -167,6 +167,7 @@ def test_a_symbolic_link_is_followed(name, models, tmp_path):
     assert sorted(path.name for path in (tmp_path / "there").iterdir()) == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_results_may_be_read_by_whom_other_new_files_may(name, models, tmp_path):
     before = os.umask(0o027)
@@ -463,6 +464,7 @@ def check_next_pack(models: Path, tmp_path: Path, changes: Sequence[str]) -> Non
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 def test_killed_at_a_rename_result_and_state_are_both_there_for_the_next_pack(models, tmp_path):
     check_next_pack(models, tmp_path, ["os.rename"])
 

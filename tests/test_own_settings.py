@@ -96,6 +96,7 @@ def test_packs_generate_together_what_their_merged_checkpoints_do(target):
     assert len(set(expected)) == len(expected)  # every setting has a visible effect
 
 
+@pytest.mark.slow
 def test_a_lossless_pack_is_no_distance_from_a_tuned_model_of_other_settings(target):
     file = make_pack(target, "eps", other_eps)
     rows = [Row("abc", " de", "row 1"), Row("xy", " z", "row 2")]

@@ -48,6 +48,7 @@ def mobilebert():
     )
 
 
+@pytest.mark.slow
 def test_a_head_that_is_read_without_a_call_is_refused_when_it_is_attached(tmp_path):
     target, tuned = states(tmp_path, mobilebert(), "predictions.dense")
     model = load_model(target)
@@ -182,6 +183,7 @@ def test_positions_relative_to_a_token_are_no_rows(tmp_path):
         attachment.route([0, None])
 
 
+@pytest.mark.slow
 def test_a_model_of_images_keeps_its_rows_apart(tmp_path):
     config = transformers.ViTConfig(**ONE_LAYER, image_size=16, patch_size=8)
     target, tuned = states(tmp_path, transformers.ViTForImageClassification(config))
@@ -212,6 +214,7 @@ def test_trying_a_model_leaves_no_trace(pair_of):
     assert bytes_of(model) == before
 
 
+@pytest.mark.slow
 def test_an_interruption_in_a_batch_leaves_every_byte_and_lets_others_run(pair_of):
     target, _, pack = pair_of("llama")
     model = load_model(target)
@@ -273,6 +276,7 @@ def test_threads_that_attach_to_one_model_take_turns_or_are_refused(pair_of):
         assert bytes_of(model) == before
 
 
+@pytest.mark.slow
 def test_threads_that_route_one_model_get_their_own_rows(pair_of):
     target, tuned, pack = pair_of("llama")
     model, expected = load_model(target), logits(load_model(tuned))
@@ -308,6 +312,7 @@ def test_a_thread_uses_the_only_choice_there_is_and_no_other(pair_of):
         assert "in the thread that runs the model" in str(actual)
 
 
+@pytest.mark.slow
 def test_answers_that_compare_rows_with_each_other_are_refused_for_rows_of_several_packs(tmp_path):
     tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     tower["num_attention_heads"] = 4

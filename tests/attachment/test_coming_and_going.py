@@ -52,6 +52,7 @@ def test_after_a_drop_all_is_as_if_the_pack_had_never_been_there(pair_of, archit
     assert bytes_of(model) == before
 
 
+@pytest.mark.slow
 def test_a_dropped_pack_serves_no_row_any_more(pair_of):
     target, _, exact = pair_of("llama")
     model = load_model(target)
@@ -92,6 +93,7 @@ def test_packs_come_and_go_only_beside_the_model_and_before_it_is_detached(pair_
     assert not hooks_of(model)
 
 
+@pytest.mark.slow
 def test_a_pack_that_fails_half_way_leaves_the_others_as_they_were(tmp_path):
     target, tuned = make_pair(tmp_path, "llama", torch.float32)
     model, good, bad = load_model(target), low_rank_pack(target), exact_pack(target, tuned)

@@ -86,6 +86,7 @@ def test_a_changed_computation_is_attached_as_it_is_merged_and_undone(architectu
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.slow
 def test_everything_of_a_model_is_as_before_after_detach(tmp_path):
     settings = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     target, tuned = save_pair(
@@ -127,6 +128,7 @@ def assert_same_parts(actual, expected):
         assert all(torch.equal(actual[name][2][k], v) for k, v in buffers.items())
 
 
+@pytest.mark.slow
 def test_settings_that_compute_nothing_are_no_obstacle_beside_the_model(tmp_path):
     harmless = {
         "max_position_embeddings": 128,
@@ -183,6 +185,7 @@ def forged(target, tuned):
     return pack
 
 
+@pytest.mark.slow
 def test_a_pack_of_an_older_writer_is_read_with_the_targets_own_file(tmp_path, monkeypatch):
     monkeypatch.setattr("graftkit.skillpack.pack._STORED_WHOLE", ())
     target, tuned = save_pair(tmp_path, build("gpt2"), activation_function="relu")
@@ -203,6 +206,7 @@ def test_a_pack_is_attached_to_a_model_that_was_never_on_disk(tmp_path):
         assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.slow
 def test_generation_settings_are_those_of_the_merged_checkpoint(tmp_path):
     target, tuned = save_pair(tmp_path, build("llama"))
     change_json(tuned / "generation_config.json", eos_token_id=[2, 9], repetition_penalty=1.7)

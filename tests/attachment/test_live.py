@@ -91,6 +91,7 @@ def test_two_models_that_share_weights_have_packs_one_at_a_time(pair_of):
         pass
 
 
+@pytest.mark.slow
 def test_a_model_that_is_dropped_with_its_packs_is_forgotten(pair_of):
     target, _, pack = pair_of("llama")
     gone = weakref.ref(attach(load_model(target), pack).model)

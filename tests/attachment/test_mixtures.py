@@ -83,6 +83,7 @@ def test_a_rows_mixture_does_not_depend_on_the_mixtures_of_other_rows(skills_of,
         torch.testing.assert_close(actual, results[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", architectures())
 def test_weight_nought_is_the_target_and_weight_one_the_pack_bit_for_bit(skills_of, architecture):
     target, packs, _ = skills_of(architecture)

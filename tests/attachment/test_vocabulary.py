@@ -28,6 +28,7 @@ def untie(model):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [VOCABULARY + NEW_ROWS, VOCABULARY - NEW_ROWS])
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2"])
 def test_a_resized_vocabulary_is_merged_and_taken_back(tmp_path, architecture, rows):
@@ -85,6 +86,7 @@ def test_a_model_without_a_head_has_no_place_for_an_untied_one(tmp_path):
         attach(model, exact_pack(target, tuned))
 
 
+@pytest.mark.slow
 def test_a_tuned_model_in_a_wider_dtype_asks_for_a_target_as_wide(tmp_path):
     model = build("llama", torch.bfloat16)
     model.save_pretrained(tmp_path / "target")

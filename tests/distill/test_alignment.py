@@ -49,6 +49,7 @@ def test_a_completion_is_cut_as_rows_are_encoded(tokenizer):
         assert tokenize_completion(tokenizer, text).ids == ids[start:]
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(text=st.text(max_size=30), pair=st.sampled_from(PAIRS))
 def test_of_any_text_matched_tokens_start_at_the_same_character_and_alike(text, pair):

@@ -47,6 +47,7 @@ def test_the_last_block_of_python_is_the_code(text, code):
 # Verdicts.
 
 
+@pytest.mark.slow
 def test_an_answer_passes_when_the_tests_run_to_their_end():
     assert failure(DOUBLE, TESTS) is None
     assert failure(DOUBLE.replace("2 *", "3 *"), TESTS) == "AssertionError"
@@ -189,6 +190,7 @@ def test_what_does_not_end_is_ended(answer, reason):
     assert time.monotonic() - begin < 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer",
     [
@@ -298,6 +300,7 @@ def answer(text: str, prompt_id: int = 0, sample: int = 0) -> SourceAnswer:
     return SourceAnswer(prompt_id, "Write double.", "mini", sample, text, tokens=9, finish="stop")
 
 
+@pytest.mark.slow
 def test_the_rule_runs_the_tests_of_each_answers_prompt():
     require_sandbox()
     prompts = {0: Prompt(0, "", tests=TESTS), 1: Prompt(1, "", tests="assert double(2) == 5")}

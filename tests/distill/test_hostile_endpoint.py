@@ -316,6 +316,7 @@ def test_a_servers_words_are_no_markup_of_the_data_card():
     assert line in text.splitlines()
 
 
+@pytest.mark.slow
 def test_first_requests_of_many_threads_share_one_event_loop():
     async def running_loop():
         return asyncio.get_running_loop()

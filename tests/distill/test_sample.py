@@ -234,6 +234,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
         assert len(server.requests) - before == 24 - 7
 
 
+@pytest.mark.slow
 def test_a_journal_with_a_torn_last_line_goes_on(tmp_path):
     def interrupt(step, done, total):
         if done == 5:

@@ -317,6 +317,7 @@ def reward_of(folder: Path, chat: bool = False, batch_tokens: int = 4096) -> Rew
 ANSWERS = [said(text, i) for i, text in enumerate(["a", "bb", "cc", "dddd", "ee", "f" * 60])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Bert"])
 def test_a_reward_does_not_depend_on_the_company(tmp_path, family):
     settings = reward_of(reward_model(tmp_path / "reward", family))
@@ -450,6 +451,7 @@ def test_an_answer_that_the_judge_refuses_fails_alone():
     assert actual == {0: "refused", 1: 0.5}
 
 
+@pytest.mark.slow
 def test_a_busy_judge_is_asked_again_after_the_time_that_it_names():
     def fault(number, request):
         return Fault(429, headers={"Retry-After": "0.7"}) if number == 0 else None

@@ -77,6 +77,7 @@ def test_the_log_likelihood_is_that_of_the_plain_model_on_the_drawn_tokens(tiny,
         assert sampler.tokens[row] == len(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spread", "top_p"), [(3.0, 0.8), (0.2, 0.9), (1.0, 1.0), (3.0, 0.01)])
 def test_draws_follow_temperature_and_top_p(spread, top_p):
     rows, vocabulary = 20_000, 300
@@ -137,6 +138,7 @@ def test_answers_in_a_padded_batch_are_those_of_each_prompt_alone(architecture, 
         assert [sampled[prompt.id, number].text for number in (0, 1)] == [expected, expected]
 
 
+@pytest.mark.slow
 def test_a_batch_draws_the_same_whatever_else_is_asked(tiny):
     source = model_source(tiny)
     units = dict(enumerate(source.units(PROMPTS)))
@@ -187,6 +189,7 @@ def test_an_end_token_stops_an_answer_and_is_no_part_of_it(tiny, tmp_path):
     assert stopped.text == source.tokenizer.decode(drawn[:end]).strip()
 
 
+@pytest.mark.slow
 def test_the_models_own_generation_settings_are_not_used(tiny, tmp_path):
     model = load_model(tiny)
     model.generation_config.update(suppress_tokens=list(range(5, 200)), no_repeat_ngram_size=1)
@@ -247,6 +250,7 @@ def test_a_gpu_that_is_too_small_is_reported_with_what_to_lower(tiny, monkeypatc
         ask(source)
 
 
+@pytest.mark.slow
 def test_the_nursery_source_answers_in_its_own_words(shared):
     rows = (shared / "data/llm/clinc150_intent/train.jsonl").read_text().splitlines()[:20]
     rows = [json.loads(row) for row in rows]
@@ -329,6 +333,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
 def test_what_passes_is_tried_again_and_changes_no_answer(fault):
     with CompletionServer() as server:

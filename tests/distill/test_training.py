@@ -50,6 +50,7 @@ def test_sft_lowers_the_loss_and_keeps_names_dtypes_and_files_of_the_target(targ
     assert not (tmp_path / "sft.partial").exists()
 
 
+@pytest.mark.slow
 def test_the_loss_counts_completions_and_their_end_alone(target, tmp_path):
     log = train_rows(
         target, ROWS[:4], Sft(epochs=1, learning_rate=1e-9, **FAST), 0, tmp_path / "a", nothing

@@ -107,6 +107,7 @@ def test_every_layer_of_the_target_and_nothing_of_the_source_gets_a_gradient(kin
     assert all(parameter.grad is None for parameter in source.model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_of_another_vocabulary_learns_from_both_signals(tmp_path, kind, divergence):

@@ -146,6 +146,7 @@ def test_projecting_holds_where_float32_squares_vanish_or_overflow(scale):
     assert float(left.abs().max()) <= max(1e-4 * size, 3e-45)
 
 
+@pytest.mark.slow
 def test_a_running_sum_beyond_float32_is_refused_by_the_tensors_name(tmp_path):
     skills = Skills(tmp_path, torch.float32, 1e38)
     with pytest.raises(ConfigError, match="weight: the sum of the packs is beyond"):

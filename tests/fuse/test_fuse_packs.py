@@ -44,6 +44,7 @@ def test_fusing_twice_gives_the_same_bytes(skills, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("licences", "expected"),
     [

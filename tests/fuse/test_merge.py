@@ -153,6 +153,7 @@ def test_wrong_settings_are_refused_and_nothing_is_written(options, says, skills
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_weights_that_the_targets_dtype_cannot_hold_are_refused(tmp_path):
     target, tuned = make_pair(tmp_path, "llama", torch.float16)
     pack = lossless_pack(target, tuned)
@@ -178,6 +179,7 @@ def tuned_copy(skills, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_pack_that_grows_the_vocabulary_merges_alone_only(skills, tmp_path):
     tuned = tuned_copy(skills, tmp_path / "tuned")
     weights = weights_of(tuned)
@@ -212,6 +214,7 @@ def test_a_pack_that_changes_the_tokenizer_is_refused_among_others(skills, tmp_p
     assert written == (tuned / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_side_file_is_taken_over_where_all_packs_change_it_alike(skills, tmp_path):
     name = "chat_template.jinja"
     alike = [with_file(skills, tmp_path / str(index), name, "{{ x }}") for index in range(2)]

@@ -74,12 +74,14 @@ def test_the_state_is_one_delta_whatever_the_number_of_packs(method, skills, sta
     assert abs(state.stat().st_size - states[method].stat().st_size) < 1000
 
 
+@pytest.mark.slow
 def test_rows_change_what_matters_to_kif(skills, tmp_path):
     merge_in_turn(skills.target, skills.lossy, tmp_path / "energy", "kif")
     merge_in_turn(skills.target, skills.lossy, tmp_path / "rows", "kif", rows=ROWS)
     assert digests(tmp_path / "energy") != digests(tmp_path / "rows")
 
 
+@pytest.mark.slow
 @each_method
 def test_a_pack_that_comes_out_is_the_checkpoint_that_comes_out(method, skills, tmp_path):
     merge_in_turn(skills.target, skills.lossy, tmp_path / "m", method)
@@ -92,6 +94,7 @@ def test_a_pack_that_comes_out_is_the_checkpoint_that_comes_out(method, skills, 
     assert fused.manifest.tuned.name == f"{method}-of-3-packs"
 
 
+@pytest.mark.slow
 def test_a_fused_pack_names_the_packs_of_earlier_calls_too(skills, states, tmp_path):
     state, file = tmp_path / "s", tmp_path / "f.skillpack"
     shutil.copyfile(states["opcm"], state)
@@ -280,6 +283,7 @@ def test_the_commands_take_packs_in_turn(run, skills, files, tmp_path):
     assert made == digests(tmp_path / "api")
 
 
+@pytest.mark.slow
 def test_kif_takes_the_rows_of_every_pack(run, skills, files, tmp_path):
     names = [tmp_path / f"{index}.jsonl" for index in range(2)]
     for name, rows in zip(names, ROWS, strict=False):

@@ -57,6 +57,7 @@ def pair(tmp_path):
     return make_pair(tmp_path, "gpt2", torch.float32)
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_has_every_file_of_the_target_that_is_no_weight(pair, tmp_path):
     target, tuned = pair
     write(target, CARRIED | dict.fromkeys(LEFT, b"x"))
@@ -95,6 +96,7 @@ def test_a_file_of_the_tuned_models_own_comes_out_of_its_pack(pair, tmp_path, na
     assert (merged / name).read_bytes() == b"the tuned model's"
 
 
+@pytest.mark.slow
 def test_a_file_that_no_pack_can_hold_is_refused_by_its_name(pair):
     target, tuned = pair
     for folder, content in ((target, b"1"), (tuned, b"2")):
@@ -114,6 +116,7 @@ def test_no_other_name_is_a_side_file(name):
     assert not is_side_file(name)
 
 
+@pytest.mark.slow
 def test_a_pack_that_names_another_file_is_refused(pair):
     target, tuned = pair
     write(tuned, {"source.spm": b"x"})
@@ -137,6 +140,7 @@ def test_code_comes_along_only_where_it_is_trusted(pair, tmp_path, capsys):
     assert (tmp_path / "t" / "modeling_own.py").read_bytes() == b"1"
 
 
+@pytest.mark.slow
 def test_code_that_differs_is_not_taken_for_the_tuned_models(pair, tmp_path):
     target, tuned = pair
     write(target, {"modeling_own.py": b"1"})
@@ -147,6 +151,7 @@ def test_code_that_differs_is_not_taken_for_the_tuned_models(pair, tmp_path):
         merge_packs(target, pack, tmp_path / "with", trust_remote_code=True)
 
 
+@pytest.mark.slow
 def test_the_targets_card_says_what_the_folder_is(pair, tmp_path):
     target, tuned = pair
     write(target, {"README.md": b"---\nlicense: mit\n---\n# Target\nIt is good."})
@@ -191,6 +196,7 @@ def test_dtypes_of_inner_configurations_follow_and_right_ones_stay():
         assert config_for_weights(right, {"bfloat16": 1}) == right
 
 
+@pytest.mark.slow
 def test_config_json_does_not_name_weights_that_are_not_there(pair, tmp_path):
     target, tuned = pair
     for folder in pair:

@@ -18,6 +18,7 @@ def models(tmp_path_factory):
     return target, make_adapter(folder, "llama", **options)[1], tuned
 
 
+@pytest.mark.slow
 def test_an_adapter_becomes_a_pack_that_is_verified_and_used(tmp_path, models, capsys):
     target, adapter, _ = models
     file = tmp_path / "x.skillpack"

@@ -45,6 +45,7 @@ def merged_checkpoint(folder, architecture, shards=3):
     return folder / "target", merged, tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
 def test_a_merged_checkpoint_packs_without_loss_like_any_tuned_model(tmp_path, architecture):
     target, merged, tensors = merged_checkpoint(tmp_path, architecture)
@@ -59,6 +60,7 @@ def test_a_merged_checkpoint_packs_without_loss_like_any_tuned_model(tmp_path, a
     load_model(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_a_merged_checkpoint_packs_into_a_budget(tmp_path):
     target, merged, _ = merged_checkpoint(tmp_path, "llama")
     pack = pack_delta(target, merged, budget="80%", workers=1)

@@ -87,6 +87,7 @@ def test_a_lora_comes_out_as_it_went_in(tmp_path, dtype):
         assert torch.equal(first.decode(record.name, weight), second.decode(record.name, weight))
 
 
+@pytest.mark.slow
 def test_scales_and_ranks_of_single_modules_go_into_b_and_zeros(tmp_path):
     options = {"r": 3, "lora_alpha": 5, "use_rslora": True, "rank_pattern": {"q_proj": 7}}
     target, adapter = make_adapter(tmp_path, "llama", torch.bfloat16, **options)
@@ -101,6 +102,7 @@ def test_scales_and_ranks_of_single_modules_go_into_b_and_zeros(tmp_path):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_factors_above_the_rank_asked_are_cut_to_the_best_of_that_rank(tmp_path):
     target, adapter = make_adapter(tmp_path, "llama", r=8, lora_alpha=8)
     pack = import_lora(target, adapter, tmp_path / "x.skillpack")
@@ -232,6 +234,7 @@ def test_what_is_read_back_answers_as_peft_does(tmp_path):
 # ------------------------------------------------------------------------ refusals
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_leaves_nothing(tmp_path):
     target, tuned = make_pair(tmp_path, "llama")
     pack = lossless_pack(target, tuned)

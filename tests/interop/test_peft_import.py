@@ -91,6 +91,7 @@ def test_target_and_pack_answer_as_peft_does(tmp_path, case):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     architectures(["llama", "gpt2", "gpt_neox", "bert"], quick=("gpt2", "gpt_neox")),
@@ -143,6 +144,7 @@ def test_a_lora_runs_unmerged_by_its_factors(tmp_path, dtype):
         assert updates["lm_head"].nbytes == 3 * (96 + 32) * dtype.itemsize
 
 
+@pytest.mark.slow
 def test_adapters_of_single_experts_are_read_as_peft_reads_them(tmp_path):
     build("mixtral").save_pretrained(tmp_path / "target")
     generator, tensors = torch.Generator().manual_seed(0), {}

@@ -33,6 +33,7 @@ def make(folder, architecture, tokens, **options):
         return target, adapter, model.merge_and_unload().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [101, 90])
 @pytest.mark.parametrize(
     ("architecture", "options"),

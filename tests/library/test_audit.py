@@ -46,6 +46,7 @@ def test_a_head_that_training_untied_is_audited_and_served(tmp_path):
     assert library.generate("0123", route="untied", max_new_tokens=4).route.name == "untied"
 
 
+@pytest.mark.slow
 def test_other_packs_are_compared_and_a_fused_one_is_known(folder, world, tmp_path):
     library = Library.open(folder)
     file = tmp_path / "fused.skillpack"

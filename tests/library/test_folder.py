@@ -354,6 +354,7 @@ def test_two_processes_that_add_at_once_both_succeed(folder):
     assert all((folder.path / entry.file).read_text() == entry.name for entry in packs)
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_a_half_made_change(folder):
     def work() -> None:
         for number in range(20):

@@ -83,6 +83,7 @@ def test_a_file_that_is_no_pack_is_refused(world, library, tmp_path):
         library.add(tmp_path / "nowhere.skillpack", "nowhere")
 
 
+@pytest.mark.slow
 def test_a_pack_that_resizes_the_vocabulary_is_refused(tmp_path):
     target, tuned = make_pair(tmp_path, "llama", torch.float32)
     model = build("llama", torch.float32, seed=3)
@@ -156,6 +157,7 @@ def test_a_prompt_that_cannot_be_continued_gets_a_note(library):
     assert empty.route.name == long.route.name == "target"
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_the_context_does(library):
     short, alone = "0" * 60, library.generate("012345", max_new_tokens=16)
     long, other = library.generate([short, "012345"], max_new_tokens=16)
@@ -163,6 +165,7 @@ def test_an_answer_ends_where_the_context_does(library):
     assert other == alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["deltas", "probabilities"])
 def test_several_packs_may_share_a_prompt(library, mix):
     pair = prompts_of("digits", 1)[0][:6] + prompts_of("upper", 1)[0][:6]
@@ -202,6 +205,7 @@ def test_options_that_cannot_be_are_refused(library, options, message):
         library.generate("0123", **options)
 
 
+@pytest.mark.slow
 def test_the_target_is_the_same_after_everything(library):
     before = state_of(library)
     library.generate(MIXED, max_new_tokens=4)
@@ -254,6 +258,7 @@ def test_memory_that_is_no_size_is_refused(full, memory):
         Library.open(full, memory=memory)
 
 
+@pytest.mark.slow
 def test_a_failing_pack_leaves_the_others_at_work(folder, world):
     library = Library.open(folder)
     entry = library.index.find("upper")
@@ -288,6 +293,7 @@ def test_adding_and_removing_a_pack_leaves_the_scores_of_the_others(folder, worl
         assert {name: new.scores[name] for name in old.scores} == old.scores
 
 
+@pytest.mark.slow
 def test_one_model_is_loaded_however_much_is_asked(folder, monkeypatch):
     loads = []
     monkeypatch.setattr(
@@ -301,6 +307,7 @@ def test_one_model_is_loaded_however_much_is_asked(folder, monkeypatch):
     assert loads == [1]
 
 
+@pytest.mark.slow
 def test_threads_that_share_a_library_get_the_answers_of_one_thread(full):
     library = Library.open(full)
     prompts = [[*prompts_of(name, 2, seed=5)] for name in NAMES]

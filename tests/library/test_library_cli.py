@@ -150,6 +150,7 @@ def test_generate_takes_a_library_and_routes(full, reported):
     assert by_name == actual
 
 
+@pytest.mark.slow
 def test_generate_routes_among_packs_by_their_keys(world, reported, refused):
     prompt = prompts_of("lower", 1, seed=5)[0]
     packs = [argument for file in world.packs.values() for argument in ("--pack", file)]

@@ -107,6 +107,7 @@ def test_rows_of_a_pack_that_is_not_here_are_refused(skilled, rows):
         skilled.evaluate({"nl_regex": []})
 
 
+@pytest.mark.slow
 def test_a_trained_router_serves_until_a_pack_changes(folder):
     library = Library.open(folder)
     rows = {name: [Row(prompt, " 0") for prompt in prompts_of(name, 30, seed=7)] for name in NAMES}

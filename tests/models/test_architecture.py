@@ -132,6 +132,7 @@ def test_attention_masks_of_old_gpt2_files_have_a_role_but_no_parameter(tmp_path
     assert (role.kind, role.parameter) == (ModuleKind.OTHER, "")
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_split_when_it_is_loaded_is_packed_merged_and_not_attached(tmp_path):
     config = transformers.NomicBertConfig(**ONE_LAYER, vocab_size=96, max_position_embeddings=64)
     torch.manual_seed(0)

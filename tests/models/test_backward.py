@@ -68,6 +68,7 @@ def reference(checkpoint, modules):
     return {name: value / count for name, value in sums.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma", "gpt_neox", "mixtral", "bert"])
 def test_streamed_padded_batches_give_the_gradients_of_plain_autograd(
     tmp_path, monkeypatch, architecture
@@ -178,6 +179,7 @@ def test_bfloat16_gives_about_the_sensitivities_of_float32(tmp_path):
         assert half == pytest.approx(whole, rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_finished_store_is_kept_and_another_seed_fills_it_anew(tmp_path, monkeypatch):
     checkpoint = save_model(tmp_path / "tuned")
     name = "gradient:model.layers.0.mlp.up_proj"

@@ -66,6 +66,7 @@ def constructions(monkeypatch):
     return configs
 
 
+@pytest.mark.slow
 def test_packing_and_merging_build_one_empty_model_where_the_configurations_are_equal(
     tmp_path, constructions
 ):
@@ -76,6 +77,7 @@ def test_packing_and_merging_build_one_empty_model_where_the_configurations_are_
     assert len(constructions) == 1
 
 
+@pytest.mark.slow
 def test_packing_builds_one_empty_model_for_each_of_two_configurations(tmp_path, constructions):
     target, tuned = make_pair(tmp_path, "mixtral")
     config = json.loads((tuned / "config.json").read_text())

@@ -48,6 +48,7 @@ def test_the_room_is_filled_from_below_whatever_bytes_come_out(room, bias):
     assert coder.last == best
 
 
+@pytest.mark.slow
 def test_more_room_never_leaves_more_error():
     errors = []
     for room in (2_000, 4_000, 8_000, 16_000, 64_000):

@@ -205,6 +205,7 @@ def test_a_weight_of_the_largest_number_stays_finite_beside_small_deltas(tmp_pat
     check_sound(tmp_path, pack, target, tuned)
 
 
+@pytest.mark.slow
 def test_one_large_entry_is_coded_no_worse_with_more_budget(tmp_path):
     states(tmp_path, torch.float32, one_entry, 1.0, weight=0.0)
     errors = []
@@ -275,6 +276,7 @@ def test_energies_hold_where_float32_squares_vanish_or_overflow():
 SIDES = st.sampled_from([(1, 1), (1, 7), (7, 1), (2, 2), (40, 3), (3, 40), (33, 33)])
 
 
+@pytest.mark.slow
 @given(
     shape=SIDES,
     form=st.sampled_from([gaussian, rank_one, all_equal, identity, rows_apart, same_rows]),

@@ -145,6 +145,7 @@ def test_an_interrupted_pack_goes_on_and_gives_the_same_bytes(
     assert file_bytes(resumed, tmp_path / "resumed") == half
 
 
+@pytest.mark.slow
 def test_finished_steps_of_another_job_are_not_used(folders: Pairs, tmp_path: Path) -> None:
     target, tuned = folders["llama"]
     work = tmp_path / "work"
@@ -175,6 +176,7 @@ def test_a_pack_needs_neither_the_tuned_checkpoint_nor_its_own_work_folder(
     assert digests(tmp_path / "merged") == expected
 
 
+@pytest.mark.slow
 def test_a_budget_too_small_for_the_norms_says_what_would_do(
     folders: Pairs, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_of_a_stack_only_the_expert_that_is_compared_is_read(
     assert torch.equal(value, live[3, 16:])
 
 
+@pytest.mark.slow
 def test_names_of_the_hub_and_mask_buffers_pair_with_what_is_saved_today(tmp_path: Path) -> None:
     target, tuned = make_pair(tmp_path, "gpt2", torch.float32)
     masks = {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
@@ -100,6 +101,7 @@ def test_names_of_the_hub_and_mask_buffers_pair_with_what_is_saved_today(tmp_pat
     assert pack.record("h.0.attn.masked_bias").codec == "zero"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("holder", ["target", "tuned", "both"])
 def test_buffers_that_transformers_ignores_follow_the_target(holder: str, tmp_path: Path) -> None:
     target, tuned = make_pair(tmp_path, "gpt_neox", torch.float32)
@@ -156,6 +158,7 @@ def test_a_backbone_pairs_with_a_causal_model(
     assert_travels(target, tuned, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_a_score_head_over_a_causal_target_is_an_added_tensor(
     architecture: str, tmp_path: Path
@@ -301,6 +304,7 @@ def _siglip() -> transformers.PreTrainedModel:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [_resnet, _whisper, _siglip], ids=["resnet", "whisper", "siglip"])
 def test_models_without_one_input_embedding_are_packed_and_merged(
     make: Callable[[], transformers.PreTrainedModel], tmp_path: Path

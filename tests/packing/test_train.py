@@ -127,12 +127,14 @@ def test_less_room_than_the_codes_took_is_met(llama: Case) -> None:
     assert result.kl_after < result.kl_before
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_stays_as_it_was(llama: Case) -> None:
     result = trained(llama, steps=2, room=10)
     assert not result.payloads
     assert result.kl_after == result.kl_before > 0
 
 
+@pytest.mark.slow
 def test_a_delta_that_coding_left_nothing_of_is_left_out(llama: Case) -> None:
     (empty, coded), *_ = llama[2].items()
     none = replace(
@@ -217,6 +219,7 @@ def test_a_hidden_state_of_any_size_counts_the_same() -> None:
     assert train.relative_error(near, teacher).item() == pytest.approx((0.01 + 0.04) / 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_progress_is_reported_step_by_step(llama: Case) -> None:
     steps: list[tuple[int, int]] = []
     trained(llama, steps=2, progress=lambda done, total: steps.append((done, total)))

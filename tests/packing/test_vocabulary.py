@@ -59,6 +59,7 @@ def test_a_resized_vocabulary_travels_in_the_pack(
     assert load_model(tmp_path / "merged").config.vocab_size == tokens
 
 
+@pytest.mark.slow
 def test_new_tokens_work_on_a_live_target_and_leave_with_the_pack(tmp_path: Path) -> None:
     target, tuned = tmp_path / "target", tmp_path / "tuned"
     model = build("llama_tied", torch.float32)
@@ -85,6 +86,7 @@ def test_what_a_tokenizer_shares_with_the_targets_is_not_stored(tmp_path: Path) 
     )
 
 
+@pytest.mark.slow
 def test_a_head_that_training_untied_comes_back_bit_for_bit(tmp_path: Path) -> None:
     target, tuned = tmp_path / "target", tmp_path / "tuned"
     model = build("llama_tied", torch.bfloat16)

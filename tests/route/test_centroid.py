@@ -63,6 +63,7 @@ def test_prompts_go_to_their_own_pack(model, tokenizer, keys):
         assert sum(route.name == name for route in routes) >= 36
 
 
+@pytest.mark.slow
 def test_a_route_is_the_same_alone_and_in_any_batch(model, tokenizer, keys, mixed):
     router = CentroidRouter(model, tokenizer, keys, top_k=2)
     routes = router.route(mixed)
@@ -187,6 +188,7 @@ def test_a_prompt_of_tokens_that_the_model_lacks_is_refused(model, keys, tmp_pat
         router.route(["привет"])
 
 
+@pytest.mark.slow
 def test_half_precision_finds_the_same_packs(tokenizer, keys):
     half = build("llama", torch.bfloat16, scale=0.3)
     router = CentroidRouter(half, tokenizer, keys)

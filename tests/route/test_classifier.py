@@ -87,6 +87,7 @@ def accuracy(case, classifier):
     return right / 90
 
 
+@pytest.mark.slow
 def test_a_net_trained_on_names_finds_them_on_other_prompts(case):
     assert accuracy(case, case.train("task")) >= 0.9
 

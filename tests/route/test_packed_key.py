@@ -40,6 +40,7 @@ def packed(folders, **options):
     return pack_delta(*folders, workers=1, **{"budget": "70%", "prompts": PROMPTS, **options})
 
 
+@pytest.mark.slow
 def test_a_pack_with_prompts_carries_the_key_of_its_target(folders):
     key = RouterKey.of(packed(folders))
     model, tokenizer = load_model(folders[0]), load_tokenizer(folders[0])
@@ -77,6 +78,7 @@ def test_the_file_opens_with_its_key_and_packs_are_deterministic(folders, rows, 
     assert RouterKey.of(SkillPack.load(tmp_path / "0.skillpack")).info.prompts == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_lossless_pack_carries_a_key_too(folders):
     pack = packed(folders, recipe="lossless", budget=None)
     tuned = Checkpoint.open(folders[1])
@@ -106,6 +108,7 @@ def test_too_few_prompts_and_a_target_without_tokenizer_are_refused(folders, tmp
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_file_of_prompts(folders, rows, tmp_path):
     file = tmp_path / "skill.skillpack"
     options = ["--budget", "70%", "--prompts", str(rows), "--workers", "1", "--json"]

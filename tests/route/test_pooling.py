@@ -76,6 +76,7 @@ def test_of_a_prompt_beyond_the_context_the_end_is_read(tokenizer):
     assert torch.equal(states[0], states[1])
 
 
+@pytest.mark.slow
 def test_packs_beside_the_model_do_not_change_a_state(tokenizer, tmp_path):
     target, tuned = make_pair(tmp_path, "llama")
     pack = lossless_pack(target, tuned)

@@ -120,6 +120,7 @@ def test_neutral_deviations_are_never_zero():
     assert (spread.mean, spread.std) == (2.0, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     architectures(["llama", "gemma", "gpt_oss", "mixtral"], quick=("llama", "gpt_oss")),
@@ -180,6 +181,7 @@ def test_a_route_depends_on_nothing_but_prompt_target_and_the_packs_weights(skil
         assert {name: wider.scores[name] for name in route.scores} == route.scores
 
 
+@pytest.mark.slow
 def test_packs_attached_beside_the_model_change_no_route(skills):
     _, model, tokenizer, packs, _ = skills
     expected = SpectralRouter(model, tokenizer, packs).route(PROMPTS)

@@ -580,6 +580,7 @@ def test_a_product_of_a_million_extents_is_refused_at_once(tmp_path):
     assert fault_of(lambda: forgery.open(tmp_path)) == "shape_too_large"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(20)
 def test_a_repeated_key_among_many_others_is_found_at_once(tmp_path):
     keys = ",".join(f'"{i}":0' for i in range(300_000))

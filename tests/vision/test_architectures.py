@@ -101,6 +101,7 @@ def residual(seed: int, kinds: tuple[type, ...]) -> Residual:
     return Residual([kind(8) for kind in kinds]).eval()
 
 
+@pytest.mark.slow
 @given(
     kinds=st.lists(st.sampled_from([Block, Shuffle]), min_size=1, max_size=4),
     seed=st.integers(0, 9),

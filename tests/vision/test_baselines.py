@@ -35,6 +35,7 @@ def test_a_donor_classifier_reads_all_of_the_donors_last_layer() -> None:
         assert classifier(IMAGES).shape == (4, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parameters", "head"), [(6_000, small_head), (143_724, nn.Linear)])
 def test_a_student_comes_just_under_its_number_of_parameters(
     parameters: int, head: type[nn.Linear]
@@ -91,6 +92,7 @@ def test_a_random_trunk_forgets_weights_that_belong_to_no_layer() -> None:
     assert 0.015 < float(token.detach().std()) < 0.025
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normed", [False, True])
 def test_a_pruned_donor_comes_just_under_its_number_of_parameters(normed: bool) -> None:
     pytest.importorskip("torch_pruning")

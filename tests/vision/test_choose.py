@@ -208,6 +208,7 @@ def test_the_rootstock_saves_far_fewer_multiplications_than_parameters() -> None
     assert module_cost(PaperRootstock(9), 128).macs == sum(macs[:7]) + head
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_rootstock_reads_the_three_convolutions_of_block_3() -> None:
     rootstock = PaperRootstock(5)

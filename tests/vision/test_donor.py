@@ -195,6 +195,7 @@ def test_images_smaller_than_a_patch_are_refused() -> None:
         open_donor(tiny("vit"), 6)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 99), st.sampled_from([(2, 3, 4, 5), (2, 6, 3)]))
 @settings(max_examples=10)
 def test_mean_and_spread_that_are_trained_have_the_values_and_gradients_of_their_equations(

@@ -141,6 +141,7 @@ class Undecided(nn.Module):
         return x.mean((2, 3)) if bool(x.sum() > 0) else x.amax((2, 3))
 
 
+@pytest.mark.slow
 def test_a_network_that_has_no_graph_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot be written as ONNX") as refused:
         export_onnx(Undecided(), tmp_path / "odd.onnx", SIZE, CLASSES, "odd")
@@ -148,6 +149,7 @@ def test_a_network_that_has_no_graph_is_refused_in_one_line(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

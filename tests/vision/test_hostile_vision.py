@@ -211,6 +211,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
+@pytest.mark.slow
 def test_tensors_that_operators_make_come_out_of_limited_memory(tmp_path):
     files = []
     for name, bomb in BOMBS.items():
@@ -307,6 +308,7 @@ def test_text_that_is_not_utf_8_is_refused_naming_the_file(tmp_path, old, new):
         predict.Predictor.open(file)
 
 
+@pytest.mark.slow
 def test_damage_anywhere_is_a_rootstock_or_an_error_of_ours(tmp_path):
     content, random = model().SerializeToString(), np.random.default_rng(1)
     file = tmp_path / "damaged.onnx"

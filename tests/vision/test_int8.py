@@ -163,11 +163,13 @@ def test_a_file_that_is_no_network_is_refused_and_leaves_nothing(tmp_path: Path)
     assert [file.name for file in tmp_path.iterdir()] == ["broken.onnx"]
 
 
+@pytest.mark.slow
 def test_inference_needs_no_torch_and_little_memory(files: tuple[Path, Path]) -> None:
     # torch alone holds more than this.
     assert 20e6 < inference_rss_bytes(files[1]) < 150e6
 
 
+@pytest.mark.slow
 def test_memory_of_a_file_that_is_no_rootstock_is_not_measured(tmp_path: Path) -> None:
     with pytest.raises(RootstockError, match="no such file"):
         inference_rss_bytes(tmp_path / "missing.onnx")

@@ -273,6 +273,7 @@ def test_an_empty_result_says_that_nothing_was_measured() -> None:
     assert "was not measured" in Page(render_page({})).text
 
 
+@pytest.mark.slow
 def test_the_same_result_gives_the_same_page(content: str) -> None:
     assert render_page(full_result()) == content
 

@@ -134,6 +134,7 @@ def norms_in(module: nn.Module) -> list[nn.BatchNorm2d]:
     return [part for part in module.modules() if isinstance(part, nn.BatchNorm2d)]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 70))
 def test_inserted_norms_leave_the_function_as_it_is(seed: int, count: int) -> None:
@@ -168,6 +169,7 @@ def test_a_training_step_right_after_the_insertion_sees_almost_the_same_function
         torch.testing.assert_close(rootstock.features(images), before, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31))
 def test_folding_trained_norms_leaves_function_and_parameters_of_the_donor(seed: int) -> None:

@@ -45,6 +45,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @given(data=st.data(), kind=st.sampled_from(sorted(LAYERS)), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 @torch.no_grad()

@@ -54,6 +54,7 @@ def bright_sides(views: torch.Tensor) -> set[str]:
     return {list(sides)[index] for index in means.argmax(dim=0).tolist()}
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 99), st.integers(0, 99)))
 def test_seed_epoch_and_batch_decide_a_view_and_nothing_else_does(
@@ -167,6 +168,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Rootstock,
     return folder, rootstock, training
 
 
+@pytest.mark.slow
 def test_a_rootstock_learns_to_tell_colours(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"epochs": 8})
     before = scores(start(), VAL)
@@ -271,6 +273,7 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "folder").iterdir()] == [CHECKPOINT]
 
 
+@pytest.mark.slow
 def test_the_epoch_of_the_lowest_validation_loss_is_kept(tmp_path: Path) -> None:
     settings = TrainingSettings(epochs=5, batch=16, learning_rate=0.3, bfloat16=False)
     rootstock, training, _ = train(tmp_path, settings)
@@ -338,6 +341,7 @@ class NextColor(nn.Module):
         return 9 * functional.one_hot((answers + 1) % 3, 3).float()
 
 
+@pytest.mark.slow
 def test_soft_labels_are_of_the_views_that_are_trained_on(tmp_path: Path) -> None:
     guide = NextColor()
     settings = SETTINGS.model_copy(update={"epochs": 8, "distillation": 1.0})
@@ -349,6 +353,7 @@ def test_soft_labels_are_of_the_views_that_are_trained_on(tmp_path: Path) -> Non
     assert scores(rootstock, shifted).accuracy > 0.9
 
 
+@pytest.mark.slow
 def test_who_learns_second_finds_the_soft_labels_that_the_first_waited_for(
     tmp_path: Path,
 ) -> None:
@@ -421,6 +426,7 @@ def test_unknown_and_impossible_settings_are_refused() -> None:
     assert all(field.description for field in TrainingSettings.model_fields.values())
 
 
+@pytest.mark.slow
 def test_a_donor_classifier_is_fine_tuned_by_the_same_call(tmp_path: Path) -> None:
     classifier = donor_classifier(tiny_donor(), CLASSES)
     train(tmp_path, SETTINGS.model_copy(update={"epochs": 8}), rootstock=classifier)
