@@ -119,7 +119,7 @@ def test_a_target_of_another_vocabulary_learns_from_both_signals(tmp_path, kind,
     ids, mask = pad_batch([row.ids for row in encoded], OURS.pad_token_id)
     kl = distribution_batch([DistributionFile(file)], range(6), encoded, settings.fusion)
     hidden = source.batch(rows, encoded)
-    expected = source.states(hidden)
+    source_states = source.states(hidden)
     projections = None if kind == "gram" else make_projections(2, 32, source.width, seed=0)
     learned = [*target.parameters(), *(projections.parameters() if projections else ())]
     optimizer = torch.optim.AdamW(learned, lr=5e-3)
@@ -131,7 +131,7 @@ def test_a_target_of_another_vocabulary_learns_from_both_signals(tmp_path, kind,
         expected = (kl[name][places] for name in names)
         divergence_loss = distribution_loss(output.logits[places], *expected, divergence).mean()
         distance = hidden_batch_loss(
-            output.hidden_states, expected, hidden, kind, source.pairs, projections
+            output.hidden_states, source_states, hidden, kind, source.pairs, projections
         ).mean()
         optimizer.zero_grad()
         (divergence_loss + distance).backward()
