@@ -12,8 +12,9 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -208,34 +209,38 @@ def _problem(setup: Setup, cell: Cell, tensors: Any, folder: Path) -> Any:
 
 
 def _score_stage(setup: Setup, pair: Pair, key: str, source: str) -> Stage:
-    def make(out: Path) -> None:
-        from measure import LiveModel, measure
+    def score(live: Any, state: Any) -> dict[str, Any]:
+        from measure import measure
 
-        if (refused := _refusal(setup.work / source)) is not None:
-            _write(out, {"refused": refused})
-            return
-        live = LiveModel(setup.work / pair.target)
-        state = _state(setup, pair, live, source)
         reference = setup.work / _reference(pair)
-        result = measure(live, pair, setup.work / pair.tuned, reference, state, setup.data)
-        _write(out, {"pair": pair.name, "source": source, **result})
+        return measure(live, pair, setup.work / pair.tuned, reference, state, setup.data)
 
+    make = partial(_measure_source, setup, pair, source, score)
     return Stage(f"score-{key}.json", make, (pair.tuned, _reference(pair), source))
 
 
 def _knowledge_stage(setup: Setup, pair: Pair, key: str, source: str) -> Stage:
-    def make(out: Path) -> None:
-        from measure import LiveModel, knowledge
+    def test(live: Any, state: Any) -> dict[str, Any]:
+        from measure import knowledge
 
-        if (refused := _refusal(setup.work / source)) is not None:
-            _write(out, {"refused": refused})
-            return
-        live = LiveModel(setup.work / pair.target)
-        state = _state(setup, pair, live, source)
-        result = knowledge(live, setup.work / CHAT_FILE, state, setup.data)
-        _write(out, {"pair": pair.name, "source": source, **result})
+        return knowledge(live, setup.work / CHAT_FILE, state, setup.data)
 
+    make = partial(_measure_source, setup, pair, source, test)
     return Stage(f"knowledge-{key}.json", make, (CHAT_FILE, source))
+
+
+def _measure_source(
+    setup: Setup, pair: Pair, source: str, measure: Callable[[Any, Any], dict[str, Any]], out: Path
+) -> None:
+    """Write what `measure` says of a source, or why the source could not be made."""
+    from measure import LiveModel
+
+    if (refused := _refusal(setup.work / source)) is not None:
+        _write(out, {"refused": refused})
+        return
+    live = LiveModel(setup.work / pair.target)
+    result = measure(live, _state(setup, pair, live, source))
+    _write(out, {"pair": pair.name, "source": source, **result})
 
 
 def _state(setup: Setup, pair: Pair, live: Any, source: str) -> Any:

@@ -102,15 +102,31 @@ def pack_skills(folder: DemoFolder, story: Story, report: Progress) -> None:
         story.say(f"   {file}: {file.stat().st_size:,} bytes", wrap=False)
 
 
-class MeasuredTarget:
-    """The live target, to which the packs are attached; checked after every detach."""
+class CheckedTarget:
+    """A live target, to which packs are attached; its bytes are checked after every detach."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        self.model: Any = load_model(folder, dtype)
+        self.tokenizer: Any = load_tokenizer(folder)
+        self.digest = _live_digest(self.model)
+
+    def check_restored(self, after: str) -> None:
+        """Raises: GraftError where a byte is another than before."""
+        actual = _live_digest(self.model)
+        if actual != self.digest:
+            raise GraftError(
+                f"after {after} the target has digest {actual[:16]} instead of {self.digest[:16]}; "
+                "detaching should restore every byte, so report this with your versions"
+            )
+
+
+class MeasuredTarget(CheckedTarget):
+    """The target of the demo, on which every pack is measured."""
 
     def __init__(self, folder: DemoFolder, story: Story, report: Progress):
-        self.folder, self.story, self.report = folder, story, report
         # float32, as in `compare`: the rounding of activations is no part of the comparison.
-        self.model: Any = load_model(folder.target, torch.float32)
-        self.tokenizer: Any = load_tokenizer(folder.target)
-        self.digest = live_digest(self.model)
+        super().__init__(folder.target, torch.float32)
+        self.folder, self.story, self.report = folder, story, report
 
     def measure(self) -> tuple[SkillResult, ...]:
         """Exact match of target, tuned and target + pack; the target's bytes after detaching."""
@@ -139,7 +155,7 @@ class MeasuredTarget:
             before = self._answers(rows)
             attachment.route(range(len(rows)))
             after = self._answers(rows)
-        self._check_restored("the mixed batch")
+        self.check_restored("the mixed batch")
         answers = tuple(
             MixedAnswer(skill.name, row.prompt, row.completion.strip(), plain, packed)
             for skill, row, plain, packed in zip(SKILLS, rows, before, after, strict=True)
@@ -154,7 +170,7 @@ class MeasuredTarget:
         tuned = self._score(load_model(tuned_folder, torch.float32), skill, "tuned")
         with attached(self.model, SkillPack.load(file)):
             packed = self._score(self.model, skill, "target + pack")
-        self._check_restored(skill.name)
+        self.check_restored(skill.name)
         if tuned <= target:
             raise GraftError(
                 f"{skill.name}: tuned answers {tuned:.3f} of the rows and the target {target:.3f}; "
@@ -184,14 +200,6 @@ class MeasuredTarget:
     def _test_rows(self, skill: DemoSkill) -> Sequence[Row]:
         return read_rows(self.folder.test_rows(skill))
 
-    def _check_restored(self, after: str) -> None:
-        actual = live_digest(self.model)
-        if actual != self.digest:
-            raise GraftError(
-                f"after {after} the target has digest {actual[:16]} instead of {self.digest[:16]}; "
-                "detaching should restore every byte, so report this with your versions"
-            )
-
     def _answers(self, rows: Sequence[Row]) -> list[str]:
         """Greedy answers to all prompts, generated as one batch."""
         longest = max(len(self.tokenizer.encode(row.completion)) for row in rows)
@@ -216,7 +224,7 @@ def _prefixed(report: Progress, skill: DemoSkill) -> Progress:
     return lambda step, done, total: report(f"{skill.name}: {step}", done, total)
 
 
-def live_digest(model: Any) -> str:
+def _live_digest(model: Any) -> str:
     """One digest over the bytes of all parameters of a live model."""
     return fingerprint(
         (name, str(tensor.dtype), tuple(tensor.shape), tensor_digest(tensor))

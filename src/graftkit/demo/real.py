@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from graftkit.attachment import attached
-from graftkit.demo import live_digest
+from graftkit.demo import CheckedTarget
 from graftkit.demo.story import SKILLS, DemoSkill, Story
 from graftkit.errors import CheckpointError, ConfigError, GraftError, OutputError
 from graftkit.evaluate import SLACK_TOKENS, exact_match
 from graftkit.files import WorkFolder, replaced_file
-from graftkit.models.loading import load_model, load_tokenizer, silence_transformers
+from graftkit.models.loading import silence_transformers
 from graftkit.models.text import end_tokens, generate_greedy, pad_id
 from graftkit.outputs import own_folder
 from graftkit.parallel import bfloat16_pays
@@ -188,14 +188,11 @@ def _save_dequantized(file: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-class _ChatModel:
-    """The live chat model, to which packs are attached; checked after every detach."""
+class _ChatModel(CheckedTarget):
+    """The chat model, of which every pack is tried."""
 
     def __init__(self, folder: Path):
-        dtype = torch.bfloat16 if bfloat16_pays() else torch.float32
-        self.model: Any = load_model(folder, dtype)
-        self.tokenizer: Any = load_tokenizer(folder)
-        self.digest = live_digest(self.model)
+        super().__init__(folder, torch.bfloat16 if bfloat16_pays() else torch.float32)
 
     def ask(self, question: str) -> str:
         """The answer in the chat template."""
@@ -212,8 +209,7 @@ class _ChatModel:
             packed = self._measure(rows, f"{skill.name}: target + pack", report)
             length = len(self.tokenizer.encode(row.completion)) + SLACK_TOKENS
             answer = self._answer(encode_prompt(self.tokenizer, row), length, chat=False)
-        if live_digest(self.model) != self.digest:
-            raise GraftError(f"after {file.name} the target has other bytes; report this")
+        self.check_restored(file.name)
         story.say(f"   {skill.title} ({file.stat().st_size:,} bytes)")
         story.say(f"     {' '.join(row.prompt.split())} {answer}", wrap=False)
         return RealSkill(skill.name, file.stat().st_size, target, packed, row.prompt, answer)

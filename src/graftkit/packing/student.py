@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,12 +104,13 @@ class Student:
 
         Returns: whether there is such a dead zone; if not, nothing is rounded.
         """
-        scale = self.nbytes() / max(1.0, self.entropy_bytes())
+        nbytes = cache(self.nbytes)
+        scale = nbytes(_ZONES[0]) / max(1.0, self.entropy_bytes())
         place = bisect_left(_ZONES, True, key=lambda zone: scale * self.entropy_bytes(zone) <= room)
         place = min(place, len(_ZONES) - 1)
-        while place and self.nbytes(_ZONES[place - 1]) <= room:
+        while place and nbytes(_ZONES[place - 1]) <= room:
             place -= 1
-        while place < len(_ZONES) and self.nbytes(_ZONES[place]) > room:
+        while place < len(_ZONES) and nbytes(_ZONES[place]) > room:
             place += 1
         if place == len(_ZONES):
             return False
