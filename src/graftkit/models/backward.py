@@ -1,8 +1,9 @@
 """Backward passes through a model that may lie on disk, and the output sensitivities they give.
 
-A decoder layer stores nothing but its input and runs again for its gradient, so that the weights of
-one layer are in memory at a time. The output head sees the scored positions only, a few at a time:
-at (tokens, vocabulary) the logits would be the largest tensor of the pass.
+A decoder layer that is streamed from disk stores nothing but its input and runs again for its
+gradient, so that the weights of one layer are in memory at a time. The output head sees the scored
+positions only, a few at a time: at (tokens, vocabulary) the logits would be the largest tensor of
+the pass.
 
 Output sensitivities of the tuned model tell what an error in a layer's output does to the answer:
 
@@ -27,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError
 from graftkit.models.calibration import CovarianceStore, job_digest, prepared_for_rows
-from graftkit.models.loading import output_embeddings, token_embedding
+from graftkit.models.loading import is_streamed, output_embeddings, token_embedding
 from graftkit.models.text import (
     real_tokens,
     scored_tokens,
@@ -40,6 +41,7 @@ from graftkit.progress import StepProgress, silent
 from graftkit.rows import EncodedRow, Row, batches_by_length, pad_batch
 
 BACKWARD_TOKENS = 2_048  # padded tokens of one pass: inputs of 32 layers of width 4,096 are 1 GB
+KEPT_TOKENS = 512  # the same where every layer keeps all its activations
 _CHUNK_BYTES = 2**25  # float32 logits of one chunk; a backward pass holds about five copies
 
 LogitsVisitor = Callable[[Tensor, slice], Tensor | None]
@@ -47,17 +49,14 @@ LogitsVisitor = Callable[[Tensor, slice], Tensor | None]
 gradient with respect to them, in their shape; None or unused where there is no backward pass."""
 
 
-def prepare_backward(model: Any, recompute: bool = True) -> None:
-    """Freeze a model and let its layers run again in the backward pass; for good.
+def prepare_backward(model: Any) -> None:
+    """Freeze a model; layers that are streamed from disk run again in the backward pass. For good.
 
     The layers of a model whose class marks none keep their weights until the backward pass.
-
-    Args:
-        recompute: whether layers run again, or keep their activations.
     """
     model.requires_grad_(False)
     model.config.use_cache = False
-    for layer in _outermost_layers(model) if recompute else ():
+    for layer in _outermost_layers(model) if is_streamed(model) else ():
         layer.forward = _recomputed(layer.forward)
 
 
@@ -126,7 +125,9 @@ def _visit_chunks(
     size = max(1, _CHUNK_BYTES // (4 * vocabulary_size(model)))
     for start in range(0, len(leaf), size):
         span = slice(start, min(start + size, len(leaf)))
-        chunk = type(output)(**{**output, "last_hidden_state": leaf[None, span]})
+        # Cut before the batch dimension is added: of another stride, torch would copy the head's
+        # whole weight for the product.
+        chunk = type(output)(**{**output, "last_hidden_state": leaf[span][None]})
         # The class's own forward, because some classes scale or cap the logits of the head.
         with _fixed_output(model.base_model, chunk):
             logits = model(input_ids=token).logits[0]
@@ -233,7 +234,8 @@ def collect_sensitivities(
     with prepared_for_rows(checkpoint, rows, SENSITIVITY_TOKENS, seed, store) as prepared:
         model, encoded, pad = prepared
         collector = _SensitivityCollector(model, modules, seed, checkpoint.name)
-        batches = backward_batches(model, list(map(len, encoded)), BACKWARD_TOKENS)
+        tokens = BACKWARD_TOKENS if is_streamed(model) else KEPT_TOKENS
+        batches = backward_batches(model, list(map(len, encoded)), tokens)
         if output_embeddings(model) is None:
             batches = []
         for done, batch in enumerate(batches):

@@ -97,6 +97,11 @@ def load_or_stream(
     return stream_model(checkpoint, offload_dir)
 
 
+def is_streamed(model: nn.Module) -> bool:
+    """Whether the model reads its weights from disk as it runs."""
+    return any(value.is_meta for value in model.parameters())
+
+
 def empty_model(reference: str | Path | Checkpoint) -> PreTrainedModel:
     """The model of a checkpoint on the meta device: names, shapes and classes, no weights.
 

@@ -126,17 +126,12 @@ class _Latent:
         self.left, self.right = start.left.float().contiguous(), start.right.float()
         # Codes in integers would take a quarter more memory.
         nothing = torch.empty(0, dtype=torch.int32)
-        self.start = replace(start, left=nothing, right=nothing)
+        self.start, self.steps = replace(start, left=nothing, right=nothing), start.steps
         self.component = torch.zeros(len(start.component)).requires_grad_()
         self.codes: Sequence[Tensor] = (self.left, self.right) if trains_codes else ()
         for latent in self.codes:
             latent += _SPREAD * (2 * torch.rand(latent.shape, generator=generator) - 1)
             latent.requires_grad_()
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """left (out, r) and right (r, in) of the delta, rounded."""
-        left, right = _straight_through(self.left), _straight_through(self.right)
-        return left * (self.start.component * self.component.exp()), right * self.start.steps
 
     def coded(self, zone: float) -> CodedFactors:
         left, right = (_rounded(part.detach(), zone).int() for part in (self.left, self.right))
@@ -150,14 +145,52 @@ class _Latent:
 
     def add_product(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Hook of a linear layer: y + (x rightᵀ) leftᵀ."""
-        inputs: Tensor = args[0]
-        left, right = (factor.to(inputs.dtype) for factor in self.factors())
-        return output + (inputs @ right.T) @ left.T
+        product: Tensor = _RoundedProduct.apply(args[0], *self._parts())  # type: ignore[no-untyped-call]
+        return output + product
 
     def add_rows(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Hook of an embedding: y + rows of left right."""
-        left, right = self.factors()
-        return output + (nn.functional.embedding(args[0], left) @ right).to(output.dtype)
+        left, right, scales, steps = self._parts()
+        rows = _straight_through(nn.functional.embedding(args[0], left)) * scales
+        return output + (rows @ (_straight_through(right) * steps)).to(output.dtype)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes before rounding, scales of components (r,) and steps of columns (in,)."""
+        scales = self.start.component * self.component.exp()
+        return self.left, self.right, scales, self.steps
+
+
+class _RoundedProduct(torch.autograd.Function):
+    """(x rightᵀ) leftᵀ with factors of rounded codes; one pass over the codes each way.
+
+    x (.., in), left (out, r), right (r, in), scales (r,) of components, steps (in,) of columns.
+    The gradients of left and right are those of their rounded values.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, left: Tensor, right: Tensor, scales: Tensor, steps: Tensor
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        left, right = (
+            _rounded(part).mul_(unit).to(x.dtype) for part, unit in ((left, scales), (right, steps))
+        )
+        inner = flat @ right.T
+        ctx.save_for_backward(flat, inner, left, right, scales, steps)
+        return (inner @ left.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        flat, inner, left, right, scales, steps = ctx.saved_tensors
+        of_output = gradients[0].reshape(-1, left.shape[0])
+        of_inner = of_output @ left
+        needs = ctx.needs_input_grad
+        of_x = (of_inner @ right).view(*gradients[0].shape[:-1], -1) if needs[0] else None
+        of_left = (of_output.T @ inner).float().mul_(scales) if needs[1] else None
+        of_right = (of_inner.T @ flat).float().mul_(steps) if needs[2] else None
+        # Σ_o ∂left_ok left_ok / scale_k, summed over tokens in place of outputs.
+        of_scales = (of_inner * inner).sum(dim=0, dtype=torch.float32) / scales
+        return of_x, of_left, of_right, of_scales, None
 
 
 def _serves_as_head(model: Any, module: nn.Module) -> bool:

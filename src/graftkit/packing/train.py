@@ -400,7 +400,7 @@ def _load(checkpoint: Checkpoint, folder: Path) -> Any:
         if 4 * checkpoint.parameters <= FLOAT32_BYTES
         else load_or_stream(checkpoint, folder, models=2)
     )
-    prepare_backward(model, recompute=any(value.is_meta for value in model.parameters()))
+    prepare_backward(model)
     return model
 
 
