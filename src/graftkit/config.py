@@ -157,8 +157,8 @@ class Budget:
         return math.floor(self.amount * BYTE_UNITS[self.unit])
 
 
-TRAIN_STEPS = 400
-"""Default steps of code training of a calibrated pack."""
+TRAIN_STEPS, QUICK_STEPS = 100, 25
+"""Most steps of code training of a calibrated pack by default, and of a quick one."""
 
 
 class PackConfig(Settings):
@@ -175,7 +175,7 @@ class PackConfig(Settings):
     servable: bool = False
     """Only factors whose side path stays cheap (recipe auto)."""
     train_steps: int = Field(default=TRAIN_STEPS, ge=0, le=100_000)
-    """Steps of code training after coding (recipe auto with calibration)."""
+    """Most steps of code training after coding (recipe auto with calibration)."""
     licence: str | None = None
     """Licence of the pack, as the manifest names it."""
     provenance: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """Codes of a compressed delta, trained against the tuned model."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -256,7 +257,7 @@ def test_training_that_is_killed_goes_on_to_the_same_payloads(llama, tmp_path, m
 
         return report
 
-    for step in (7, 31):
+    for step in (17, 31):
         with pytest.raises(Killed):
             trained(llama, steps=40, work=work, progress=killed_at(step))
         assert work.read_json("training.json")["step"] == step
@@ -270,6 +271,30 @@ def test_training_that_is_killed_goes_on_to_the_same_payloads(llama, tmp_path, m
     assert len(computed) == 40 - 31
     assert again.payloads == whole.payloads
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_ends_early_where_the_divergence_is_flat(llama, monkeypatch):
+    monkeypatch.setattr(train, "MEASURED_STEPS", 4)
+    monkeypatch.setattr(train, "FALLEN", math.inf)
+    monkeypatch.setattr(train, "FLAT", 0.0)
+    steps: list[tuple[int, int]] = []
+    trained(llama, steps=40, progress=lambda done, total: steps.append((done, total)))
+    assert (steps[0], steps[-1]) == ((0, 40), (8, 8))  # flat after 4, and as many for the fall
+
+
+@pytest.mark.slow
+def test_first_steps_that_raise_the_divergence_are_done_again_at_lower_rates(llama, monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(
+        torch.optim.Adam,
+        "step",
+        lambda self: rates.append(self.param_groups[0]["lr"]) or step(self),
+    )
+    result = trained(llama, steps=40)
+    assert len(rates) == train.TRIAL_STEPS + 40
+    assert max(rates[train.TRIAL_STEPS :]) == train.LOWER_RATE * max(rates[: train.TRIAL_STEPS])
+    assert result.kl_after < result.kl_before
 
 
 def test_a_token_of_probability_zero_counts_nothing_in_the_divergence():

@@ -54,8 +54,11 @@ def pack(
     ] = False,
     train_steps: Annotated[
         int | None,
-        typer.Option(help="Steps of code training on the rows. Default 400; 0 turns it off."),
+        typer.Option(help="Most steps of code training on the rows. Default 100; 0 turns it off."),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A quarter of the steps of code training.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything except write the file.")
     ] = False,
@@ -66,6 +69,8 @@ def pack(
 
     If it is interrupted, run the same command again: finished steps are kept in OUTPUT.partial.
     """
+    from graftkit.config import QUICK_STEPS
+
     summary = pack_to_file(
         target,
         tuned,
@@ -80,7 +85,7 @@ def pack(
         seed=seed,
         workers=workers,
         servable=servable,
-        train_steps=train_steps,
+        train_steps=QUICK_STEPS if quick and train_steps is None else train_steps,
     )
     show.json_or(json_output, summary, lambda: _print_pack(summary, output, dry_run))
 

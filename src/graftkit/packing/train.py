@@ -44,14 +44,18 @@ from graftkit.rows import EncodedRow, Row, pad_batch
 from graftkit.skillpack import SkillPack
 
 STEP_TOKENS = 256  # tokens of one step: many noisy steps beat few
-CODE_RATE, MOST_CODE_RATE = 0.08, 0.02  # codes per step: for a divergence of 1 nat, and at most
+CODE_RATE, MOST_CODE_RATE = 0.32, 0.08  # codes per step: for a divergence of 1 nat, and at most
 SCALE_SHARE = 0.25  # learning rate of the logarithms of scales, over that of codes
 BETAS, WARM_UP_STEPS = (0.9, 0.99), 5
+FALL = 0.5  # share of the steps, the last ones, over which the learning rates fall to 0
+MEASURED_STEPS = 25  # steps between two measurements of the held-out divergence
+TRIAL_STEPS, LOWER_RATE = 10, 0.25  # a divergence that is higher then means: anew, at lower rates
+FALLEN, FLAT = 0.5, 0.97  # training ends early at this share of the first and of the last one
 HIDDEN_WEIGHT = 20.0  # nats for a relative squared error of 1 in the hidden states of one layer
 MOST_REPLACED = 0.6  # largest probability that a token of a prompt is replaced
 TEMPLATE_SHARE = 0.9  # a token in more than this share of the prompts belongs to their template
-HELD_OUT, HELD_OUT_TOKENS = 5, 4_096  # every fifth row, up to that many tokens, is not trained on
-RATE_STEPS = 10  # steps between two updates of λ
+HELD_OUT, HELD_OUT_TOKENS = 5, 2_048  # every fifth row, up to that many tokens, is not trained on
+RATE_STEPS = 10  # most steps between two updates of λ, of which a training has ten at least
 LEAST_RATE, MOST_RATE = 0.01, 10_000.0  # λ over its first value
 LIKELY = 256  # tokens of a position whose probabilities are compared one by one
 FLOAT32_BYTES = 2**28  # a model of at most this size in float32 runs in float32
@@ -169,11 +173,11 @@ def train_codes(
         distillation = _Distillation(tuned, student, pad_id(tokenizer), stack)
         tokens = plan.steps * STEP_TOKENS + HELD_OUT * HELD_OUT_TOKENS
         encoded = encode_rows(tokenizer, rows, tokens, plan.seed, tuned, teacher.name)
-        scored = [row for row in encoded if distillation.count([row])]
-        learned, held_out = _split(scored)
+        learned, rows_held_out = _split([row for row in encoded if distillation.count([row])])
+        held_out = distillation.answered(rows_held_out)
         before = after = distillation.divergence(held_out)
         if learned and student.latents:
-            _train(distillation, learned, plan, max(before, 1e-12), work, report)
+            _Training(distillation, learned, held_out, plan, before, work).run(report)
             if student.fit(plan.room):
                 after = distillation.divergence(held_out)
     if after < before:
@@ -195,6 +199,21 @@ def _split(rows: Sequence[EncodedRow]) -> tuple[list[EncodedRow], list[EncodedRo
     return learned, [rows[index] for index in sorted(held_out)]
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of one pass and the tuned model's answers.
+
+    ids, mask, scored: (rows, tokens). tokens: (n, k), the likeliest at each of n scored positions.
+    probabilities: theirs.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    scored: Tensor
+    tokens: Tensor
+    probabilities: Tensor
+
+
 class _Distillation:
     """Teacher and student on the same rows; both report the outputs of their layers."""
 
@@ -207,32 +226,50 @@ class _Distillation:
         """Positions whose logits count."""
         return int(scored_tokens(self.teacher, rows, self._inputs(rows)[1]).sum())
 
-    def divergence(self, rows: Sequence[EncodedRow]) -> float:
+    def answered(self, rows: Sequence[EncodedRow]) -> list[_Batch]:
+        """Rows with the teacher's answers; the states of its layers are those of the last batch."""
+        return [self._answer(batch) for batch in self._batches(rows)]
+
+    def divergence(self, batches: Sequence[_Batch]) -> float:
         """KL(tuned ‖ packed), mean over the scored tokens."""
-        return self._run(rows, backward=False)
+        count = sum(int(batch.scored.sum()) for batch in batches)
+        return (
+            sum(self._run_student(batch, (count, 0), backward=False) for batch in batches) / count
+        )
 
-    def accumulate(self, rows: Sequence[EncodedRow]) -> float:
-        """The divergence; adds the gradient of the whole loss to the student's parameters."""
-        return self._run(rows, backward=True)
+    def accumulate(self, rows: Sequence[EncodedRow]) -> None:
+        """Add the gradient of the whole loss to the student's parameters."""
+        counts = self.count(rows), sum(map(len, rows))
+        for batch in self._batches(rows):
+            self._run_student(self._answer(batch), counts, backward=True)
 
-    def _run(self, rows: Sequence[EncodedRow], backward: bool) -> float:
-        total, counts = 0.0, (self.count(rows), sum(map(len, rows)))
-        for batch in backward_batches(self.student.model, list(map(len, rows)), BACKWARD_TOKENS):
-            total += self._run_batch([rows[index] for index in batch], counts, backward)
-        return total / counts[0]
+    def _batches(self, rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
+        lengths = list(map(len, rows))
+        for batch in backward_batches(self.student.model, lengths, BACKWARD_TOKENS):
+            yield [rows[index] for index in batch]
 
-    def _run_batch(
-        self, rows: Sequence[EncodedRow], counts: tuple[int, int], backward: bool
-    ) -> float:
-        """Σ KL of one pass. counts: scored tokens and tokens of all passes of this step."""
+    def _answer(self, rows: Sequence[EncodedRow]) -> _Batch:
+        """Run the teacher."""
         ids, mask = self._inputs(rows)
-        scored, real = scored_tokens(self.teacher, rows, mask), mask.bool()
-        tokens, probabilities = self._answers(ids, mask, scored)
-        total = 0.0
+        scored = scored_tokens(self.teacher, rows, mask)
+        parts: list[tuple[Tensor, Tensor]] = []
+
+        def visit(logits: Tensor, span: slice) -> None:
+            parts.append(logits.softmax(dim=1).topk(min(LIKELY, logits.shape[1])))
+
+        self.teacher_states.clear()
+        visit_logits(self.teacher, ids, mask, scored, visit, backward=False)
+        probabilities, tokens = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        return _Batch(ids, mask, scored, tokens, probabilities)
+
+    def _run_student(self, batch: _Batch, counts: tuple[int, int], backward: bool) -> float:
+        """Σ KL of one pass. counts: scored tokens and tokens of all passes of this step."""
+        real, total = batch.mask.bool(), 0.0
 
         def visit(logits: Tensor, span: slice) -> Tensor:
             nonlocal total
-            divergence, gradient = _divergence(logits, tokens[span], probabilities[span])
+            answers = batch.tokens[span], batch.probabilities[span]
+            divergence, gradient = _divergence(logits, *answers)
             total += divergence
             return gradient.div_(counts[0])
 
@@ -243,24 +280,12 @@ class _Distillation:
             return weight * torch.stack(parts or [torch.zeros(())]).sum()
 
         self.student_states.clear()
-        model = self.student.model
-        visit_logits(model, ids, mask, scored, visit, backward=backward, extra_loss=hidden_loss)
+        inputs = self.student.model, batch.ids, batch.mask, batch.scored
+        visit_logits(*inputs, visit, backward=backward, extra_loss=hidden_loss)
         return total
 
     def _inputs(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
         return pad_batch([row.ids for row in rows], self.pad)
-
-    def _answers(self, ids: Tensor, mask: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's likeliest tokens, (n, k), and their probabilities; runs the teacher."""
-        parts: list[tuple[Tensor, Tensor]] = []
-
-        def visit(logits: Tensor, span: slice) -> None:
-            parts.append(logits.softmax(dim=1).topk(min(LIKELY, logits.shape[1])))
-
-        self.teacher_states.clear()
-        visit_logits(self.teacher, ids, mask, scored, visit, backward=False)
-        probabilities, tokens = (torch.cat(kind) for kind in zip(*parts, strict=True))
-        return tokens, probabilities
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -269,48 +294,109 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (error / teacher.float().square().sum(dim=1).clamp(min=1e-30)).mean()
 
 
-def _train(
-    distillation: _Distillation,
-    rows: Sequence[EncodedRow],
-    plan: TrainingPlan,
-    divergence: float,
-    work: WorkFolder,
-    report: StepProgress,
-) -> None:
-    """Adam over shuffled batches; the rates rise for a few steps and fall with a cosine.
+class _Training:
+    """Adam over shuffled batches. The learning rates rise, stay, and fall to 0 in the last steps.
 
-    divergence: at first. The distance that codes have to go grows with its root.
+    Training ends early where the held-out divergence is flat: then the rates begin to fall. Where
+    the first steps raise it, training starts anew with lower rates.
+
+    Args:
+        held_out: measured every MEASURED_STEPS steps. divergence: at first; the distance that codes
+            have to go grows with its root.
     """
-    student, steps = distillation.student, plan.steps
-    highest = min(MOST_CODE_RATE, CODE_RATE * math.sqrt(divergence))
-    optimizer = torch.optim.Adam(
-        [{"params": student.codes, "share": 1.0}, {"params": student.scales, "share": SCALE_SHARE}],
-        betas=BETAS,
-    )
-    generator = random.Random(plan.seed)
-    replace_tokens, batches = TokenReplacement(rows, generator), _endless_batches(rows, generator)
-    rate = _RateLambda(divergence / (8 * plan.room), plan.room)
-    bytes_per_estimate = student.nbytes() / max(1.0, student.entropy_bytes())
-    state, done = TrainingState(work, optimizer), 0
-    if (saved := state.load()) is not None:
-        done, rate.factor = saved
-    for step in range(steps):
-        report(step, steps)
-        batch = [replace_tokens(row) for row in next(batches)]
-        if step < done:
-            continue  # drawn all the same, so that later draws are those of an unbroken run
-        rise, fall = (step + 1) / WARM_UP_STEPS, 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        for group in optimizer.param_groups:
-            group["lr"] = group["share"] * highest * min(1.0, rise) * fall
-        optimizer.zero_grad()
-        distillation.accumulate(batch)
-        if step % RATE_STEPS == 0:
-            rate.update(bytes_per_estimate * student.entropy_bytes())
-        student.add_rate(rate.nats_per_bit)
-        optimizer.step()
-        state.save(step + 1, rate.factor)
-    state.finish()
-    report(steps, steps)
+
+    def __init__(
+        self,
+        distillation: _Distillation,
+        rows: Sequence[EncodedRow],
+        held_out: Sequence[_Batch],
+        plan: TrainingPlan,
+        divergence: float,
+        work: WorkFolder,
+    ):
+        self.distillation, self.student = distillation, distillation.student
+        self.rows, self.held_out, self.plan = rows, held_out, plan
+        divergence = max(divergence, 1e-12)
+        self.highest = min(MOST_CODE_RATE, CODE_RATE * math.sqrt(divergence))
+        student = self.student
+        groups = (student.codes, 1.0), (student.scales, SCALE_SHARE)
+        self.optimizer = torch.optim.Adam(
+            [{"params": values, "share": share} for values, share in groups], betas=BETAS
+        )
+        self.rate = _RateLambda(divergence / (8 * plan.room), plan.room)
+        self.bytes_per_estimate = student.nbytes() / max(1.0, student.entropy_bytes())
+        self.state = TrainingState(work, self.optimizer)
+        self.steps, self.before, self.divergence = plan.steps, divergence, divergence
+        self.lowered = False
+
+    def run(self, report: StepProgress) -> None:
+        """All steps that are not done yet."""
+        done = 0
+        if (saved := self.state.load()) is not None:
+            done, self.rate.factor, self.highest = saved["step"], saved["factor"], saved["highest"]
+            self.steps, self.divergence = saved["steps"], saved["divergence"]
+        start = [] if done else [value.detach().clone() for value in self._values]
+        while not self._run(done, report):
+            self.highest, self.lowered, self.rate.factor = LOWER_RATE * self.highest, True, 1.0
+            self.optimizer.state.clear()
+            with torch.no_grad():
+                for value, before in zip(self._values, start, strict=True):
+                    value.copy_(before)
+        self.state.finish()
+        report(self.steps, self.steps)
+
+    def _run(self, done: int, report: StepProgress) -> bool:
+        """The steps behind `done`. Returns: False where the first of them raise the divergence."""
+        generator = random.Random(self.plan.seed)
+        replace_tokens = TokenReplacement(self.rows, generator)
+        batches = _endless_batches(self.rows, generator)
+        for step in range(self.plan.steps):
+            if step == self.steps:
+                break
+            report(step, self.steps)
+            batch = [replace_tokens(row) for row in next(batches)]
+            if step < done:
+                continue  # drawn all the same, so that later draws are those of an unbroken run
+            if step == TRIAL_STEPS and not self.lowered:
+                if self.distillation.divergence(self.held_out) > self.before:
+                    return False
+            elif step and step % MEASURED_STEPS == 0:
+                self._measure(step)
+            self._step(step, batch)
+            if step >= TRIAL_STEPS:  # what is saved is not started anew
+                self._save(step + 1)
+        return True
+
+    def _save(self, step: int) -> None:
+        numbers = {
+            "factor": self.rate.factor,
+            "highest": self.highest,
+            "steps": self.steps,
+            "divergence": self.divergence,
+        }
+        self.state.save(step, numbers)
+
+    @property
+    def _values(self) -> list[Tensor]:
+        return [*self.student.codes, *self.student.scales]
+
+    def _measure(self, step: int) -> None:
+        """Let the rates fall from here where the held-out divergence has fallen and is flat now."""
+        last, self.divergence = self.divergence, self.distillation.divergence(self.held_out)
+        falling = step >= (1 - FALL) * self.steps
+        if not falling and FLAT * last < self.divergence < FALLEN * self.before:
+            self.steps = min(self.plan.steps, round(step / (1 - FALL)))
+
+    def _step(self, step: int, batch: Sequence[EncodedRow]) -> None:
+        rise, fall = (step + 1) / WARM_UP_STEPS, (self.steps - step) / (FALL * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["share"] * self.highest * min(1.0, rise, fall)
+        self.optimizer.zero_grad()
+        self.distillation.accumulate(batch)
+        if step % max(1, min(RATE_STEPS, self.plan.steps // 10)) == 0:
+            self.rate.update(self.bytes_per_estimate * self.student.entropy_bytes())
+        self.student.add_rate(self.rate.nats_per_bit)
+        self.optimizer.step()
 
 
 class _RateLambda:
@@ -409,14 +495,14 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainingState:
-    """Step, λ, trained values and Adam's moments, as files of the work folder."""
+    """Numbers of the schedule, trained values and Adam's moments, as files of the work folder."""
 
     def __init__(self, work: WorkFolder, optimizer: torch.optim.Adam):
         self.work, self.optimizer = work, optimizer
         self.saved = time.monotonic()
 
-    def load(self) -> tuple[int, float] | None:
-        """Restore values and moments. Returns: steps done and the factor of λ, or None."""
+    def load(self) -> dict[str, Any] | None:
+        """Restore values and moments. Returns: what `save` was given, or None."""
         saved: dict[str, Any] | None = self.work.read_json(_FILE)
         if saved is None:
             return None
@@ -426,9 +512,9 @@ class TrainingState:
                 value.copy_(parts[0])
             moments = dict(zip(_MOMENTS, parts[1:], strict=True))
             self.optimizer.state[value] = {"step": torch.tensor(float(saved["step"])), **moments}
-        return saved["step"], saved["factor"]
+        return saved
 
-    def save(self, step: int, factor: float) -> None:
+    def save(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write the state after `step` steps, if it is time, and remove the one before.
 
         Raises: OutputError.
@@ -440,7 +526,7 @@ class TrainingState:
             state = self.optimizer.state[value]
             for name, part in (("value", value), *((n, state[n]) for n in _MOMENTS)):
                 self.work.write_array(_name(step, index, name), part.detach().numpy())
-        self.work.write_json(_FILE, {"step": step, "factor": factor})
+        self.work.write_json(_FILE, {"step": step, **numbers})
         if before is not None:
             self._remove(before["step"])
         self.saved = time.monotonic()
