@@ -15,7 +15,6 @@ from graftkit.attachment import attached
 from graftkit.checkpoint import fingerprint, tensor_digest
 from graftkit.demo.story import (
     SKILLS,
-    TRAIN_STEPS,
     DemoFolder,
     DemoResult,
     DemoSkill,
@@ -94,7 +93,6 @@ def pack_skills(folder: DemoFolder, story: Story, report: Progress) -> None:
             folder.tuned(skill),
             budget=skill.budget,
             calibration=folder.calibration_rows(skill),
-            train_steps=TRAIN_STEPS,
             progress=_prefixed(report, skill),
         )
         file = folder.pack(skill)

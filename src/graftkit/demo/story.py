@@ -63,9 +63,6 @@ class DemoSkill:
         return DATA / "rows" / f"{self.name}.calibration.jsonl"
 
 
-TRAIN_STEPS = 100
-"""A quarter of the default of `pack`, to keep the demo short."""
-
 # Exact match of tuned and of target + pack on the 200 test rows (one thread, float32):
 #   clinc150_intent     .895   5 % .850
 #   nl_regex            .875   5 % .865
