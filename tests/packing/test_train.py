@@ -18,7 +18,7 @@ from graftkit.errors import CheckpointError, RowsError
 from graftkit.files import WorkFolder
 from graftkit.models import tensor_roles
 from graftkit.models.text import EncodedRow
-from graftkit.packing import student, train
+from graftkit.packing import loss, student, train
 from graftkit.packing.student import Student
 from graftkit.packing.train import TokenReplacement, TrainedCodes, TrainingPlan, train_codes
 from graftkit.rows import Row
@@ -208,7 +208,7 @@ def test_the_divergence_of_a_vocabulary_cut_to_its_likeliest_tokens_has_the_righ
     )
     expected = (top * (top / likely).log()).sum() + (rest_p * (rest_p / rest).log()).sum()
     expected.backward()
-    result, gradient = train._divergence(logits.detach(), tokens, top)
+    result, gradient = loss._divergence(logits.detach(), tokens, top)
     assert result == pytest.approx(expected.item(), rel=1e-5)
     assert logits.grad is not None
     assert torch.allclose(gradient, logits.grad, atol=1e-6)
@@ -217,7 +217,7 @@ def test_the_divergence_of_a_vocabulary_cut_to_its_likeliest_tokens_has_the_righ
 def test_a_hidden_state_of_any_size_counts_the_same() -> None:
     teacher = torch.tensor([[1000.0, 0.0], [0.0, 1.0]])
     near = teacher * torch.tensor([[1.1], [1.2]])
-    assert train.relative_error(near, teacher).item() == pytest.approx((0.01 + 0.04) / 2, rel=1e-4)
+    assert loss.relative_error(near, teacher).item() == pytest.approx((0.01 + 0.04) / 2, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -261,11 +261,11 @@ def test_training_that_is_killed_goes_on_to_the_same_payloads(llama, tmp_path, m
         with pytest.raises(Killed):
             trained(llama, steps=40, work=work, progress=killed_at(step))
         assert work.read_json("training.json")["step"] == step
-    accumulate = train._Distillation.accumulate
+    accumulate = loss.Distillation.accumulate
     monkeypatch.setattr(
-        train._Distillation,
+        loss.Distillation,
         "accumulate",
-        lambda self, rows: computed.append(rows) or accumulate(self, rows),
+        lambda self, batches: computed.append(batches) or accumulate(self, batches),
     )
     again = trained(llama, steps=40, work=work)
     assert len(computed) == 40 - 31
@@ -300,6 +300,6 @@ def test_first_steps_that_raise_the_divergence_are_done_again_at_lower_rates(lla
 def test_a_token_of_probability_zero_counts_nothing_in_the_divergence():
     logits = torch.tensor([[1.0, 2.0, float("-inf")]])
     probabilities, tokens = logits.softmax(dim=1).topk(3)
-    divergence, gradient = train._divergence(logits, tokens, probabilities)
+    divergence, gradient = loss._divergence(logits, tokens, probabilities)
     assert divergence == pytest.approx(0.0, abs=1e-6)
     assert gradient.isfinite().all()

@@ -3,9 +3,8 @@
     min  KL(tuned ‖ packed) + w Σ_layers E‖h − h'‖² / ‖h'‖² + λ bits
 
 Compression rounds the factors of each layer separately. Training sees the effect on the whole
-model. λ follows from the room that the payloads have. A few hundred rows say little about a model's
-answers and much about its hidden states h, so both count. Prompts are augmented by token
-replacement: the tuned model supplies the answers there too.
+model (packing/loss.py). λ follows from the room that the payloads have. Prompts are augmented by
+token replacement: the tuned model supplies the answers there too.
 
 `train_packed_codes` is the step of a packing job, `train_codes` the training itself. Its state is
 saved from time to time, so that a killed job continues in the middle.
@@ -16,8 +15,10 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,18 +30,13 @@ from graftkit.checkpoint import Checkpoint, write_checkpoint
 from graftkit.compress.coded import CodedFactors
 from graftkit.errors import RowsError
 from graftkit.files import WorkFolder
-from graftkit.models.backward import (
-    BACKWARD_TOKENS,
-    backward_batches,
-    layer_outputs,
-    prepare_backward,
-    visit_logits,
-)
+from graftkit.models.backward import prepare_backward
 from graftkit.models.loading import load_model, load_or_stream
-from graftkit.models.text import encode_rows, one_thread, pad_id, scored_tokens, usable_tokenizer
+from graftkit.models.text import encode_rows, one_thread, pad_id, usable_tokenizer
+from graftkit.packing.loss import AnsweredRows, Distillation
 from graftkit.packing.student import Student
 from graftkit.progress import StepProgress, silent
-from graftkit.rows import EncodedRow, Row, pad_batch
+from graftkit.rows import EncodedRow, Row
 from graftkit.skillpack import SkillPack
 
 STEP_TOKENS = 256  # tokens of one step: many noisy steps beat few
@@ -51,13 +47,11 @@ FALL = 0.5  # share of the steps, the last ones, over which the learning rates f
 MEASURED_STEPS = 25  # steps between two measurements of the held-out divergence
 TRIAL_STEPS, LOWER_RATE = 10, 0.25  # a divergence that is higher then means: anew, at lower rates
 FALLEN, FLAT = 0.5, 0.97  # training ends early at this share of the first and of the last one
-HIDDEN_WEIGHT = 20.0  # nats for a relative squared error of 1 in the hidden states of one layer
 MOST_REPLACED = 0.6  # largest probability that a token of a prompt is replaced
 TEMPLATE_SHARE = 0.9  # a token in more than this share of the prompts belongs to their template
 HELD_OUT, HELD_OUT_TOKENS = 5, 2_048  # every fifth row, up to that many tokens, is not trained on
 RATE_STEPS = 10  # most steps between two updates of λ, of which a training has ten at least
 LEAST_RATE, MOST_RATE = 0.01, 10_000.0  # λ over its first value
-LIKELY = 256  # tokens of a position whose probabilities are compared one by one
 FLOAT32_BYTES = 2**28  # a model of at most this size in float32 runs in float32
 SAVE_SECONDS = 120.0  # of work that a killed run may lose
 _RESULT = "trained.json"
@@ -170,11 +164,11 @@ def train_codes(
         tuned = _load(teacher, folder / "teacher")
         student = Student(_load(packed, folder / "packed"), factors, packed)
         del factors  # the student has all of them, four bytes a code
-        distillation = _Distillation(tuned, student, pad_id(tokenizer), stack)
+        distillation = Distillation(tuned, student, pad_id(tokenizer), stack)
         tokens = plan.steps * STEP_TOKENS + HELD_OUT * HELD_OUT_TOKENS
         encoded = encode_rows(tokenizer, rows, tokens, plan.seed, tuned, teacher.name)
         learned, rows_held_out = _split([row for row in encoded if distillation.count([row])])
-        held_out = distillation.answered(rows_held_out)
+        held_out = distillation.answered(rows_held_out, states=False)
         before = after = distillation.divergence(held_out)
         if learned and student.latents:
             _Training(distillation, learned, held_out, plan, before, work).run(report)
@@ -199,101 +193,6 @@ def _split(rows: Sequence[EncodedRow]) -> tuple[list[EncodedRow], list[EncodedRo
     return learned, [rows[index] for index in sorted(held_out)]
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Rows of one pass and the tuned model's answers.
-
-    ids, mask, scored: (rows, tokens). tokens: (n, k), the likeliest at each of n scored positions.
-    probabilities: theirs.
-    """
-
-    ids: Tensor
-    mask: Tensor
-    scored: Tensor
-    tokens: Tensor
-    probabilities: Tensor
-
-
-class _Distillation:
-    """Teacher and student on the same rows; both report the outputs of their layers."""
-
-    def __init__(self, teacher: Any, student: Student, pad: int, stack: ExitStack):
-        self.teacher, self.student, self.pad = teacher, student, pad
-        self.teacher_states = stack.enter_context(layer_outputs(teacher))
-        self.student_states = stack.enter_context(layer_outputs(student.model))
-
-    def count(self, rows: Sequence[EncodedRow]) -> int:
-        """Positions whose logits count."""
-        return int(scored_tokens(self.teacher, rows, self._inputs(rows)[1]).sum())
-
-    def answered(self, rows: Sequence[EncodedRow]) -> list[_Batch]:
-        """Rows with the teacher's answers; the states of its layers are those of the last batch."""
-        return [self._answer(batch) for batch in self._batches(rows)]
-
-    def divergence(self, batches: Sequence[_Batch]) -> float:
-        """KL(tuned ‖ packed), mean over the scored tokens."""
-        count = sum(int(batch.scored.sum()) for batch in batches)
-        return (
-            sum(self._run_student(batch, (count, 0), backward=False) for batch in batches) / count
-        )
-
-    def accumulate(self, rows: Sequence[EncodedRow]) -> None:
-        """Add the gradient of the whole loss to the student's parameters."""
-        counts = self.count(rows), sum(map(len, rows))
-        for batch in self._batches(rows):
-            self._run_student(self._answer(batch), counts, backward=True)
-
-    def _batches(self, rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
-        lengths = list(map(len, rows))
-        for batch in backward_batches(self.student.model, lengths, BACKWARD_TOKENS):
-            yield [rows[index] for index in batch]
-
-    def _answer(self, rows: Sequence[EncodedRow]) -> _Batch:
-        """Run the teacher."""
-        ids, mask = self._inputs(rows)
-        scored = scored_tokens(self.teacher, rows, mask)
-        parts: list[tuple[Tensor, Tensor]] = []
-
-        def visit(logits: Tensor, span: slice) -> None:
-            parts.append(logits.softmax(dim=1).topk(min(LIKELY, logits.shape[1])))
-
-        self.teacher_states.clear()
-        visit_logits(self.teacher, ids, mask, scored, visit, backward=False)
-        probabilities, tokens = (torch.cat(kind) for kind in zip(*parts, strict=True))
-        return _Batch(ids, mask, scored, tokens, probabilities)
-
-    def _run_student(self, batch: _Batch, counts: tuple[int, int], backward: bool) -> float:
-        """Σ KL of one pass. counts: scored tokens and tokens of all passes of this step."""
-        real, total = batch.mask.bool(), 0.0
-
-        def visit(logits: Tensor, span: slice) -> Tensor:
-            nonlocal total
-            answers = batch.tokens[span], batch.probabilities[span]
-            divergence, gradient = _divergence(logits, *answers)
-            total += divergence
-            return gradient.div_(counts[0])
-
-        def hidden_loss() -> Tensor:
-            layers = zip(self.student_states, self.teacher_states, strict=True)
-            parts = [relative_error(student[real], teacher[real]) for student, teacher in layers]
-            weight = HIDDEN_WEIGHT * int(real.sum()) / counts[1]
-            return weight * torch.stack(parts or [torch.zeros(())]).sum()
-
-        self.student_states.clear()
-        inputs = self.student.model, batch.ids, batch.mask, batch.scored
-        visit_logits(*inputs, visit, backward=backward, extra_loss=hidden_loss)
-        return total
-
-    def _inputs(self, rows: Sequence[EncodedRow]) -> tuple[Tensor, Tensor]:
-        return pad_batch([row.ids for row in rows], self.pad)
-
-
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """E‖h − h'‖² / ‖h'‖² over tokens, (n, hidden) each. All tokens count alike, whatever ‖h'‖."""
-    error = (student.float() - teacher.float()).square().sum(dim=1)
-    return (error / teacher.float().square().sum(dim=1).clamp(min=1e-30)).mean()
-
-
 class _Training:
     """Adam over shuffled batches. The learning rates rise, stay, and fall to 0 in the last steps.
 
@@ -307,9 +206,9 @@ class _Training:
 
     def __init__(
         self,
-        distillation: _Distillation,
+        distillation: Distillation,
         rows: Sequence[EncodedRow],
-        held_out: Sequence[_Batch],
+        held_out: Sequence[AnsweredRows],
         plan: TrainingPlan,
         divergence: float,
         work: WorkFolder,
@@ -347,25 +246,36 @@ class _Training:
 
     def _run(self, done: int, report: StepProgress) -> bool:
         """The steps behind `done`. Returns: False where the first of them raise the divergence."""
-        generator = random.Random(self.plan.seed)
-        replace_tokens = TokenReplacement(self.rows, generator)
-        batches = _endless_batches(self.rows, generator)
-        for step in range(self.plan.steps):
+        for step, batches in enumerate(self._answered_ahead(done), start=done):
             if step == self.steps:
                 break
             report(step, self.steps)
-            batch = [replace_tokens(row) for row in next(batches)]
-            if step < done:
-                continue  # drawn all the same, so that later draws are those of an unbroken run
             if step == TRIAL_STEPS and not self.lowered:
                 if self.distillation.divergence(self.held_out) > self.before:
                     return False
             elif step and step % MEASURED_STEPS == 0:
                 self._measure(step)
-            self._step(step, batch)
+            self._step(step, batches)
             if step >= TRIAL_STEPS:  # what is saved is not started anew
                 self._save(step + 1)
         return True
+
+    def _answered_ahead(self, done: int) -> Iterator[list[AnsweredRows]]:
+        """The batches of the steps behind `done`; the teacher is one step ahead, in a thread."""
+        generator = random.Random(self.plan.seed)
+        replace_tokens = TokenReplacement(self.rows, generator)
+        draws = _endless_batches(self.rows, generator)
+        steps = ([replace_tokens(row) for row in rows] for rows in draws)
+        waiting = None
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            # What was done is drawn all the same: later draws are those of an unbroken run.
+            for rows in islice(steps, done, self.plan.steps):
+                ahead = pool.submit(self.distillation.answered, rows)
+                if waiting is not None:
+                    yield waiting.result()
+                waiting = ahead
+            if waiting is not None:
+                yield waiting.result()
 
     def _save(self, step: int) -> None:
         numbers = {
@@ -387,12 +297,12 @@ class _Training:
         if not falling and FLAT * last < self.divergence < FALLEN * self.before:
             self.steps = min(self.plan.steps, round(step / (1 - FALL)))
 
-    def _step(self, step: int, batch: Sequence[EncodedRow]) -> None:
+    def _step(self, step: int, batches: Sequence[AnsweredRows]) -> None:
         rise, fall = (step + 1) / WARM_UP_STEPS, (self.steps - step) / (FALL * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["share"] * self.highest * min(1.0, rise, fall)
         self.optimizer.zero_grad()
-        self.distillation.accumulate(batch)
+        self.distillation.accumulate(batches)
         if step % max(1, min(RATE_STEPS, self.plan.steps // 10)) == 0:
             self.rate.update(self.bytes_per_estimate * self.student.entropy_bytes())
         self.student.add_rate(self.rate.nats_per_bit)
@@ -454,29 +364,6 @@ def _endless_batches(
             if sum(map(len, batch)) >= STEP_TOKENS:
                 yield batch
                 batch = []
-
-
-def _divergence(logits: Tensor, tokens: Tensor, probabilities: Tensor) -> tuple[float, Tensor]:
-    """Σ KL(p ‖ q) and its gradient by the logits; all but the likeliest tokens count as one.
-
-        KL = Σ_k p_k log(p_k / q_k) + p_r log(p_r / q_r),   ∂KL/∂z = q − p_k  or  q (1 − p_r / q_r)
-
-    Args:
-        logits: (n, vocabulary) float32, of q. tokens, probabilities: (n, k), of p.
-    """
-    rest = 1 - probabilities.sum(dim=1)
-    rest = torch.where(rest < 1e-6, 0.0, rest)  # the rounding error of the sum is no probability
-    log_q = logits.log_softmax(dim=1)
-    likely = log_q.gather(1, tokens)
-    q = log_q.exp()
-    rest_q = q.scatter(1, tokens, 0.0).sum(dim=1).clamp(min=1e-30)
-    # A probability of 0 adds nothing, also if the logit is -inf.
-    crossed = torch.where(probabilities > 0, probabilities * likely, 0.0)
-    divergence = torch.xlogy(probabilities, probabilities) - crossed
-    tail = torch.xlogy(rest, rest) - rest * rest_q.log()
-    gradient = q * (1 - rest / rest_q)[:, None]
-    gradient.scatter_(1, tokens, likely.exp() - probabilities)
-    return float(divergence.sum() + tail.sum()), gradient
 
 
 def _load(checkpoint: Checkpoint, folder: Path) -> Any:
