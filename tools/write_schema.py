@@ -8,12 +8,12 @@ import json
 import sys
 from pathlib import Path
 
-from graftkit.compress import coded, exact
+from graftkit.compress import entropy, exact
 from graftkit.skillpack.manifest import Manifest
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCHEMA, PAGE = DOCS / "skillpack-v2.schema.json", DOCS / "skillpack-format.md"
-LAYOUTS = {"exact": exact, "codes": coded}
+LAYOUTS = {"exact": exact, "codes": entropy}
 """Modules whose docstring is part of the page, by the name of their place in it."""
 _HEAD = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",

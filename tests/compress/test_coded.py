@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from graftkit.compress.allocate import bits_per_unit, gaussian_rate_distortion
 from graftkit.compress.coded import (
-    LARGEST_CODE,
     decode_entries,
     decode_hybrid,
     encode_entries,
@@ -18,6 +17,7 @@ from graftkit.compress.coded import (
     load_factors,
     store_factors,
 )
+from graftkit.compress.entropy import LARGEST_CODE
 from graftkit.compress.lowrank import eigenbasis, leading_rows
 from graftkit.compress.quantize import cholesky, feedback_codes, round_codes
 from graftkit.errors import CorruptPackError

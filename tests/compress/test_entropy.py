@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftkit.compress.coded import LARGEST_CODE, decode_codes, encode_codes
+from graftkit.compress.entropy import LARGEST_CODE, decode_codes, encode_codes
 from graftkit.errors import CorruptPackError
 
 MATRICES = st.builds(

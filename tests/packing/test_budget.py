@@ -6,7 +6,7 @@ import transformers
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress.allocate import SERVABLE_SHARE, MatrixFacts, coding_options
 from graftkit.compress.codecs import CodedLowRank, Zero
-from graftkit.compress.coded import LARGEST_CODE
+from graftkit.compress.entropy import LARGEST_CODE
 from graftkit.pack import pack_delta
 from graftkit.packing.budget import fit_budget
 

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,13 +219,20 @@ def test_one_large_entry_is_coded_no_worse_with_more_budget(tmp_path):
 
 def test_what_decodes_beyond_the_dtype_is_left_out_and_said_so(tmp_path, monkeypatch):
     target, tuned = states(tmp_path, torch.float16, gaussian, 1.0)
-    honest = encode.decode_rows
+    honest = encode.quantize_matrix
 
-    def overshooting(codec, payload, shape):
-        rows = honest(codec, payload, shape)
-        return (lambda block: rows(block) * 1e6) if shape == (96, 64) else rows
+    def overshooting(delta, statistics, precision):
+        coded = honest(delta, statistics, precision)
+        if delta.shape != (96, 64):
+            return coded
+        rows = coded.decoder()
+        return SimpleNamespace(
+            decoder=lambda: lambda block: rows(block) * 1e6,
+            payload=coded.payload,
+            estimate=coded.estimate,
+        )
 
-    monkeypatch.setattr(encode, "decode_rows", overshooting)
+    monkeypatch.setattr(encode, "quantize_matrix", overshooting)
     pack = pack_delta(tmp_path / "target", tmp_path / "tuned", budget="40%", workers=1)
     assert (pack.record(UP).codec, pack.record(UP).error) == ("zero", 1.0)
     check_sound(tmp_path, pack, target, tuned)

@@ -17,7 +17,7 @@ from skillpack.forge import FOLDER, PACK, ROOT, Forgery, target_of
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress import factors
-from graftkit.compress.coded import decode_codes, encode_codes
+from graftkit.compress.entropy import decode_codes, encode_codes
 from graftkit.errors import CorruptPackError, PackFault, PackMismatchError
 from graftkit.skillpack import SkillPack
 

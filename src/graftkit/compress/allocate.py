@@ -35,7 +35,7 @@ from graftkit.compress.codecs import (
     Zero,
     payload_bytes,
 )
-from graftkit.compress.coded import LARGEST_CODE
+from graftkit.compress.entropy import LARGEST_CODE
 from graftkit.compress.lowrank import Tier
 from graftkit.compress.quantize import BLOCK_ELEMENTS, DEAD_ZONE
 

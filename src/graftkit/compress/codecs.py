@@ -146,30 +146,64 @@ def payload_bytes(shape: Shape, precision: FixedPrecision) -> int:
     return lowrank.payload_bytes(shape, precision.tiers)
 
 
+@dataclass(frozen=True)
+class FixedPayload:
+    """A delta in a payload of known length: the counterpart of coded factors and entries."""
+
+    codec: DeltaCodec
+    body: bytes
+    shape: Shape
+
+    def decoder(self) -> coded.RowDecoder:
+        """δ̂."""
+        return decode_rows(self.codec, memoryview(self.body), self.shape)
+
+    def payload(self) -> bytes:
+        """The payload."""
+        return self.body
+
+    def estimate(self) -> int:
+        """Length of the payload."""
+        return len(self.body)
+
+
 def encode_matrix(delta: Tensor, statistics: Statistics, precision: Precision) -> bytes:
     """Payload of one (m, n) float32 delta; its length is `payload_bytes` where that is known.
 
     Raises: ValueError when factors are asked for without a basis.
     """
+    return quantize_matrix(delta, statistics, precision).payload()
+
+
+def quantize_matrix(delta: Tensor, statistics: Statistics, precision: Precision) -> coded.Coded:
+    """One (m, n) float32 delta at a precision, before entropy coding.
+
+    Raises: ValueError when factors are asked for without a basis.
+    """
     covariance = statistics.covariance
-    if isinstance(precision, Zero):
-        return b""
-    if isinstance(precision, Sparse):
-        return entries.encode_sparse(delta, precision.kept)
-    if isinstance(precision, Dense):
-        return entries.encode_dense(delta, covariance, precision.bits)
     if isinstance(precision, CodedDense):
-        return coded.encode_entries(delta, covariance, precision.level)
+        return coded.quantize_entries(delta, covariance, precision.level)
+    if isinstance(precision, CodedLowRank | CodedHybrid):
+        basis = _require_basis(statistics)
+        rows = lowrank.leading_rows(delta, basis, precision.rank, covariance)
+        if isinstance(precision, CodedHybrid):
+            return coded.quantize_hybrid(delta, rows, covariance, precision.level)
+        return coded.encode_factors(delta, rows, covariance, precision.level).stored()
+    body = b""
+    if isinstance(precision, Sparse):
+        body = entries.encode_sparse(delta, precision.kept)
+    elif isinstance(precision, Dense):
+        body = entries.encode_dense(delta, covariance, precision.bits)
+    elif isinstance(precision, LowRankTiers):
+        left = lowrank.left_vectors(delta, _require_basis(statistics), precision.rank)
+        body = lowrank.encode(delta, left, covariance, precision.tiers)
+    return FixedPayload(precision.codec, body, (delta.shape[0], delta.shape[1]))
+
+
+def _require_basis(statistics: Statistics) -> Tensor:
     if statistics.basis is None:
         raise ValueError("the low-rank codec needs the basis of the delta")
-    if isinstance(precision, LowRankTiers):
-        left = lowrank.left_vectors(delta, statistics.basis, precision.rank)
-        return lowrank.encode(delta, left, covariance, precision.tiers)
-    rows = lowrank.leading_rows(delta, statistics.basis, precision.rank, covariance)
-    if isinstance(precision, CodedHybrid):
-        return coded.encode_hybrid(delta, rows, covariance, precision.level)
-    factors = coded.encode_factors(delta, rows, covariance, precision.level)
-    return coded.store_factors(factors)
+    return statistics.basis
 
 
 def decode_matrix(codec: str, payload: memoryview, shape: Shape) -> Tensor:
@@ -257,6 +291,14 @@ def join_payloads(parts: Sequence[bytes]) -> bytes:
         return b"".join(parts)
     lengths = (_LENGTH.pack(len(part)) for part in parts)
     return b"".join((bytes([_LENGTHS]), *lengths, *parts))
+
+
+def estimate_joined(parts: Sequence[coded.Coded]) -> int:
+    """Length of `join_payloads` of the payloads of these matrices, as they estimate their own."""
+    lengths = sum(part.estimate() for part in parts)
+    if len(parts) == 1 or isinstance(parts[0], FixedPayload):
+        return lengths
+    return 1 + len(parts) * _LENGTH.size + lengths
 
 
 def split_payload(payload: memoryview, count: int) -> list[memoryview]:

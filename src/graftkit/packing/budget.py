@@ -172,7 +172,9 @@ CLOSE = 1.3
 """Choices whose expected cost is within this factor of the best are encoded in the first round."""
 _AIM = 0.997
 _COARSEST = 1e5  # times the finest level of a tensor: all its codes are zero
-_LEVEL_PRECISION = 1e-7
+_LEVEL_PRECISION = 1e-5
+_NEARLY, _AIM_WITHIN = 0.9998, 0.9999  # shares of the bytes that a level is looked for
+_FIRST_STEP = 1.1  # by which the next level is expected to differ from the last
 
 Encode = Callable[[Mapping[int, Precision]], Mapping[int, tuple[int, float]]]
 """Encodes tensors at these precisions; returns bytes and relative squared error of each."""
@@ -189,6 +191,7 @@ class LevelSearch:
     def __init__(self, facts: Mapping[int, MatrixFacts], servable: bool):
         self.facts, self.servable = facts, servable
         self.corrections: dict[tuple[int, str], tuple[float, float]] = {}
+        self._last_level: float | None = None
 
     def ranked(self, index: int, level: float) -> list[CodingOption]:
         """Choices for one tensor at a level, the least expected cost first."""
@@ -205,16 +208,51 @@ class LevelSearch:
         return {i: self.ranked(i, level)[0].precision for i in self.facts}
 
     def smallest_level(self, goal: float) -> float:
-        """The smallest level whose expected bytes stay within `goal`."""
-        ends = [finest_level(facts) for facts in self.facts.values()]
-        low, high = min(ends), max(ends) * _COARSEST
-        while high > low * (1 + _LEVEL_PRECISION):
-            middle = math.sqrt(low * high)
-            if sum(self.ranked(i, middle)[0].nbytes for i in self.facts) > goal:
-                low = middle
+        """The smallest level whose expected bytes stay within `goal`, or nearly all of it.
+
+        Bytes are about a power of the level: a straight line through two levels on logarithmic
+        scales meets the goal in a few steps. Where choices jump, the interval is halved instead.
+        """
+        low, high, below, above = self._bracket(goal)
+        if below <= goal:
+            high, above = low, below
+        halve = False
+        while high > low * (1 + _LEVEL_PRECISION) and not _NEARLY * goal <= above <= goal:
+            share = 0.5
+            if not halve and 0 < above < goal < below:
+                share = math.log(below / (_AIM_WITHIN * goal)) / math.log(below / above)
+            middle = low * (high / low) ** min(0.999, max(0.001, share))
+            nbytes, width = self._expected_bytes(middle), math.log(high / low)
+            if nbytes > goal:
+                low, below = middle, nbytes
             else:
-                high = middle
+                high, above = middle, nbytes
+            halve = not halve and math.log(high / low) > width / 2
+        self._last_level = high
         return high
+
+    def _bracket(self, goal: float) -> tuple[float, float, float, float]:
+        """Two levels around the one for `goal`, close to the last one, and their bytes."""
+        ends = [finest_level(facts) for facts in self.facts.values()]
+        lowest, highest = min(ends), max(ends) * _COARSEST
+        if self._last_level is None:
+            low, high = lowest, highest
+        else:
+            low, high = self._last_level / _FIRST_STEP, self._last_level * _FIRST_STEP
+        below, above = self._expected_bytes(low), self._expected_bytes(high)
+        step = _FIRST_STEP
+        while below <= goal and low > lowest:
+            high, above, step = low, below, step * step
+            low = max(lowest, low / step)
+            below = self._expected_bytes(low)
+        while above > goal and high < highest:
+            low, below, step = high, above, step * step
+            high = min(highest, high * step)
+            above = self._expected_bytes(high)
+        return low, high, below, above
+
+    def _expected_bytes(self, level: float) -> float:
+        return sum(self.ranked(i, level)[0].nbytes for i in self.facts)
 
     def close_choices(self, level: float) -> list[dict[int, Precision]]:
         """All choices that may turn out to be the best, grouped by codec."""
@@ -253,7 +291,11 @@ class LevelSearch:
 
 
 def fit_budget(
-    facts: Mapping[int, MatrixFacts], room: int, servable: bool, encode: Encode
+    facts: Mapping[int, MatrixFacts],
+    room: int,
+    servable: bool,
+    encode: Encode,
+    estimate: Encode | None = None,
 ) -> dict[int, Precision]:
     """Precisions whose encoded bytes fill `room` from below, as far as possible.
 
@@ -261,27 +303,39 @@ def fit_budget(
 
     Args:
         facts: of every lossy tensor, by index. room: bytes.
+        estimate: what `encode` returns, or nearly, for less work; the search asks it instead.
     """
+    best = _search_precisions(facts, room, servable, estimate or encode)
+    while (excess := sum(nbytes for nbytes, _ in encode(best).values()) - room) > 0:
+        room = max(0, room - excess)
+        best = _search_precisions(facts, room, servable, estimate or encode)
+    return best
+
+
+def _search_precisions(
+    facts: Mapping[int, MatrixFacts], room: int, servable: bool, measure: Encode
+) -> dict[int, Precision]:
+    """Precisions whose measured bytes fill `room` from below, as far as possible."""
     best: dict[int, Precision] = {i: Zero() for i in facts}
     nonzero = {i: f for i, f in facts.items() if f.weight > 0 and f.energies.any()}
-    if nonzero:
-        search, used, goal = LevelSearch(nonzero, servable), 0, _AIM * room
+    if not nonzero:
+        return best
+    search, used, goal = LevelSearch(nonzero, servable), 0, _AIM * room
+    level = search.smallest_level(goal)
+    for precisions in search.close_choices(level):
+        search.correct(level, precisions, measure(precisions))
+    for _ in range(ROUNDS):
         level = search.smallest_level(goal)
-        for precisions in search.close_choices(level):
-            search.correct(level, precisions, encode(precisions))
-        for _ in range(ROUNDS):
-            level = search.smallest_level(goal)
-            precisions = search.best(level)
-            results = encode(precisions)
-            total = sum(nbytes for nbytes, _ in results.values())
-            if used < total <= room:
-                best, used = best | precisions, total
-            if GOOD_ENOUGH * room <= total <= room:
-                break
-            search.correct(level, precisions, results)
-            if total > room:
-                goal *= 0.997
-    encode(best)
+        precisions = search.best(level)
+        results = measure(precisions)
+        total = sum(nbytes for nbytes, _ in results.values())
+        if used < total <= room:
+            best, used = best | precisions, total
+        if GOOD_ENOUGH * room <= total <= room:
+            break
+        search.correct(level, precisions, results)
+        if total > room:
+            goal *= 0.997
     return best
 
 

@@ -5,7 +5,7 @@ A record says how the payload decodes, and its error: that of the weights that a
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Self
 
@@ -20,13 +20,15 @@ from graftkit.compress.codecs import (
     Statistics,
     Zero,
     decode_rows,
-    encode_matrix,
+    estimate_joined,
     join_payloads,
     matrices,
     matrix_shape,
+    quantize_matrix,
     row_blocks,
     split_payload,
 )
+from graftkit.compress.coded import Coded, RowDecoder
 from graftkit.compress.exact import encode_exact
 from graftkit.config import VERSION, PackConfig
 from graftkit.errors import BudgetError
@@ -82,6 +84,21 @@ class EncodedTensor:
 
 
 @dataclass(frozen=True)
+class TensorTrial:
+    """What a tensor at some precision would be.
+
+    Attributes:
+        nbytes: of its payload without appended rows: of entropy-coded ones an estimate, which is
+            exact or a few bytes more. 0 where nothing is stored.
+        error: relative error, for the record. distortion: as in `EncodedTensor`.
+    """
+
+    nbytes: int
+    error: float
+    distortion: float
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """A finished tensor whose payload, of `nbytes` bytes, is `file` of the work folder."""
 
@@ -122,6 +139,17 @@ def load_stored(work: WorkFolder, name: str) -> StoredTensor | None:
         return None
     record = TensorRecord.model_validate(content["record"])
     return StoredTensor(record, content["distortion"], content["nbytes"], f"{name}.bin")
+
+
+def store_trial(work: WorkFolder, name: str, trial: TensorTrial) -> None:
+    """Write a trial. Raises: OutputError."""
+    work.write_json(f"{name}.trial.json", asdict(trial))
+
+
+def load_trial(work: WorkFolder, name: str) -> TensorTrial | None:
+    """The trial that `store_trial` wrote under this name, or None."""
+    content = work.read_json(f"{name}.trial.json")
+    return None if content is None else TensorTrial(**content)
 
 
 def draft_record(task: TensorTask, codec: str, payload_bytes: int) -> TensorRecord:
@@ -176,6 +204,20 @@ def encode_lossless(task: TensorTask, states: tuple[Tensor, Tensor]) -> EncodedT
     return _finish(task, "zero" if same else "exact", body, (0.0, 0.0))
 
 
+def try_lossy(
+    task: TensorTask,
+    states: tuple[Tensor, Tensor],
+    covariance: Tensor | None,
+    bases: Tensor | None,
+    precision: Precision,
+    weighted: bool,
+) -> TensorTrial:
+    """Errors and length of what `encode_lossy` makes of the same arguments, without coding."""
+    delta = difference(states[1], states[0])
+    parts = _quantize(task, delta, covariance, bases, precision)
+    return _measure_trial(task, states[0], delta, covariance if weighted else None, parts)
+
+
 def encode_lossy(
     task: TensorTask,
     states: tuple[Tensor, Tensor],
@@ -183,6 +225,7 @@ def encode_lossy(
     bases: Tensor | None,
     precision: Precision,
     weighted: bool,
+    trial: TensorTrial | None = None,
 ) -> EncodedTensor:
     """Encode with a delta codec; `zero` where the decoded weights exceed the tuned dtype.
 
@@ -190,23 +233,57 @@ def encode_lossy(
         states: common rows of the target (in the tuned dtype) and of the tuned model.
         covariance: H of the inputs, (n, n), or None. bases: (matrices, side, k) or None.
         weighted: measure the bound's distortion under the covariance.
+        trial: what `try_lossy` returned for the same arguments; without it, errors are measured.
     """
     delta = difference(states[1], states[0])
-    changed = bool(delta.any())
-    nothing = _finish(task, "zero", b"", (1.0, 1.0) if changed else (0.0, 0.0))
-    if isinstance(precision, Zero) or not changed:
-        return nothing
-    parts = [
-        encode_matrix(
+    parts = _quantize(task, delta, covariance, bases, precision)
+    if trial is None:
+        metric = covariance if weighted else None
+        trial = _measure_trial(task, states[0], delta, metric, parts)
+    errors = trial.error, trial.distortion
+    if trial.nbytes == 0:
+        return _finish(task, "zero", b"", errors)
+    body = join_payloads([part.payload() for part in parts])
+    return _finish(task, precision.codec, body, errors)
+
+
+def _quantize(
+    task: TensorTask,
+    delta: Tensor,
+    covariance: Tensor | None,
+    bases: Tensor | None,
+    precision: Precision,
+) -> list[Coded]:
+    """The matrices of a delta in codes; none where nothing is to be stored."""
+    if isinstance(precision, Zero):
+        return []
+    return [
+        quantize_matrix(
             part.contiguous(),
             Statistics(covariance, None if bases is None else bases[i]),
             precision,
         )
         for i, part in enumerate(matrices(delta, task.pair.layout))
     ]
-    body = join_payloads(parts)
-    metric = covariance if weighted else None
-    return _with_error(task, states[0], delta, metric, precision.codec, body) or nothing
+
+
+def _measure_trial(
+    task: TensorTask,
+    before: Tensor,
+    delta: Tensor,
+    covariance: Tensor | None,
+    parts: Sequence[Coded],
+) -> TensorTrial:
+    """Error and length of the codes; no bytes where a reader would refuse what they decode to."""
+    energy = _energy(delta, task.pair, None)
+    if energy == 0:
+        return TensorTrial(0, 0.0, 0.0)
+    decoders = [part.decoder() for part in parts]
+    lost = _lost_energies(task.pair, before, delta, covariance, decoders) if parts else None
+    if lost is None:
+        return TensorTrial(0, 1.0, 1.0)
+    error, distortion = _relative_errors(task.pair, delta, covariance, energy, lost)
+    return TensorTrial(estimate_joined(parts), error, distortion)
 
 
 def reencoded(
@@ -220,28 +297,33 @@ def reencoded(
 
     None where the decoded weights exceed the tuned dtype.
     """
-    delta = difference(states[1], states[0])
-    return _with_error(task, states[0], delta, covariance, codec, body)
-
-
-def _with_error(
-    task: TensorTask,
-    before: Tensor,
-    delta: Tensor,
-    covariance: Tensor | None,
-    codec: str,
-    body: bytes,
-) -> EncodedTensor | None:
-    """The tensor with the error that its payload decodes to; None if a reader would refuse it."""
-    pair = task.pair
-    lost = _lost_energies(pair, before, delta, covariance, codec, memoryview(body))
+    pair, delta = task.pair, difference(states[1], states[0])
+    count, shape = matrix_shape(tuple(delta.shape), pair.layout)
+    decoders = [decode_rows(codec, part, shape) for part in split_payload(memoryview(body), count)]
+    lost = _lost_energies(pair, states[0], delta, covariance, decoders)
     if lost is None:
         return None
-    distortion = lost[0] / _energy(delta, pair, None)
+    energy = _energy(delta, pair, None)
+    return _finish(task, codec, body, _relative_errors(pair, delta, covariance, energy, lost))
+
+
+def _relative_errors(
+    pair: TensorPair,
+    delta: Tensor,
+    covariance: Tensor | None,
+    energy: float,
+    lost: tuple[float, float],
+) -> tuple[float, float]:
+    """Relative error, and distortion under the covariance if there is one.
+
+    Args:
+        energy: of the delta. lost: what `_lost_energies` returned.
+    """
+    distortion = lost[0] / energy
     error = math.sqrt(distortion)
     if covariance is not None:
         distortion = lost[1] / max(_energy(delta, pair, covariance), 1e-30)
-    return _finish(task, codec, body, (error, distortion))
+    return error, distortion
 
 
 def _lost_energies(
@@ -249,18 +331,16 @@ def _lost_energies(
     before: Tensor,
     delta: Tensor,
     covariance: Tensor | None,
-    codec: str,
-    body: memoryview,
+    decoders: Sequence[RowDecoder],
 ) -> tuple[float, float] | None:
     """‖δ̂ − δ‖² without and with the covariance (0 where it is None), block by block.
 
     None where before + δ̂, rounded as a reader rounds it, is not finite.
     """
-    count, shape = matrix_shape(tuple(delta.shape), pair.layout)
+    _, shape = matrix_shape(tuple(delta.shape), pair.layout)
     plain = weighted = 0.0
     sides = (matrices(tensor, pair.layout) for tensor in (before, delta))
-    for part, weight, matrix in zip(split_payload(body, count), *sides, strict=True):
-        rows = decode_rows(codec, part, shape)
+    for rows, weight, matrix in zip(decoders, *sides, strict=True):
         for block in row_blocks(shape):
             decoded = rows(block)
             if not _fits(decoded, weight[block]):

@@ -39,12 +39,16 @@ from graftkit.packing.encode import (
     PackAssembly,
     StoredTensor,
     TensorTask,
+    TensorTrial,
     encode_appended,
     encode_lossless,
     encode_lossy,
     load_stored,
+    load_trial,
     reencoded,
     store_tensor,
+    store_trial,
+    try_lossy,
 )
 from graftkit.packing.measure import (
     CalibrationRows,
@@ -263,7 +267,7 @@ class PackingJob:
             calibrated = auto and statistics is not None
             trainable = calibrated and self.config.train_steps > 0 and pair.trainable
             logits = pair.role.kind is ModuleKind.HEAD or pair.tuned.name in self.tied_owners
-            flags = TensorFlags(logits, calibrated, trainable)
+            flags = TensorFlags(logits, calibrated, trainable, pruned=pair.gathered and not auto)
             with self._states(pair) as states:
                 metric = self._metric(pair, statistics) if auto else ErrorMetric()
                 facts, bases = measure_tensor(pair, states, metric, flags)
@@ -289,11 +293,17 @@ class PackingJob:
             stored.update(zip(precisions, self._map("compressing", one, planned), strict=True))
             return {i: (stored[i].body_bytes, stored[i].distortion) for i in precisions}
 
+        def estimate(precisions: Mapping[int, Precision]) -> dict[int, tuple[int, float]]:
+            planned = [tasks[index] for index in precisions]
+            one = partial(self._try_lossy, precisions, statistics)
+            trials = zip(precisions, self._map("compressing", one, planned), strict=True)
+            return {i: (trial.nbytes, trial.distortion) for i, trial in trials}
+
         if self.config.recipe == "graftllm" and facts:
             kinds = {i: tasks[i].pair.role.kind for i in facts}
             encode(plan_graftllm(kinds, facts, room).precisions)
         elif facts:
-            fit_budget(facts, room, self.config.servable, encode)
+            fit_budget(facts, room, self.config.servable, encode, estimate)
         return stored
 
     def _encode_lossy(
@@ -307,13 +317,42 @@ class PackingJob:
         name = _step_name(task, repr(precision))
         stored = load_stored(self.work, name)
         if stored is None:
-            with self._states(task.pair) as states:
-                covariance = self._metric(task.pair, statistics).covariance
-                bases = load_bases(self.work, task.index)
-                weighted = self.config.recipe == "auto"
-                encoded = encode_lossy(task, states, covariance, bases, precision, weighted)
+            with self._lossy_inputs(task, statistics) as (states, covariance, bases):
+                trial = load_trial(self.work, name)
+                encoded = encode_lossy(
+                    task, states, covariance, bases, precision, self._weighted, trial
+                )
             stored = store_tensor(self.work, name, encoded)
         return stored
+
+    def _try_lossy(
+        self,
+        precisions: Mapping[int, Precision],
+        statistics: CalibrationStatistics | None,
+        task: TensorTask,
+    ) -> TensorTrial:
+        precision = precisions[task.index]
+        name = _step_name(task, repr(precision))
+        trial = load_trial(self.work, name)
+        if trial is None:
+            with self._lossy_inputs(task, statistics) as (states, covariance, bases):
+                trial = try_lossy(task, states, covariance, bases, precision, self._weighted)
+            store_trial(self.work, name, trial)
+        return trial
+
+    @property
+    def _weighted(self) -> bool:
+        """Whether distortions are measured under the covariance."""
+        return self.config.recipe == "auto"
+
+    @contextmanager
+    def _lossy_inputs(
+        self, task: TensorTask, statistics: CalibrationStatistics | None
+    ) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor | None, Tensor | None]]:
+        """States, covariance and bases of a tensor, as soon as there is memory for them."""
+        with self._states(task.pair) as states:
+            covariance = self._metric(task.pair, statistics).covariance
+            yield states, covariance, load_bases(self.work, task.index)
 
     def _train_codes(
         self,

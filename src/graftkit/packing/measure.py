@@ -65,6 +65,7 @@ SMALLEST_DELTA, LARGEST_DELTA = 2.0**-40, 2.0**16
 
 
 _SAMPLE = 2**22
+_CACHED = 2**16  # weights whose float32 stays in a core's cache
 _SMALLEST_TRACE = 1e-30
 _QUANTILES = 16
 
@@ -113,18 +114,24 @@ def is_extreme(before: Tensor, after: Tensor) -> bool:
     """
     dtype_max = torch.finfo(after.dtype).max
     rows = min(len(before), len(after))
-    blocks = (torch.split(part[:rows].reshape(-1), _SAMPLE) for part in (before, after))
+    blocks = (torch.split(part[:rows].reshape(-1), _CACHED) for part in (before, after))
     delta_peak = result_peak = 0.0
     for old, new in zip(*blocks, strict=True):
         new = new.float()
-        delta = (new - old.to(after.dtype)).abs().max()
-        if not delta.isfinite():  # max() below would lose a NaN
+        delta = _peak(new - old.to(after.dtype).float())
+        if not math.isfinite(delta):  # max() below would lose a NaN
             return True
-        delta_peak = max(delta_peak, float(delta))
-        result_peak = max(result_peak, float(new.abs().max()))
+        delta_peak = max(delta_peak, delta)
+        result_peak = max(result_peak, _peak(new))
     largest = min(LARGEST_DELTA, dtype_max / 8)
     codable = delta_peak == 0 or SMALLEST_DELTA <= delta_peak <= largest
     return not codable or result_peak > dtype_max / 2
+
+
+def _peak(values: Tensor) -> float:
+    """The largest magnitude; NaN where there is one."""
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high))
 
 
 def _check_finite(
@@ -283,12 +290,13 @@ class TensorFlags:
 
     Attributes:
         logits: the tensor makes the logits. calibrated: the weights of other tensors are in nats.
-        trainable: its factors can be trained.
+        trainable: its factors can be trained. pruned: the recipe keeps only its largest entries.
     """
 
     logits: bool
     calibrated: bool
     trainable: bool
+    pruned: bool
 
 
 def measure_tensor(
@@ -321,7 +329,7 @@ def measure_tensor(
         energies=energies,
         norms=norms,
         gain=feedback_gain(covariance),
-        kept_energy=tuple(_kept_energy(delta)) if pair.gathered else (),
+        kept_energy=tuple(_kept_energy(delta)) if flags.pruned else (),
         weight=metric.weight or (_default_weight(flags) / output if output else 1.0),
         spread=_spread(matrices(delta, layout)[0], covariance),
         trainable=flags.trainable,

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.compress.allocate import bits_per_unit
-from graftkit.compress.coded import LARGEST_CODE, CodedFactors, store_factors
+from graftkit.compress.coded import CodedFactors, store_factors
+from graftkit.compress.entropy import LARGEST_CODE
 from graftkit.models.loading import input_embeddings, output_embeddings
 from graftkit.models.text import submodule
 
