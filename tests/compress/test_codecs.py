@@ -15,12 +15,16 @@ from graftkit.compress.codecs import (
     Zero,
     assemble,
     decode_delta,
+    decode_rows,
     describe_payload,
     encode_matrix,
+    estimate_joined,
     join_payloads,
     matrices,
     matrix_shape,
     payload_bytes,
+    quantize_matrix,
+    row_blocks,
 )
 from graftkit.compress.lowrank import Tier, eigenbasis
 from graftkit.errors import CorruptPackError
@@ -78,6 +82,26 @@ def test_every_codec_brings_every_layout_back_in_its_stored_shape(precision, lay
     lost = float((decoded - delta).norm() / delta.norm())
     assert lost == 1 if isinstance(precision, Zero) else lost < 1
     assert bool(describe_payload(precision.codec, payload, shape, layout)) == bool(payload)
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: type(p).__name__)
+def test_codes_give_the_numbers_that_a_reader_of_their_payload_gets(precision, calibrated):
+    root, shape = gaussian(90, 90, seed=3), (700, 90)
+    metric = root @ root.T / 90 + 0.1 * torch.eye(90) if calibrated else None
+    parts, payloads = [], []
+    for seed in (0, 1):
+        delta = gaussian(*shape, seed=seed) * torch.arange(1, 91) ** -1.5
+        statistics = Statistics(metric, eigenbasis(delta, metric)[1])
+        part = quantize_matrix(delta, statistics, precision)
+        payload = part.payload()
+        assert payload == encode_matrix(delta, statistics, precision)
+        rows, read = part.decoder(), decode_rows(precision.codec, memoryview(payload), shape)
+        assert all(torch.equal(rows(block), read(block)) for block in row_blocks(shape))
+        parts.append(part)
+        payloads.append(payload)
+    slack = 0 if precision in FIXED else 2 * (4 * 5 + 90)
+    assert 0 <= estimate_joined(parts) - len(join_payloads(payloads)) <= slack
 
 
 def test_factors_without_a_basis_are_refused():

@@ -3,7 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftkit.compress.entropy import LARGEST_CODE, decode_codes, encode_codes
+from graftkit.compress.entropy import (
+    LARGEST_CODE,
+    decode_codes,
+    encode_codes,
+    estimate_bytes,
+)
 from graftkit.errors import CorruptPackError
 
 MATRICES = st.builds(
@@ -24,6 +29,27 @@ def round_trip(codes):
 @given(MATRICES)
 def test_codes_come_back(codes):
     assert np.array_equal(round_trip(codes), codes)
+
+
+@given(MATRICES)
+def test_the_length_is_known_without_coding(codes):
+    assert 0 <= estimate_bytes(codes) - len(encode_codes(codes)) <= 5
+
+
+def test_the_length_of_many_rows_is_known_where_columns_differ():
+    generator = np.random.default_rng(0)
+    scale = np.outer(2.0 ** np.linspace(-3, 3, 90), 2.0 ** np.linspace(-4, 4, 3000))
+    codes = np.rint(generator.laplace(size=scale.shape) * scale).astype(np.int32)
+    payload = encode_codes(codes)
+    assert payload[0] == 1
+    assert 0 <= estimate_bytes(codes) - len(payload) <= 5
+
+
+def test_the_length_of_many_rows_is_over_by_the_scales_of_columns_that_do_not_differ():
+    codes = np.rint(np.random.default_rng(0).laplace(size=(90, 300))).astype(np.int32)
+    payload = encode_codes(codes)
+    assert payload[0] == 0
+    assert 0 <= estimate_bytes(codes) - len(payload) <= 5 + 300
 
 
 def test_the_largest_codes_come_back():

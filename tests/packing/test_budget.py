@@ -48,6 +48,14 @@ def test_the_room_is_filled_from_below_whatever_bytes_come_out(room, bias):
     assert coder.last == best
 
 
+@pytest.mark.parametrize("excess", [1.0001, 1.004, 1.02])
+def test_the_room_is_not_exceeded_where_estimates_are_too_low(excess):
+    estimate, coder = Coder(PACK, 1.0), Coder(PACK, excess)
+    best = fit_budget(PACK, 20_000, False, coder, estimate)
+    total = sum(nbytes for nbytes, _ in coder(best).values())
+    assert 0.95 * 20_000 <= total <= 20_000
+
+
 @pytest.mark.slow
 def test_more_room_never_leaves_more_error():
     errors = []

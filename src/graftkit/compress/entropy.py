@@ -57,6 +57,7 @@ _MOST_PER_BYTE = 2**19
 """No code takes less than log2(1 / (1 - 222 / 2^24)) bits: every other symbol has a slot."""
 _SURE_BITS = 256
 """Of two ways to code a matrix, one of so many bits less is the shorter one once coded."""
+_MANY_ROWS = 64
 _STREAM_BYTES = 5
 """The byte in front of the stream, and the most that its last word may hold beyond its bits."""
 _END_BITS = 23
@@ -88,12 +89,13 @@ def encode_codes(codes: Codes) -> bytes:
 
 
 def estimate_bytes(codes: Codes) -> int:
-    """Length of `encode_codes`, without coding: that, a few bytes more, or all column scales more.
+    """Length of `encode_codes`, without coding: that or a few bytes more.
 
-    Column scales nearly always pay, so that the coding without them is not tried.
+    Column scales nearly always pay where they are shared by many rows: there, the coding without
+    them is not tried. If it is the shorter one, the estimate is longer by what the scales take.
     """
-    *_, plan = _plans(codes, with_columns_only=True)
-    return math.ceil(plan.bits / 8) + _STREAM_BYTES
+    plans = _plans(codes, with_columns_only=codes.shape[0] >= _MANY_ROWS)
+    return math.ceil(min(plan.bits for plan in plans) / 8) + _STREAM_BYTES
 
 
 def decode_codes(payload: memoryview, shape: tuple[int, int]) -> Codes:
@@ -213,26 +215,27 @@ class _CodingPlan:
 
 def _plans(codes: Codes, with_columns_only: bool = False) -> list[_CodingPlan]:
     """The ways to code a matrix: with scales of rows, and with scales of rows and columns."""
-    words = codes.astype(np.int16).view(np.uint16).reshape(-1)
-    symbols, columns = _symbol_table()[words], codes.shape[1]
-    scales = [_both_scales(codes)] if codes.shape[0] > 1 else []
-    if not scales or not with_columns_only:
-        scales.insert(0, _Scales(_row_scales(codes), None))
+    narrow = codes.astype(np.int16, order="C")
+    words, columns = narrow.view(np.uint16).reshape(-1), codes.shape[1]
+    symbols, size = _symbol_table()[words], np.abs(narrow)
+    scales = [_both_scales(size)] if codes.shape[0] > 1 else []
+    if not (scales and with_columns_only):
+        scales.insert(0, _Scales(_row_scales(size), None))
     return [_CodingPlan(words, symbols, one, columns) for one in scales]
 
 
-def _row_scales(codes: Codes) -> Ints:
-    """Twice the log2 of the mean |code| of each row, plus ONE_ULP."""
-    mean = np.abs(codes).sum(axis=1, dtype=np.int64) / codes.shape[1] + 0.5 / codes.shape[1]
+def _row_scales(size: npt.NDArray[np.int16]) -> Ints:
+    """Twice the log2 of the mean |code| of each row, plus ONE_ULP. size: |codes|."""
+    columns = size.shape[1]
+    mean = size.sum(axis=1, dtype=np.int64) / columns + 0.5 / columns
     scales: Ints = np.clip(np.rint(2 * np.log2(mean) + ONE_ULP), 0, _MOST).astype(np.int64)
     return scales
 
 
-def _both_scales(codes: Codes) -> _Scales:
+def _both_scales(size: npt.NDArray[np.int16]) -> _Scales:
     """Scales of columns relative to the mean over their rows, then of rows relative to columns."""
-    size = np.abs(codes)
     of_rows, of_columns = (size.sum(axis=axis, dtype=np.int64) for axis in (1, 0))
-    expected = (of_rows / codes.shape[1] + 0.5 / codes.shape[1]).sum()
+    expected = (of_rows / size.shape[1] + 0.5 / size.shape[1]).sum()
     ratio = (of_columns + 1.0) / (expected + 1.0)
     columns = np.clip(np.rint(2 * np.log2(ratio)), -_HALF, _HALF - 1)
     factors = 2 ** (columns / 2)

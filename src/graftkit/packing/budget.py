@@ -192,11 +192,12 @@ class LevelSearch:
         self.facts, self.servable = facts, servable
         self.corrections: dict[tuple[int, str], tuple[float, float]] = {}
         self._last_level: float | None = None
+        self._options: dict[tuple[int, float], list[CodingOption]] = {}
 
     def ranked(self, index: int, level: float) -> list[CodingOption]:
         """Choices for one tensor at a level, the least expected cost first."""
         corrected, level = [], self._useful_level(index, level)
-        for choice in coding_options(self.facts[index], level, self.servable):
+        for choice in self._expected_options(index, level):
             nbytes, error = self.corrections.get((index, choice.precision.codec), (1.0, 1.0))
             corrected.append(
                 replace(choice, nbytes=choice.nbytes * nbytes, error=choice.error * error)
@@ -276,14 +277,21 @@ class LevelSearch:
         """Correct the expectations by what `precisions` encode to at this level."""
         for i, precision in precisions.items():
             facts = self.facts[i]
-            own = self._useful_level(i, level)
-            expected = {c.precision.codec: c for c in coding_options(facts, own, self.servable)}
+            options = self._expected_options(i, self._useful_level(i, level))
+            expected = {choice.precision.codec: choice for choice in options}
             choice = expected[precision.codec]
             if choice.nbytes > 0 and choice.error > 0:
                 nbytes, distortion = results[i]
                 error = distortion * facts.weight * float(facts.energies.sum())
                 ratios = nbytes / choice.nbytes, error / choice.error
                 self.corrections[i, precision.codec] = _limited(ratios[0]), _limited(ratios[1])
+
+    def _expected_options(self, index: int, level: float) -> list[CodingOption]:
+        """Choices for one tensor at a level, as expected without corrections."""
+        key = index, level
+        if key not in self._options:
+            self._options[key] = coding_options(self.facts[index], level, self.servable)
+        return self._options[key]
 
     def _useful_level(self, index: int, level: float) -> float:
         """The level, or the finest that this tensor's codecs can use."""
@@ -305,11 +313,13 @@ def fit_budget(
         facts: of every lossy tensor, by index. room: bytes.
         estimate: what `encode` returns, or nearly, for less work; the search asks it instead.
     """
-    best = _search_precisions(facts, room, servable, estimate or encode)
-    while (excess := sum(nbytes for nbytes, _ in encode(best).values()) - room) > 0:
-        room = max(0, room - excess)
-        best = _search_precisions(facts, room, servable, estimate or encode)
-    return best
+    allowed = room
+    while True:
+        best = _search_precisions(facts, allowed, servable, estimate or encode)
+        total = sum(nbytes for nbytes, _ in encode(best).values())
+        if total <= room:
+            return best
+        allowed = allowed * room // total
 
 
 def _search_precisions(
