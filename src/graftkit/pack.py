@@ -58,8 +58,7 @@ def pack_delta(
         workers: tensors in work at once, default one per core; the bytes do not depend on it.
         servable: use only factors whose side path adds at most a quarter of a matrix's
             multiply-accumulates (recipe auto).
-        train_steps: most steps of code training (recipe auto with calibration), default 100; 0
-            for none. It ends earlier where the divergence on held-out rows is flat.
+        train_steps: most steps of code training (recipe auto, with rows), default 100; 0 for none.
         licence, provenance: where the skill comes from, for the manifest; they count in the budget.
         prompt_format: how the skill's prompts were given in training, and are to be given when it
             is asked: raw, or chat for the chat template of `tuned`. Default: as the calibration
