@@ -25,6 +25,7 @@ from graftkit.models.text import submodule
 _FREE_CODES, _CODES_PER_VALUE = 2**25, 0.35
 _SPREAD = 0.25
 """Largest distance of a code from its integer at the start: then codes do not all move at once."""
+_EXCESS = 64  # bytes by which the estimate of a delta's bytes exceeds them at times
 _ZONES = [0.5 + 0.01 * step for step in range(46)]  # least |value| of a code that is not 0
 
 
@@ -85,39 +86,38 @@ class Student:
             rate = bits_per_unit(_rounded(values)) * values.sign() * nats_per_bit
             latent.grad = rate if latent.grad is None else latent.grad + rate
 
-    def payloads(self) -> dict[str, bytes]:
-        """Payloads as the file holds them, by module."""
-        return {name: store_factors(latent.coded(0.5)) for name, latent in self.latents.items()}
-
     def nbytes(self, zone: float = 0.5) -> int:
-        """Bytes of all payloads."""
-        return sum(len(store_factors(latent.coded(zone))) for latent in self.latents.values())
+        """Bytes of all payloads, found without coding: that or a few bytes more."""
+        return sum(latent.coded(zone).stored().estimate() for latent in self.latents.values())
 
     def entropy_bytes(self, zone: float = 0.5) -> float:
         """Bytes of the codes by the entropy of each factor: an estimate that takes no coding."""
         parts = [part for latent in self.latents.values() for part in (latent.left, latent.right)]
         return sum(_entropy_bits(part, zone) for part in parts) / 8
 
-    def fit(self, room: int) -> bool:
+    def fit(self, room: int) -> dict[str, bytes] | None:
         """Round the codes, with the smallest dead zone whose payloads fit `room` bytes.
 
-        The search starts where the estimated bytes fit.
+        The search starts where the entropies say that they fit.
 
-        Returns: whether there is such a dead zone; if not, nothing is rounded.
+        Returns: payloads as the file holds them, by module; None where no dead zone is large
+            enough. Then nothing is rounded.
         """
-        nbytes = cache(self.nbytes)
+        nbytes, most = cache(self.nbytes), room + _EXCESS * len(self.latents)
         scale = nbytes(_ZONES[0]) / max(1.0, self.entropy_bytes())
         place = bisect_left(_ZONES, True, key=lambda zone: scale * self.entropy_bytes(zone) <= room)
         place = min(place, len(_ZONES) - 1)
-        while place and nbytes(_ZONES[place - 1]) <= room:
+        while place and nbytes(_ZONES[place - 1]) <= most:
             place -= 1
-        while place < len(_ZONES) and nbytes(_ZONES[place]) > room:
-            place += 1
-        if place == len(_ZONES):
-            return False
-        for latent in self.latents.values():
-            latent.settle(_ZONES[place])
-        return True
+        for zone in _ZONES[place:]:
+            if nbytes(zone) > most:
+                continue
+            payloads = {n: store_factors(part.coded(zone)) for n, part in self.latents.items()}
+            if sum(map(len, payloads.values())) <= room:
+                for latent in self.latents.values():
+                    latent.settle(zone)
+                return payloads
+        return None
 
 
 class _Latent:

@@ -169,13 +169,14 @@ def train_codes(
         encoded = encode_rows(tokenizer, rows, tokens, plan.seed, tuned, teacher.name)
         learned, rows_held_out = _split([row for row in encoded if distillation.count([row])])
         held_out = distillation.answered(rows_held_out, states=False)
-        before = after = distillation.divergence(held_out)
+        before = distillation.divergence(held_out)
         if learned and student.latents:
             _Training(distillation, learned, held_out, plan, before, work).run(report)
-            if student.fit(plan.room):
+            payloads = student.fit(plan.room)
+            if payloads is not None:
                 after = distillation.divergence(held_out)
-    if after < before:
-        return TrainedCodes(student.payloads(), before, after)
+                if after < before:
+                    return TrainedCodes(payloads, before, after)
     return TrainedCodes({}, before, before)
 
 
