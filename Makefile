@@ -8,12 +8,17 @@ STAMP  := $(VENV)/.installed
 
 install: $(STAMP)
 
+# Modules are compiled when they are first imported, and kept: to compile all of them, of which
+# most are never imported, takes pip more than a minute.
+export PYTHONDONTWRITEBYTECODE =
+PIP := $(RUN)/python -m pip install --quiet --no-compile
+
 # torch goes first and pinned, so that no other package pulls in a different build of it.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet torch==2.13.0
-	$(RUN)/python -m pip install --quiet --editable '.[dev]'
+	$(PIP) --upgrade pip
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -23,10 +28,8 @@ demo: $(STAMP)
 demo-real: $(STAMP)
 	$(RUN)/graftkit demo --real examples/real --out demo-real-out
 
-# One test process per core: threads of their own would only wait for each other. Tests start many
-# processes, so compiled modules are kept.
+# One test process per core: threads of their own would only wait for each other.
 test test-slow: export OMP_NUM_THREADS = 1
-test test-slow: export PYTHONDONTWRITEBYTECODE =
 
 test: $(STAMP)
 	$(RUN)/python -m pytest -n auto --dist worksteal
