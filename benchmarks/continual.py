@@ -25,7 +25,7 @@ from graftkit.evaluate import exact_match
 from graftkit.models import load_model
 from graftkit.route import TARGET
 from graftkit.route.centroid import CentroidRouter
-from graftkit.route.key import RouterKey
+from graftkit.route.nearest import read_key
 from graftkit.rows import Row, read_rows
 from graftkit.skillpack import SkillPack
 
@@ -141,7 +141,7 @@ def by_oracle(bench: Bench, learned: Skills) -> Record:
 def by_centroid(bench: Bench, learned: Skills) -> Record:
     """A library that decides for itself, row by row."""
     packs = {skill: SkillPack.load(bench.states.pack_file(skill)) for skill in learned}
-    keys = {skill: RouterKey.of(pack) for skill, pack in packs.items()}
+    keys = {skill: read_key(pack) for skill, pack in packs.items()}
     router = CentroidRouter(*bench.states.live_target, keys)
     chosen = {
         skill: [route.name for route in router.route([row.prompt for row in rows])]

@@ -20,7 +20,7 @@ from graftkit.models.text import usable_tokenizer
 from graftkit.packing.job import PackingJob, RouterPrompts
 from graftkit.packing.measure import CalibrationRows
 from graftkit.progress import Progress, silent
-from graftkit.route.centroid import fit_key
+from graftkit.route.nearest import fit_default_key
 from graftkit.rows import read_prompts, read_rows, rows_digest, template_digest
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import PromptFormat, RouterInfo
@@ -163,5 +163,5 @@ def _fit_router_key(
     Raises: RowsError, CheckpointError.
     """
     model, tokenizer = stream_model(target, offload), usable_tokenizer(target)
-    key = fit_key(model, tokenizer, prompts, seed=seed)
+    key = fit_default_key(model, tokenizer, prompts, seed)
     return key.info, key.to_bytes()

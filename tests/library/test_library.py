@@ -194,7 +194,7 @@ class _Always:
     [
         ({"mix": "logits"}, "mix is 'logits'; choose one of deltas, probabilities"),
         ({"max_new_tokens": 0}, "it must be at least 1"),
-        ({"router": "oracle"}, "router 'oracle' is unknown; choose one of centroid"),
+        ({"router": "oracle"}, "router 'oracle' is unknown; choose one of keys"),
         ({"top_k": 0}, "top_k is 0"),
         ({"router": "spectral", "top_k": 2}, "chooses one pack, asked are 2"),
         ({"router": "classifier"}, "no classifier here yet"),

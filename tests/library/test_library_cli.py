@@ -110,7 +110,7 @@ def test_evaluation_reports_routed_oracle_and_target(full, tmp_path, reported, s
     assert run(*refused_row, "--json") == 1  # an empty prompt cannot be answered
     actual = reported(*arguments)
     assert set(actual["confusion"]) == set(NAMES)
-    assert actual["router"] == "centroid"
+    assert actual["router"] == "keys"
     expected = {"rows", "accuracy", "routed", "oracle", "target", "regret"}
     assert all(score.keys() == expected for score in actual["skills"].values())
     assert " % of the rows routed right" in shown(*arguments)

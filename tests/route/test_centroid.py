@@ -11,7 +11,7 @@ from tiny_models import build, save_tokenizer
 from graftkit.errors import CheckpointError, ConfigError, RowsError
 from graftkit.models.loading import load_tokenizer
 from graftkit.route import TARGET
-from graftkit.route.centroid import CentroidRouter, PromptReader, fit_key
+from graftkit.route.centroid import CentroidRouter, fit_key
 from graftkit.route.key import MAX_PROMPTS, RouterKey
 
 SKILLS = {
@@ -157,23 +157,6 @@ def test_keys_of_another_model_are_refused(model, tokenizer, keys):
     deep = RouterKey.from_bytes(key.info.model_copy(update={"layer": 3}), key.to_bytes())
     with pytest.raises(ConfigError, match="at least 3 layers"):
         CentroidRouter(model, tokenizer, {"digits": deep})
-
-
-def test_a_sentence_encoder_gives_the_states_where_the_keys_name_it(model, tokenizer, keys):
-    encoder = PromptReader(build("bert", seed=5, scale=0.3), tokenizer, "tiny-encoder")
-    own = {
-        name: fit_key(model, tokenizer, prompts_of(skill, 80, seed=0), encoder=encoder)
-        for name, skill in SKILLS.items()
-    }
-    assert {(key.info.encoder, key.info.layer) for key in own.values()} == {("tiny-encoder", 2)}
-    router = CentroidRouter(model, tokenizer, own, encoder=encoder)
-    routes = router.route(prompts_of(SKILLS["upper"], 30, seed=2))
-    assert sum(route.name == "upper" for route in routes) >= 24
-    for mixture, given_encoder in ((own, None), (keys, encoder), ({**keys, **own}, encoder)):
-        with pytest.raises(ConfigError, match="keys of one encoder"):
-            CentroidRouter(
-                model, tokenizer, {**mixture, "z": keys["digits"]}, encoder=given_encoder
-            )
 
 
 def test_at_least_one_pack_has_to_be_allowed(model, tokenizer, keys):

@@ -14,7 +14,7 @@ from graftkit.errors import BudgetError, CheckpointError, RowsError
 from graftkit.models.loading import load_model, load_tokenizer
 from graftkit.pack import pack_delta
 from graftkit.route.centroid import CentroidRouter, fit_key
-from graftkit.route.key import RouterKey
+from graftkit.route.nearest import read_key
 from graftkit.skillpack import SkillPack
 
 PROMPTS = [f"Add {number} {number * 7 % 11}" for number in range(40)]
@@ -42,7 +42,7 @@ def packed(folders, **options):
 
 @pytest.mark.slow
 def test_a_pack_with_prompts_carries_the_key_of_its_target(folders):
-    key = RouterKey.of(packed(folders))
+    key = read_key(packed(folders))
     model, tokenizer = load_model(folders[0]), load_tokenizer(folders[0])
     fitted = fit_key(model, tokenizer, PROMPTS)
     assert key.info == fitted.info
@@ -75,7 +75,7 @@ def test_the_file_opens_with_its_key_and_packs_are_deterministic(folders, rows, 
         packed(folders, prompts=prompts).save(tmp_path / f"{number}.skillpack")
     contents = [(tmp_path / f"{number}.skillpack").read_bytes() for number in range(3)]
     assert contents[0] == contents[1] == contents[2]
-    assert RouterKey.of(SkillPack.load(tmp_path / "0.skillpack")).info.prompts == len(PROMPTS)
+    assert read_key(SkillPack.load(tmp_path / "0.skillpack")).info.prompts == len(PROMPTS)
 
 
 @pytest.mark.slow
@@ -83,7 +83,7 @@ def test_a_lossless_pack_carries_a_key_too(folders):
     pack = packed(folders, recipe="lossless", budget=None)
     tuned = Checkpoint.open(folders[1])
     target = Checkpoint.open(folders[0])
-    assert RouterKey.of(pack).info.width == 64
+    assert read_key(pack).info.width == 64
     for name in tuned.tensors:
         assert torch.equal(pack.rebuild(name, target.read), tuned.read(name))
 

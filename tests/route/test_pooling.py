@@ -3,12 +3,11 @@
 import pytest
 import torch
 from tiny_models import CAUSAL, architectures, build, lossless_pack, make_pair, save_tokenizer
-from transformers import BertModel
 
 from graftkit.attachment import attached
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.loading import load_model, load_tokenizer
-from graftkit.route.centroid import MAX_TOKENS, load_encoder, pooled_states, state_width
+from graftkit.route.centroid import MAX_TOKENS, pooled_states, state_width
 
 PROMPTS = ("Add 1 2", "a", "", "What is the longest of these prompts?", "b", "Add 3 4")
 
@@ -102,16 +101,6 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path):
     model = build("llama")
     with pytest.raises(CheckpointError, match="LlamaForCausalLM has 96 embeddings"):
         pooled_states(model, load_tokenizer(tmp_path), ["a" + chr(32 + 100)], 1)
-
-
-def test_an_encoder_is_any_model_directory_with_a_tokenizer(tmp_path):
-    BertModel(build("bert").config).save_pretrained(tmp_path)
-    save_tokenizer(tmp_path)
-    encoder = load_encoder(tmp_path)
-    assert (encoder.encoder, encoder.layer, encoder.width) == (tmp_path.name, 2, 32)
-    actual = encoder.states(["Add 1 2"], 2)
-    expected = pooled_states(encoder.model, encoder.tokenizer, ["Add 1 2"], 2)[:, :32]
-    assert torch.equal(actual, expected)
 
 
 def test_states_that_are_not_finite_are_refused(tokenizer):

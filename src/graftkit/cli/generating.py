@@ -188,8 +188,7 @@ def _choose_pack(
     """The index of the pack that a route chooses; none for the target. Raises: ConfigError."""
     from graftkit.errors import ConfigError
     from graftkit.route import FixedRouter, Router
-    from graftkit.route.centroid import CentroidRouter
-    from graftkit.route.key import RouterKey
+    from graftkit.route.nearest import KeyRouter, read_key
 
     names = [file.stem for file in files]
     if len(set(names)) < len(names):
@@ -198,10 +197,10 @@ def _choose_pack(
     if route != "auto":
         router = FixedRouter(route, names)
     else:
-        keys = {name: RouterKey.of(pack) for name, pack in zip(names, packs, strict=True)}
+        keys = {name: read_key(pack) for name, pack in zip(names, packs, strict=True)}
         if all(key is None for key in keys.values()):
             raise ConfigError("no pack carries a router key; pack it again with --prompts")
-        router = CentroidRouter(model, tokenizer, keys)
+        router = KeyRouter(model, tokenizer, keys)
     name = _pack_name(router.route([prompt])[0])
     return [] if name is None else [names.index(name)]
 

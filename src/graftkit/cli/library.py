@@ -22,7 +22,7 @@ LibraryFolder = Annotated[Path, typer.Argument(help="The library's folder.")]
 Address = Annotated[str, typer.Argument(help="NAME, NAME@VERSION or the start of a digest.")]
 Name = Annotated[str, typer.Option("--name", help="Name of the pack.")]
 AsUpdate = Annotated[bool, typer.Option("--update", help="Add it as the next version of NAME.")]
-RouterOption = Annotated[str, typer.Option(help="centroid, spectral or classifier.")]
+RouterOption = Annotated[str, typer.Option(help="keys, spectral or classifier.")]
 NamedRows = Annotated[
     list[str],
     typer.Option("--rows", help="NAME=ROWS, once per pack; target=ROWS for no pack."),
@@ -98,7 +98,7 @@ def list_(folder: LibraryFolder, json_output: show.Json = False) -> None:
 def route(
     folder: LibraryFolder,
     rows: Annotated[Path, typer.Option("--rows", help="Rows with the prompts to route.")],
-    router: RouterOption = "centroid",
+    router: RouterOption = "keys",
     json_output: show.Json = False,
 ) -> None:
     """Show which pack, or the target, should answer each prompt."""
@@ -115,7 +115,7 @@ def route(
 def evaluate(
     folder: LibraryFolder,
     rows: NamedRows,
-    router: RouterOption = "centroid",
+    router: RouterOption = "keys",
     json_output: show.Json = False,
 ) -> None:
     """Compare routed answers with those of the right packs.
@@ -196,12 +196,16 @@ def _open_to_route(folder: Path, router: str) -> "Library":
 
     library = Library.open(folder)
     keyless = [name for name, entry in library.index.newest.items() if not entry.has_key]
-    if router == "centroid" and keyless:
-        show.line(
-            f"graftkit: {', '.join(keyless)} without a router key, so never chosen; add again with "
-            "--prompts and --update",
-            error=True,
-        )
+    if router == "keys":
+        lines = library.routing_warnings()
+        if keyless:
+            lines.insert(
+                0,
+                f"{', '.join(keyless)} without a router key, so never chosen; add again with "
+                "--prompts and --update",
+            )
+        for line in lines:
+            show.line(f"graftkit: {line}", error=True)
     return library
 
 
@@ -254,12 +258,14 @@ def _print_routes(prompts: Sequence[str], routes: list[dict[str, Any]]) -> None:
 
 
 def _print_scores(result: dict[str, Any]) -> None:
-    columns = ("rows", "routed right", "routed", "oracle", "target", "regret")
+    columns = ("rows", "routed right", "95 %", "routed", "oracle", "target", "regret")
     table = show.Table("rows of", *columns, "routed to", right=columns)
     for name, score in result["skills"].items():
         routed = ", ".join(f"{where} {count}" for where, count in result["confusion"][name].items())
-        shares = [f"{score[key]:.3f}" for key in ("accuracy", *columns[2:])]
-        table.add_row(name, str(score["rows"]), *shares, routed)
+        low, high = score["interval"]
+        shares = [f"{score[key]:.3f}" for key in columns[3:]]
+        right = (f"{score['accuracy']:.3f}", f"{low:.3f}–{high:.3f}")
+        table.add_row(name, str(score["rows"]), *right, *shares, routed)
     table.show()
     foreign = result["false_acceptance"]
     accepted = (

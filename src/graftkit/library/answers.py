@@ -290,6 +290,15 @@ class SkillScore:
     """Exact match of the target alone."""
 
     @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `accuracy` (Wilson 1927)."""
+        n, p, z = self.rows, self.accuracy, 1.96
+        middle = p + z * z / (2 * n)
+        reach = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        scale = 1 + z * z / n
+        return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
+
+    @property
     def regret(self) -> float:
         """What routing costs: oracle - routed."""
         return self.oracle - self.routed
@@ -331,7 +340,7 @@ class LibraryScore:
             **{score: self.mean(score) for score in ("routed", "oracle", "target", "regret")},
             "milliseconds_per_prompt": self.milliseconds_per_prompt,
             "skills": {
-                name: asdict(score) | {"regret": score.regret}
+                name: asdict(score) | {"regret": score.regret, "interval": score.interval}
                 for name, score in self.skills.items()
             },
             "confusion": self.confusion,

@@ -43,8 +43,8 @@ from graftkit.models.loading import load_model
 from graftkit.models.text import usable_tokenizer
 from graftkit.progress import Progress
 from graftkit.route import TARGET, Route, Router
-from graftkit.route.centroid import fit_key
 from graftkit.route.classifier import train_classifier
+from graftkit.route.nearest import KeyRouter, fit_default_key
 from graftkit.rows import Row
 from graftkit.skillpack import SkillPack
 
@@ -163,8 +163,8 @@ class Library:
         pack = SkillPack.load(file)
         self._check_servable(pack, file)
         if prompts is None:
-            return self._folder.add(file, name, _has_key(pack, file), update)
-        key = fit_key(self.live.model, self.live.tokenizer, prompts)
+            return self._folder.add(file, name, pack.router_key is not None, update)
+        key = fit_default_key(self.live.model, self.live.tokenizer, prompts)
         with TemporaryDirectory(prefix="graftkit-") as folder:
             keyed = Path(folder) / file.name
             key.into(pack).save(keyed)
@@ -189,14 +189,23 @@ class Library:
 
     @_in_turn
     def route(
-        self, prompts: Sequence[str], router: RouterName = "centroid", top_k: int = 1
+        self, prompts: Sequence[str], router: RouterName = "keys", top_k: int = 1
     ) -> list[Route]:
-        """Choose packs, by name, for each prompt. `centroid` never chooses a pack without a key.
+        """Choose packs, by name, for each prompt. `keys` never chooses a pack without a key.
 
         Raises: ConfigError for an unknown router, or a classifier that is missing or out of date;
             CheckpointError for a target that the router cannot read.
         """
         return self._router(router, top_k).route(list(prompts))
+
+    @_in_turn
+    def routing_warnings(self) -> list[str]:
+        """What to know before relying on the default router, one line each.
+
+        Raises: ConfigError, CheckpointError, as `route`.
+        """
+        router = self._router("keys", 1)
+        return list(router.warnings) if isinstance(router, KeyRouter) else []
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
@@ -212,7 +221,7 @@ class Library:
         self,
         prompts: str | Sequence[str],
         route: str = "auto",
-        router: RouterName = "centroid",
+        router: RouterName = "keys",
         top_k: int = 1,
         mix: MixMode = "deltas",
         max_new_tokens: int = 128,
@@ -267,7 +276,7 @@ class Library:
     def evaluate(
         self,
         rows: Mapping[str, Sequence[Row]],
-        router: RouterName = "centroid",
+        router: RouterName = "keys",
         progress: Progress | None = None,
     ) -> LibraryScore:
         """Compare routed answers with those of the right pack and of the target alone.
@@ -351,7 +360,7 @@ class Library:
         return audit_pack(self.checkpoint(), self._folder.load(own), others, progress)
 
     def prove_removal(
-        self, address: str, prompts: Sequence[str], router: RouterName = "centroid"
+        self, address: str, prompts: Sequence[str], router: RouterName = "keys"
     ) -> Proof:
         """Compare a copy of this library after `remove(address)` with one that never had those
         packs. The library itself does not change.
@@ -424,13 +433,3 @@ def _check_options(mix: str, max_new_tokens: int) -> None:
         raise ConfigError(f"mix is {mix!r}; choose one of {', '.join(get_args(MixMode))}")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-
-
-def _has_key(pack: SkillPack, file: Path) -> bool:
-    """Whether a pack has a key. Raises: PackMismatchError for a key of a sentence encoder."""
-    if pack.router_key is not None and pack.router_key[0].encoder is not None:
-        raise PackMismatchError(
-            f"{file}: its router key is of encoder {pack.router_key[0].encoder}, a library routes "
-            "by its target; add the pack with prompts to give it such a key"
-        )
-    return pack.router_key is not None

@@ -26,9 +26,8 @@ from graftkit.library.folder import CLASSIFIER, LibraryTarget, PackEntry
 from graftkit.models.loading import load_model
 from graftkit.models.text import context_length, end_tokens, usable_tokenizer
 from graftkit.route import Router
-from graftkit.route.centroid import CentroidRouter
 from graftkit.route.classifier import Classifier, ClassifierRouter
-from graftkit.route.key import RouterKey
+from graftkit.route.nearest import KeyRouter, read_key
 from graftkit.route.spectral import SpectralRouter
 from graftkit.rows import encode_question, template_digest
 from graftkit.skillpack import SkillPack
@@ -285,7 +284,7 @@ def _config_digest(checkpoint: Checkpoint) -> str:
     return blake3(checkpoint.side_file("config.json") or b"").hexdigest()
 
 
-RouterName = Literal["centroid", "spectral", "classifier"]
+RouterName = Literal["keys", "spectral", "classifier"]
 
 
 def make_router(
@@ -299,7 +298,7 @@ def make_router(
     """A router over the newest version of every pack.
 
     Args:
-        top_k: most packs for one prompt; more than one by `centroid` only.
+        top_k: most packs for one prompt; more than one by `keys` only.
         entries: by name. load: reads one from disk. folder: the library's.
     Raises: ConfigError for an unknown router, or a classifier that is missing or out of date;
         CheckpointError for a target that no router can read.
@@ -307,13 +306,11 @@ def make_router(
     if name not in get_args(RouterName):
         names = ", ".join(get_args(RouterName))
         raise ConfigError(f"router {name!r} is unknown; choose one of {names}")
-    if top_k > 1 and name != "centroid":
-        raise ConfigError(f"router {name} chooses one pack, asked are {top_k}; use centroid")
-    if name == "centroid":
-        keys = {
-            label: RouterKey.of(load(entry)) for label, entry in entries.items() if entry.has_key
-        }
-        return CentroidRouter(live.model, live.tokenizer, keys, top_k=top_k)
+    if top_k > 1 and name != "keys":
+        raise ConfigError(f"router {name} chooses one pack, asked are {top_k}; use keys")
+    if name == "keys":
+        keys = {label: read_key(load(entry)) for label, entry in entries.items() if entry.has_key}
+        return KeyRouter(live.model, live.tokenizer, keys, top_k=top_k)
     packs = {label: load(entry) for label, entry in entries.items()}
     if name == "spectral":
         return SpectralRouter(live.model, live.tokenizer, packs)

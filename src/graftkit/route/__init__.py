@@ -1,7 +1,9 @@
 """Route: choose the packs that answer a prompt, or the target.
 
 key         what a router is; what a pack stores: statistics of its prompts' hidden states
-centroid    the default router: the pack whose key a prompt fits best, or the target
+encoder     the sentence encoder, and the general prompts
+nearest     the default router: the pack whose prompts are nearest, or the target
+centroid    the fallback without a sentence encoder: Gaussians of the target's states
 classifier  a small trained net; its labels are the packs of lowest loss
 spectral    routing from the packs' weights alone
 """

@@ -1,4 +1,4 @@
-"""The default router: the pack whose key a prompt fits best, or the target.
+"""Routing by the target's own states, where there is no sentence encoder (the fallback).
 
 A prompt is represented by one vector, pooled from the hidden states of the target's first layers:
 
@@ -14,11 +14,8 @@ removing a pack does not change the scores of the others.
 
 import json
 import math
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,61 +23,19 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from graftkit.attachment import without_packs
-from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, ConfigError
-from graftkit.models.loading import load_model
 from graftkit.models.text import (
     MICRO_BATCH_TOKENS,
     context_length,
     one_thread,
     pad_id,
-    usable_tokenizer,
     vocabulary_size,
 )
-from graftkit.route.key import MAX_PROMPTS, Route, RouterKey
+from graftkit.route.key import Route, RouterKey, sample_prompts
 from graftkit.rows import batches_by_length, pad_batch
 
 MAX_TOKENS = 128
 """A router reads the last tokens of a prompt, so that routing stays cheap for long prompts."""
-
-
-@dataclass(frozen=True)
-class PromptReader:
-    """Turns prompts into vectors: the target, or a sentence encoder in its place.
-
-    Attributes:
-        encoder: name of the sentence encoder, None for the target.
-    """
-
-    model: Any
-    tokenizer: Any
-    encoder: str | None = None
-
-    @property
-    def layer(self) -> int:
-        """The layer whose output is pooled: the middle one, or an encoder's last."""
-        layers = layer_count(self.model)
-        return max(1, layers // 2) if self.encoder is None else layers
-
-    @property
-    def width(self) -> int:
-        """Numbers in a state."""
-        return state_width(self.model) // (1 if self.encoder is None else 2)
-
-    def states(self, prompts: Sequence[str], layer: int, tokens_together: int = 1) -> Tensor:
-        """Pooled states of prompts, (prompts, width); a sentence encoder gives the mean part only.
-
-        In an encoder the last token has no wider context than the others.
-        """
-        states = pooled_states(self.model, self.tokenizer, prompts, layer, tokens_together)
-        return states[:, : self.width]
-
-
-def load_encoder(reference: str | Path) -> PromptReader:
-    """A sentence encoder: a Hugging Face directory or Hub id. Raises: CheckpointError."""
-    checkpoint = Checkpoint.open(reference)
-    model = load_model(checkpoint, torch.float32)
-    return PromptReader(model, usable_tokenizer(checkpoint), checkpoint.name)
 
 
 def pooled_states(
@@ -190,7 +145,6 @@ def fit_key(
     tokenizer: Any,
     prompts: Sequence[str],
     *,
-    encoder: PromptReader | None = None,
     seed: int = 0,
 ) -> RouterKey:
     """Fit a router key to the prompts of one skill.
@@ -198,15 +152,14 @@ def fit_key(
     Args:
         model, tokenizer: the target.
         prompts: 20 or more different ones; of more than 200, a seeded choice is used.
-        encoder: from `load_encoder`, to read prompts in place of the target.
     Raises: RowsError for too few prompts; CheckpointError for another model's tokenizer.
     """
-    chosen = _sample_prompts(prompts, seed)
-    reader = encoder or PromptReader(model, tokenizer)
+    chosen = sample_prompts(prompts, seed)
+    layer = max(1, layer_count(model) // 2)
     with one_thread():
-        states = reader.states(chosen, reader.layer, MICRO_BATCH_TOKENS)
+        states = pooled_states(model, tokenizer, chosen, layer, MICRO_BATCH_TOKENS)
     digest = blake3(json.dumps(chosen).encode()).hexdigest()
-    return RouterKey.fit(states, reader.layer, digest, reader.encoder)
+    return RouterKey.fit(states, layer, digest)
 
 
 class CentroidRouter:
@@ -223,7 +176,6 @@ class CentroidRouter:
         keys: Mapping[str, RouterKey | None],
         *,
         top_k: int = 1,
-        encoder: PromptReader | None = None,
     ):
         """Make a router over the packs of `keys`.
 
@@ -232,20 +184,21 @@ class CentroidRouter:
             keys: by pack name; None for a pack without a key, which is never chosen.
             top_k: most packs for one prompt. The packs of the highest scores that accept it are
                 weighted by the softmax of these scores.
-            encoder: from `load_encoder`, the sentence encoder that the keys name.
-        Raises: ConfigError for keys of another model or of several encoders, or top_k below 1.
+        Raises: ConfigError for keys of another model, or top_k below 1.
         """
         if top_k < 1:
             raise ConfigError(f"top_k is {top_k}; at least one pack has to answer")
         self.keys = {name: key for name, key in keys.items() if key is not None}
         self.top_k = top_k
-        self._reader = encoder or PromptReader(model, tokenizer)
+        self._model, self._tokenizer = model, tokenizer
         self._check_keys()
 
     def route(self, prompts: Sequence[str]) -> list[Route]:
         """One route for each prompt; one without tokens has no scores. Raises: CheckpointError."""
         layers = sorted({key.info.layer for key in self.keys.values()})
-        states = {layer: self._reader.states(prompts, layer) for layer in layers}
+        states = {
+            layer: pooled_states(self._model, self._tokenizer, prompts, layer) for layer in layers
+        }
         return [
             self._choose({layer: of_all[row] for layer, of_all in states.items()})
             for row in range(len(prompts))
@@ -264,27 +217,14 @@ class CentroidRouter:
         return Route({n: s / sum(shares) for n, s in zip(best, shares, strict=True)}, scores)
 
     def _check_keys(self) -> None:
-        encoder, width = self._reader.encoder, self._reader.width
-        layers = layer_count(self._reader.model)
+        if not self.keys:
+            return
+        width, layers = state_width(self._model), layer_count(self._model)
         for name, key in self.keys.items():
             info = key.info
-            if info.encoder != encoder:
-                raise ConfigError(
-                    f"the router key of {name} is of {info.encoder or 'the target'}, this router "
-                    f"reads {encoder or 'the target'}; give all packs keys of one encoder"
-                )
             if info.width != width or info.layer > layers:
                 raise ConfigError(
                     f"the router key of {name} is of a model of width {info.width} with at least "
                     f"{info.layer} layers, this one has width {width} and {layers} layers; give "
                     "the pack a key of this model"
                 )
-
-
-def _sample_prompts(prompts: Sequence[str], seed: int) -> list[str]:
-    """Different prompts, in their order, at most MAX_PROMPTS."""
-    different = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
-    generator = random.Random(seed)
-    keys = [generator.random() for _ in different]
-    picked = sorted(range(len(different)), key=keys.__getitem__)[:MAX_PROMPTS]
-    return [different[index] for index in sorted(picked)]

@@ -30,7 +30,7 @@ from graftkit.models.text import (
     pad_id,
     tokens_with_logits,
 )
-from graftkit.route.centroid import PromptReader, pooled_states, state_width
+from graftkit.route.centroid import layer_count, pooled_states, state_width
 from graftkit.route.key import TARGET, Route
 from graftkit.rows import Row, batches_by_length, check_answerable, encode_row, pad_batch
 from graftkit.skillpack import SkillPack
@@ -140,7 +140,7 @@ def train_classifier(
             "no row is best left to the target; give rows of no skill under the name target, or "
             "the router would send every prompt to some pack"
         )
-    layer = PromptReader(model, tokenizer).layer
+    layer = max(1, layer_count(model) // 2)
     classes = [TARGET, *packs]
     with one_thread():
         prompts = [row.prompt for row in every]

@@ -19,6 +19,7 @@ can be compared between packs.
 """
 
 import math
+import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,8 +96,6 @@ ACCEPTED = 0.95
 """Quantile of the held-out distances that serves as the unit of distance."""
 REACH = 1.5
 """Largest d² that is accepted, in that unit. Chosen on training rows (docs/adr/0012)."""
-ENCODER_REACH = 1.0
-"""The same for states of a sentence encoder, which lie closer together."""
 _DTYPES = ("<f4", "<f2", "i1")  # of variances, mean and directions, in the order of the payload
 
 
@@ -116,12 +115,12 @@ class RouterKey:
     variances: Tensor
 
     @classmethod
-    def fit(cls, states: Tensor, layer: int, blake3: str, encoder: str | None = None) -> Self:
+    def fit(cls, states: Tensor, layer: int, blake3: str) -> Self:
         """Fit a key to the states of prompts.
 
         Args:
             states: of the prompts after `layer`, (prompts, width), of a norm near 1.
-            blake3: digest of the prompts. encoder: name of the model, None for the target.
+            blake3: digest of the prompts.
         Raises: RowsError for fewer than MIN_PROMPTS states, states that are all alike, or states
             whose key cannot be stored.
         """
@@ -132,9 +131,7 @@ class RouterKey:
         with one_thread():
             states = states.double()
             mean, directions, variances = _ellipsoid(states)
-            variances = variances * (
-                _held_out_distance(states) * (ENCODER_REACH if encoder else REACH)
-            )
+            variances = variances * (_held_out_distance(states) * REACH)
         if not variances.isfinite().all() or not variances.min() > 0:
             raise RowsError("the prompts are all alike to the target; give prompts that differ")
         info = RouterInfo(
@@ -143,7 +140,6 @@ class RouterKey:
             components=len(directions),
             prompts=len(states),
             blake3=blake3,
-            encoder=encoder,
         )
         largest = directions.abs().amax(dim=1, keepdim=True)
         codes = (directions / largest * 127).round().to(torch.int8).contiguous()
@@ -154,12 +150,6 @@ class RouterKey:
             raise RowsError(
                 f"no router key can be kept of these prompts ({error}); give prompts that differ"
             ) from error
-
-    @classmethod
-    def of(cls, pack: SkillPack) -> Self | None:
-        """The key of a pack, None where it has none. Raises: CorruptPackError."""
-        stored = pack.router_key
-        return None if stored is None else cls.from_bytes(*stored)
 
     def into(self, pack: SkillPack) -> SkillPack:
         """The pack with this key in place of its own."""
@@ -205,6 +195,15 @@ class RouterKey:
     def _log_volume(self) -> float:
         logs, width = self.variances.double().log(), self.info.width
         return float((logs[1:].sum() + (width - self.info.components) * logs[0]) / width)
+
+
+def sample_prompts(prompts: Sequence[str], seed: int, most: int = MAX_PROMPTS) -> list[str]:
+    """Different prompts, in their order, at most so many."""
+    different = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip()]
+    generator = random.Random(seed)
+    keys = [generator.random() for _ in different]
+    picked = sorted(range(len(different)), key=keys.__getitem__)[:most]
+    return [different[index] for index in sorted(picked)]
 
 
 def _ellipsoid(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:

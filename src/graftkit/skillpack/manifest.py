@@ -121,17 +121,21 @@ class RouterInfo(Settings):
     width: Annotated[int, Field(ge=1, le=65_535)]
     """Numbers in a pooled state."""
     components: Annotated[int, Field(ge=0, le=255)]
-    """Directions kept in which the prompts differ."""
+    """Directions kept in which the prompts differ, or embeddings of prompts."""
     prompts: Count
     """Prompts that the key was fitted on."""
     blake3: Digest
     """Digest of these prompts."""
     encoder: str | None = None
     """Name of the sentence encoder that gave the states; absent for the target itself."""
+    method: Literal["nearest"] | None = None
+    """How a prompt is compared: with embeddings of prompts; absent for an ellipsoid."""
 
     @property
     def nbytes(self) -> int:
         """Length of the payload (docs/skillpack-format.md, 3.8)."""
+        if self.method == "nearest":
+            return 12 + self.components * self.width
         return 4 + 2 * self.width + self.components * (4 + self.width)
 
 
