@@ -34,7 +34,7 @@ FOREIGN = (
     *("snips_function_call", "gsm8k"),
 )
 SHOWN = ("sms_spam", "scan_actions", "zh_pinyin")  # foreign sets that the classifier learns from
-ROUTERS = ("centroid", "spectral", "classifier")
+ROUTERS = ("keys", "spectral", "classifier")
 CALIBRATION_ROWS, KEY_PROMPTS = 1024, 200
 CLASSIFIER_ROWS = slice(1024, 1084)  # of every training file: rows that no pack or key has seen
 BASE_TEXTS, BASE_LENGTH = ("books-valid.txt.gz", "python-valid.txt.gz"), 200  # characters

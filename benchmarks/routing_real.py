@@ -33,25 +33,37 @@ from graftkit.route.nearest import KeyRouter, NearestKey
 CHAT = Path(__file__).parent / "chat"
 TEST_ROWS, FOREIGN_ROWS, KEY_SIZES = 100, 100, (200, 20)
 ANSWER_TOKENS, TIMED_PROMPTS = 64, 8
-TALK = set(
-    "are_you_a_bot do_you_have_pets fun_fact goodbye greeting how_old_are_you maybe "
-    "meaning_of_life no repeat tell_joke thank_you what_are_your_hobbies what_can_i_ask_you "
-    "what_is_your_name where_are_you_from who_do_you_work_for who_made_you yes change_accent "
-    "cancel user_name change_user_name change_ai_name change_language".split()
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TALK = _words(
+    """
+    are_you_a_bot do_you_have_pets fun_fact goodbye greeting how_old_are_you maybe
+    meaning_of_life no repeat tell_joke thank_you what_are_your_hobbies what_can_i_ask_you
+    what_is_your_name where_are_you_from who_do_you_work_for who_made_you yes change_accent
+    cancel user_name change_user_name change_ai_name change_language
+    """
 )
-BANK = set(
-    "account_blocked application_status apr balance bill_balance bill_due card_declined "
-    "credit_limit credit_limit_change credit_score damaged_card direct_deposit expiration_date "
-    "freeze_account improve_credit_score interest_rate international_fees min_payment new_card "
-    "order_checks pay_bill pin_change redeem_rewards replacement_card_duration report_fraud "
-    "report_lost_card rewards_balance routing spending_history transactions transfer".split()
+BANK = _words(
+    """
+    account_blocked application_status apr balance bill_balance bill_due card_declined
+    credit_limit credit_limit_change credit_score damaged_card direct_deposit expiration_date
+    freeze_account improve_credit_score interest_rate international_fees min_payment new_card
+    order_checks pay_bill pin_change redeem_rewards replacement_card_duration report_fraud
+    report_lost_card rewards_balance routing spending_history transactions transfer
+    """
 )
 # Intents that snips has too, and money outside of banks: no router could know whose they are.
-SHARED = set(
-    "play_music update_playlist what_song next_song weather restaurant_reservation "
-    "accept_reservations cancel_reservation confirm_reservation restaurant_suggestion "
-    "restaurant_reviews how_busy taxes income w2 rollover_401k exchange_rate travel_alert "
-    "travel_notification insurance insurance_change payday".split()
+SHARED = _words(
+    """
+    play_music update_playlist what_song next_song weather restaurant_reservation
+    accept_reservations cancel_reservation confirm_reservation restaurant_suggestion
+    restaurant_reviews how_busy taxes income w2 rollover_401k exchange_rate travel_alert
+    travel_notification insurance insurance_change payday
+    """
 )
 MEDIA = {"PlayMusic", "AddToPlaylist", "RateBook", "SearchCreativeWork", "SearchScreeningEvent"}
 
@@ -276,6 +288,38 @@ def _mean(shares: Mapping[str, float]) -> str:
     return f"{statistics.mean(shares.values()):.3f}"
 
 
+def compare(
+    encoder: SentenceEncoder,
+    readers: Mapping[str, Vectors],
+    train: Prompts,
+    test: Prompts,
+    foreign: Prompts,
+) -> tuple[list[list[str]], list[list[str]], list[tuple[float, float, int]]]:
+    """The table's rows, the shares by skill and foreign set, and the default's reliability."""
+    lines: list[list[str]] = []
+    raw: list[list[str]] = []
+    tenths: list[tuple[float, float, int]] = []
+    for router, (reader, make) in ROUTERS.items():
+        vectors = readers[reader]
+        own = {s: vectors.of(f"test {s}", p[:TEST_ROWS]) for s, p in test.items()}
+        others = {s: vectors.of(f"foreign {s}", p[:FOREIGN_ROWS]) for s, p in foreign.items()}
+        general = vectors.of("general", list(general_prompts()))
+        for size in KEY_SIZES:
+            choosers = {}
+            for skill, prompts in train.items():
+                of_key = vectors.of(f"key {skill}", prompts[: KEY_SIZES[0]])[:size]
+                choosers[skill] = make(encoder, prompts[:size], of_key, general)
+            result = measure(choosers, own, others)
+            if make is by_keys and size == KEY_SIZES[0]:
+                tenths = reliability(choosers, own, others)
+            shares = (_mean(result["right"]), _mean(result["accepted"]))
+            chat = f"{result['accepted']['chat']:.3f}"
+            lines.append([router, str(size), *shares, chat, _mean(result["without its pack"])])
+            for kind, by_name in result.items():
+                raw += [[router, str(size), kind, n, f"{v:.3f}"] for n, v in by_name.items()]
+    return lines, raw, tenths
+
+
 def main() -> None:
     """Measure and write the report."""
     parser = command_line(__doc__)
@@ -298,27 +342,7 @@ def main() -> None:
     train, _ = read_prompts(data, "train")
     test, foreign = read_prompts(data, "test")
     foreign["chat"] = (CHAT / "test.txt").read_text(encoding="utf-8").splitlines()
-    lines: list[list[str]] = []
-    raw: list[list[str]] = []
-    tenths: list[tuple[float, float, int]] = []
-    for router, (reader, make) in ROUTERS.items():
-        vectors = readers[reader]
-        own = {s: vectors.of(f"test {s}", p[:TEST_ROWS]) for s, p in test.items()}
-        others = {s: vectors.of(f"foreign {s}", p[:FOREIGN_ROWS]) for s, p in foreign.items()}
-        general = vectors.of("general", list(general_prompts()))
-        for size in KEY_SIZES:
-            choosers = {}
-            for skill, prompts in train.items():
-                of_key = vectors.of(f"key {skill}", prompts[: KEY_SIZES[0]])[:size]
-                choosers[skill] = make(encoder, prompts[:size], of_key, general)
-            result = measure(choosers, own, others)
-            if make is by_keys and size == KEY_SIZES[0]:
-                tenths = reliability(choosers, own, others)
-            shares = (_mean(result["right"]), _mean(result["accepted"]))
-            chat = f"{result['accepted']['chat']:.3f}"
-            lines.append([router, str(size), *shares, chat, _mean(result["without its pack"])])
-            for kind, by_name in result.items():
-                raw += [[router, str(size), kind, n, f"{v:.3f}"] for n, v in by_name.items()]
+    lines, raw, tenths = compare(encoder, readers, train, test, foreign)
     keys = {skill: NearestKey.fit(encoder, p[: KEY_SIZES[0]]) for skill, p in train.items()}
     route_s, answer_s = cost(encoder, model, tokenizer, keys)
     draw(tenths, options.docs / "figures" / "routing-reliability.svg")

@@ -111,7 +111,7 @@ def test_evaluation_reports_routed_oracle_and_target(full, tmp_path, reported, s
     actual = reported(*arguments)
     assert set(actual["confusion"]) == set(NAMES)
     assert actual["router"] == "keys"
-    expected = {"rows", "accuracy", "routed", "oracle", "target", "regret"}
+    expected = {"rows", "accuracy", "interval", "routed", "oracle", "target", "regret"}
     assert all(score.keys() == expected for score in actual["skills"].values())
     assert " % of the rows routed right" in shown(*arguments)
 

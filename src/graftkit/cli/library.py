@@ -104,8 +104,8 @@ def route(
     """Show which pack, or the target, should answer each prompt."""
     from graftkit.rows import read_prompts
 
-    library = _open_to_route(folder, router)
     prompts = read_prompts(rows)
+    library = _open_to_route(folder, router)
     routes = library.route(prompts, router)  # type: ignore[arg-type]
     result = [{"route": each.name, "scores": each.scores} for each in routes]
     show.json_or(json_output, result, lambda: _print_routes(prompts, result))
@@ -123,8 +123,8 @@ def evaluate(
     Shows the exact match of the routed packs, of the right packs (oracle) and of the target, and
     where the rows of each pack were routed.
     """
-    library = _open_to_route(folder, router)
     named = _read_named(rows)
+    library = _open_to_route(folder, router)
     with show.progress() as report:
         score = library.evaluate(named, router, report)  # type: ignore[arg-type]
     result = score.numbers() | {"router": router}
