@@ -11,6 +11,7 @@ from graftkit.errors import ConfigError, GraftError, LibraryError, PackMismatchE
 from graftkit.library import Library
 from graftkit.library.folder import PackFolder
 from graftkit.models.loading import load_model
+from graftkit.skillpack.manifest import RouterInfo
 
 MIXED = [prompts_of(name, 3, seed=5)[place] for place in range(3) for name in NAMES]
 
@@ -325,3 +326,23 @@ def test_threads_that_share_a_library_get_the_answers_of_one_thread(full):
     for thread in threads:
         thread.join()
     assert actual == {place: [texts] * 3 for place, texts in enumerate(expected)}
+
+
+def test_a_pack_with_a_key_of_an_absent_encoder_is_named_and_never_chosen(world, tmp_path):
+    info = RouterInfo(
+        layer=1,
+        width=2,
+        components=1,
+        prompts=20,
+        blake3="0" * 64,
+        encoder="all-MiniLM-L6-v2 0123456789abcdef",
+        method="nearest",
+    )
+    content = torch.tensor([20.0, -5.0, -5.0]).numpy().tobytes() + b"\x01\x7f"
+    keyed = tmp_path / "keyed.skillpack"
+    SkillPack.load(world.plain).with_router_key(info, content).save(keyed)
+    library = Library.init(tmp_path / "library", world.target)
+    library.add(keyed, "keyed")
+    (line,) = library.routing_warnings(unread_only=True)
+    assert "keyed is never chosen: its router key needs the sentence encoder all-MiniLM" in line
+    assert library.route(["0123"])[0].name == "target"

@@ -85,6 +85,9 @@ def _ask_library(
     from graftkit.library import Library
 
     library = Library.open(folder)
+    if (route or "auto") == "auto":
+        for line in library.routing_warnings(unread_only=True):
+            show.line(f"graftkit: {line}", error=True)
     answer = library.generate(
         prompt, route=route or "auto", max_new_tokens=max_new_tokens, raw=raw, system=system
     )
@@ -200,7 +203,9 @@ def _choose_pack(
         keys = {name: read_key(pack) for name, pack in zip(names, packs, strict=True)}
         if all(key is None for key in keys.values()):
             raise ConfigError("no pack carries a router key; pack it again with --prompts")
-        router = KeyRouter(model, tokenizer, keys)
+        router = key_router = KeyRouter(model, tokenizer, keys)
+        for line in key_router.unread:
+            show.line(f"graftkit: {line}", error=True)
     name = _pack_name(router.route([prompt])[0])
     return [] if name is None else [names.index(name)]
 

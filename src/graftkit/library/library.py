@@ -199,13 +199,17 @@ class Library:
         return self._router(router, top_k).route(list(prompts))
 
     @_in_turn
-    def routing_warnings(self) -> list[str]:
+    def routing_warnings(self, unread_only: bool = False) -> list[str]:
         """What to know before relying on the default router, one line each.
 
+        Args:
+            unread_only: only of packs whose key this machine's encoder cannot read.
         Raises: ConfigError, CheckpointError, as `route`.
         """
         router = self._router("keys", 1)
-        return list(router.warnings) if isinstance(router, KeyRouter) else []
+        if not isinstance(router, KeyRouter):
+            return []
+        return router.unread if unread_only else list(router.warnings)
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too

@@ -251,10 +251,15 @@ class KeyRouter:
         self._states = CentroidRouter(model, tokenizer, states, top_k=top_k)
         self._tokenizer, self._top_k = tokenizer, top_k
 
+    @property
+    def unread(self) -> list[str]:
+        """One line for every pack whose key this machine's encoder cannot read."""
+        return [_unread_line(name, key, self._encoder) for name, key in self._unread.items()]
+
     @cached_property
     def warnings(self) -> list[str]:
         """What a person should know before relying on the routes."""
-        lines = [_unread_line(name, key, self._encoder) for name, key in self._unread.items()]
+        lines = self.unread
         if self._states.keys:
             lines.append(
                 f"{', '.join(self._states.keys)}: routed by the target's own states, the fallback, "
