@@ -151,7 +151,14 @@ def by_similarity(_: Any, __: list[str], own: Tensor, ___: Tensor) -> Choose:
 
 
 def by_centroid(_: Any, __: list[str], own: Tensor, ___: Tensor) -> Choose:
-    key = RouterKey.fit(own, 1, "0" * 64)
+    return _by_gaussian(RouterKey.fit(own, 1, "0" * 64))
+
+
+def by_fallback(_: Any, __: list[str], own: Tensor, general: Tensor) -> Choose:
+    return _by_gaussian(RouterKey.fit(own, 1, "0" * 64).rejecting(general))
+
+
+def _by_gaussian(key: RouterKey) -> Choose:
 
     def choose(vectors: Tensor) -> tuple[Tensor, Tensor]:
         distances = torch.tensor([key.distance(vector) for vector in vectors])
@@ -190,7 +197,8 @@ def by_logistic(_: Any, __: list[str], own: Tensor, general: Tensor) -> Choose:
 ROUTERS: dict[str, tuple[str, Callable[[Any, list[str], Tensor, Tensor], Choose]]] = {
     "keys (the default)": ("encoder", by_keys),
     "nearest prompts, border at 5 % of own": ("encoder", by_similarity),
-    "Gaussian of the target's states (the fallback)": ("states", by_centroid),
+    "Gaussian of the target's states (the default before)": ("states", by_centroid),
+    "the same, border at 1 % of general (the fallback)": ("states", by_fallback),
     "logistic regression on the target's states": ("states", by_logistic),
 }
 

@@ -10,7 +10,7 @@ from transformers import BertModel
 from graftkit.errors import ConfigError, CorruptPackError, RowsError
 from graftkit.models.loading import load_tokenizer
 from graftkit.route import encoder as encoders
-from graftkit.route.centroid import fit_key
+from graftkit.route.centroid import pooled_states
 from graftkit.route.encoder import SentenceEncoder, find_encoder, general_prompts
 from graftkit.route.key import MIN_PROMPTS, RouterKey
 from graftkit.route.nearest import KeyRouter, NearestKey, fit_default_key, last_user_turn
@@ -116,7 +116,9 @@ def test_without_an_encoder_keys_are_of_the_targets_states(tmp_path, monkeypatch
     model, tokenizer = build("llama", scale=0.3), load_tokenizer(tmp_path)
     fitted = fit_default_key(model, tokenizer, sums(30))
     assert isinstance(fitted, RouterKey)
-    assert fitted.to_bytes() == fit_key(model, tokenizer, sums(30)).to_bytes()
+    states = pooled_states(model, tokenizer, general_prompts(), fitted.info.layer, 512)
+    inside = sum(fitted.distance(state) <= 1 for state in states)
+    assert inside <= 0.02 * len(states)
     (line,) = KeyRouter(model, tokenizer, {"sums": fitted}).warnings
     assert "the target's own states, the fallback" in line
 

@@ -21,7 +21,7 @@ can be compared between packs.
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, Self
 
@@ -96,6 +96,8 @@ ACCEPTED = 0.95
 """Quantile of the held-out distances that serves as the unit of distance."""
 REACH = 1.5
 """Largest d² that is accepted, in that unit. Chosen on training rows (docs/adr/0012)."""
+GENERAL_ACCEPTED = 0.01
+"""Largest share of general prompts inside the border of a key that is set against them."""
 _DTYPES = ("<f4", "<f2", "i1")  # of variances, mean and directions, in the order of the payload
 
 
@@ -150,6 +152,16 @@ class RouterKey:
             raise RowsError(
                 f"no router key can be kept of these prompts ({error}); give prompts that differ"
             ) from error
+
+    def rejecting(self, general: Tensor) -> Self:
+        """This key with a border that at most GENERAL_ACCEPTED of these states lie inside.
+
+        Args:
+            general: states of prompts of no skill, (prompts, width).
+        """
+        distances = torch.tensor([self.distance(state) for state in general])
+        border = float(distances.quantile(GENERAL_ACCEPTED))
+        return replace(self, variances=self.variances * border) if 0 < border < 1 else self
 
     def into(self, pack: SkillPack) -> SkillPack:
         """The pack with this key in place of its own."""

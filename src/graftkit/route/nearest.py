@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from graftkit.errors import ConfigError, CorruptPackError, RowsError
 from graftkit.models.text import MICRO_BATCH_TOKENS, one_thread
-from graftkit.route.centroid import CentroidRouter, fit_key
-from graftkit.route.encoder import INSTALL, SentenceEncoder, find_encoder
+from graftkit.route.centroid import CentroidRouter, fit_key, pooled_states
+from graftkit.route.encoder import INSTALL, SentenceEncoder, find_encoder, general_prompts
 from graftkit.route.key import MIN_PROMPTS, Route, RouterKey, sample_prompts
 from graftkit.skillpack import SkillPack
 from graftkit.skillpack.manifest import RouterInfo
@@ -207,7 +207,12 @@ def fit_default_key(model: Any, tokenizer: Any, prompts: Sequence[str], seed: in
     encoder = find_encoder()
     prompts = [last_user_turn(tokenizer, prompt) for prompt in prompts]
     if encoder is None:
-        return fit_key(model, tokenizer, prompts, seed=seed)
+        key = fit_key(model, tokenizer, prompts, seed=seed)
+        with one_thread():
+            general = pooled_states(
+                model, tokenizer, general_prompts(), key.info.layer, MICRO_BATCH_TOKENS
+            )
+        return key.rejecting(general)
     return NearestKey.fit(encoder, prompts, seed)
 
 
@@ -263,7 +268,7 @@ class KeyRouter:
         if self._states.keys:
             lines.append(
                 f"{', '.join(self._states.keys)}: routed by the target's own states, the fallback, "
-                "which accepts many general prompts; for the sentence encoder "
+                "which tell prompts apart poorly; for the sentence encoder "
                 f"{INSTALL}, then add again with --prompts and --update"
             )
         if self._encoder is not None:
