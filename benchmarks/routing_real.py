@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ledger import Table, command_line, commit, machine, provenance, publish, table
+from ledger import Table, command_line, commit, machine, provenance, table, write_between, write_csv
 from torch import Tensor
 
 from graftkit.checkpoint import Checkpoint
@@ -367,12 +367,12 @@ def main() -> None:
         [[f"{p:.3f}", f"{share:.3f}", str(n)] for p, share, n in tenths],
     )
     by_skill: Table = (("router", "prompts", "what", "rows of", "share"), raw)
-    publish(
-        options.docs,
-        "routing-real",
-        text,
-        {"routing-real": by_skill, "routing-reliability": by_tenth},
-    )
+    write_between(options.docs / "routing.md", "routing-real", text)
+    for stem, (columns, rows) in {
+        "routing-real": by_skill,
+        "routing-reliability": by_tenth,
+    }.items():
+        write_csv(options.docs / "results" / f"{stem}.csv", columns, rows)
 
 
 if __name__ == "__main__":
