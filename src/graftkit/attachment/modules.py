@@ -6,7 +6,7 @@ delta is kept in the smallest form that serves every use of it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -135,6 +135,32 @@ class DenseUpdate:
     def nbytes(self) -> int:
         """Bytes of the matrix."""
         return self.matrix.nbytes
+
+
+class StackedUpdates:
+    """The factors of several packs side by side, for rows of different packs in two products.
+
+    Attributes:
+        packs: their indices.
+    """
+
+    def __init__(self, updates: Mapping[int, LowRankUpdate]):
+        self.packs = tuple(updates)
+        self._right = torch.cat([update.right for update in updates.values()])
+        self._left = torch.cat([update.left for update in updates.values()], dim=1)
+        ranks = torch.tensor([len(update.right) for update in updates.values()])
+        self._owner = torch.arange(len(ranks)).repeat_interleave(ranks).to(self._right.device)
+
+    def project(self, x: Tensor, weights: Tensor) -> Tensor:
+        """((x Rᵀ) ∘ m) Lᵀ, m the weight of each component's pack.
+
+        Args:
+            x: (entries, ..., in). weights: (entries, packs).
+        """
+        components = x @ self._right.to(x.dtype).T
+        mask = weights[:, self._owner].to(x.dtype)
+        components *= mask.reshape(len(mask), *[1] * (x.dim() - 2), -1)
+        return components @ self._left.to(x.dtype).T
 
 
 def make_update(
@@ -305,13 +331,29 @@ class AddedDeltas(ModuleDeltas):
 class LinearDeltas(AddedDeltas):
     """y += Σ_i w_i (x ΔW_iᵀ + Δb_i) on a Linear or Conv1D."""
 
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._stack: StackedUpdates | None = None
+
+    def drop(self, pack: int) -> bool:
+        """Forget the pack's update and bias."""
+        self._stack = None
+        return super().drop(pack)
+
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = first_tensor([args, kwargs])
         assert x is not None
         self.record(x)
-        for share in self.shares(output):
+        shares = self.shares(output)
+        stack = self._stack_of(shares)
+        done: tuple[int, ...] = ()
+        if stack is not None:
+            done = stack.packs
+            table = self.routing.rows.table(done, output.shape[0], output.device)
+            output += stack.project(x, table).to(output.dtype)
+        for share in shares:
             part = None
-            if share.pack in self.weights:
+            if share.pack in self.weights and share.pack not in done:
                 part = self.weights[share.pack].project(x[share.entries])
             if share.pack in self.biases:
                 bias = self.biases[share.pack]
@@ -319,6 +361,22 @@ class LinearDeltas(AddedDeltas):
             if part is not None:
                 _accumulate(output, share, part)
         return output
+
+    def _stack_of(self, shares: Sequence[PackShare]) -> StackedUpdates | None:
+        """The factors of these packs, or of at most twice as many, where rows are to be stacked."""
+        if not self.routing.rows.is_stacked:
+            return None
+        updates = {share.pack: self.weights.get(share.pack) for share in shares}
+        low_rank = {
+            pack: update for pack, update in updates.items() if isinstance(update, LowRankUpdate)
+        }
+        if len(low_rank) < 2:
+            return None
+        stack = self._stack
+        fits = stack is not None and low_rank.keys() <= set(stack.packs)
+        if stack is None or not fits or len(stack.packs) > 2 * len(low_rank):
+            stack = self._stack = StackedUpdates(low_rank)
+        return stack
 
 
 class EmbeddingDeltas(AddedDeltas):

@@ -1,4 +1,4 @@
-"""From a request's body to its answers: prompts as tokens, rows in the engine, parts as they come."""
+"""From a request to its answers: prompts as tokens, rows in the engine, parts as they come."""
 
 import asyncio
 import time

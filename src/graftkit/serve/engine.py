@@ -224,7 +224,7 @@ class Engine:
         # Of the engine's thread alone.
         self._rows: list[EngineRow] = []
         self._free = list(range(slots))
-        self._routed: list[dict[int, float]] | None = None
+        self._routed: tuple[list[dict[int, float]], bool] | None = None
         self._thread = threading.Thread(target=self._run, name="graftkit-engine", daemon=True)
         self._thread.start()
 
@@ -424,7 +424,7 @@ class Engine:
         rows = sorted(rows, key=lambda row: row.slot)
         passed = [row.next_pass(width) for row in rows]
         try:
-            self._route([row.request.lease.choice for row in rows])
+            self._route([row.request.lease.choice for row in rows], stacked=width == 1)
             logits = self.decoder.run(passed)
         except Exception as error:
             self._routed = None
@@ -438,10 +438,10 @@ class Engine:
         for row, part, own in zip(rows, passed, logits, strict=True):
             self._finish(row, partial(row.advance, len(part.tokens), own))
 
-    def _route(self, choices: list[dict[int, float]]) -> None:
-        if choices != self._routed:
-            self._attachment.route(choices)
-            self._routed = choices
+    def _route(self, choices: list[dict[int, float]], stacked: bool) -> None:
+        if (choices, stacked) != self._routed:
+            self._attachment.route(choices, stacked)
+            self._routed = choices, stacked
 
     def _finish(self, row: EngineRow, work: Callable[[], str | None]) -> None:
         """Let a row work on, and remove it where it ends or fails."""

@@ -31,7 +31,7 @@ class ServerMetrics:
         self._routed = Counter(
             "graftkit_routed", "Decisions of the router.", ["pack"], registry=self._registry
         )
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
         """Count one answered request."""
