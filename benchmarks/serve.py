@@ -98,10 +98,8 @@ def measure(shared: Path, packs: dict[str, SkillPack], repeats: int) -> dict[str
 def row_of(record: Record) -> list[str]:
     """One line of the table."""
     rates = [f"{record[name]:,.0f}" for name in ("target", "packs")]
-    swapped = f"{record['swapped']:,.0f}"
-    return [f"4 of {record['budget']}", *rates, f"{record['ratio']:.2f}", swapped] + [
-        f"{record['nbytes']:,}"
-    ]
+    last = f"{record['swapped']:,.0f}", f"{record['nbytes']:,}"
+    return [f"4 of {record['budget']}", *rates, f"{record['ratio']:.2f}", *last]
 
 
 def main() -> None:
