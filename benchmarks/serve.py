@@ -23,7 +23,7 @@ from graftkit.models.loading import load_model
 from graftkit.models.text import generate_greedy, usable_tokenizer
 from graftkit.pack import pack_delta
 from graftkit.serve.engine import Engine, GenerationRequest
-from graftkit.serve.sampling import Sampling
+from graftkit.serve.sampling import SamplingSettings
 from graftkit.skillpack import SkillPack
 
 SKILLS = ("clinc150_intent", "nl_regex", "inflect_spa", "cmudict_g2p")
@@ -58,7 +58,7 @@ def engine_rate(engine: Engine, names: Sequence[str | None]) -> float:
     for name in names:
         with engine.lease({} if name is None else {name: 1.0}) as lease:
             endless = replace(lease, style=replace(lease.style, ends=()))
-            engine.submit(GenerationRequest(endless, PROMPT, Sampling(TOKENS)), deliver)
+            engine.submit(GenerationRequest(endless, PROMPT, SamplingSettings(TOKENS)), deliver)
     for _ in names:
         ended.acquire()
     return len(names) * TOKENS / (time.perf_counter() - started)

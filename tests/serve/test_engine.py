@@ -19,7 +19,7 @@ from graftkit.models.text import generate_greedy, usable_tokenizer
 from graftkit.pack import pack_delta
 from graftkit.rows import read_rows
 from graftkit.serve.engine import Engine, GenerationRequest
-from graftkit.serve.sampling import Sampling
+from graftkit.serve.sampling import SamplingSettings
 
 MIXTURES = (
     {},
@@ -73,7 +73,7 @@ def serving(world, packs=None, **options):
 
 def ask(engine, weights, ids, reader=None, seconds=None, **sampling):
     reader = reader or Reader()
-    options = Sampling(**{"max_tokens": 8, **sampling})
+    options = SamplingSettings(**{"max_tokens": 8, **sampling})
     with engine.lease(weights) as lease:
         reader.row = engine.submit(GenerationRequest(lease, ids, options, seconds), reader)
     return reader
@@ -199,7 +199,7 @@ def test_one_request_whose_reader_fails_leaves_the_others_alone(world_of):
 
     with serving(world) as engine:
         with engine.lease({"code": 1.0}) as lease:
-            engine.submit(GenerationRequest(lease, [60, 61], Sampling(8)), broken)
+            engine.submit(GenerationRequest(lease, [60, 61], SamplingSettings(8)), broken)
         readers = [ask(engine, *question) for question in questions]
         answers = [reader.wait().tokens for reader in readers]
         assert engine.is_running

@@ -12,7 +12,7 @@ from graftkit.rows import encode_question
 from graftkit.rows.chat import write_messages
 from graftkit.serve.engine import AnswerPart, EngineRow, GenerationRequest, PackLease
 from graftkit.serve.models import ResolvedModel, ServedModels
-from graftkit.serve.sampling import SampledToken, Sampling
+from graftkit.serve.sampling import SampledToken, SamplingSettings
 from graftkit.serve.style import GenerationStyle
 
 Prompt = str | list[int] | list[dict[str, Any]]
@@ -115,7 +115,7 @@ def start_answers(
     loop: asyncio.AbstractEventLoop,
     model: str,
     prompts: Sequence[Prompt],
-    samplings: Callable[[int], Sequence[Sampling]],
+    samplings: Callable[[int], Sequence[SamplingSettings]],
 ) -> RunningAnswers:
     """Submit the answers of a request; all of them or none.
 

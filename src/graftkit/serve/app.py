@@ -27,7 +27,7 @@ from graftkit.serve.answering import (
 from graftkit.serve.guard import GuardSettings, RequestGuard
 from graftkit.serve.metrics import ServerMetrics
 from graftkit.serve.models import AUTO, ServedModels
-from graftkit.serve.sampling import Sampling
+from graftkit.serve.sampling import SamplingSettings
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
@@ -53,7 +53,7 @@ class ServerApp:
     async def complete(self, body: protocol.CompletionBody, request: Request) -> Response:
         """/v1/completions."""
 
-        def samplings(room: int) -> list[Sampling]:
+        def samplings(room: int) -> list[SamplingSettings]:
             most = body.max_tokens or room
             return [body.sampling(most, body.stop, body.logprobs, i) for i in range(body.n)]
 
@@ -74,7 +74,7 @@ class ServerApp:
         """/v1/chat/completions."""
         top = (body.top_logprobs or 0) if body.logprobs else None
 
-        def samplings(room: int) -> list[Sampling]:
+        def samplings(room: int) -> list[SamplingSettings]:
             most = body.max_completion_tokens or body.max_tokens or room
             return [body.sampling(most, body.stop, top, place) for place in range(body.n)]
 
@@ -109,7 +109,7 @@ class ServerApp:
     async def respond(self, body: protocol.ResponseBody, request: Request) -> Response:
         """/v1/responses."""
 
-        def samplings(room: int) -> list[Sampling]:
+        def samplings(room: int) -> list[SamplingSettings]:
             return [body.sampling(body.max_output_tokens or room, None, None)]
 
         answers = await self._start(body, [body.checked_messages()], samplings)
@@ -134,7 +134,7 @@ class ServerApp:
         self,
         body: protocol.GenerationBody,
         prompts: Sequence[Prompt],
-        samplings: Callable[[int], Sequence[Sampling]],
+        samplings: Callable[[int], Sequence[SamplingSettings]],
     ) -> RunningAnswers:
         loop = asyncio.get_running_loop()
         answers = await run_in_threadpool(

@@ -8,7 +8,7 @@ delays the others by a chunk at a time, and rows come and go with every step.
     with Engine(model, tokenizer, checkpoint) as engine:
         engine.load("math", SkillPack.load("math.skillpack"))
         with engine.lease({"math": 0.7}) as lease:
-            engine.submit(GenerationRequest(lease, ids, Sampling(64)), print)
+            engine.submit(GenerationRequest(lease, ids, SamplingSettings(64)), print)
 """
 
 import heapq
@@ -30,7 +30,7 @@ from graftkit.attachment.configuration import reads_chat
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import BusyError, ConfigError, GraftError, UnknownModelError, nearest_name
 from graftkit.serve.decoder import Decoder, PassRow
-from graftkit.serve.sampling import AnswerText, SampledToken, Sampling, TokenSampler
+from graftkit.serve.sampling import AnswerText, SampledToken, SamplingSettings, TokenSampler
 from graftkit.serve.style import GenerationStyle, SettingsProcessors, pack_style
 from graftkit.skillpack import SkillPack
 
@@ -86,7 +86,7 @@ class GenerationRequest:
 
     lease: PackLease
     ids: Sequence[int]
-    sampling: Sampling
+    sampling: SamplingSettings
     seconds: float | None = None
 
 

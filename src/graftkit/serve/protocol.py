@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from graftkit.rows.chat import parse_messages
-from graftkit.serve.sampling import SampledToken, Sampling
+from graftkit.serve.sampling import SampledToken, SamplingSettings
 
 _REFUSED = (
     *("best_of", "suffix", "echo", "logit_bias", "presence_penalty", "frequency_penalty"),
@@ -51,12 +51,12 @@ class GenerationBody(BaseModel):
 
     def sampling(
         self, max_tokens: int, stop: Stop, logprobs: int | None, place: int = 0
-    ) -> Sampling:
+    ) -> SamplingSettings:
         """Settings of the answer number `place` of several."""
         stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
         seed = None if self.seed is None else (self.seed + place) % 2**63
         own = (self.temperature, self.top_p, self.top_k)
-        return Sampling(max_tokens, *own, seed, stops, logprobs)
+        return SamplingSettings(max_tokens, *own, seed, stops, logprobs)
 
 
 class StreamOptions(BaseModel):

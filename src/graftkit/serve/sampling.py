@@ -11,7 +11,7 @@ _UNFINISHED = "\ufffd"  # what a tokenizer writes for a part of a character
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingSettings:
     """How the tokens of an answer are chosen.
 
     Attributes:
@@ -51,7 +51,7 @@ class SampledToken:
 class TokenSampler:
     """Chooses the tokens of one answer."""
 
-    def __init__(self, sampling: Sampling):
+    def __init__(self, sampling: SamplingSettings):
         self._sampling = sampling
         self._generator = torch.Generator()
         if sampling.seed is None:
