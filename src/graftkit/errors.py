@@ -14,6 +14,8 @@ GraftError
 ├── SourceError              a source, judge or reward model does not answer
 ├── SelectionError           no answers are left to train on
 ├── LibraryError             a library's folder is damaged, or holds no such pack
+├── UnknownModelError        a request names a pack that is not served
+├── BusyError                too many requests wait, or the server is shutting down
 ├── ImagesError              a data set of images is empty, broken or lacks a class
 ├── DonorError               a vision network cannot be read, or cannot be cut
 ├── RootstockError           an ONNX file is not a rootstock
@@ -107,6 +109,14 @@ class SelectionError(GraftError):
 
 class LibraryError(GraftError):
     """A library's folder is damaged, or holds no such pack."""
+
+
+class UnknownModelError(GraftError):
+    """A request names a pack that is not served."""
+
+
+class BusyError(GraftError):
+    """Too many requests wait, or the server is shutting down."""
 
 
 class ImagesError(GraftError):

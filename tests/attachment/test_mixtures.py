@@ -152,3 +152,22 @@ def test_the_bare_target_is_seen_behind_packs_beside_it(skills_of, architecture)
     ):
         pass
     assert bytes_of(model) == before
+
+
+def test_stacked_factors_answer_as_packs_one_by_one(pair_of):
+    target, *_ = pair_of("llama")
+    model = load_model(target)
+    packs = [low_rank_pack(target, seed=seed) for seed in range(3)]
+    choices = [None, 0, 1, 2, {0: 0.5, 2: -1.0}, 1]
+    batch = inputs(rows=6)
+    with attached(model, packs, mode="side") as attachment, torch.no_grad():
+        for rows in (choices, choices[:3] * 2, choices[::-1]):
+            attachment.route(rows)
+            expected = model(**batch).logits
+            attachment.route(rows, stacked=True)
+            torch.testing.assert_close(model(**batch).logits, expected, atol=1e-4, rtol=1e-4)
+        attachment.drop(1)
+        attachment.route([0, 2] * 3, stacked=True)
+        dropped = model(**batch).logits
+        attachment.route([0, 2] * 3)
+        torch.testing.assert_close(dropped, model(**batch).logits, atol=1e-4, rtol=1e-4)

@@ -6,9 +6,9 @@ from attachment.test_attach import logits
 from tiny_models import inputs, make_pair
 
 from graftkit.attachment import attached
-from graftkit.attachment.modules import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.attachment.rows import choose_rows, put_entries, take_entries
 from graftkit.attachment.side import SidePacks
+from graftkit.attachment.updates import DenseUpdate, LowRankUpdate, RowUpdate, make_update
 from graftkit.errors import AttachError
 from graftkit.models import load_model
 from graftkit.pack import pack_delta

@@ -19,7 +19,7 @@ from skillpack.forge import ROOT
 from tiny_models import ARCHITECTURES, DIFFERENT, architectures, build, save_tokenizer
 
 from graftkit.attachment import attached
-from graftkit.attachment.modules import LowRankUpdate
+from graftkit.attachment.updates import LowRankUpdate
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, CheckpointMismatchError, OutputError
 from graftkit.fuse import merge_packs

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import architectures, make_pair, save_tokenizer
 
 from graftkit.attachment import attached
-from graftkit.attachment.modules import LowRankUpdate, make_update
+from graftkit.attachment.updates import LowRankUpdate, make_update
 from graftkit.errors import AttachError, PackMismatchError
 from graftkit.models import load_model, load_tokenizer
 from graftkit.route import TARGET, spectral

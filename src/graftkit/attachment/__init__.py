@@ -18,7 +18,8 @@ attachment     attach, detach, add, drop and route; a pack merged into the model
 target         the live model as the target of packs
 configuration  what a pack changes beside the weights: config.json, generation settings, tokenizer
 side           packs beside the model
-modules        all packs' deltas in one module: low-rank, a few rows, or dense; and their hooks
+modules        all packs' deltas in one module, and their hooks
+updates        the forms of one delta: low-rank, a few rows, dense; factors of several packs stacked
 rows           which packs every row of a batch uses
 calls          one batch at a time, and no weight read without a call of its module
 separation     a trial batch shows whether rows may use different packs

@@ -260,7 +260,7 @@ class Attachment(NotCopyable):
         self._check_index(index)
         return side.nbytes(index)
 
-    def route(self, rows: Sequence[PackChoice]) -> None:
+    def route(self, rows: Sequence[PackChoice], stacked: bool = False) -> None:
         """Choose the packs of every row of the next batches.
 
         A row uses the target (None, or no weight but 0), one pack (its index), or a mixture
@@ -272,11 +272,16 @@ class Attachment(NotCopyable):
         The choice holds for batches that this thread runs; a thread that never routed uses the only
         choice that any thread made, and is refused once there was a second one.
 
+        Args:
+            rows: the choice of each row.
+            stacked: linear layers multiply all rows by the factors of all their packs at once, and
+                mask what is not a row's own. It is faster where rows have one token each; a copy of
+                the factors is kept, and the rounding of a row depends on the others' packs.
         Raises: AttachError in merged mode, for no rows, an index without a pack, a weight that is
             not finite, or rows of different packs on a model that does not keep rows apart.
         """
         side = self._require_side("a merged pack serves every row")
-        side.route(choose_rows(self.packs, rows))
+        side.route(choose_rows(self.packs, rows, stacked))
 
     def detach(self) -> None:
         """Leave the model as it was before, bit for bit; a second call does nothing.

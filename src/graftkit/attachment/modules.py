@@ -1,15 +1,14 @@
 """How one module serves rows of several packs.
 
 The packs' deltas are added to the module's output where it is a linear layer or an embedding. Any
-other module runs with tuned parameters in place of the target's, once for each kind of row. Each
-delta is kept in the smallest form that serves every use of it.
+other module runs with tuned parameters in place of the target's, once for each kind of row, or once
+for all where it only scales its inputs.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from graftkit.attachment.rows import (
     EntryIndex,
     PackShare,
+    RoutedRows,
     Routing,
     WeightsByPack,
     first_tensor,
@@ -25,163 +25,13 @@ from graftkit.attachment.rows import (
     take_entries,
 )
 from graftkit.attachment.target import NotCopyable, OpaqueHook
+from graftkit.attachment.updates import (
+    LowRankUpdate,
+    StackedUpdates,
+    TunedPart,
+    WeightUpdate,
+)
 from graftkit.errors import AttachError
-from graftkit.models.views import TensorView
-
-# Up to this share of changed rows, the rows and their places are stored instead of the matrix.
-_ROW_SHARE = 0.5
-
-
-class WeightUpdate(Protocol):
-    """A delta ΔW (out, in) in the orientation y = x Wᵀ."""
-
-    def project(self, x: Tensor) -> Tensor:
-        """x ΔWᵀ for x (..., in): (..., out), in x's dtype."""
-        ...
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """Rows of ΔW for ids (...): (..., in)."""
-        ...
-
-    def dense(self) -> Tensor:
-        """ΔW itself, float32."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        ...
-
-
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """ΔW = left @ right; left (out, r), right (r, in)."""
-
-    left: Tensor
-    right: Tensor
-
-    def project(self, x: Tensor) -> Tensor:
-        """(x rightᵀ) leftᵀ."""
-        right, left = self.right.to(x.dtype), self.left.to(x.dtype)
-        return (x @ right.T) @ left.T
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """left[ids] right."""
-        return self.left[ids] @ self.right
-
-    def dense(self) -> Tensor:
-        """left @ right."""
-        return self.left.float() @ self.right.float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.left.nbytes + self.right.nbytes
-
-
-@dataclass(frozen=True)
-class RowUpdate:
-    """ΔW that is zero outside a few rows.
-
-    Attributes:
-        rows: (changed + 1, in); the last one is zero.
-        index: (changed,) the rows' places in ΔW.
-        place: (out,) for each row of ΔW its place in `rows`: the zero row where it is unchanged.
-    """
-
-    rows: Tensor
-    index: Tensor
-    place: Tensor
-
-    def project(self, x: Tensor) -> Tensor:
-        """x rowsᵀ scattered to the changed outputs."""
-        y = x.new_zeros(*x.shape[:-1], self.place.shape[0])
-        y[..., self.index] = x @ self.rows[:-1].to(x.dtype).T
-        return y
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """The changed rows, zeros elsewhere."""
-        return self.rows[self.place[ids]]
-
-    def dense(self) -> Tensor:
-        """The whole matrix."""
-        return self.rows[self.place].float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of rows and places."""
-        return self.rows.nbytes + self.index.nbytes + self.place.nbytes
-
-
-@dataclass(frozen=True)
-class DenseUpdate:
-    """ΔW as it is."""
-
-    matrix: Tensor
-
-    def project(self, x: Tensor) -> Tensor:
-        """x ΔWᵀ."""
-        return x @ self.matrix.to(x.dtype).T
-
-    def look_up(self, ids: Tensor) -> Tensor:
-        """Rows of the matrix."""
-        return self.matrix[ids]
-
-    def dense(self) -> Tensor:
-        """The matrix."""
-        return self.matrix.float()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the matrix."""
-        return self.matrix.nbytes
-
-
-def make_update(
-    factors: tuple[Tensor, Tensor] | None, matrix: Tensor | None, like: Tensor
-) -> WeightUpdate:
-    """The smallest form of a delta, on the device and in the dtype of `like`.
-
-    Args:
-        factors: left (out, r) and right (r, in), where the delta has them.
-        matrix: ΔW (out, in), float32, where it has none.
-    """
-    if factors is not None:
-        left, right = (factor.to(like.device, like.dtype) for factor in factors)
-        if left.numel() + right.numel() < left.shape[0] * right.shape[1]:
-            return LowRankUpdate(left, right)
-        matrix = factors[0] @ factors[1]
-    assert matrix is not None
-    index = matrix.any(dim=1).nonzero().flatten()
-    if index.numel() > _ROW_SHARE * matrix.shape[0]:
-        return DenseUpdate(matrix.to(like.device, like.dtype))
-    rows = torch.cat([matrix[index], matrix.new_zeros(1, matrix.shape[1])])
-    place = torch.full((matrix.shape[0],), index.numel(), dtype=torch.int64)
-    place[index] = torch.arange(index.numel())
-    device = like.device
-    return RowUpdate(rows.to(device, like.dtype), index.to(device), place.to(device))
-
-
-@dataclass(frozen=True)
-class TunedPart:
-    """One tuned tensor inside a parameter: the tensor itself, or an update to the target's.
-
-    Attributes:
-        transposed: the checkpoint holds the transpose of the update's (out, in).
-    """
-
-    view: TensorView
-    value: Tensor | WeightUpdate
-    transposed: bool
-
-    def write(self, parameter: Tensor) -> None:
-        """Put the tuned values into a copy of the target's parameter."""
-        place = self.view.tensor(parameter)
-        if isinstance(self.value, Tensor):
-            place.copy_(self.value)
-            return
-        delta = self.value.dense()
-        place.copy_((delta.T if self.transposed else delta).reshape(place.shape).add_(place))
 
 
 class ModuleDeltas(NotCopyable, ABC):
@@ -305,13 +155,29 @@ class AddedDeltas(ModuleDeltas):
 class LinearDeltas(AddedDeltas):
     """y += Σ_i w_i (x ΔW_iᵀ + Δb_i) on a Linear or Conv1D."""
 
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._stack: StackedUpdates | None = None
+
+    def drop(self, pack: int) -> bool:
+        """Forget the pack's update and bias."""
+        self._stack = None
+        return super().drop(pack)
+
     def _add(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         x = first_tensor([args, kwargs])
         assert x is not None
         self.record(x)
-        for share in self.shares(output):
+        shares = self.shares(output)
+        stack = self._stack_of(shares)
+        done: tuple[int, ...] = ()
+        if stack is not None:
+            done = stack.packs
+            table = self.routing.rows.table(done, output.shape[0], output.device)
+            output += stack.project(x, table).to(output.dtype)
+        for share in shares:
             part = None
-            if share.pack in self.weights:
+            if share.pack in self.weights and share.pack not in done:
                 part = self.weights[share.pack].project(x[share.entries])
             if share.pack in self.biases:
                 bias = self.biases[share.pack]
@@ -319,6 +185,22 @@ class LinearDeltas(AddedDeltas):
             if part is not None:
                 _accumulate(output, share, part)
         return output
+
+    def _stack_of(self, shares: Sequence[PackShare]) -> StackedUpdates | None:
+        """The factors of these packs, or of at most twice as many, where rows are to be stacked."""
+        if not self.routing.rows.is_stacked:
+            return None
+        updates = {share.pack: self.weights.get(share.pack) for share in shares}
+        low_rank = {
+            pack: update for pack, update in updates.items() if isinstance(update, LowRankUpdate)
+        }
+        if len(low_rank) < 2:
+            return None
+        stack = self._stack
+        fits = stack is not None and low_rank.keys() <= set(stack.packs)
+        if stack is None or not fits or len(stack.packs) > 2 * len(low_rank):
+            stack = self._stack = StackedUpdates(low_rank)
+        return stack
 
 
 class EmbeddingDeltas(AddedDeltas):
@@ -349,7 +231,9 @@ class SwappedDeltas(ModuleDeltas):
         super().__init__(*args)
         self._parts: dict[int, dict[str, list[TunedPart]]] = {}
         self._originals: list[dict[str, Tensor]] = []
-        self._taps: list[list[_CacheTap]] = []
+        self._taps: list[list[_CacheTap] | None] = []  # None where each row has its own weight
+        self._scales_rows: bool | None = None  # None until it is seen
+        self._row_weights: tuple[RoutedRows, torch.Size, Tensor] | None = None
 
     def add(self, pack: int, attribute: str, part: TunedPart) -> None:
         """Add one tuned tensor of a pack."""
@@ -362,6 +246,7 @@ class SwappedDeltas(ModuleDeltas):
     def drop(self, pack: int) -> bool:
         """Forget the pack's tuned tensors."""
         self._parts.pop(pack, None)
+        self._row_weights = None
         return bool(self._parts)
 
     @property
@@ -385,14 +270,18 @@ class SwappedDeltas(ModuleDeltas):
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         taps: list[_CacheTap] = []
+        runs_once = False
         originals: dict[str, Tensor] = {}
         rows = self.routing.rows
+        x = first_tensor([args, kwargs])
         if rows.is_uniform:
             originals = self._swap(self._tuned(rows.kinds[0]))
+        elif self._scales_rows and x is not None and x.shape[0] % len(rows) == 0:
+            originals, runs_once = self._swap({"weight": self._weight_of_rows(x)}), True
         else:
             args, kwargs = _tap_caches(args, taps), _tap_caches(kwargs, taps)
         self._originals.append(originals)
-        self._taps.append(taps)
+        self._taps.append(None if runs_once else taps)
         return args, kwargs
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -408,6 +297,8 @@ class SwappedDeltas(ModuleDeltas):
         if output is None or not kinds:
             return output
         self.check()
+        if taps is None:
+            return output
         if x is None:
             raise AttachError(
                 f"{self.name} reads no tensor, so it cannot serve rows of several packs; run the "
@@ -419,7 +310,39 @@ class SwappedDeltas(ModuleDeltas):
             output = put_entries(output, part, partial(self._place, kind))
         for tap in taps:
             tap.replay = None
+        if self._scales_rows is None:
+            self._scales_rows = self._try_row_weights(x, output)
         return output
+
+    def _try_row_weights(self, x: Tensor, output: Any) -> bool:
+        """Whether the module gives the same in one pass with a weight for each row."""
+        own = [*self.module.named_parameters(), *self.module.named_buffers()]
+        if [(name, value.dim()) for name, value in own] != [("weight", 1)]:
+            return False
+        if x.dim() < 3 or x.shape[0] % len(self.routing.rows) or not isinstance(output, Tensor):
+            return False
+        originals = self._swap({"weight": self._weight_of_rows(x)})
+        try:
+            return torch.equal(self.module.forward(x), output)
+        except RuntimeError:  # a kernel that takes one weight
+            return False
+        finally:
+            self._swap(originals)
+
+    def _weight_of_rows(self, x: Tensor) -> Tensor:
+        """The tuned weight of every entry of x (entries, ..., size): (entries, 1, ..., size)."""
+        rows = self.routing.rows
+        if self._row_weights is not None:
+            known, shape, weights = self._row_weights
+            if known is rows and (shape[0], len(shape)) == (x.shape[0], x.dim()):
+                return weights
+        own = self.module.get_parameter("weight").detach()
+        tuned = {kind: self._tuned(kind).get("weight", own) for kind in sorted(set(rows.kinds))}
+        stacked = torch.stack([tuned[kind] for kind in rows.kinds])
+        weights = stacked.repeat_interleave(x.shape[0] // len(rows), dim=0)
+        weights = weights.reshape(x.shape[0], *[1] * (x.dim() - 2), -1)
+        self._row_weights = rows, x.shape, weights
+        return weights
 
     def _run(self, kind: int, args: Any, kwargs: Any, length: int, entries: EntryIndex) -> Any:
         """The module's output for the entries of one kind, without the hooks of this module."""

@@ -59,14 +59,22 @@ class RoutedRows:
     Args:
         kinds: the kind of each row, an index into `weights`.
         weights: the packs' weights of each kind.
+        is_stacked: whether linear layers add the packs of all rows in two products.
     """
 
-    def __init__(self, kinds: tuple[int, ...], weights: Sequence[WeightsByPack]):
+    def __init__(
+        self,
+        kinds: tuple[int, ...],
+        weights: Sequence[WeightsByPack],
+        is_stacked: bool = False,
+    ):
         self.kinds = kinds
         self.weights = weights
+        self.is_stacked = is_stacked
         self.is_uniform = len(set(kinds)) == 1
         self._groups: dict[tuple[int, torch.device], list[tuple[int, EntryIndex]]] = {}
         self._shares: dict[tuple[int, torch.device], list[PackShare]] = {}
+        self._tables: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -112,6 +120,15 @@ class RoutedRows:
             ]
         return self._shares[key]
 
+    def table(self, packs: tuple[int, ...], length: int, device: torch.device) -> Tensor:
+        """The weight of every pack in each entry of a tensor, (length, packs)."""
+        key = (packs, length, device)
+        if key not in self._tables:
+            rows = [dict(self.weights[kind]) for kind in self.kinds]
+            table = torch.tensor([[row.get(pack, 0.0) for pack in packs] for row in rows])
+            self._tables[key] = table.repeat_interleave(length // len(self), dim=0).to(device)
+        return self._tables[key]
+
     def _share(
         self, pack: int, weights: list[float], length: int, device: torch.device
     ) -> PackShare:
@@ -139,11 +156,14 @@ class RoutedRows:
         return torch.tensor(places, device=device)
 
 
-def choose_rows(packs: Iterable[int], rows: Sequence[PackChoice]) -> RoutedRows:
+def choose_rows(
+    packs: Iterable[int], rows: Sequence[PackChoice], stacked: bool = False
+) -> RoutedRows:
     """Check a choice of packs and put it in one form.
 
     Args:
         packs: indices of the attached packs. rows: the choice of each row.
+        stacked: as in `Attachment.route`.
     Raises: AttachError for an empty list, a pack that is not attached, or a weight that is not
         finite.
     """
@@ -152,7 +172,7 @@ def choose_rows(packs: Iterable[int], rows: Sequence[PackChoice]) -> RoutedRows:
     attached = set(packs)
     weights = [_pack_weights(choice, attached) for choice in rows]
     kinds = list(dict.fromkeys(weights))
-    return RoutedRows(tuple(kinds.index(own) for own in weights), kinds)
+    return RoutedRows(tuple(kinds.index(own) for own in weights), kinds, stacked)
 
 
 def _pack_weights(choice: PackChoice, attached: set[int]) -> WeightsByPack:

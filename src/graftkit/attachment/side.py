@@ -17,9 +17,6 @@ from graftkit.attachment.modules import (
     LinearDeltas,
     ModuleDeltas,
     SwappedDeltas,
-    TunedPart,
-    WeightUpdate,
-    make_update,
 )
 from graftkit.attachment.rows import RoutedRows, Routing
 from graftkit.attachment.separation import RowSeparation
@@ -28,6 +25,7 @@ from graftkit.attachment.target import (
     TensorChange,
     find_changes,
 )
+from graftkit.attachment.updates import TunedPart, WeightUpdate, make_update
 from graftkit.errors import AttachError
 from graftkit.skillpack import SkillPack
 

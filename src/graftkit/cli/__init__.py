@@ -3,6 +3,7 @@
 packing     pack, inspect, verify, compare, import-lora, export
 fusing      merge, fuse, interference
 generating  generate
+serving     serve
 distilling  distill
 library     library init, add, remove, list, route, evaluate, learn, audit, train-router
 vision      vision graft, predict
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from graftkit.cli import distilling, fusing, generating, library, packing, show, vision
+from graftkit.cli import distilling, fusing, generating, library, packing, serving, show, vision
 
 app = typer.Typer(
     name="graftkit",
@@ -73,7 +74,7 @@ def demo(
     run_demo(out)
 
 
-for group in (packing, fusing, generating, distilling):
+for group in (packing, fusing, generating, serving, distilling):
     app.add_typer(group.app)
 app.add_typer(library.app, name="library")
 app.add_typer(vision.app, name="vision")

@@ -28,11 +28,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from graftkit.attachment import Attachment
 from graftkit.errors import AttachError, ConfigError
 from graftkit.evaluate import BATCH_TOKENS, exact_match
-from graftkit.library.live import EntryWeights, GenerationStyle, LiveLibrary
+from graftkit.library.live import EntryWeights, LiveLibrary
 from graftkit.models.text import generate_greedy, pad_id
 from graftkit.progress import Progress, silent
 from graftkit.route import TARGET, Route, Router
 from graftkit.rows import Row, batches_by_length
+from graftkit.serve.style import GenerationStyle
 
 MixMode = Literal["deltas", "probabilities"]
 """How several packs answer one prompt."""

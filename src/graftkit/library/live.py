@@ -6,30 +6,24 @@ detached.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from blake3 import blake3
 
 from graftkit.attachment import Attachment, attach
-from graftkit.attachment.configuration import (
-    check_tokenizer,
-    reads_chat,
-    tuned_generation_config,
-    tuned_tokenizer,
-)
+from graftkit.attachment.configuration import reads_chat
 from graftkit.checkpoint import Checkpoint
 from graftkit.config import Budget
 from graftkit.errors import AttachError, BudgetError, ConfigError, PackMismatchError
 from graftkit.library.folder import CLASSIFIER, LibraryTarget, PackEntry
 from graftkit.models.loading import load_model
-from graftkit.models.text import context_length, end_tokens, usable_tokenizer
+from graftkit.models.text import context_length, usable_tokenizer
 from graftkit.route import Router
 from graftkit.route.classifier import Classifier, ClassifierRouter
 from graftkit.route.nearest import KeyRouter, read_key
 from graftkit.route.spectral import SpectralRouter
-from graftkit.rows import encode_question, template_digest
+from graftkit.serve.style import GenerationStyle, pack_style
 from graftkit.skillpack import SkillPack
 
 EntryWeights = Mapping[PackEntry, float]
@@ -162,42 +156,6 @@ def _labels(entries: Iterable[PackEntry]) -> list[str]:
     return sorted(entry.label for entry in entries)
 
 
-@dataclass(frozen=True)
-class GenerationStyle:
-    """How one model generates text; rows of equal styles can share a batch.
-
-    Attributes:
-        tokenizer: writes prompts, and decodes what was generated. generation: a GenerationConfig.
-        ends: the tokens that end a text. settings: `generation` as text.
-        template: digest of the chat template in which prompts are given; None for raw prompts.
-    """
-
-    tokenizer: Any = field(compare=False)
-    generation: Any = field(compare=False)
-    ends: tuple[int, ...]
-    settings: str
-    template: str | None
-
-    @classmethod
-    def of(cls, tokenizer: Any, generation: Any, chat: bool) -> "GenerationStyle":
-        """Of a tokenizer and a GenerationConfig. chat: give prompts in the chat template."""
-        return cls(
-            tokenizer,
-            generation,
-            tuple(end_tokens(generation, tokenizer, chat)),
-            generation.to_json_string(use_diff=True),
-            template_digest(tokenizer) if chat else None,
-        )
-
-    def raw(self) -> "GenerationStyle":
-        """The same with raw prompts."""
-        return self if self.template is None else self.of(self.tokenizer, self.generation, False)
-
-    def encode(self, prompt: str, system: str | None = None) -> list[int]:
-        """Token ids from which a prompt is answered. Raises: RowsError, as `encode_question`."""
-        return encode_question(self.tokenizer, prompt, self.template is not None, system)
-
-
 class LiveLibrary:
     """Model, tokenizer and the packs in memory.
 
@@ -238,13 +196,9 @@ class LiveLibrary:
 
     def _pack_style(self, entry: PackEntry) -> GenerationStyle:
         if entry.digest not in self._styles:
-            pack, tokenizer = self._load(entry), self.tokenizer
-            if pack.manifest.files:
-                check_tokenizer(self._checkpoint, pack)
-                tokenizer = tuned_tokenizer(self._checkpoint, pack)
-            settings = tuned_generation_config(self.model, pack)
-            style = GenerationStyle.of(tokenizer, settings, reads_chat(tokenizer, pack))
-            self._styles[entry.digest] = style
+            self._styles[entry.digest] = pack_style(
+                self._checkpoint, self.model, self.tokenizer, self._load(entry)
+            )
         return self._styles[entry.digest]
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:

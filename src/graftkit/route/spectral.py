@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from graftkit.attachment import without_packs
-from graftkit.attachment.modules import LowRankUpdate, WeightUpdate
 from graftkit.attachment.rows import first_tensor
 from graftkit.attachment.side import linear_updates
 from graftkit.attachment.target import LiveTarget, check_packs
+from graftkit.attachment.updates import LowRankUpdate, WeightUpdate
 from graftkit.errors import AttachError, CheckpointError
 from graftkit.models.text import context_length, vocabulary_size
 from graftkit.route.centroid import MAX_TOKENS
