@@ -2,7 +2,7 @@
 
 Sixteen rows over the nursery's four packs generate in one engine; the same rows of the target
 alone, and packs merged and swapped for each request, are measured beside them in turn, so that
-other work on the machine slows all of them alike. Writes a table of docs/benchmarks.md.
+other work on the machine slows all of them alike. Writes a table of docs/serving.md.
 """
 
 import statistics
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ledger import Ledger, Record, command_line, newest, provenance, publish, table
+from ledger import Ledger, Record, command_line, newest, provenance, table, write_between
 
 from graftkit.attachment import attached
 from graftkit.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def main() -> None:
     records = newest(ledger.records, ["budget"])
     rows = [row_of(record) for record in records]
     text = f"{provenance(records)}\n\n{table(HEADER, rows)}"
-    publish(options.docs, "serve", text, {})
+    write_between(options.docs / "serving.md", "serve", text)
 
 
 if __name__ == "__main__":

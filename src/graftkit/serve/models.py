@@ -16,8 +16,7 @@ from pathlib import Path
 
 from graftkit.errors import ConfigError, printable
 from graftkit.route import TARGET, Route, Router
-from graftkit.route.centroid import CentroidRouter
-from graftkit.route.key import RouterKey
+from graftkit.route.nearest import AnyKey, KeyRouter, read_key
 from graftkit.serve.engine import Engine
 from graftkit.skillpack import SkillPack
 
@@ -52,7 +51,7 @@ class ServedModels:
         self.target_name = target_name
         self._folder = None if folder is None else folder.resolve()
         self._lock = threading.Lock()  # of the keys and the router
-        self._keys: dict[str, RouterKey | None] = {}
+        self._keys: dict[str, AnyKey | None] = {}
         self._router: Router | None = None
 
     def load(self, name: str, pack: SkillPack, replace: bool = False) -> None:
@@ -62,7 +61,7 @@ class ServedModels:
                 f"{printable(name[:80])!r} is no name for a pack; use letters, digits, '.', '_' "
                 f"and '-', and not {AUTO}, {TARGET} or the target's name"
             )
-        key = RouterKey.of(pack)
+        key = read_key(pack)
         self.engine.load(name, pack, replace)
         with self._lock:
             self._keys[name] = key
@@ -110,9 +109,8 @@ class ServedModels:
     def _make_router(self) -> Router:
         with self._lock:
             if self._router is None:
-                self._router = CentroidRouter(
-                    self.engine.model, self.engine.tokenizer, dict(self._keys)
-                )
+                engine = self.engine
+                self._router = KeyRouter(engine.model, engine.tokenizer, dict(self._keys))
             return self._router
 
 
