@@ -46,6 +46,7 @@ def said(capsys, monkeypatch):
 
 NUMBERS = {"sign conflicts": 1.0}
 SCORE = {"rows": 1, "accuracy": 1.0, "routed": 1.0, "oracle": 1.0, "target": 1.0, "regret": 0.0}
+SCORE |= {"interval": (0.0, 1.0)}
 TABLES = {
     "routes": lambda: _print_routes([NASTY[:30]], [{"route": NASTY, "scores": {NASTY: 1.0}}]),
     "scores": lambda: _print_scores(

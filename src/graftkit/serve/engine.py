@@ -282,8 +282,7 @@ class Engine:
         Raises: UnknownModelError.
         """
         with self._changed:
-            if name not in self._packs:
-                raise self._unknown(name)
+            self._check_served(name)
             pack = self._packs.pop(name)
         self._retire(pack)
 
@@ -297,8 +296,7 @@ class Engine:
         """
         with self._changed:
             for name in weights:
-                if name not in self._packs:
-                    raise self._unknown(name)
+                self._check_served(name)
             chosen = tuple((self._packs[name], weight) for name, weight in weights.items())
             self._hold(chosen)
         styles = {pack.style for pack, _ in chosen}
@@ -496,10 +494,10 @@ class Engine:
     def _taken(self, name: str) -> ConfigError:
         return ConfigError(f"a pack {name!r} is served already; unload it first, or replace it")
 
-    def _unknown(self, name: str) -> UnknownModelError:
-        return UnknownModelError(
-            f"no pack {name!r} is served{nearest_name(name, self._packs)}; /v1/models lists them"
-        )
+    def _check_served(self, name: str) -> None:
+        if name not in self._packs:
+            near = nearest_name(name, self._packs)
+            raise UnknownModelError(f"no pack {name!r} is served{near}; /v1/models lists them")
 
 
 def _smaller(rows: list[EngineRow]) -> list[list[EngineRow]]:
