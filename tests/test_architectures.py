@@ -9,10 +9,10 @@ import torch
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Chosen for what is special in each: fused or repeated experts, states, convolutions, windows,
 # weights that are read without a call, tied or renamed tensors, two inputs, another encoder.
-# What bert, gpt2, llama and mixtral show is tested one by one, in attachment/ and interop/.
+# What bert, gpt2, llama, mixtral and phi3 show is tested one by one, in attachment/ and interop/.
 TYPES = (
     *("afmoe", "bloom", "clip", "deepseek_v3", "detr", "gemma3", "jetmoe", "llama4_text"),
-    *("llava", "mamba", "mobilebert", "phi3", "resnet", "rwkv", "segformer", "swin", "t5"),
+    *("llava", "mamba", "mobilebert", "resnet", "rwkv", "segformer", "swin", "t5"),
     *("wav2vec2", "whisper", "xlnet"),
 )
 

@@ -37,7 +37,9 @@ def models(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     # Matrices of at least 4,096 weights, so that they are not all stored exactly; of at most 16 KB,
     # which are hashed on one thread: a process that is forked has none of the others.
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    # A few such matrices are enough: a pack of every state that a kill leaves is made again.
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=1, **sizes)).bfloat16()
     model.save_pretrained(folder / "target")
     save_tokenizer(folder / "target")

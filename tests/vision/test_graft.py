@@ -310,19 +310,19 @@ def test_a_folder_that_cannot_be_made_is_refused(
 
 @pytest.mark.slow
 def test_the_command_prints_json_or_a_table(
-    shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write_pictures(tmp_path / "data", COUNTS, size=SIZE)
     (data / "train" / "daisy" / "torn.png").write_bytes(b"torn")
-    donor = shared / "data" / "vision" / "mobilenet_v2_1.0_imagenet_fp16.npz"
-    words = ["--data", data, "--budget", "60KB", "--freeze", "--upright", "--size", "32"]
-    assert run("vision", "graft", donor, *words, "-o", tmp_path / "a", "--json") == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["trunk_parameters"] < result["parameters"] < 15_000
     small = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
     ResNetModel(small).save_pretrained(tmp_path / "donor")
+    words = ["vision", "graft", tmp_path / "donor", "--data", data, "--budget", "60KB", "--freeze"]
+    words += ["--upright", "--size", "32", "--cache", tmp_path / "cache"]
     capsys.readouterr()
-    assert run("vision", "graft", tmp_path / "donor", *words, "-o", tmp_path / "b") == 0
+    assert run(*words, "-o", tmp_path / "a", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["trunk_parameters"] < result["parameters"] < 15_000
+    assert run(*words, "-o", tmp_path / "b") == 0
     text = capsys.readouterr().out
     assert re.search(r"rootstock: [\d,]+ of 60,000 bytes", text)
     assert "note: 1 file left out, such as train/daisy/torn.png (not an image" in text
