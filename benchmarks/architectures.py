@@ -33,7 +33,12 @@ from tiny_architectures import NotBuilt, model_types
 
 # Limits of one process: seconds on the processor and on the clock, memory that it may address.
 CPU_SECONDS, SECONDS, GIB = 120, 900, 8
-_CONTEXT = mp.get_context("fork")
+# Every type's process is a fork of one that has imported everything and run nothing: a fork of a
+# process whose threads hash (BLAKE3 keeps some) would wait for threads that it does not have.
+_CONTEXT = mp.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["peft", "transformers.models.auto.modeling_auto", "graftkit.attachment", "graftkit.pack"]
+)
 
 
 def check_all(names: list[str], jobs: int = 1, quick: bool = False) -> Iterator[Record]:
