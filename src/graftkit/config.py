@@ -157,6 +157,9 @@ class Budget:
         return math.floor(self.amount * BYTE_UNITS[self.unit])
 
 
+SELF = "self"
+"""In place of a file of calibration rows: rows that the two models write."""
+
 TRAIN_STEPS, QUICK_STEPS = 100, 25
 """Most steps of code training of a calibrated pack by default, and of a quick one."""
 

@@ -12,13 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import get_args
 
 from graftkit.checkpoint import Checkpoint
-from graftkit.config import TRAIN_STEPS, PackConfig
+from graftkit.config import SELF, TRAIN_STEPS, PackConfig
 from graftkit.errors import CheckpointError, ConfigError
 from graftkit.files import WorkFolder
 from graftkit.models.loading import stream_model
 from graftkit.models.text import usable_tokenizer
 from graftkit.packing.job import PackingJob, RouterPrompts
 from graftkit.packing.measure import CalibrationRows
+from graftkit.packing.pairs import match_tensors
+from graftkit.packing.sampled import sampled_calibration
 from graftkit.progress import Progress, silent
 from graftkit.route.nearest import fit_default_key
 from graftkit.rows import read_prompts, read_rows, rows_digest, template_digest
@@ -50,11 +52,11 @@ def pack_delta(
         target, tuned: Hugging Face directories or Hub ids of the two states of one model.
         budget: largest file: 5%, 12MB or 1.0bpp; default 5% (lossless: none).
         recipe: auto, graftllm or lossless.
-        calibration: file or data set folder of rows (`graftkit.rows.read_rows`) on which
-            activations are measured; None compresses without data.
+        calibration: file or data set folder of rows (`graftkit.rows.read_rows`), or "self" for
+            rows that the two models write; activations are measured on them. None: without data.
         prompts: 20 or more prompts of the skill, or a file or folder with them. The pack then has a
             key by which a router finds it, which counts in the budget.
-        seed: picks calibration rows and prompts if there are more than are used.
+        seed: picks calibration rows and prompts if there are more than are used, and samples rows.
         workers: tensors in work at once, default one per core; the bytes do not depend on it.
         servable: use only factors whose side path adds at most a quarter of a matrix's
             multiply-accumulates (recipe auto).
@@ -62,14 +64,13 @@ def pack_delta(
         licence, provenance: where the skill comes from, for the manifest; they count in the budget.
         prompt_format: how the skill's prompts were given in training, and are to be given when it
             is asked: raw, or chat for the chat template of `tuned`. Default: as the calibration
-            rows are (messages: chat; prompt and completion: raw), else not recorded.
-        work_dir: folder of finished steps; a later call with the same inputs continues there. It
-            stays after success, and is removed if the inputs are refused.
+            rows of a file are (messages: chat; prompt and completion: raw), else not recorded.
+        work_dir: folder of finished steps; a later call with the same inputs continues there.
+            It stays after success, and is removed if the inputs are refused.
         progress: called with (step, done, total).
     Returns: the pack; `save` writes it.
-    Raises: CheckpointError for a checkpoint that cannot be read; CheckpointMismatchError for states
-        of two models; RowsError; ConfigError for wrong arguments; BudgetError for a budget that
-        nothing fits; OutputError if the work folder cannot be written.
+    Raises: CheckpointError for an unreadable checkpoint; CheckpointMismatchError for two models;
+        RowsError; ConfigError; BudgetError where nothing fits; OutputError for the work folder.
     """
     config = PackConfig.checked(
         recipe,
@@ -79,12 +80,13 @@ def pack_delta(
         servable,
         TRAIN_STEPS if train_steps is None else train_steps,
     ).model_copy(update={"licence": licence, "provenance": dict(provenance or {})})
-    rows = None if calibration is None else _read_calibration(Path(calibration))
+    rows = _read_calibration(calibration)
     router = RouterPrompts(_read_prompts(prompts), _fit_router_key)
     with _work_folder(work_dir) as work:
         states = Checkpoint.open(target), Checkpoint.open(tuned)
-        record = _prompt_record(prompt_format, rows, recipe, states[1])
-        config = config.model_copy(update=record)
+        config = config.model_copy(update=_prompt_record(prompt_format, rows, recipe, states[1]))
+        if calibration == SELF:
+            rows = _sample_calibration(*states, config, progress or silent)
         return PackingJob(*states, config, rows, router, work, progress or silent).run()
 
 
@@ -98,8 +100,23 @@ def _work_folder(folder: str | Path | None) -> Iterator[WorkFolder]:
         yield WorkFolder(Path(temporary) / "work")
 
 
-def _read_calibration(file: Path) -> CalibrationRows:
-    return CalibrationRows(read_rows(file), file.name, rows_digest(file))
+def _read_calibration(calibration: str | Path | None) -> CalibrationRows | None:
+    """The rows of a file; None without data, and for rows that are still to be sampled."""
+    if calibration is None or calibration == SELF:
+        return None
+    file = Path(calibration)
+    name = f"./{file.name}" if file.name == SELF else file.name
+    return CalibrationRows(read_rows(file), name, rows_digest(file))
+
+
+def _sample_calibration(
+    target: Checkpoint, tuned: Checkpoint, config: PackConfig, progress: Progress
+) -> CalibrationRows | None:
+    """Rows that the models write; none for a lossless pack, which measures no activations."""
+    if config.recipe == "lossless":
+        return None
+    match_tensors(target, tuned)  # two models that do not match are refused before the work
+    return sampled_calibration(target, tuned, config.seed, progress)
 
 
 def _prompt_record(

@@ -44,7 +44,7 @@ def pack(
         Path | None, typer.Option(help="Rows whose prompts routers should send to this pack.")
     ] = None,
     prompt_format: HowAsked = None,
-    seed: Annotated[int, typer.Option(help="Seed that picks the calibration rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed that picks or samples the calibration rows.")] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Tensors compressed at once. Default: one per core.")
     ] = None,
@@ -97,14 +97,15 @@ def pack_to_file(
 
     force: a file that is there may be replaced.
     """
+    from graftkit.config import SELF
     from graftkit.outputs import check_output, claimed
     from graftkit.pack import pack_delta
     from graftkit.parallel import peak_rss_bytes
     from graftkit.skillpack.pack import pack_summary
 
     started = time.perf_counter()
-    rows = [file for name in ("calibration", "prompts") if (file := options.get(name))]
-    inputs = [target, tuned, *rows]
+    rows = [options.get(name) for name in ("calibration", "prompts")]
+    inputs = [target, tuned, *(file for file in rows if file and file != SELF)]
     with show.progress() as report:
         if dry_run:
             check_output(output, inputs=inputs, force=True)
@@ -213,9 +214,11 @@ def _facts(summary: dict[str, Any], file: Path) -> dict[str, str]:
 
 
 def _prompt_format(manifest: dict[str, Any]) -> str:
+    from graftkit.config import SELF
+
     template = manifest["template_blake3"]
-    calibration = manifest["calibration"] or {}
-    implied = "raw" if calibration.get("format") == "prompt_completion" else None
+    rows = manifest["calibration"] or {"source": SELF}
+    implied = "raw" if rows["source"] != SELF and rows["format"] == "prompt_completion" else None
     given = manifest["prompt_format"] or implied or "not recorded"
     return f"{given}, template {template[:16]}…" if template else given
 

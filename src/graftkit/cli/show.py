@@ -27,9 +27,10 @@ Budget = Annotated[
 ]
 Recipe = Annotated[str, typer.Option(help="auto, graftllm (the paper's method) or lossless.")]
 Calibration = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        help="Rows (docs/rows.md) of the task to measure activations on. Default: use no data."
+        help="Rows (docs/rows.md) of the task to measure activations on, or self: rows that the "
+        "two models write. Default: use no data."
     ),
 ]
 MadeFor = Annotated[str, typer.Option("--target", help="The target that the pack was made for.")]

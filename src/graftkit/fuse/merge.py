@@ -20,6 +20,7 @@ from torch import Tensor
 
 from graftkit.attachment.configuration import effective_config_keys, parse_settings
 from graftkit.checkpoint import Checkpoint, write_checkpoint
+from graftkit.config import SELF
 from graftkit.errors import CheckpointError, ConfigError, PackMismatchError
 from graftkit.files import writing
 from graftkit.fuse.methods import Method, check_weights, find_method
@@ -130,7 +131,7 @@ def named_inputs(target: str | Path | Checkpoint, packs: Packs) -> list[str | Pa
 def packing_inputs(packing: Mapping[str, Any]) -> list[str | Path]:
     """The files among the arguments of `pack_delta`."""
     named = [packing.get("calibration"), packing.get("prompts")]
-    return [value for value in named if isinstance(value, str | Path)]
+    return [value for value in named if isinstance(value, str | Path) and value != SELF]
 
 
 def open_merge(
@@ -441,9 +442,9 @@ def with_prompt_format(
 ) -> dict[str, Any]:
     """Arguments of `pack_delta` with the prompt format that all packs have, if it is one.
 
-    Calibration rows say it themselves.
+    Calibration rows of a file say it themselves.
     """
-    if packing.get("calibration") is not None or len(set(formats)) != 1:
+    if packing.get("calibration") not in (None, SELF) or len(set(formats)) != 1:
         return dict(packing)
     return {"prompt_format": formats[0], **packing}
 

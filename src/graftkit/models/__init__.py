@@ -5,7 +5,7 @@ views          where every tensor on disk lies in the live model's parameters; w
 architecture   what every tensor on disk is for: embedding, attention, mlp, ...
 aligned        a tuned checkpoint by the target's names and layouts
 configuration  what a changed config.json changes in what a model computes
-text           rows as the tokens that a model reads, and greedy continuations
+text           rows as the tokens that a model reads, and continuations of prompts
 calibration    covariances of the inputs of linear modules
 backward       backward passes, and the output sensitivities they give
 """

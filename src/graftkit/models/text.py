@@ -1,4 +1,4 @@
-"""Text in and out of one model: rows as the tokens that it reads, and greedy continuations.
+"""Text in and out of one model: rows as the tokens that it reads, and continuations of prompts.
 
 Rows say which tokens are real and which are completions. Prompts are continued here alone.
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from graftkit.checkpoint import Checkpoint
 from graftkit.errors import CheckpointError, RowsError
@@ -52,7 +53,7 @@ def encode_rows(
     rows_with_tokens = [encoded(row) for row in chosen if len(encoded(row))]
     if not rows_with_tokens:
         raise RowsError("no row has a token; calibration needs at least one row with text")
-    _check_vocabulary(rows_with_tokens, model, where)
+    check_vocabulary(rows_with_tokens, model, where)
     return rows_with_tokens
 
 
@@ -154,7 +155,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _check_vocabulary(encoded: Sequence[EncodedRow], model: Any, where: str) -> None:
+def check_vocabulary(encoded: Sequence[EncodedRow], model: Any, where: str) -> None:
     """Raises: CheckpointError where rows hold a token that the model has no embedding of."""
     largest, vocabulary = max(max(row.ids, default=0) for row in encoded), vocabulary_size(model)
     if largest >= vocabulary:
@@ -198,17 +199,63 @@ def generate_greedy(
         hooks: `logits_processor` and `stopping_criteria` of transformers.
     Returns: the new tokens, (rows, longest continuation) int64.
     """
-    ids, mask = pad_batch(prompts, pad_token_id, left=True)
-    # A model that is streamed from disk is on no device, and takes its inputs from the CPU.
-    device = "cpu" if model.device.type == "meta" else model.device
-    own = model.generation_config
-    config = copy.deepcopy(own if settings is None else settings)
+    config = copy.deepcopy(model.generation_config if settings is None else settings)
     config.update(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad_token_id,
         eos_token_id=eos_token_id,
     )
+    return _generate(model, prompts, config, **hooks)
+
+
+def generate_sampled(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    seed: int,
+    *,
+    eos_token_id: int | list[int] | None,
+    pad_token_id: int,
+    suppress_tokens: list[int] | None = None,
+) -> Tensor:
+    """Continue prompts by tokens drawn from the model's own probabilities, at temperature 1.
+
+    Other settings of the model do not apply. The random state of the caller stays as it is.
+
+    Args:
+        model: on the CPU, or streamed from disk.
+        prompts: token ids of every prompt, at least one each.
+        max_new_tokens: longest continuation; prompt and continuation must fit into the context.
+        seed: of the draws; the tokens of a prompt also depend on its batch.
+        eos_token_id: the token, or tokens, that end a continuation; None for no end.
+        pad_token_id: fills the batch, where it is masked, and the output behind an end.
+        suppress_tokens: tokens that are never drawn.
+    Returns: the new tokens, (rows, longest continuation) int64.
+    """
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        pad_token_id=pad_token_id,
+        eos_token_id=eos_token_id,
+        suppress_tokens=suppress_tokens or None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also sets those of GPUs
+        return _generate(model, prompts, config)
+
+
+def _generate(
+    model: Any, prompts: Sequence[Sequence[int]], config: GenerationConfig, **hooks: Any
+) -> Tensor:
+    """The tokens behind the prompts, (rows, longest continuation), by this configuration alone."""
+    ids, mask = pad_batch(prompts, config.pad_token_id, left=True)
+    # A model that is streamed from disk is on no device, and takes its inputs from the CPU.
+    device = "cpu" if model.device.type == "meta" else model.device
+    own = model.generation_config
     # `generate` fills what `config` leaves open from the model's settings, so they are replaced.
     model.generation_config = config
     try:

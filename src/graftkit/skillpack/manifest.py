@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from graftkit.checkpoint import DTYPES, FLOAT_DTYPES, TENSOR_DIGEST_HEX
 from graftkit.compress.codecs import TensorLayout
-from graftkit.config import Settings
+from graftkit.config import SELF, Settings
 from graftkit.errors import CorruptPackError, PackFault
 from graftkit.model_files import is_side_file
 
@@ -74,9 +74,9 @@ class CalibrationInfo(Settings):
     """The rows on which activations were measured."""
 
     source: str
-    """File name."""
+    """File name; self for rows that the two models wrote."""
     blake3: Digest
-    """Digest of the file."""
+    """Digest of the file, or of the rows that were written."""
     rows: Count
     """Rows used."""
     tokens: Count
@@ -250,11 +250,12 @@ class Manifest(Settings):
     @property
     def effective_prompt_format(self) -> PromptFormat | None:
         """How prompts are to be given to the model: as `prompt_format` says, else as the rows of
-        the calibration were given; None where neither is known."""
+        the calibration were given; None where neither is known. Rows that the models wrote say
+        nothing about it."""
         rows = self.calibration
-        if self.prompt_format is None and rows is not None and rows.format == "prompt_completion":
-            return "raw"
-        return self.prompt_format
+        if self.prompt_format is not None or rows is None or rows.source == SELF:
+            return self.prompt_format
+        return "raw" if rows.format == "prompt_completion" else None
 
     @property
     def stored_tensors(self) -> tuple[str, ...]:
